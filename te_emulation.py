@@ -1,0 +1,1305 @@
+"""A pure-PyTorch stand-in for the part of NVIDIA Transformer Engine (TE) that train.py uses.
+
+train.py imports this module as `te` where there is no GPU, where TE is not installed, or where the
+chosen number format has no hardware. It has the same names, constructor arguments, parameter names
+and shapes as TE 2.20, and reproduces TE's numerics, so a run here predicts the loss curve (not the
+speed) of a run there.
+
+How the emulation works
+-----------------------
+A low-precision matrix multiplication does three things: it rounds both operands to values that the
+format can hold, multiplies those values exactly and sums the products in fp32, and scales the sum.
+All three are possible with ordinary tensors, because every value of a small format is also a bf16
+value, and the product of two bf16 values is exact in fp32:
+
+    format             values       one scale per                        multiplied as
+    -----------------  -----------  -----------------------------------  --------------------------------
+    delayed, current   E4M3 / E5M2  tensor (fp32)                        values; sum times scale_inv a * b
+    Float8Block        E4M3         1x128 (weights 128x128), power of 2  value * scale_inv, exact in bf16
+    MXFP8              E4M3         1x32, power of 2 (E8M0)              value * scale_inv, exact in bf16
+    NVFP4              E2M1         1x16 (weights 16x16), E4M3,          value * block scale, exact in bf16;
+                                    under one fp32 scale per tensor      sum times amax a * b / 2688^2
+
+What is not the hardware's: the order in which fp32 sums are formed (on Hopper, the reduced precision
+of the FP8 accumulator in fprop as well), and which random numbers stochastic rounding draws. Power of
+two scales below 2^-124 reach the subnormal range of bf16 and may lose bits there; no real tensor does.
+
+Each Linear layer runs three GEMMs. "rowwise" data is quantized in blocks along the last dimension,
+"columnwise" data along the first; the summed-over dimension of the GEMM decides which one is needed:
+
+    fprop   y  = x  (rowwise)    @ w (rowwise)^T       sums over in_features
+    dgrad   dx = dy (rowwise)    @ w (columnwise)      sums over out_features
+    wgrad   dw = dy (columnwise)^T @ x (columnwise)    sums over tokens
+
+For per-tensor scales and for square weight blocks the two are the same data.
+"""
+
+import contextlib
+import dataclasses
+import math
+import types
+import weakref
+from enum import Enum
+from typing import Callable, NamedTuple, Optional, Union
+
+import torch
+import torch.nn.functional as F
+import torch.utils.checkpoint
+
+FP32_MAX = torch.finfo(torch.float32).max
+FP8_MAX = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}
+E2M1_MAX = 6.0
+NVFP4_BLOCK, MXFP8_BLOCK, FP8_BLOCK = 16, 32, 128
+# TE decodes an NVFP4 product with amax_a * amax_b / (6 * 448)^2.
+NVFP4_GEMM_FACTOR = 1.0 / (E2M1_MAX * E2M1_MAX * 448.0 * 448.0)
+
+
+# ----------------------------------------------------------------------------------------------
+# Recipes: the fields and defaults of transformer_engine.common.recipe
+# ----------------------------------------------------------------------------------------------
+
+
+class _FormatMax(NamedTuple):
+    max_fwd: float
+    max_bwd: float
+
+
+class Format(Enum):
+    """Number formats and their largest values in the forward and in the backward pass."""
+
+    E2M1 = _FormatMax(6, 6)
+    E4M3 = _FormatMax(448, 448)
+    E5M2 = _FormatMax(57344, 57344)
+    HYBRID = _FormatMax(448, 57344)
+
+
+def _require(condition, message):
+    """Arguments that the emulation cannot honour are refused, never ignored."""
+    if not condition:
+        raise ValueError(message)
+
+
+class Recipe:
+    """Base of the recipes, with TE's questions about the kind of a recipe."""
+
+    def nvfp4(self):
+        return isinstance(self, NVFP4BlockScaling)
+
+    def mxfp8(self):
+        return isinstance(self, MXFP8BlockScaling)
+
+    def delayed(self):
+        return isinstance(self, DelayedScaling)
+
+    def float8_current_scaling(self):
+        return isinstance(self, Float8CurrentScaling)
+
+    def float8_per_tensor_scaling(self):
+        return isinstance(self, (DelayedScaling, Float8CurrentScaling))
+
+    def float8_block_scaling(self):
+        return isinstance(self, Float8BlockScaling)
+
+    def custom(self):
+        return False
+
+    def _check(self, formats=(Format.E4M3, Format.HYBRID)):
+        name = type(self).__name__
+        _require(self.fp8_format in formats, f"{name}: fp8_format={self.fp8_format} is not supported")
+        _require(not (self.fp8_dpa or self.fp8_mha), f"{name}: FP8 attention is not emulated")
+        _require(self.backward_override is None, f"{name}: backward_override is not emulated")
+
+    def fp8_dtype(self, forward: bool) -> torch.dtype:
+        """E4M3, except for the gradients of a HYBRID recipe."""
+        hybrid_grad = self.fp8_format == Format.HYBRID and not forward
+        return torch.float8_e5m2 if hybrid_grad else torch.float8_e4m3fn
+
+
+@dataclasses.dataclass
+class DelayedScaling(Recipe):
+    """One scale per tensor, from the largest amax of the `amax_history_len` steps before."""
+
+    margin: int = 0
+    fp8_format: Format = Format.HYBRID
+    amax_history_len: int = 1024
+    amax_compute_algo: Union[str, Callable] = "max"
+    scaling_factor_compute_algo: Optional[Callable] = None
+    reduce_amax: bool = True
+    fp8_dpa: bool = False
+    fp8_mha: bool = False
+    backward_override: Optional[str] = None
+
+    def __post_init__(self):
+        self._check()
+        _require(self.amax_history_len >= 1, "DelayedScaling: amax_history_len must be at least 1")
+        _require(
+            self.amax_compute_algo in ("max", "most_recent"),
+            "DelayedScaling: amax_compute_algo must be 'max' or 'most_recent'",
+        )
+        _require(
+            self.scaling_factor_compute_algo is None,
+            "DelayedScaling: scaling_factor_compute_algo is not emulated",
+        )
+
+
+@dataclasses.dataclass
+class Float8CurrentScaling(Recipe):
+    """One scale per tensor, from the amax of that very tensor."""
+
+    use_power_2_scales: bool = False
+    fp8_format: Format = Format.HYBRID
+    fp8_dpa: bool = False
+    fp8_mha: bool = False
+    backward_override: Optional[str] = None
+
+    def __post_init__(self):
+        self._check()
+        # TE fixes this when its class is defined (from the environment) and ignores the argument.
+        _require(not self.use_power_2_scales, "Float8CurrentScaling: use_power_2_scales is not emulated")
+
+
+@dataclasses.dataclass
+class Float8BlockScaling(Recipe):
+    """Power-of-two scales per 1x128 activations and gradients and per 128x128 weights."""
+
+    use_f32_scales: bool = False
+    fp8_format: Format = Format.E4M3
+    x_block_scaling_dim: int = 1
+    w_block_scaling_dim: int = 2
+    grad_block_scaling_dim: int = 1
+    fp8_dpa: bool = False
+    fp8_mha: bool = False
+    backward_override: Optional[str] = None
+
+    def __post_init__(self):
+        self._check()
+        _require(not self.use_f32_scales, "Float8BlockScaling: use_f32_scales is not emulated")
+        dims = (self.x_block_scaling_dim, self.w_block_scaling_dim, self.grad_block_scaling_dim)
+        _require(dims == (1, 2, 1), "Float8BlockScaling: only 1x128, 128x128 weights, 1x128 is emulated")
+
+
+@dataclasses.dataclass
+class MXFP8BlockScaling(Recipe):
+    """E8M0 (power-of-two) scales per 32 values."""
+
+    margin: int = 0
+    fp8_format: Format = Format.E4M3
+    fp8_dpa: bool = False
+    fp8_mha: bool = False
+    backward_override: Optional[str] = None
+    enable_2d_quantization: bool = False
+
+    def __post_init__(self):
+        self._check()
+        # TE's MXFP8 kernels never read the margin, so another value would silently do nothing.
+        _require(self.margin == 0, "MXFP8BlockScaling: margin has no effect and must be 0")
+        _require(not self.enable_2d_quantization, "MXFP8BlockScaling: 2D quantization is not emulated")
+
+
+@dataclasses.dataclass
+class NVFP4BlockScaling(Recipe):
+    """E2M1 values, E4M3 scales per 16 values (weights 16x16), one fp32 scale per tensor."""
+
+    disable_rht: bool = False
+    disable_stochastic_rounding: bool = False
+    disable_2d_quantization: bool = False
+    row_scaled_activation: bool = False
+    nvfp4_4over6: str = "none"
+    nvfp4_4over6_e4m3_use_256: str = "all"
+    nvfp4_4over6_err_mode: str = "MAE"
+    fp4_format: Format = Format.E2M1
+    fp8_format: Format = Format.E4M3
+    fp8_dpa: bool = False
+    fp8_mha: bool = False
+    backward_override: Optional[str] = None
+
+    def __post_init__(self):
+        self._check(formats=(Format.E4M3,))
+        _require(self.fp4_format == Format.E2M1, "NVFP4BlockScaling: fp4_format must be E2M1")
+        _require(not self.row_scaled_activation, "NVFP4BlockScaling: row_scaled_activation is not emulated")
+        _require(self.nvfp4_4over6 == "none", "NVFP4BlockScaling: nvfp4_4over6 is not emulated")
+
+
+recipe = types.SimpleNamespace(
+    Format=Format,
+    Recipe=Recipe,
+    DelayedScaling=DelayedScaling,
+    Float8CurrentScaling=Float8CurrentScaling,
+    Float8BlockScaling=Float8BlockScaling,
+    MXFP8BlockScaling=MXFP8BlockScaling,
+    NVFP4BlockScaling=NVFP4BlockScaling,
+)
+
+
+def _available(return_reason: bool = False):
+    """The emulation runs everywhere."""
+    return (True, "") if return_reason else True
+
+
+is_fp8_available = is_mxfp8_available = is_fp8_block_scaling_available = is_nvfp4_available = _available
+
+
+# ----------------------------------------------------------------------------------------------
+# Random numbers for stochastic rounding
+# ----------------------------------------------------------------------------------------------
+
+_seed = 1234
+_generators: dict = {}
+
+
+def manual_seed(seed: int) -> None:
+    """Seeds stochastic rounding on every device. Independent of torch.manual_seed."""
+    global _seed
+    _seed = seed
+    for generator in _generators.values():
+        generator.manual_seed(seed)
+
+
+def get_rng_state() -> dict:
+    """The state of stochastic rounding: {"seed": int, "generators": {device: uint8 tensor}}."""
+    return {"seed": _seed, "generators": {d: g.get_state() for d, g in _generators.items()}}
+
+
+def set_rng_state(state: dict) -> None:
+    """Restores what get_rng_state returned."""
+    global _seed
+    _seed = state["seed"]
+    for device in list(_generators):
+        if device not in state["generators"]:
+            del _generators[device]
+    for device, generator_state in state["generators"].items():
+        _generator(torch.device(device)).set_state(generator_state)
+
+
+def _generator(device: torch.device) -> torch.Generator:
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    key = str(device)
+    if key not in _generators:
+        _generators[key] = torch.Generator(device=device).manual_seed(_seed)
+    return _generators[key]
+
+
+# An operator of its own keeps the generator out of torch.compile's sight; the tag tells the compiler
+# that two calls are not interchangeable.
+@torch.library.custom_op(
+    "te_emulation::uniform", mutates_args=(), tags=torch.Tag.nondeterministic_seeded
+)
+def _uniform(like: torch.Tensor) -> torch.Tensor:
+    """fp32 in [0, 1), of the shape and on the device of `like`."""
+    return torch.rand(like.shape, generator=_generator(like.device), device=like.device)
+
+
+@_uniform.register_fake
+def _(like):
+    return torch.empty(like.shape, device=like.device)
+
+
+# ----------------------------------------------------------------------------------------------
+# Quantization
+# ----------------------------------------------------------------------------------------------
+
+
+def _abs(x: torch.Tensor) -> torch.Tensor:
+    """|x| with NaN as 0: TE's amax kernels use fmaxf, which skips NaN and keeps inf."""
+    return torch.nan_to_num(x.abs(), nan=0.0, posinf=math.inf)
+
+
+def _divide(number: float, x: torch.Tensor) -> torch.Tensor:
+    """number / x, correctly rounded (`number / x` itself is number * (1 / x) in torch)."""
+    return torch.full_like(x, number) / x
+
+
+def compute_amax(x: torch.Tensor) -> torch.Tensor:
+    """Largest magnitude of a tensor, fp32 scalar."""
+    return _abs(x).amax().float()
+
+
+def compute_scale(amax: torch.Tensor, fp8_max: float, force_pow_2: bool = False) -> torch.Tensor:
+    """Scale that maps amax to fp8_max, as TE's recipe/recipe_common.cuh computes it.
+
+    1 where amax is 0, inf or NaN; the largest fp32 where the quotient overflows; with force_pow_2,
+    the power of two at or below.
+    """
+    usable = torch.isfinite(amax) & (amax > 0)
+    scale = _divide(fp8_max, torch.where(usable, amax, 1.0)).clamp(max=FP32_MAX)
+    if force_pow_2:
+        scale = (scale.view(torch.int32) & 0x7F800000).view(torch.float32)
+    return torch.where(usable, scale, 1.0)
+
+
+def quantize_fp8(x: torch.Tensor, scale: torch.Tensor, fp8_dtype: torch.dtype) -> torch.Tensor:
+    """x * scale in fp8: round to nearest even, saturating (also from inf), NaN stays NaN."""
+    fp8_max = FP8_MAX[fp8_dtype]
+    return (x.float() * scale).clamp(-fp8_max, fp8_max).to(fp8_dtype)
+
+
+def _tiles(x: torch.Tensor, rows: int, cols: int) -> torch.Tensor:
+    """(M, N) seen as (M/rows, rows, N/cols, cols) tiles."""
+    m, n = x.shape
+    return x.reshape(m // rows, rows, n // cols, cols)
+
+
+def _tile_amax(x: torch.Tensor, rows: int, cols: int) -> torch.Tensor:
+    """fp32 (M/rows, N/cols): largest magnitude in each tile of x (M, N)."""
+    tiles = _abs(_tiles(x, rows, cols))
+    if rows > 1:
+        tiles = tiles.amax(1, keepdim=True)
+    if cols > 1:
+        tiles = tiles.amax(3, keepdim=True)
+    return tiles[:, 0, :, 0].float()
+
+
+def _times_tile(x: torch.Tensor, tile_scale: torch.Tensor, rows: int, cols: int) -> torch.Tensor:
+    """x (M, N) in fp32, each tile times its scale (M/rows, N/cols)."""
+    return (_tiles(x.float(), rows, cols) * tile_scale[:, None, :, None]).reshape(x.shape)
+
+
+def _tile_shape(dim: int, block: int) -> tuple:
+    return (1, block) if dim in (-1, 1) else (block, 1)
+
+
+def quantize_block_1d(x, fp8_dtype=torch.float8_e4m3fn, dim: int = -1, block: int = FP8_BLOCK):
+    """FP8 with one power-of-two scale per `block` values along `dim` (-1 rowwise, 0 columnwise).
+
+    x (M, N), bf16 or fp32. Returns fp8 (M, N) and scale_inv fp32 (M, N/block) or (M/block, N).
+    Source: common/transpose/quantize_transpose_vector_blockwise.cu.
+    """
+    return _quantize_fp8_tiles(x, fp8_dtype, *_tile_shape(dim, block))
+
+
+def quantize_block_2d(x, fp8_dtype=torch.float8_e4m3fn, block: int = FP8_BLOCK):
+    """FP8 with one power-of-two scale per block x block square: fp8 (M, N), fp32 (M/block, N/block).
+
+    Source: common/transpose/quantize_transpose_square_blockwise.cu.
+    """
+    return _quantize_fp8_tiles(x, fp8_dtype, block, block)
+
+
+def _quantize_fp8_tiles(x, fp8_dtype, rows, cols):
+    fp8_max = FP8_MAX[fp8_dtype]
+    scale = compute_scale(_tile_amax(x, rows, cols), fp8_max, force_pow_2=True)
+    q = _times_tile(x, scale, rows, cols).clamp(-fp8_max, fp8_max).to(fp8_dtype)
+    return q, 1.0 / scale
+
+
+def float_to_e8m0(x: torch.Tensor) -> torch.Tensor:
+    """Biased exponent (int32, 0..255) of the smallest power of two >= x >= 0; NaN 255, inf 254.
+
+    Source: float_to_e8m0 in common/util/ptx_arch_spec.cuh.
+    """
+    bits = x.float().view(torch.int32)
+    exponent, mantissa = bits >> 23, bits & 0x7FFFFF
+    round_up = (mantissa > 0) & (exponent < 254) & ~((exponent == 0) & (mantissa <= 0x400000))
+    e8m0 = (exponent + round_up).clamp(max=254)
+    return torch.where(torch.isnan(x), 255, e8m0)
+
+
+def e8m0_to_float(biased: torch.Tensor) -> torch.Tensor:
+    """2^(biased - 127) in fp32; NaN for 255."""
+    # 2^-127 is subnormal in fp32: not an exponent field but the first mantissa bit.
+    bits = torch.where(biased == 0, 0x400000, biased.int() << 23)
+    return torch.where(biased == 255, math.nan, bits.int().view(torch.float32))
+
+
+def quantize_mxfp8(x, fp8_dtype=torch.float8_e4m3fn, dim: int = -1):
+    """MXFP8: fp8 (M, N) and uint8 E8M0 exponents (M, N/32) rowwise or (M/32, N) columnwise.
+
+    Source: common/cast/mxfp8/quantize_mxfp8.cuh (amax times the rounded reciprocal of the maximum,
+    then rounded up to a power of two, so that nothing saturates).
+    """
+    q, e8m0 = _quantize_mxfp8(x, fp8_dtype, dim)
+    return q, e8m0.to(torch.uint8)
+
+
+def _quantize_mxfp8(x, fp8_dtype, dim):
+    rows, cols = _tile_shape(dim, MXFP8_BLOCK)
+    fp8_max = FP8_MAX[fp8_dtype]
+    e8m0 = float_to_e8m0(_tile_amax(x, rows, cols) * (1.0 / fp8_max))
+    encode = e8m0_to_float(254 - e8m0)
+    q = _times_tile(x, encode, rows, cols).clamp(-fp8_max, fp8_max).to(fp8_dtype)
+    return q, e8m0
+
+
+def _e2m1_step(a: torch.Tensor) -> torch.Tensor:
+    """Distance between the E2M1 values (0, .5, 1, 1.5, 2, 3, 4, 6) around fp32 a >= 0."""
+    # Half the power of two at or below, by masking the exponent field: .5 below 2, 1 below 4, else 2.
+    power = (a.clamp(1.0, E2M1_MAX).view(torch.int32) & 0x7F800000).view(torch.float32)
+    return power * 0.5
+
+
+def round_e2m1(x: torch.Tensor) -> torch.Tensor:
+    """Nearest E2M1 value in fp32, ties to the even code, saturating; NaN becomes +6.
+
+    E2M1 has no NaN, so cvt.rn.satfinite.e2m1x2.f32 gives the largest value.
+    """
+    a = x.float().abs()
+    step = _e2m1_step(a)
+    # a/step is the code up to an even number, so torch's round-half-to-even is the format's.
+    q = (torch.round(a / step) * step).clamp(max=E2M1_MAX)
+    return torch.where(torch.isnan(x), E2M1_MAX, torch.copysign(q, x.float()))
+
+
+def stochastic_round_e2m1(x: torch.Tensor) -> torch.Tensor:
+    """One of the two E2M1 neighbours in fp32, the nearer one more likely, so that the mean is x."""
+    a = x.float().abs().clamp(max=E2M1_MAX)
+    step = _e2m1_step(a)
+    # fp32 rounding of a/step + u could carry a value on the grid to the next one; the minimum stops it.
+    ratio = a / step
+    q = torch.minimum(torch.floor(ratio + _uniform(a)), torch.ceil(ratio)) * step
+    return torch.where(torch.isnan(x), E2M1_MAX, torch.copysign(q, x.float()))
+
+
+class NVFP4Tensor(NamedTuple):
+    """values fp32 (M, N) on the E2M1 grid, scale fp8 E4M3 per tile, amax fp32 scalar."""
+
+    values: torch.Tensor
+    scale: torch.Tensor
+    amax: torch.Tensor
+
+
+def quantize_nvfp4(x, dim: int = -1, two_d: bool = False, stochastic: bool = False) -> NVFP4Tensor:
+    """NVFP4: an element is values * scale * amax / (6 * 448).
+
+    x (M, N), bf16 or fp32; 1x16 blocks along `dim` (-1 rowwise, 0 columnwise), or 16x16 squares.
+    Source: common/transpose/quantize_transpose_vector_blockwise_fp4.cu, common/cast/nvfp4/core_nvfp4.cuh
+    (their default path: block scale = amax_block * (encode * 1/6), exact division for the reciprocals).
+    """
+    rows, cols = (NVFP4_BLOCK, NVFP4_BLOCK) if two_d else _tile_shape(dim, NVFP4_BLOCK)
+    tile_amax = _tile_amax(x, rows, cols)
+    amax = tile_amax.amax()
+    encode = _divide(448.0 * E2M1_MAX, amax).clamp(max=FP32_MAX)
+    encode = torch.where((amax == 0) | (encode == 0), 1.0, encode)
+    scale = (tile_amax * (encode * (1.0 / E2M1_MAX))).clamp(max=448.0).to(torch.float8_e4m3fn)
+    # The reciprocal of the scale as it was rounded; FP32_MAX for blocks whose scale rounds to 0.
+    tile_encode = (1.0 / (scale.float() * (1.0 / encode))).clamp(max=FP32_MAX)
+    scaled = _times_tile(x, tile_encode, rows, cols)
+    values = stochastic_round_e2m1(scaled) if stochastic else round_e2m1(scaled)
+    return NVFP4Tensor(values, scale, amax)
+
+
+# The signs that TE draws once and for all for the random Hadamard transform.
+RHT_SIGNS = (1, 1, 1, -1, 1, -1, -1, -1, -1, -1, -1, 1, -1, 1, -1, -1)
+
+
+_hadamard: dict = {}
+
+
+def hadamard_matrix(device) -> torch.Tensor:
+    """fp32 (16, 16), orthogonal: diag(signs) @ Sylvester's Hadamard matrix / 4."""
+    device = torch.device(device)
+    if device not in _hadamard:
+        h = torch.ones(1, 1)
+        while h.shape[0] < NVFP4_BLOCK:
+            h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)])
+        _hadamard[device] = (torch.tensor(RHT_SIGNS, dtype=torch.float32)[:, None] * h / 4.0).to(device)
+    return _hadamard[device]
+
+
+def hadamard_transform(x: torch.Tensor, dim: int = -1) -> torch.Tensor:
+    """Random Hadamard transform of each 16 values along `dim` of x (M, N); result in x's dtype.
+
+    Sums in fp32 and rounds once to bf16, as TE does before it takes the amax and quantizes.
+    """
+    m, n = x.shape
+    h = hadamard_matrix(x.device)
+    with torch.autocast(x.device.type, enabled=False):
+        if dim in (-1, 1):
+            out = x.float().reshape(-1, NVFP4_BLOCK) @ h
+        else:
+            out = h.T @ x.float().reshape(m // NVFP4_BLOCK, NVFP4_BLOCK, n)
+    return out.reshape(m, n).to(x.dtype)
+
+
+# ----------------------------------------------------------------------------------------------
+# Global state: the active recipe, delayed scaling's amaxes, recomputation
+# ----------------------------------------------------------------------------------------------
+
+
+class DelayedScalingState:
+    """Scales and amax history of a module's tensors in one direction, in TE's layout.
+
+    scale: fp32 (N,), starts at 1. amax_history: fp32 (H, N), starts at 0; row 0 collects the amax of
+    the step under way, the last row is the newest finished step. N counts per GEMM the tensors
+    input, weight, output (forward) or grad_output, grad_input (backward); output and grad_input are
+    never quantized here, so their columns stay 0.
+    """
+
+    def __init__(self, amax_history_len: int, num_tensors: int, device):
+        self.scale = torch.ones(num_tensors, dtype=torch.float32, device=device)
+        self.amax_history = torch.zeros(amax_history_len, num_tensors, dtype=torch.float32, device=device)
+
+    def to(self, device):
+        self.scale, self.amax_history = self.scale.to(device), self.amax_history.to(device)
+
+    def resize(self, amax_history_len: int):
+        """Truncates or zero-pads the history at its end, as TE does."""
+        extra = amax_history_len - self.amax_history.shape[0]
+        if extra:
+            self.amax_history = F.pad(self.amax_history, (0, 0, 0, extra)).clone()
+
+
+class _Global:
+    """What autocast sets. One instance, `_state`."""
+
+    def __init__(self):
+        self.enabled = False
+        self.recipe = None
+        self.group = None
+        self.depth = 0
+        # True until the first quantized module of the region has run. That module's backward comes
+        # last, and it triggers the update of the gradients' scales.
+        self.first_module = False
+        # Checkpointed functions being run, outermost first.
+        self.frames = []
+        # (forward, recipe, group) -> references to the states that are reduced together.
+        self.registry = {}
+
+    def register(self, state, forward, rcp, group):
+        # Keyed by the fields: two equal recipes share one reduction.
+        key = (forward, repr(rcp), id(group) if group is not None else None)
+        members = self.registry.setdefault(key, (rcp, group, {}))[2]
+        known = members.get(id(state))
+        if known is None or known() is not state:
+            # A weak reference: a model that is gone takes no part in the reduction.
+            members[id(state)] = weakref.ref(state)
+
+    @torch.no_grad()
+    def reduce_and_update(self, forward: bool):
+        """Reduces the amaxes over the ranks, rolls the histories and computes the next scales."""
+        for (is_forward, *_), (rcp, group, members) in self.registry.items():
+            if is_forward != forward:
+                continue
+            states = [ref() for ref in members.values()]
+            states = [s for s in states if s is not None]
+            if not states:
+                continue
+            dist = torch.distributed
+            amax = torch.cat([s.amax_history[0] for s in states])
+            if (
+                rcp.reduce_amax
+                and dist.is_available()
+                and dist.is_initialized()
+                and dist.get_world_size(group) > 1
+            ):
+                dist.all_reduce(amax, op=dist.ReduceOp.MAX, group=group)
+            sizes = [s.scale.numel() for s in states]
+            history, scale = update_amax_and_scale(
+                torch.cat([s.amax_history for s in states], dim=1),
+                torch.cat([s.scale for s in states]),
+                amax,
+                FP8_MAX[rcp.fp8_dtype(forward)] * 2.0**-rcp.margin,
+                rcp.amax_compute_algo,
+            )
+            torch._foreach_copy_([s.amax_history for s in states], list(history.split(sizes, dim=1)))
+            torch._foreach_copy_([s.scale for s in states], list(scale.split(sizes)))
+
+
+def update_amax_and_scale(history, scale, amax, scaled_max: float, algo: str = "max"):
+    """One step of delayed scaling: (history (H, N), scale (N,), amax (N,)) -> new history, new scale.
+
+    Source: kernel_bulk in common/recipe/delayed_scaling.cu. A tensor that was not quantized since the
+    last update (amax 0) keeps its history and scale. For the others the history rolls up by one row,
+    the new amax enters at the end, row 0 is cleared; the oldest row still counts in this maximum.
+    An amax that is inf or NaN keeps the old scale, and an inf does so until it leaves the history.
+    """
+    rolled = torch.cat([history[1:], amax[None]])
+    top = amax if algo == "most_recent" else torch.nan_to_num(rolled, nan=0.0, posinf=math.inf).amax(0)
+    cleared = torch.cat([torch.zeros_like(amax)[None], rolled[1:]])
+    seen = amax != 0
+    new_scale = _divide(scaled_max, top).clamp(max=FP32_MAX)
+    usable = seen & torch.isfinite(top) & (top > 0)
+    return torch.where(seen, cleared, history), torch.where(usable, new_scale, scale)
+
+
+_state = _Global()
+
+
+class autocast:
+    """Quantizes the layers that run inside, by `recipe` (default: DelayedScaling)."""
+
+    def __init__(self, enabled=True, calibrating=False, recipe=None, amax_reduction_group=None):
+        _require(not calibrating, "autocast: calibrating is not emulated")
+        recipe = DelayedScaling() if recipe is None else recipe
+        _require(isinstance(recipe, Recipe), f"autocast: {recipe!r} is not a recipe of this module")
+        self._args = (enabled, recipe, amax_reduction_group)
+        self._saved = None
+
+    def __enter__(self):
+        if self._saved is not None:
+            raise RuntimeError("autocast context manager cannot be entered more than once concurrently")
+        self._saved = (_state.enabled, _state.recipe, _state.group, _state.first_module)
+        _state.enabled, _state.recipe, _state.group = self._args
+        if _state.depth == 0:
+            _state.first_module = True
+        _state.depth += 1
+        return self
+
+    def __exit__(self, exc_type, exc_value, traceback):
+        _state.enabled, _state.recipe, _state.group, _state.first_module = self._saved
+        self._saved = None
+        _state.depth -= 1
+        # A reentrant checkpoint runs its first pass without gradients, on behalf of a pass with them.
+        grad = torch.is_grad_enabled() or any(not f.recomputing for f in _state.frames)
+        if self._args[0] and _state.depth == 0 and grad and exc_type is None:
+            _state.reduce_and_update(forward=True)
+
+
+class _Frame:
+    """One call of checkpoint(): what the first pass must hand to the recomputation."""
+
+    def __init__(self):
+        self.context = None  # the autocast state of the first pass
+        self.recomputing = False
+        self.scales = []  # delayed scaling's forward scales, in the order of use
+        self.cursor = 0
+        self.first = False  # whether the region's first module is in here
+        self.first_left = False
+
+    @contextlib.contextmanager
+    def run(self):
+        """Around each run of the checkpointed function; all but the first are recomputations."""
+        saved = (_state.enabled, _state.recipe, _state.group)
+        self.recomputing = self.context is not None
+        if self.recomputing:
+            _state.enabled, _state.recipe, _state.group = self.context
+            self.cursor, self.first_left = 0, self.first
+            _state.depth += 1  # an autocast inside the function is not the outermost: no update
+        else:
+            self.context = saved
+        _state.frames.append(self)
+        try:
+            yield
+        finally:
+            _state.frames.pop()
+            if self.recomputing:
+                _state.depth -= 1
+                _state.enabled, _state.recipe, _state.group = saved
+
+
+@torch.compiler.disable
+def checkpoint(function, *args, use_reentrant: bool = True, **kwargs):
+    """Runs function(*args, **kwargs) keeping only its inputs; backward runs it again.
+
+    Under delayed scaling the recomputation quantizes with the scales of the first pass and leaves
+    the amax history alone. (TE swaps the old scales and history in and out again.)
+    """
+    for name in ("distribute_saved_activations", "tp_group", "get_rng_state_tracker", "context_fn"):
+        _require(not kwargs.pop(name, None), f"checkpoint: {name} is not emulated")
+    if not torch.is_grad_enabled():
+        return function(*args, **kwargs)
+    frame = _Frame()
+
+    def run(*run_args):
+        with frame.run():
+            return function(*run_args, **kwargs)
+
+    return torch.utils.checkpoint.checkpoint(run, *args, use_reentrant=use_reentrant)
+
+
+# ----------------------------------------------------------------------------------------------
+# One forward pass of one module
+# ----------------------------------------------------------------------------------------------
+
+
+class _Operand(NamedTuple):
+    """A quantized tensor: bf16 values for rowwise and columnwise use, and a factor for the sum.
+
+    factor is scale_inv (per-tensor FP8), amax (NVFP4) or None (the scale is in the values).
+    """
+
+    row: torch.Tensor
+    row_factor: Optional[torch.Tensor]
+    col: torch.Tensor
+    col_factor: Optional[torch.Tensor]
+
+
+class _Pass:
+    """What a forward pass and its backward need to know; holds no activations."""
+
+    def __init__(self, module, x):
+        self.dtype = _activation_dtype(module, x)
+        self.recipe = _state.recipe if _state.enabled else None
+        self.eps = getattr(module, "eps", None)
+        self.activation = getattr(module, "activation", None)
+        self.fuse_wgrad = module.fuse_wgrad_accumulation
+        self.overwrite_main_grad = False
+        self.delayed = self.recipe is not None and self.recipe.delayed()
+        self.update_backward = False
+        if not self.delayed:
+            return
+        module.init_fp8_meta_tensors(self.recipe, device=x.device)
+        self.fwd = module.fp8_meta["scaling_fwd"]
+        self.bwd = module.fp8_meta["scaling_bwd"]
+        _state.register(self.fwd, True, self.recipe, _state.group)
+        _state.register(self.bwd, False, self.recipe, _state.group)
+        self._enter_frames(any(p.requires_grad for p in module.parameters()) or x.requires_grad)
+
+    def _enter_frames(self, requires_grad):
+        frames = _state.frames
+        again = next((f for f in reversed(frames) if f.recomputing), None)
+        first_pass = next((f for f in reversed(frames) if not f.recomputing), None)
+        self.record = again is None
+        if again is None:
+            self.fwd_scale = self.fwd.scale
+        else:
+            self.fwd_scale = again.scales[again.cursor]
+            again.cursor += 1
+        for frame in frames:
+            if not frame.recomputing:
+                frame.scales.append(self.fwd_scale.clone())
+        # Exactly one module's backward updates the gradients' scales: the first one's. In the first
+        # pass of a reentrant checkpoint no graph is built, so the recomputation takes over the duty.
+        if not requires_grad:
+            return
+        first = again.first_left if again is not None else _state.first_module
+        if again is not None:
+            again.first_left = False
+        else:
+            _state.first_module = False
+        if torch.is_grad_enabled():
+            self.update_backward = first
+        elif first_pass is not None:
+            first_pass.first |= first
+        elif again is None:
+            _state.first_module = first  # evaluation inside a training region does not use it up
+
+    def quantize(self, x, kind: str, gemm: int = 0) -> _Operand:
+        """x (M, N) in self.dtype (or fp32, see `fused`); kind "input", "weight" or "grad"."""
+        rcp, forward = self.recipe, kind != "grad"
+        if rcp.float8_per_tensor_scaling():
+            fp8_dtype = rcp.fp8_dtype(forward)
+            if self.delayed:
+                state = self.fwd if forward else self.bwd
+                slot = gemm * 3 + (kind == "weight") if forward else gemm * 2
+                scale = (self.fwd_scale if forward else state.scale)[slot]
+                if self.record or not forward:
+                    with torch.no_grad():
+                        current = state.amax_history[0, slot]
+                        current.copy_(torch.maximum(current, compute_amax(x)))
+            else:
+                scale = compute_scale(compute_amax(x), FP8_MAX[fp8_dtype])
+            values, factor = quantize_fp8(x, scale, fp8_dtype).to(torch.bfloat16), 1.0 / scale
+            return _Operand(values, factor, values, factor)
+        if rcp.float8_block_scaling():
+            fp8_dtype = rcp.fp8_dtype(forward)
+            if kind == "weight":
+                values = _dequantize(*quantize_block_2d(x, fp8_dtype), FP8_BLOCK, FP8_BLOCK)
+                return _Operand(values, None, values, None)
+            row = _dequantize(*quantize_block_1d(x, fp8_dtype, -1), 1, FP8_BLOCK)
+            col = _dequantize(*quantize_block_1d(x, fp8_dtype, 0), FP8_BLOCK, 1)
+            return _Operand(row, None, col, None)
+        if rcp.mxfp8():
+            values = []
+            for dim in (-1, 0):
+                q, e8m0 = _quantize_mxfp8(x, rcp.fp8_dtype(forward), dim)
+                values.append(_dequantize(q, e8m0_to_float(e8m0), *_tile_shape(dim, MXFP8_BLOCK)))
+            return _Operand(values[0], None, values[1], None)
+        two_d = kind == "weight" and not rcp.disable_2d_quantization
+        stochastic = kind == "grad" and not rcp.disable_stochastic_rounding
+        q = quantize_nvfp4(x, -1, two_d, stochastic)
+        rows, cols = (NVFP4_BLOCK, NVFP4_BLOCK) if two_d else (1, NVFP4_BLOCK)
+        row = _dequantize(q.values, q.scale.float(), rows, cols)
+        if two_d:
+            return _Operand(row, q.amax, row, q.amax)
+        # The transform serves wgrad alone and cancels there: both operands are transformed along the
+        # tokens. Weights are never transformed.
+        if kind != "weight" and not rcp.disable_rht:
+            x = hadamard_transform(x, 0)
+        t = quantize_nvfp4(x, 0, False, stochastic)
+        return _Operand(row, q.amax, _dequantize(t.values, t.scale.float(), NVFP4_BLOCK, 1), t.amax)
+
+    def fused(self, x32):
+        """The result of an fp32 norm, activation or its derivative, as the quantizer sees it.
+
+        Delayed scaling's kernels quantize (and take the amax) straight from fp32. In every other
+        case the values are rounded to bf16 first: by a kernel of its own, or, for MXFP8, inside the
+        fused kernel.
+        """
+        return x32 if self.delayed else x32.to(self.dtype)
+
+    def gemm(self, a, a_factor, b, b_factor, out_dtype=None):
+        """a (M, K) @ b (K, N), both scaled by their factors after the fp32 sum, in out_dtype."""
+        factor = None
+        if a_factor is not None:
+            factor = a_factor * b_factor
+            if self.recipe.nvfp4():
+                factor = factor * NVFP4_GEMM_FACTOR
+        return _matmul(a, b, factor, out_dtype or self.dtype)
+
+    def weight_grad(self, weight, dy, dy_factor, x, x_factor):
+        """dy (T, N)^T @ x (T, K), rounded to the activation dtype, in the weight's dtype.
+
+        With fuse_wgrad_accumulation it is added to weight.main_grad in that tensor's dtype instead,
+        without the rounding in between, and the gradient is None.
+        """
+        if not self.fuse_wgrad:
+            return self.gemm(dy.t(), dy_factor, x, x_factor).to(weight.dtype)
+        main_grad = getattr(weight, "main_grad", None)
+        _require(main_grad is not None, "fuse_wgrad_accumulation needs weight.main_grad")
+        grad = self.gemm(dy.t(), dy_factor, x, x_factor, main_grad.dtype)
+        if self.overwrite_main_grad:
+            main_grad.copy_(grad)
+        else:
+            main_grad.add_(grad)
+        return None
+
+
+def _dequantize(q, scale_inv, rows, cols):
+    """(M, N) values times tile scales, bf16: exact for power-of-two and for E4M3 scales of E2M1."""
+    return _times_tile(q, scale_inv, rows, cols).to(torch.bfloat16)
+
+
+def _matmul(a, b, factor, out_dtype):
+    """a @ b with fp32 sums, times factor (fp32 scalar or None), rounded once to out_dtype."""
+    with torch.autocast(a.device.type, enabled=False):
+        if a.dtype == torch.float32:
+            out = a @ b
+        elif a.device.type == "cuda":
+            if factor is None and out_dtype == a.dtype:
+                return torch.mm(a, b)
+            out = torch.mm(a, b, out_dtype=torch.float32)
+        else:
+            out = a.float() @ b.float()
+        return (out if factor is None else out * factor).to(out_dtype)
+
+
+def _activation_dtype(module, x):
+    """torch.autocast's dtype where it is on; else the input's, which the parameters must share."""
+    device_type = x.device.type
+    if torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    for name, param in module.named_parameters():
+        if param.dtype != x.dtype:
+            raise TypeError(
+                "Data types for parameters must match when outside of autocasted region. "
+                f"Found input dtype: {x.dtype} and {name!r} dtype: {param.dtype}"
+            )
+    return x.dtype
+
+
+def _rmsnorm(x, weight, eps):
+    """fp32 norm of x (M, N) with gain (N,), both in the activation dtype; also 1/rms (M, 1)."""
+    x = x.float()
+    rsigma = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    return weight.float() * (rsigma * x), rsigma
+
+
+def _rmsnorm_backward(dz, x, rsigma, weight, dtype):
+    """dz, x (M, N); dx in dtype, dweight summed in fp32 and rounded to dtype, as TE's kernel does."""
+    dz, y = dz.float(), x.float() * rsigma
+    dy = dz * weight.float()
+    dx = rsigma * (dy - y * (dy * y).mean(-1, keepdim=True))
+    return dx.to(dtype), (dz * y).sum(0).to(dtype)
+
+
+def _srelu(x):
+    return torch.relu(x).square()
+
+
+def _dsrelu(x):
+    return 2.0 * torch.relu(x)
+
+
+def _drelu(x):
+    return (x > 0).to(x.dtype)
+
+
+def _gelu(x):
+    return F.gelu(x, approximate="tanh")
+
+
+def _dgelu(x):
+    t = torch.tanh(0.79788456 * x * (1 + 0.044715 * x * x))
+    return 0.5 * x * ((1 - t * t) * (0.79788456 + 0.1070322243 * x * x)) + 0.5 * (1 + t)
+
+
+_ACTIVATIONS = {"srelu": (_srelu, _dsrelu), "relu": (torch.relu, _drelu), "gelu": (_gelu, _dgelu)}
+
+
+def _check_execution(rcp, dtype, *tensors):
+    """Refuses what TE's kernels refuse: shapes that the format's blocks do not divide, dtypes."""
+    rows, cols = 8, 16
+    if rcp.float8_block_scaling():
+        rows = cols = FP8_BLOCK
+    elif rcp.mxfp8():
+        rows = cols = MXFP8_BLOCK
+    elif rcp.nvfp4():
+        rows = cols = NVFP4_BLOCK
+    for t in tensors:
+        _require(
+            t.shape[0] % rows == 0 and t.shape[1] % cols == 0,
+            f"{type(rcp).__name__} needs the product of all dimensions but the last divisible by {rows} "
+            f"and the last dimension divisible by {cols}, but got a tensor of {list(t.shape)}",
+        )
+    if rcp.nvfp4() and not rcp.disable_rht:
+        _require(
+            dtype == torch.bfloat16,
+            f"NVFP4's random Hadamard transform needs bfloat16 activations, got {dtype}; use torch.autocast",
+        )
+
+
+def _linear_forward(run, x, weight, operand, gemm):
+    """x @ weight^T for an input in bf16 (or fp32, see _Pass.fused). Returns y and what wgrad needs.
+
+    operand: the quantized weight, or None without quantization.
+    """
+    if run.recipe is None:
+        return _matmul(x, weight.to(run.dtype).t(), None, run.dtype), x, None
+    q = run.quantize(x, "input", gemm)
+    y = run.gemm(q.row, q.row_factor, operand.row.t(), operand.row_factor)
+    return y, q.col, q.col_factor
+
+
+def _linear_backward(run, dy, x_col, x_factor, weight, w_col, w_factor, gemm, need_dx, need_dw):
+    """Gradients of x and weight from dy (T, N) in bf16 (or fp32, see _Pass.fused)."""
+    if run.recipe is None:
+        dy = _Operand(dy, None, dy, None)
+        w_col = weight.to(run.dtype)
+    else:
+        dy = run.quantize(dy, "grad", gemm)
+    dx = run.gemm(dy.row, dy.row_factor, w_col, w_factor) if need_dx else None
+    dw = run.weight_grad(weight, dy.col, dy.col_factor, x_col, x_factor) if need_dw else None
+    return dx, dw
+
+
+class _LinearFunction(torch.autograd.Function):
+    """[RMSNorm and] one linear layer. x (T, K), norm_weight (K,) or None, weight (N, K)."""
+
+    @staticmethod
+    def forward(ctx, x, norm_weight, weight, run, operand):
+        x = x.to(run.dtype)
+        rsigma = gain = None
+        h = x
+        if norm_weight is not None:
+            gain = norm_weight.to(run.dtype)
+            h, rsigma = _rmsnorm(x, gain, run.eps)
+            # Without quantization the norm's output is bf16. With it, see _Pass.fused.
+            h = h.to(run.dtype) if run.recipe is None else run.fused(h)
+        y, h_col, h_factor = _linear_forward(run, h, weight, operand, 0)
+        w_col, w_factor = (None, None) if operand is None else (operand.col, operand.col_factor)
+        # Without a norm the unquantized input is not needed again.
+        x_saved = x if norm_weight is not None else None
+        ctx.save_for_backward(x_saved, norm_weight, rsigma, weight, h_col, h_factor, w_col, w_factor)
+        ctx.run = run
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, norm_weight, rsigma, weight, h_col, h_factor, w_col, w_factor = ctx.saved_tensors
+        run = ctx.run
+        need_x, need_norm, need_w = ctx.needs_input_grad[:3]
+        dy = dy.contiguous().to(run.dtype)
+        dx, dw = _linear_backward(
+            run, dy, h_col, h_factor, weight, w_col, w_factor, 0, need_x or need_norm, need_w
+        )
+        dnorm = None
+        if norm_weight is not None and dx is not None:
+            dx, dnorm = _rmsnorm_backward(dx, x, rsigma, norm_weight.to(run.dtype), run.dtype)
+            dnorm = dnorm.to(norm_weight.dtype)
+        if run.update_backward:
+            _state.reduce_and_update(forward=False)
+        return dx if need_x else None, dnorm if need_norm else None, dw, None, None
+
+
+class _MLPFunction(torch.autograd.Function):
+    """RMSNorm, fc1, activation, fc2. x (T, K), fc1 (F, K), fc2 (K, F)."""
+
+    @staticmethod
+    def forward(ctx, x, norm_weight, fc1, fc2, run, operand1, operand2):
+        x = x.to(run.dtype)
+        quantized = run.recipe is not None
+        h, rsigma = _rmsnorm(x, norm_weight.to(run.dtype), run.eps)
+        h = run.fused(h) if quantized else h.to(run.dtype)
+        z, h_col, h_factor = _linear_forward(run, h, fc1, operand1, 0)
+        # fc1's output is bf16; the activation is computed from it in fp32.
+        a = _ACTIVATIONS[run.activation][0](z.float())
+        a = run.fused(a) if quantized else a.to(run.dtype)
+        y, a_col, a_factor = _linear_forward(run, a, fc2, operand2, 1)
+        w1, w1_factor = (operand1.col, operand1.col_factor) if quantized else (None, None)
+        w2, w2_factor = (operand2.col, operand2.col_factor) if quantized else (None, None)
+        ctx.save_for_backward(
+            x, norm_weight, rsigma, fc1, fc2, h_col, h_factor, w1, w1_factor, z, a_col, a_factor, w2, w2_factor
+        )
+        ctx.run = run
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        (
+            x, norm_weight, rsigma, fc1, fc2, h_col, h_factor, w1, w1_factor, z, a_col, a_factor, w2, w2_factor
+        ) = ctx.saved_tensors
+        run = ctx.run
+        need_x, need_norm, need_fc1, need_fc2 = ctx.needs_input_grad[:4]
+        dy = dy.contiguous().to(run.dtype)
+        need_dz = need_x or need_norm or need_fc1
+        da, dfc2 = _linear_backward(run, dy, a_col, a_factor, fc2, w2, w2_factor, 1, need_dz, need_fc2)
+        dx = dnorm = dfc1 = None
+        if need_dz:
+            # da is bf16; the derivative is applied in fp32.
+            dz = da.float() * _ACTIVATIONS[run.activation][1](z.float())
+            dz = run.fused(dz) if run.recipe is not None else dz.to(run.dtype)
+            dx, dfc1 = _linear_backward(
+                run, dz, h_col, h_factor, fc1, w1, w1_factor, 0, need_x or need_norm, need_fc1
+            )
+        if dx is not None:
+            dx, dnorm = _rmsnorm_backward(dx, x, rsigma, norm_weight.to(run.dtype), run.dtype)
+            dnorm = dnorm.to(norm_weight.dtype)
+        if run.update_backward:
+            _state.reduce_and_update(forward=False)
+        return dx if need_x else None, dnorm if need_norm else None, dfc1, dfc2, None, None, None
+
+
+class _NormFunction(torch.autograd.Function):
+    """RMSNorm. x (T, N), weight (N,)."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps, dtype):
+        x = x.to(dtype)
+        y, rsigma = _rmsnorm(x, weight.to(dtype), eps)
+        ctx.save_for_backward(x, weight, rsigma)
+        ctx.dtype = dtype
+        return y.to(dtype)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight, rsigma = ctx.saved_tensors
+        dx, dw = _rmsnorm_backward(dy.to(ctx.dtype), x, rsigma, weight.to(ctx.dtype), ctx.dtype)
+        return dx, dw.to(weight.dtype), None, None
+
+
+# ----------------------------------------------------------------------------------------------
+# Modules
+# ----------------------------------------------------------------------------------------------
+
+
+def _default_init(weight):
+    torch.nn.init.normal_(weight, mean=0.0, std=0.023)
+
+
+class _Module(torch.nn.Module):
+    """Parameters, weight cache and delayed-scaling state that the TE modules share."""
+
+    num_gemms = 1
+
+    def __init__(self, bias, normalization, params_dtype, device, name, fuse_wgrad_accumulation):
+        super().__init__()
+        kind = type(self).__name__
+        _require(not bias, f"{kind}: bias=True is not emulated")
+        _require(normalization in (None, "RMSNorm"), f"{kind}: normalization must be 'RMSNorm', not {normalization!r}")
+        self.name = name
+        self.fuse_wgrad_accumulation = fuse_wgrad_accumulation
+        self.params_dtype = torch.get_default_dtype() if params_dtype is None else params_dtype
+        self._device = device
+        self._init_methods = {}
+        # Plain attributes: neither parameters nor buffers, so not in state_dict().
+        self.fp8_meta = {"num_gemms": self.num_gemms}
+        self._fp8_workspaces = {}
+
+    def _add_parameter(self, name, shape, init_method):
+        param = torch.nn.Parameter(torch.empty(shape, dtype=self.params_dtype, device=self._device))
+        self.register_parameter(name, param)
+        self._init_methods[name] = init_method
+
+    def reset_parameters(self, defer_init: bool = False) -> None:
+        """Initializes the parameters in place; parameters on the meta device wait."""
+        if defer_init:
+            return
+        with torch.no_grad():
+            for name, init_method in self._init_methods.items():
+                param = getattr(self, name)
+                if param.device.type != "meta":
+                    init_method(param)
+
+    def init_fp8_meta_tensors(self, recipe, device=None) -> None:
+        """Makes fp8_meta["scaling_fwd"] and ["scaling_bwd"] for DelayedScaling, unless they exist."""
+        if not recipe.delayed():
+            return
+        if device is None:
+            device = next(self.parameters()).device
+            device = torch.device("cpu") if device.type == "meta" else device
+        self.fp8_meta["recipe"] = recipe
+        for key, per_gemm in (("scaling_fwd", 3), ("scaling_bwd", 2)):
+            state = self.fp8_meta.get(key)
+            if state is None:
+                count = self.num_gemms * per_gemm
+                self.fp8_meta[key] = DelayedScalingState(recipe.amax_history_len, count, device)
+            else:
+                state.resize(recipe.amax_history_len)
+                if state.scale.device != device:
+                    state.to(device)
+
+    def _weight(self, name, run, gemm, is_first_microbatch):
+        """The quantized weight: made anew (None), made and kept (True) or taken from there (False)."""
+        if run.recipe is None:
+            return None
+        weight = getattr(self, name)
+        kept = self._fp8_workspaces.get(name) if is_first_microbatch is not None else None
+        again = any(f.recomputing for f in _state.frames)
+        # Weights quantized by another recipe are of no use. Recomputation reuses what its first pass kept.
+        if kept is not None and kept[0] == run.recipe and (is_first_microbatch is False or again):
+            return kept[1]
+        with torch.no_grad():
+            operand = run.quantize(weight.detach(), "weight", gemm)
+        if is_first_microbatch is not None:
+            self._fp8_workspaces[name] = (dataclasses.replace(run.recipe), operand)
+        return operand
+
+    def _begin(self, x, is_first_microbatch):
+        run = _Pass(self, x)
+        run.overwrite_main_grad = is_first_microbatch is True
+        x = x.reshape(-1, x.shape[-1])
+        if run.recipe is not None:
+            _check_execution(run.recipe, run.dtype, x, *(p for p in self.parameters() if p.dim() == 2))
+        return run, x
+
+    def forward(self, inp, is_first_microbatch: Optional[bool] = None):
+        _require(
+            inp.shape[-1] == self.in_features,
+            f"{type(self).__name__}: input has {inp.shape[-1]} features, expected {self.in_features}",
+        )
+        # Delayed scaling updates tensors that outlive the call and keeps count of passes: not for a
+        # compiler. (TE's modules are opaque to torch.compile as well.)
+        if _state.enabled and _state.recipe.delayed():
+            return self._forward_eager(inp, is_first_microbatch)
+        return self._forward(inp, is_first_microbatch)
+
+    @torch.compiler.disable
+    def _forward_eager(self, inp, is_first_microbatch):
+        return self._forward(inp, is_first_microbatch)
+
+
+class Linear(_Module):
+    """y = x @ weight^T; weight (out_features, in_features)."""
+
+    def __init__(
+        self, in_features, out_features, *, bias=False, params_dtype=None, init_method=None,
+        device=None, name=None, fuse_wgrad_accumulation=False,
+    ):
+        super().__init__(bias, None, params_dtype, device, name, fuse_wgrad_accumulation)
+        self.in_features, self.out_features = in_features, out_features
+        self._add_parameter("weight", (out_features, in_features), init_method or _default_init)
+        self.reset_parameters()
+
+    def _forward(self, inp, is_first_microbatch):
+        run, x = self._begin(inp, is_first_microbatch)
+        operand = self._weight("weight", run, 0, is_first_microbatch)
+        y = _LinearFunction.apply(x, None, self.weight, run, operand)
+        return y.view(*inp.shape[:-1], self.out_features)
+
+
+class LayerNormLinear(_Module):
+    """RMSNorm with gain layer_norm_weight (in_features,), then weight (out_features, in_features)."""
+
+    def __init__(
+        self, in_features, out_features, eps=1e-5, *, bias=False, normalization="RMSNorm", params_dtype=None,
+        init_method=None, device=None, name=None, fuse_wgrad_accumulation=False,
+    ):
+        super().__init__(bias, normalization, params_dtype, device, name, fuse_wgrad_accumulation)
+        self.in_features, self.out_features, self.eps = in_features, out_features, eps
+        self._add_parameter("layer_norm_weight", (in_features,), torch.nn.init.ones_)
+        self._add_parameter("weight", (out_features, in_features), init_method or _default_init)
+        self.reset_parameters()
+
+    def _forward(self, inp, is_first_microbatch):
+        run, x = self._begin(inp, is_first_microbatch)
+        operand = self._weight("weight", run, 0, is_first_microbatch)
+        y = _LinearFunction.apply(x, self.layer_norm_weight, self.weight, run, operand)
+        return y.view(*inp.shape[:-1], self.out_features)
+
+
+class LayerNormMLP(_Module):
+    """RMSNorm, fc1_weight (ffn_hidden_size, hidden_size), activation, fc2_weight (transposed shape)."""
+
+    num_gemms = 2
+
+    def __init__(
+        self, hidden_size, ffn_hidden_size, eps=1e-5, *, bias=False, normalization="RMSNorm", activation="srelu",
+        init_method=None, output_layer_init_method=None, params_dtype=None, device=None, name=None,
+        fuse_wgrad_accumulation=False, checkpoint=False,
+    ):
+        super().__init__(bias, normalization, params_dtype, device, name, fuse_wgrad_accumulation)
+        _require(
+            activation in _ACTIVATIONS,
+            f"LayerNormMLP: activation must be one of {sorted(_ACTIVATIONS)}, not {activation!r}",
+        )
+        self.in_features, self.eps, self.activation, self.checkpoint = hidden_size, eps, activation, checkpoint
+        self._add_parameter("layer_norm_weight", (hidden_size,), torch.nn.init.ones_)
+        self._add_parameter("fc1_weight", (ffn_hidden_size, hidden_size), init_method or _default_init)
+        self._add_parameter("fc2_weight", (hidden_size, ffn_hidden_size), output_layer_init_method or _default_init)
+        self.reset_parameters()
+
+    def _forward(self, inp, is_first_microbatch):
+        if self.checkpoint:
+            return checkpoint(self._mlp, inp, is_first_microbatch, use_reentrant=False)
+        return self._mlp(inp, is_first_microbatch)
+
+    def _mlp(self, inp, is_first_microbatch):
+        run, x = self._begin(inp, is_first_microbatch)
+        operand1 = self._weight("fc1_weight", run, 0, is_first_microbatch)
+        operand2 = self._weight("fc2_weight", run, 1, is_first_microbatch)
+        args = (x, self.layer_norm_weight, self.fc1_weight, self.fc2_weight, run, operand1, operand2)
+        return _MLPFunction.apply(*args).view(inp.shape)
+
+
+class RMSNorm(torch.nn.Module):
+    """RMSNorm with gain `weight` (normalized_shape,). `hidden_size` is TE's old name of the argument."""
+
+    def __init__(self, normalized_shape=None, eps=1e-5, *, hidden_size=None, params_dtype=None, dtype=None, device=None):
+        super().__init__()
+        size = hidden_size if normalized_shape is None else normalized_shape
+        _require(isinstance(size, int), f"RMSNorm: normalized_shape must be an integer, not {size!r}")
+        self.eps = eps
+        self.weight = torch.nn.Parameter(torch.empty(size, dtype=dtype or params_dtype, device=device))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        if self.weight.device.type != "meta":
+            torch.nn.init.ones_(self.weight)
+
+    def forward(self, inp):
+        device_type = inp.device.type
+        autocast_on = torch.is_autocast_enabled(device_type)
+        dtype = torch.get_autocast_dtype(device_type) if autocast_on else self.weight.dtype
+        x = inp.reshape(-1, inp.shape[-1])
+        return _NormFunction.apply(x, self.weight, self.eps, dtype).view(inp.shape)
+
+
+class DotProductAttention(torch.nn.Module):
+    """Causal attention through torch's SDPA: q, k, v (B, T, H, D) -> (B, T, H * D). Never quantized."""
+
+    def __init__(
+        self, num_attention_heads, kv_channels, num_gqa_groups=None, attention_dropout=0.0, *, qkv_format="bshd",
+        attn_mask_type="causal", window_size=None, softmax_scale=None, layer_number=None,
+    ):
+        super().__init__()
+        _require(qkv_format == "bshd", f"DotProductAttention: qkv_format must be 'bshd', not {qkv_format!r}")
+        _require(
+            attn_mask_type in ("causal", "no_mask"),
+            f"DotProductAttention: attn_mask_type must be 'causal' or 'no_mask', not {attn_mask_type!r}",
+        )
+        causal = attn_mask_type == "causal"
+        _require(
+            window_size is None or tuple(window_size) in ((-1, -1), (-1, 0) if causal else (-1, -1)),
+            f"DotProductAttention: window_size={window_size} is not emulated",
+        )
+        _require(isinstance(kv_channels, int), "DotProductAttention: kv_channels must be an integer")
+        self.num_attention_heads, self.kv_channels = num_attention_heads, kv_channels
+        self.num_gqa_groups = num_gqa_groups or num_attention_heads
+        self.attention_dropout, self.causal, self.layer_number = attention_dropout, causal, layer_number
+        self.softmax_scale = softmax_scale or 1.0 / math.sqrt(kv_channels)
+
+    def forward(self, query_layer, key_layer, value_layer):
+        q, k, v = (t.transpose(1, 2) for t in (query_layer, key_layer, value_layer))
+        out = F.scaled_dot_product_attention(
+            q, k, v,
+            is_causal=self.causal,
+            dropout_p=self.attention_dropout if self.training else 0.0,
+            scale=self.softmax_scale,
+            enable_gqa=self.num_gqa_groups != self.num_attention_heads,
+        )
+        return out.transpose(1, 2).flatten(2)
+
+
+def quantized_model_init(*args, **kwargs):
+    raise NotImplementedError("quantized_model_init: parameters that are stored quantized are not emulated")

@@ -1,0 +1,1501 @@
+"""
+Train a GPT in FP8 (or NVFP4) with NVIDIA Transformer Engine. One file, read it top to bottom.
+
+    bash run.sh                                   # set up, then train: d20 with a GPU, tiny without
+    bash run.sh --USE_FP8=False                   # any flag below can be set as --name=value
+    python train.py --preset=tiny --max_iters=20  # one process, the python you are in
+    torchrun --standalone --nproc_per_node=8 train.py --total_batch_size=524288
+    python train.py --help                        # all flags with their defaults
+
+The model is nanochat's d20 shape: 561M parameters, RoPE, RMSNorm, QK norm, relu^2, logit softcap.
+Hidden weights learn by Muon (Microsoft's Dion library), embedding, head and gains by AdamW.
+"""
+
+import ast
+import contextlib
+import difflib
+import gc
+import glob
+import inspect
+import json
+import math
+import os
+import platform
+import queue
+import random
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # read when torch starts
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+# =====================================================================================================
+# Flags. Edit here, or give --name=value. Values here are those of preset "d20"; a flag that is edited
+# or given on the command line beats the preset.
+
+# The run
+preset = "auto"                  # "auto" (d20 with a GPU, tiny without), "d20", "d12", "tiny"
+run_name = "gpt"                 # the run folder is out_dir/run_name; a name already taken gets a number
+out_dir = "out"                  # where run folders go
+seed = 1337                      # initialisation (and stochastic rounding); the data order has no seed
+
+# Data
+dataset = "fineweb10B"           # folder below data_dir: fineweb10B, openwebtext-100k, openwebtext-1M, shakespeare
+data_dir = "data"                # relative to this file unless absolute
+
+# Model
+n_layer = 20                     # transformer blocks
+n_embd = 1280                    # width
+n_head = 10                      # attention heads; n_embd / n_head is the head size
+vocab_size = 65536               # rows of embedding and head; GPT-2's BPE uses the first 50,257
+block_size = 2048                # tokens per sequence
+rope_base = 10000.0              # base of the rotary frequencies
+norm_eps = 1e-6                  # epsilon of every RMSNorm
+logit_softcap = 15.0             # logits = softcap * tanh(logits / softcap); 0 switches it off
+
+# Batch and schedule, in optimizer steps
+total_batch_size = 524288        # tokens per optimizer step, over all ranks and micro-batches
+batch_size = 16                  # sequences per micro-batch and rank
+max_iters = 1700                 # optimizer steps; 1700 x 524,288 tokens are 9 FineWeb shards once
+warmup_iters = 100               # linear warm-up of all learning rates
+min_lr_ratio = 0.1               # the cosine ends at this fraction of each learning rate
+
+# Optimizers: Muon for the matrices in the blocks, AdamW for the rest
+learning_rate = 0.02             # Muon; each update is also scaled by sqrt(fan_out / fan_in)
+learning_rate_embed = 0.3        # AdamW, token embedding
+learning_rate_head = 0.004       # AdamW, output head
+learning_rate_gain = 0.004       # AdamW, RMSNorm gains
+weight_decay = 0.1               # Muon; decoupled, times the learning rate
+weight_decay_embed = 0.0         # AdamW, token embedding
+weight_decay_head = 0.0          # AdamW, output head
+weight_decay_gain = 0.0          # AdamW, RMSNorm gains
+adam_beta1 = 0.8                 # AdamW
+adam_beta2 = 0.95                # AdamW
+adam_eps = 1e-10                 # AdamW
+muon_momentum_start = 0.85       # Muon momentum at step 0 ...
+muon_momentum = 0.95             # ... and from step muon_momentum_iters on
+muon_momentum_iters = 300        # steps of the linear momentum warm-up
+muon_impl = "auto"               # "auto" (dion where it can run, else torch), "dion", "torch"
+grad_clip = 1.0                  # largest global gradient norm; 0 only measures it
+USE_8BIT_ADAM = False            # bitsandbytes AdamW8bit for embedding and head (one GPU, unsharded)
+
+# Precision
+USE_FP8 = True                   # block matmuls in FP8; False: bf16
+FP8_RECIPE = "delayed"           # "delayed", "current", "block", "mxfp8"
+FP8_MARGIN = 0                   # delayed: scale = fp8_max / amax / 2^margin
+FP8_AMAX_HISTORY = 1024          # delayed: micro-batches over which the largest amax counts
+FP8_CALIBRATION_STEPS = 3        # delayed: first steps preceded by a pass that only fills the amax history
+USE_NVFP4 = False                # block matmuls in NVFP4 (takes the place of FP8)
+USE_EMULATION = "auto"           # "auto" (only where TE or the hardware is missing), True: te_emulation.py always
+
+# Parallelism
+USE_FSDP2 = "auto"               # shard parameters, gradients and optimizer state over the ranks
+USE_DDP = "auto"                 # replicate them; "auto" for both: none on one rank, DDP where it fits, else FSDP2
+FSDP2_RESHARD = False            # FSDP2: free a block's gathered weights after its forward pass (saves memory)
+REDUCE_FP32 = True               # add gradients up over ranks in fp32; False: bf16
+
+# Speed and memory
+USE_COMPILE = "auto"             # torch.compile for RoPE + QK norm, embedding norm, loss; "auto": with a GPU
+USE_AC_LM_HEAD = False           # recompute logits in the backward pass; False: form their gradients in the forward pass
+USE_AC_BLOCKS = False            # recompute each block in the backward pass
+USE_AC_ATTENTION = False         # recompute RoPE, QK norm and attention in the backward pass
+loss_chunk_size = 8192           # tokens whose logits exist at once
+
+# Evaluation and logging
+eval_interval = 125              # steps between evaluations; 0: only at the end
+eval_tokens = 10485760           # tokens of the val shards per evaluation
+log_interval = 1                 # steps between log lines
+USE_WANDB = False                # log to Weights & Biases too
+wandb_project = "nanogpt-fp8"    # its project name
+
+# End of flags
+# =====================================================================================================
+
+# Preset d20 repeats the defaults above: by them an edited flag is told from an untouched one.
+PRESETS = {
+    "d20": dict(
+        dataset="fineweb10B", n_layer=20, n_embd=1280, n_head=10, vocab_size=65536, block_size=2048,
+        total_batch_size=524288, batch_size=16, max_iters=1700, warmup_iters=100, loss_chunk_size=8192,
+        muon_momentum_iters=300, eval_interval=125, eval_tokens=10485760,
+    ),
+    "d12": dict(n_layer=12, n_embd=768, n_head=6, batch_size=32),
+    "tiny": dict(
+        dataset="shakespeare", n_layer=4, n_embd=128, n_head=2, vocab_size=50304, block_size=128,
+        total_batch_size=2048, batch_size=16, max_iters=60, warmup_iters=5, loss_chunk_size=64,
+        muon_momentum_iters=60, eval_interval=20, eval_tokens=16384,
+    ),
+}
+
+CHOICES = {
+    "preset": ("auto", *PRESETS),
+    "FP8_RECIPE": ("delayed", "current", "block", "mxfp8"),
+    "muon_impl": ("auto", "dion", "torch"),
+    "USE_EMULATION": ("auto", True),
+}
+
+EOT = 50256  # GPT-2's <|endoftext|>, put before each document
+
+
+class UserError(Exception):
+    """Wrong input: main() prints its one line and exits with `status`, without a traceback."""
+
+    def __init__(self, message, status=1):
+        super().__init__(message)
+        self.status = status
+
+
+# -----------------------------------------------------------------------------------------------------
+# Reading the flags
+
+
+def read_flag_table(path):
+    """The flags of a script: {name: (default, comment, group)}, read from its source text.
+
+    A flag is a line `name = literal  # comment` between the headings "# Flags" and "# End of flags";
+    a comment line on its own opens a group.
+    """
+    table, group, inside = {}, "", False
+    for line in open(path, encoding="utf-8"):
+        if line.startswith("# End of flags"):
+            break
+        if line.startswith("# Flags"):
+            inside = True
+        elif inside and (m := re.match(r"(\w+) = (.+?)\s+# (.*)", line)):
+            table[m[1]] = (ast.literal_eval(m[2]), m[3].strip(), group)
+        elif inside and (m := re.match(r"# (\w.*)", line)):
+            group = m[1]
+    return table
+
+
+def parse_value(name, text, default):
+    """Turn the text of --name=text into a value of the flag's type; raises UserError."""
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = {"true": True, "false": False}.get(text.lower(), text)
+    if default == "auto" and name.startswith("USE_"):
+        kind, ok = "auto, True or False", value == "auto" or isinstance(value, bool)
+    elif isinstance(default, bool):
+        kind, ok = "True or False", isinstance(value, bool)
+    elif isinstance(default, int):
+        kind, ok = "a whole number", isinstance(value, int) and not isinstance(value, bool)
+    elif isinstance(default, float):
+        kind, ok = "a number", isinstance(value, (int, float)) and not isinstance(value, bool)
+        value = float(value) if ok else value
+        ok = ok and math.isfinite(value)
+    else:
+        kind, ok, value = "text", True, text
+    if not ok:
+        raise UserError(f"--{name} takes {kind}, not '{text}' (default {default})", 2)
+    return value
+
+
+def parse_flags(argv, path, presets=PRESETS, choices=CHOICES, has_gpu=None):
+    """Resolve defaults, preset and command line into one namespace of flags.
+
+    Args:
+        argv: command line without the program name, `--name=value` each.
+        path: script whose flag section holds names, defaults and comments.
+        presets: {preset: {flag: value}}; a flag set on the command line or edited in the file beats it.
+        choices: {flag: allowed values}.
+        has_gpu: what preset "auto" goes by (default: torch.cuda.is_available()).
+    Returns: SimpleNamespace with one attribute per flag, and `explicit`, the names that were given.
+    Raises: UserError (status 2) naming the nearest flag, or what the value should be.
+    """
+    table = read_flag_table(path)
+    if any(a in ("--help", "-h") for a in argv):
+        print(format_help(path, table))
+        raise SystemExit(0)
+    given = {}
+    for arg in argv:
+        m = re.fullmatch(r"--([\w-]+)=(.*)", arg, re.S)
+        if not m:
+            hint = f"--{arg.lstrip('-').split('=')[0]}=value" if arg.startswith("-") else "--name=value"
+            raise UserError(f"'{arg}' is no flag; flags are written {hint} (--help lists them)", 2)
+        name, text = m.groups()
+        if name not in table:
+            by_lower = {n.lower(): n for n in table}
+            near = difflib.get_close_matches(name.lower().replace("-", "_"), by_lower, 1, 0.0)[0]
+            raise UserError(f"no flag --{name}; the nearest is --{by_lower[near]} (--help lists all)", 2)
+        given[name] = parse_value(name, text, table[name][0])
+    flags = {name: default for name, (default, _, _) in table.items()}
+    if presets:
+        chosen = given.get("preset", flags["preset"])
+        if chosen == "auto":
+            has_gpu = torch.cuda.is_available() if has_gpu is None else has_gpu
+            chosen = "d20" if has_gpu else "tiny"
+        if chosen not in presets:
+            raise UserError(f"--preset is one of {', '.join(choices['preset'])}, not '{chosen}'", 2)
+        edited = {name for name, released in presets["d20"].items() if flags[name] != released}
+        flags.update({k: v for k, v in presets[chosen].items() if k not in edited})
+        flags["preset"] = given["preset"] = chosen
+    flags.update(given)
+    for name, allowed in choices.items():
+        if name in flags and flags[name] not in allowed:
+            raise UserError(f"--{name} is one of {', '.join(map(str, allowed))}, not '{flags[name]}'", 2)
+    return SimpleNamespace(**flags, explicit=sorted(given))
+
+
+def format_help(path, table):
+    """The text of --help: the script's docstring, then every flag with default and comment."""
+    lines = [ast.get_docstring(ast.parse(open(path, encoding="utf-8").read())), ""]
+    last = None
+    for name, (default, comment, group) in table.items():
+        if group != last:
+            lines += ["", group]
+            last = group
+        lines.append(f"  --{name}={default!s:<14} {comment}")
+    return "\n".join(lines)
+
+
+def check_flags(cfg, world_size):
+    """Refuse values that cannot work, each in one line with the remedy. Raises UserError (status 2)."""
+    positive = ("n_layer n_embd n_head vocab_size block_size total_batch_size batch_size max_iters "
+                "loss_chunk_size eval_tokens log_interval FP8_AMAX_HISTORY norm_eps rope_base").split()
+    not_negative = ("warmup_iters eval_interval grad_clip logit_softcap min_lr_ratio muon_momentum_iters "
+                    "FP8_CALIBRATION_STEPS learning_rate learning_rate_embed learning_rate_head "
+                    "learning_rate_gain weight_decay weight_decay_embed weight_decay_head weight_decay_gain").split()
+    for name in positive:
+        if hasattr(cfg, name) and getattr(cfg, name) <= 0:
+            raise UserError(f"--{name} must be above 0, not {getattr(cfg, name)}", 2)
+    for name in not_negative:
+        if hasattr(cfg, name) and getattr(cfg, name) < 0:
+            raise UserError(f"--{name} must not be negative, but is {getattr(cfg, name)}", 2)
+    for name in ("muon_momentum_start", "muon_momentum", "adam_beta1", "adam_beta2"):
+        if hasattr(cfg, name) and not 0 <= getattr(cfg, name) < 1:
+            raise UserError(f"--{name} must be at least 0 and below 1, not {getattr(cfg, name)}", 2)
+    if cfg.n_embd % cfg.n_head or cfg.n_embd // cfg.n_head % 2:
+        raise UserError(f"n_embd={cfg.n_embd} over n_head={cfg.n_head} heads must give an even head size: "
+                        f"use --n_head={max(1, cfg.n_embd // 128)}", 2)
+    micro = world_size * cfg.batch_size * cfg.block_size
+    if cfg.total_batch_size % micro:
+        nearest = max(1, round(cfg.total_batch_size / micro)) * micro
+        raise UserError(
+            f"total_batch_size={cfg.total_batch_size} is no multiple of ranks x batch_size x block_size = "
+            f"{world_size} x {cfg.batch_size} x {cfg.block_size} = {micro}; the nearest is --total_batch_size={nearest}", 2)
+    if os.path.basename(cfg.run_name) != cfg.run_name or cfg.run_name in ("", ".", ".."):
+        raise UserError(f"--run_name is a folder name without slashes, not '{cfg.run_name}'", 2)
+
+
+# =====================================================================================================
+# Processes: rank, world size, device and mesh, set the same way for one process as for many
+
+
+@dataclass
+class Processes:
+    """Where this process stands: its rank of world_size, its device, and the 1-D device mesh."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+    mesh: object  # DeviceMesh over all ranks
+
+    @property
+    def is_main(self):
+        return self.rank == 0
+
+    def print(self, *args):
+        if self.is_main:
+            print(*args, flush=True)
+
+    def sum(self, tensor):
+        """Add a tensor up over all ranks, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def broadcast(self, value):
+        """Rank 0's value of a small Python object, on every rank."""
+        if self.world_size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+
+def start_processes():
+    """Join torchrun's process group, or make a group of one: the rest of the script sees no difference."""
+    env = os.environ
+    rank, local_rank = int(env.get("RANK", 0)), int(env.get("LOCAL_RANK", 0))
+    world_size = int(env.get("WORLD_SIZE", 1))
+    use_cuda = torch.cuda.is_available()
+    if use_cuda:
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(f"local rank {local_rank} has no GPU: this machine has {torch.cuda.device_count()}; "
+                            f"set NPROC to at most that", 2)
+        torch.cuda.set_device(local_rank)
+    device = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
+    if not dist.is_initialized():
+        # gloo beside NCCL: objects and CPU tensors travel without touching the GPU's stream
+        backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
+        store = dist.HashStore() if world_size == 1 else None
+        dist.init_process_group(backend, rank=rank, world_size=world_size, store=store,
+                                device_id=device if use_cuda else None)
+    mesh = init_device_mesh(device.type, (world_size,), mesh_dim_names=("data",))
+    return Processes(rank, local_rank, world_size, device, mesh)
+
+
+# =====================================================================================================
+# Data: token shards, read as one ring
+
+SHARD_MAGIC, SHARD_VERSION, HEADER_INTS = 20240520, 1, 256
+
+
+def open_shard(path):
+    """Memory-map the tokens of one shard (256 int32 of header, then uint16 tokens).
+
+    Returns: np.memmap of uint16, shape (tokens,).
+    Raises: UserError naming the file and the remedy if it is empty, truncated or of another format.
+    """
+    remedy = "delete it and fetch or build it again (data/README.md)"
+    size = os.path.getsize(path)
+    if size < 4 * HEADER_INTS:
+        raise UserError(f"{path} holds {size} bytes, less than a shard's header of {4 * HEADER_INTS}: {remedy}")
+    header = np.fromfile(path, dtype="<i4", count=HEADER_INTS)
+    if header[0] != SHARD_MAGIC:
+        raise UserError(f"{path} is no token shard (magic number {header[0]}, not {SHARD_MAGIC}): {remedy}")
+    if header[1] != SHARD_VERSION:
+        raise UserError(f"{path} is a shard of version {header[1]}, this script reads version {SHARD_VERSION}: {remedy}")
+    tokens, expected = int(header[2]), 4 * HEADER_INTS + 2 * int(header[2])
+    if size != expected:
+        raise UserError(f"{path} holds {size} bytes where its header's {tokens} tokens take {expected}: {remedy}")
+    if tokens == 0:
+        raise UserError(f"{path} holds no tokens: {remedy}")
+    return np.memmap(path, dtype="<u2", mode="r", offset=4 * HEADER_INTS, shape=(tokens,))
+
+
+class TokenRing:
+    """All shards of a split end to end, read as a ring: position p is token p modulo the total."""
+
+    def __init__(self, data_dir, dataset, split, vocab_size, need_tokens):
+        folder = os.path.join(data_dir, dataset)
+        self.paths = sorted(glob.glob(os.path.join(folder, f"*_{split}_*.bin")))
+        if not self.paths:
+            bring = {"fineweb10B": "python data/cachedfineweb10b.py 9",
+                     "shakespeare": "python data/shakespeare/prepare.py"}.get(dataset, f"python data/{dataset}/prepare.py")
+            raise UserError(f"no {split} shards ({folder}/*_{split}_*.bin): bring them with `{bring}`, "
+                            f"or name another --dataset or --data_dir")
+        self.shards = [open_shard(p) for p in self.paths]
+        self.starts = np.cumsum([0] + [len(s) for s in self.shards])
+        self.total, self.vocab_size = int(self.starts[-1]), vocab_size
+        if self.total < need_tokens:
+            raise UserError(f"the {split} shards {folder}/*_{split}_*.bin hold {self.total} tokens, fewer than the "
+                            f"{need_tokens} wanted at once: lower the batch (or --eval_tokens), or bring more shards")
+
+    def read(self, start, count):
+        """Tokens start ... start+count-1 of the ring as int32, shape (count,).
+
+        Raises UserError naming the shard if a token id is not below vocab_size.
+        """
+        out, filled = np.empty(count, dtype=np.int32), 0
+        while filled < count:
+            position = (start + filled) % self.total
+            i = int(np.searchsorted(self.starts, position, side="right")) - 1
+            offset = position - int(self.starts[i])
+            piece = self.shards[i][offset:offset + count - filled]
+            if int(piece.max()) >= self.vocab_size:
+                raise UserError(f"{self.paths[i]} holds token id {int(piece.max())}, but vocab_size is {self.vocab_size}: "
+                                f"raise --vocab_size, or tokenize again with GPT-2's BPE")
+            out[filled:filled + len(piece)] = piece
+            filled += len(piece)
+        return out
+
+
+class DataLoader:
+    """Micro-batches of this rank in the order of the ring, made ahead of time by a thread.
+
+    Optimizer step k reads tokens k*G to (k+1)*G of the ring, and one more as the last target, with
+    G = total_batch_size. Micro-batch m of rank r starts at k*G + (m*world_size + r)*B*T, so a step reads
+    the same tokens for any number of ranks and any micro-batch size.
+    """
+
+    def __init__(self, ring, cfg, procs, depth=4):
+        self.ring, self.batch_size, self.block_size, self.device = ring, cfg.batch_size, cfg.block_size, procs.device
+        self.rank, self.world_size, self.step_tokens = procs.rank, procs.world_size, cfg.total_batch_size
+        self.micro_tokens = self.batch_size * self.block_size
+        self.accumulation = self.step_tokens // (self.micro_tokens * self.world_size)
+        self.depth, self.thread, self.index = depth, None, 0  # index counts this rank's micro-batches
+
+    def state_dict(self):
+        """Position as plain numbers: the next optimizer step, and the micro-batch within it."""
+        return {"step": self.index // self.accumulation, "micro_batch": self.index % self.accumulation}
+
+    def load_state_dict(self, state):
+        """Go on exactly where state_dict() was taken, whatever was prefetched since."""
+        self.close()
+        self.index = state["step"] * self.accumulation + state["micro_batch"]
+
+    def micro_batch(self, index):
+        """Inputs and targets of one micro-batch as CPU tensors: (B, T) int32 and (B, T) int64."""
+        step, m = divmod(index, self.accumulation)
+        start = step * self.step_tokens + (m * self.world_size + self.rank) * self.micro_tokens
+        tokens = torch.from_numpy(self.ring.read(start, self.micro_tokens + 1))
+        x = tokens[:-1].view(self.batch_size, self.block_size).contiguous()
+        y = tokens[1:].view(self.batch_size, self.block_size).long()
+        return (x.pin_memory(), y.pin_memory()) if self.device.type == "cuda" else (x, y)
+
+    def _fill(self, index, batches, stop):
+        while not stop.is_set():
+            try:
+                item = self.micro_batch(index)
+            except Exception as error:  # raised again in the training thread by next()
+                item = error
+            while not stop.is_set():
+                try:
+                    batches.put(item, timeout=0.1)
+                    break
+                except queue.Full:
+                    continue
+            if isinstance(item, Exception):
+                return
+            index += 1
+
+    def next(self):
+        """The next micro-batch on the device: inputs (B, T) int32, targets (B, T) int64."""
+        if self.thread is None:
+            self.batches, self.stop = queue.Queue(self.depth), threading.Event()
+            self.thread = threading.Thread(target=self._fill, args=(self.index, self.batches, self.stop), daemon=True)
+            self.thread.start()
+        item = self.batches.get()
+        if isinstance(item, Exception):
+            raise item
+        self.index += 1
+        x, y = item
+        return x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
+
+    def peek(self):
+        """The micro-batch that next() would give, without moving on."""
+        x, y = self.micro_batch(self.index)
+        return x.to(self.device), y.to(self.device)
+
+    def close(self):
+        if self.thread is not None:
+            self.stop.set()
+            self.thread.join()
+            self.thread = None
+
+
+# =====================================================================================================
+# Precision: which Transformer Engine, which recipe
+
+
+@dataclass
+class Precision:
+    """The layers' library (TE or its emulation), the recipe of block matmuls, and why."""
+
+    te: object
+    recipe: object  # None: bf16
+    name: str       # "bf16", "fp8-delayed", ..., "nvfp4"
+    emulated: bool
+    reason: str
+
+    @contextlib.contextmanager
+    def autocast(self, procs, quantized=True):
+        """The context of a forward pass: bf16 by torch.autocast, FP8 or NVFP4 by te.autocast.
+
+        Delayed scaling reduces its amaxes over all ranks, so that every rank scales alike.
+        """
+        enabled = quantized and self.recipe is not None
+        group = procs.mesh.get_group() if procs.world_size > 1 else None
+        with torch.autocast(procs.device.type, dtype=torch.bfloat16), \
+                self.te.autocast(enabled=enabled, recipe=self.recipe if enabled else None, amax_reduction_group=group):
+            yield
+
+
+def select_precision(cfg, device):
+    """Choose TE or te_emulation.py and build the recipe, by asking TE what the device can do.
+
+    Raises: UserError where the layers' shapes do not fit the format.
+    """
+    name = "nvfp4" if cfg.USE_NVFP4 else f"fp8-{cfg.FP8_RECIPE}" if cfg.USE_FP8 else "bf16"
+    te, recipes, missing = None, None, ""
+    if cfg.USE_EMULATION is True:
+        missing = "USE_EMULATION=True"
+    elif device.type != "cuda":
+        missing = "no GPU"
+    else:
+        try:
+            import transformer_engine.pytorch as te
+            from transformer_engine.common import recipe as recipes
+        except ImportError as error:
+            missing = f"Transformer Engine cannot be imported: {error}"
+    if not missing and name != "bf16":
+        ask = {"nvfp4": te.is_nvfp4_available, "fp8-mxfp8": te.is_mxfp8_available,
+               "fp8-block": te.is_fp8_block_scaling_available}.get(name, te.is_fp8_available)
+        available, why = ask(return_reason=True)
+        missing = "" if available else why.rstrip(".")
+    if missing:
+        import te_emulation as te
+        recipes = te.recipe
+
+    if name == "bf16":
+        recipe = None
+    elif name == "nvfp4":
+        # sm_120 (RTX 5090, RTX Pro 6000) has NVFP4 without the random Hadamard transform and stochastic rounding.
+        sm_120 = not missing and torch.cuda.get_device_capability(device)[0] == 12
+        recipe = recipes.NVFP4BlockScaling(disable_rht=sm_120, disable_stochastic_rounding=sm_120)
+    elif cfg.FP8_RECIPE == "delayed":
+        recipe = recipes.DelayedScaling(fp8_format=recipes.Format.HYBRID, margin=cfg.FP8_MARGIN,
+                                        amax_history_len=cfg.FP8_AMAX_HISTORY, amax_compute_algo="max")
+    else:
+        recipe = {"current": recipes.Float8CurrentScaling, "block": recipes.Float8BlockScaling,
+                  "mxfp8": recipes.MXFP8BlockScaling}[cfg.FP8_RECIPE]()
+
+    multiple = {"bf16": 1, "fp8-block": 128, "fp8-mxfp8": 32, "nvfp4": 128}.get(name, 16)
+    if cfg.n_embd % multiple or cfg.batch_size * cfg.block_size % multiple:
+        raise UserError(f"{name} wants n_embd and batch_size x block_size divisible by {multiple}, not {cfg.n_embd} and "
+                        f"{cfg.batch_size * cfg.block_size}: choose others, or --USE_FP8=False", 2)
+    if not missing:
+        reason = f"by Transformer Engine {getattr(te, '__version__', '')}".rstrip()
+    elif name == "bf16":
+        reason = f"by te_emulation.py ({missing})"
+    else:
+        reason = f"EMULATED by te_emulation.py ({missing})"
+    return Precision(te, recipe, name, bool(missing), reason)
+
+
+def fp8_state(model):
+    """The delayed-scaling state as plain tensors: {"<module>.<scaling_fwd|scaling_bwd>.<scale|amax_history>": tensor}.
+
+    Empty under recipes that have no state. The tensors are the live ones: clone() them to keep them.
+    """
+    state = {}
+    for name, module in model.named_modules():
+        for key in ("scaling_fwd", "scaling_bwd"):
+            held = getattr(module, "fp8_meta", {}).get(key)
+            if hasattr(held, "amax_history"):
+                state[f"{name}.{key}.scale"] = held.scale
+                state[f"{name}.{key}.amax_history"] = held.amax_history
+    return state
+
+
+# =====================================================================================================
+# Model
+
+
+def rms_norm(x, eps):
+    """RMSNorm without gain over the last dimension, computed in fp32, returned in bf16 (arXiv 1910.07467)."""
+    x = x.float()
+    return (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)).bfloat16()
+
+
+def rope_qk_norm(qkv, cos, sin, n_head, eps):
+    """Rotary position embedding (half-split) of q and k, then RMSNorm of each head without gain.
+
+    Args:
+        qkv: (B, T, 3*C) bf16, rows of q, then k, then v.
+        cos, sin: (T, D/2) fp32 with D = C / n_head.
+    Returns: q, k, v, each (B, T, n_head, D) bf16 and contiguous.
+    Sources: RoPE arXiv 2104.09864; QK norm arXiv 2302.05442 (as RMSNorm: plain L2 norm slows convergence).
+    """
+    B, T, C3 = qkv.shape
+    q, k, v = qkv.view(B, T, 3, n_head, C3 // 3 // n_head).unbind(2)
+    cos, sin = cos[None, :T, None, :], sin[None, :T, None, :]
+
+    def rotate_and_norm(x):
+        x1, x2 = x.float().chunk(2, dim=-1)
+        return rms_norm(torch.cat((x1 * cos - x2 * sin, x1 * sin + x2 * cos), dim=-1), eps)
+
+    return rotate_and_norm(q), rotate_and_norm(k), v.contiguous()
+
+
+def spectral_init(weight):
+    """Normal with std = 1/sqrt(fan_in) * min(1, sqrt(fan_out/fan_in)) (arXiv 2310.17813)."""
+    fan_out, fan_in = weight.shape
+    return nn.init.normal_(weight, std=fan_in ** -0.5 * min(1.0, math.sqrt(fan_out / fan_in)))
+
+
+class Attention(nn.Module):
+    """RMSNorm -> q, k, v -> RoPE and QK norm -> causal attention -> output projection."""
+
+    def __init__(self, cfg, te, compiled, device):
+        super().__init__()
+        self.n_head, self.eps, self.recompute, self.te = cfg.n_head, cfg.norm_eps, cfg.USE_AC_ATTENTION, te
+        self.rope_qk_norm = compiled(rope_qk_norm)
+        # One fused q/k/v matrix makes one wide matmul; Muon orthogonalises its three parts apart.
+        self.qkv = te.LayerNormLinear(cfg.n_embd, 3 * cfg.n_embd, eps=cfg.norm_eps, bias=False, normalization="RMSNorm",
+                                      init_method=init_qkv, params_dtype=torch.float32, device=device)
+        self.core = te.DotProductAttention(cfg.n_head, cfg.n_embd // cfg.n_head, attention_dropout=0.0,
+                                           qkv_format="bshd", attn_mask_type="causal")
+        self.proj = te.Linear(cfg.n_embd, cfg.n_embd, bias=False, init_method=nn.init.zeros_,
+                              params_dtype=torch.float32, device=device)
+
+    def attend(self, qkv, cos, sin):
+        q, k, v = self.rope_qk_norm(qkv, cos, sin, self.n_head, self.eps)  # (B, T, H, D) each
+        return self.core(q, k, v)                                          # (B, T, C)
+
+    def forward(self, x, cos, sin, first):
+        qkv = self.qkv(x, is_first_microbatch=first)                       # (B, T, 3C)
+        if self.recompute and self.training:
+            y = self.te.checkpoint(self.attend, qkv, cos, sin, use_reentrant=False)
+        else:
+            y = self.attend(qkv, cos, sin)
+        return self.proj(y, is_first_microbatch=first)                     # (B, T, C)
+
+
+def init_qkv(weight):
+    """spectral_init of q, k and v each, as if they were three matrices."""
+    for part in weight.chunk(3, dim=0):
+        spectral_init(part)
+    return weight
+
+
+class Block(nn.Module):
+    """One transformer block: x + attention(x), then x + MLP(x); each half begins with RMSNorm with gain."""
+
+    def __init__(self, cfg, te, compiled, device):
+        super().__init__()
+        self.attn = Attention(cfg, te, compiled, device)
+        self.mlp = te.LayerNormMLP(cfg.n_embd, 4 * cfg.n_embd, eps=cfg.norm_eps, bias=False, normalization="RMSNorm",
+                                   activation="srelu", init_method=spectral_init, output_layer_init_method=nn.init.zeros_,
+                                   params_dtype=torch.float32, device=device)
+
+    def forward(self, x, cos, sin, first):
+        x = x + self.attn(x, cos, sin, first)
+        return x + self.mlp(x, is_first_microbatch=first)
+
+
+class LMHead(nn.Module):
+    """Output projection with logit softcap, and the loss over it in chunks of tokens."""
+
+    def __init__(self, cfg, compiled, device):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(cfg.vocab_size, cfg.n_embd, device=device))
+        self.softcap, self.chunk, self.recompute = cfg.logit_softcap, cfg.loss_chunk_size, cfg.USE_AC_LM_HEAD
+        self.kernels = SimpleNamespace(loss=compiled(softcap_cross_entropy), both=compiled(softcap_cross_entropy_and_grad))
+
+    def forward(self, h, targets=None):
+        """h: (B, T, C) bf16. With targets (B, T) int64 (-1: no target): the summed loss, a scalar fp32.
+        Without: logits (B, T, V) fp32 after the softcap."""
+        if targets is None:
+            logits = matmul(h.flatten(0, 1), self.weight.to(h.dtype).t()).float()
+            if self.softcap:
+                logits = self.softcap * torch.tanh(logits / self.softcap)
+            return logits.view(*h.shape[:2], -1)
+        return ChunkedCrossEntropy.apply(h.flatten(0, 1), self.weight, targets.flatten(), self.softcap, self.chunk,
+                                         self.recompute, self.kernels)
+
+
+class GPT(nn.Module):
+    """Token embedding -> RMSNorm -> blocks -> RMSNorm with gain -> head with softcap.
+
+    Parameters are fp32 (the master weights); matmuls run in bf16, FP8 or NVFP4 by the context of the call.
+    """
+
+    def __init__(self, cfg, te, compiled, device):
+        super().__init__()
+        self.cfg, self.te = cfg, te
+        self.embed_norm = compiled(rms_norm)
+        self.embed = nn.Embedding(cfg.vocab_size, cfg.n_embd, device=device)
+        self.blocks = nn.ModuleList(Block(cfg, te, compiled, device) for _ in range(cfg.n_layer))
+        self.norm = te.RMSNorm(cfg.n_embd, eps=cfg.norm_eps, dtype=torch.float32, device=device)
+        self.head = LMHead(cfg, compiled, device)
+        # arXiv 2310.17813 for one-hot inputs: entries of order 1 (the RMSNorm after it takes any scale)
+        nn.init.normal_(self.embed.weight, std=1.0)
+        half = cfg.n_embd // cfg.n_head // 2
+        angle = torch.outer(torch.arange(cfg.block_size, dtype=torch.float64),
+                            cfg.rope_base ** (-torch.arange(half, dtype=torch.float64) / half))
+        # Plain attributes: nothing to save, and never cast to bf16 (bf16 cannot tell position 2047 from 2048)
+        self.cos, self.sin = angle.cos().float().to(device), angle.sin().float().to(device)  # (T, D/2)
+
+    def forward(self, idx, targets=None, first=None):
+        """Summed loss over the targets (scalar fp32), or logits (B, T, V) fp32 if there are none.
+
+        Args:
+            idx: (B, T) int32 token ids.
+            targets: (B, T) int64, -1 where there is nothing to predict.
+            first: True in a step's first micro-batch, False in the others, so that TE quantizes each weight
+                once a step; None: quantize anew.
+        """
+        x = self.embed_norm(self.embed(idx), self.cfg.norm_eps)            # (B, T, C) bf16
+        for block in self.blocks:
+            if self.cfg.USE_AC_BLOCKS and self.training:
+                x = self.te.checkpoint(block, x, self.cos, self.sin, first, use_reentrant=False)
+            else:
+                x = block(x, self.cos, self.sin, first)
+        return self.head(self.norm(x), targets)
+
+    def parameter_table(self):
+        """[(part, parameters, explanation)], adding up to all parameters."""
+        c = self.cfg
+        return [
+            ("token embedding", self.embed.weight.numel(), f"{c.vocab_size} x {c.n_embd}"),
+            ("attention", c.n_layer * 4 * c.n_embd ** 2, f"{c.n_layer} x (q, k, v, proj: 4 x {c.n_embd}^2)"),
+            ("MLP", c.n_layer * 8 * c.n_embd ** 2, f"{c.n_layer} x (fc1, fc2: 2 x {c.n_embd} x {4 * c.n_embd})"),
+            ("RMSNorm gains", (2 * c.n_layer + 1) * c.n_embd, f"(2 x {c.n_layer} + 1) x {c.n_embd}"),
+            ("output head", self.head.weight.numel(), f"{c.vocab_size} x {c.n_embd}"),
+        ]
+
+    def flops_per_token(self):
+        """Training FLOPs of one token: 6 x matmul parameters + causal attention, which counts half."""
+        c = self.cfg
+        matmul_parameters = c.n_layer * 12 * c.n_embd ** 2 + c.vocab_size * c.n_embd
+        return 6 * matmul_parameters + 6 * c.n_layer * c.block_size * c.n_embd
+
+
+# -----------------------------------------------------------------------------------------------------
+# Loss: head, softcap and cross-entropy in chunks, so that all logits never exist at once
+
+
+def matmul_operand(x, dtype):
+    """x rounded to `dtype`; a CPU keeps those values in fp32, once for all the matmuls they go into."""
+    return x.to(dtype) if x.is_cuda else x.to(dtype).float()
+
+
+def matmul(a, b, out=None):
+    """a @ b of bf16 matrices with fp32 accumulation, in bf16; or added onto `out` (fp32).
+
+    A CPU multiplies in fp32, which holds the same products exactly and is fast on every CPU.
+    """
+    if a.is_cuda:
+        return a @ b if out is None else torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
+    return a.float() @ b.float() if out is None else out.addmm_(a.float(), b.float())
+
+
+def softcap_cross_entropy(logits, targets, softcap):
+    """Summed cross-entropy of softcapped logits. logits (N, V), targets (N,) int64, -1 ignored. Scalar fp32."""
+    z = logits.float()
+    if softcap:
+        z = torch.tanh(z / softcap) * softcap
+    picked = z.gather(1, targets.clamp(min=0)[:, None])[:, 0]
+    return ((torch.logsumexp(z, dim=1) - picked) * (targets >= 0)).sum()
+
+
+def softcap_cross_entropy_and_grad(logits, targets, softcap):
+    """The summed loss as above, and its gradient for the logits before the softcap, (N, V) in the logits' dtype.
+
+    Overwrites fp32 logits: in-place operations halve the time of the eager version, and cost the compiled one nothing.
+    """
+    z = logits.float()
+    if softcap:
+        t = z.div_(softcap).tanh_()
+        z = t * softcap
+    valid, index = targets >= 0, targets.clamp(min=0)[:, None]
+    lse = torch.logsumexp(z, dim=1)
+    loss = ((lse - z.gather(1, index)[:, 0]) * valid).sum()
+    # d loss / d z = softmax(z) - onehot(target);  d z / d logits = 1 - tanh^2
+    grad = z.sub_(lse[:, None]).exp_()
+    if torch.compiler.is_compiling():  # fuses into one kernel, where scatter would not
+        grad = grad - (torch.arange(grad.shape[1], device=grad.device) == index).float()
+    else:
+        grad.scatter_add_(1, index, torch.full_like(index, -1, dtype=grad.dtype))
+    if softcap:
+        grad = grad.mul_(t.square_().neg_().add_(1))
+    return loss, grad.mul_(valid[:, None]).to(logits.dtype)
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """Summed cross-entropy of softcap(h @ weight.T) against targets, `chunk` tokens at a time.
+
+    With recompute=False the gradients of h and weight are formed chunk by chunk in the forward pass, while the
+    logits are there anyway; with True the forward pass keeps nothing and the backward pass makes the logits again.
+
+    forward arguments: h (N, C) bf16, weight (V, C), targets (N,) int64 with -1 ignored, softcap (0: none).
+    """
+
+    @staticmethod
+    def forward(ctx, h, weight, targets, softcap, chunk, recompute, kernels):
+        w = matmul_operand(weight, h.dtype)
+        ctx.arguments = softcap, chunk, kernels
+        needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        if needs_grad and not recompute:
+            loss, dh, dw = ChunkedCrossEntropy.loss_and_grads(h, w, targets, softcap, chunk, kernels)
+            ctx.grads = dh, dw.to(weight.dtype)
+            return loss
+        if needs_grad:
+            ctx.save_for_backward(h, weight, targets)
+        return sum(kernels.loss(matmul(hc, w.t()), tc, softcap) for hc, tc in zip(h.split(chunk), targets.split(chunk)))
+
+    @staticmethod
+    def loss_and_grads(h, w, targets, softcap, chunk, kernels):
+        """Loss, its gradient for h (N, C) bf16, and for the weight (V, C) fp32."""
+        loss = torch.zeros((), device=h.device)
+        dh, dw = torch.empty_like(h), torch.zeros(w.shape, dtype=torch.float32, device=w.device)
+        for hc, tc, dhc in zip(h.split(chunk), targets.split(chunk), dh.split(chunk)):
+            loss_c, dlogits = kernels.both(matmul(hc, w.t()), tc, softcap)
+            loss += loss_c
+            dhc.copy_(matmul(dlogits, w))
+            matmul(dlogits.t(), hc, out=dw)
+        return loss, dh, dw
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        if ctx.saved_tensors:
+            h, weight, targets = ctx.saved_tensors
+            _, dh, dw = ChunkedCrossEntropy.loss_and_grads(h, matmul_operand(weight, h.dtype), targets, *ctx.arguments)
+            dw = dw.to(weight.dtype)
+        else:
+            (dh, dw), ctx.grads = ctx.grads, None
+        return dh.mul_(grad_loss), dw.mul_(grad_loss), None, None, None, None, None
+
+
+# =====================================================================================================
+# Optimizers and schedules
+
+
+def lr_factor(step, warmup_iters, max_iters, min_lr_ratio):
+    """Learning-rate factor of optimizer step `step` (from 0): linear warm-up, then cosine to min_lr_ratio.
+
+    1/warmup_iters at step 0, 1 at steps warmup_iters - 1 and warmup_iters, min_lr_ratio at step max_iters - 1.
+    """
+    if step < warmup_iters:
+        return (step + 1) / warmup_iters
+    progress = min(1.0, (step - warmup_iters) / max(1, max_iters - 1 - warmup_iters))
+    return min_lr_ratio + (1 - min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def momentum_at(step, start, end, iters):
+    """Muon momentum of a step: linear from `start` at step 0 to `end` at step `iters`, then constant."""
+    return end if step >= iters else start + (end - start) * step / iters
+
+
+class TorchMuon(torch.optim.Muon):
+    """torch.optim.Muon made to do what Dion's Muon does, for where Dion cannot run.
+
+    - Each matrix of a fused weight (split_sizes: rows of q, k, v) is orthogonalised apart.
+    - The update is scaled by sqrt(fan_out / fan_in), as Dion's adjust_lr="spectral_norm".
+    - Orthogonalisation runs to convergence with the classical quintic (15, -10, 3)/8, to meet Dion's Polar Express;
+      torch's own constants leave singular values between 0.7 and 1.2.
+    - torch averages gradients into its momentum buffer with weight 1 - momentum where Dion adds them up. The update
+      has no scale, so only the ratio matters: when the momentum changes, buffers are rescaled to keep it.
+    - Sharded parameters (DTensor) are gathered, updated alike on every rank, and cut again.
+
+    torch.optim.Muon holds one stand-in tensor for each matrix; the model's own parameters are in `groups`.
+    """
+
+    def __init__(self, groups, nesterov=True):
+        self.groups, self.parts = groups, {}
+        stand_ins = []
+        for group in groups:
+            for p in group["params"]:
+                # Whole matrices of this parameter; views of it where it is not sharded
+                full = p.detach() if not isinstance(p, DTensor) else torch.empty(p.shape, dtype=p.dtype, device=p.device)
+                parts = [part for part in full.split(list(group.get("split_sizes", full.shape[:1])))]
+                self.parts[p] = (full, parts)
+                for part in parts:
+                    ratio = math.sqrt(part.shape[0] / part.shape[1])
+                    # torch's "original" scales by sqrt(max(1, fan_out/fan_in)): make up what is below 1
+                    stand_ins.append(dict(params=[part], source=group, lr_scale=min(1.0, ratio)))
+        super().__init__(stand_ins, momentum=groups[0]["mu"], nesterov=nesterov, adjust_lr_fn="original",
+                         ns_coefficients=(15 / 8, -10 / 8, 3 / 8), ns_steps=14)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        assert closure is None
+        for p, (full, parts) in self.parts.items():
+            if p.grad is None:
+                continue
+            grad = p.grad
+            if isinstance(p, DTensor):
+                full.copy_(p.full_tensor())
+                grad = grad.full_tensor()
+            for part, part_grad in zip(parts, grad.split([len(part) for part in parts])):
+                part.grad = part_grad
+        for group in self.param_groups:
+            source, (part,) = group["source"], group["params"]
+            group["lr"] = source["lr"] * group["lr_scale"]
+            group["weight_decay"] = source["weight_decay"] / group["lr_scale"]  # torch multiplies it by the scaled lr
+            if source["mu"] != group["momentum"] and part in self.state:
+                self.state[part]["momentum_buffer"].mul_((1 - source["mu"]) / (1 - group["momentum"]))
+            group["momentum"] = source["mu"]
+        super().step()
+        for p, (full, parts) in self.parts.items():
+            for part in parts:
+                part.grad = None
+            if isinstance(p, DTensor) and p.grad is not None:
+                p.to_local().copy_(distribute_tensor(full, p.device_mesh, p.placements, src_data_rank=None).to_local())
+
+    def zero_grad(self, set_to_none=True):
+        for p in self.parts:
+            p.grad = None
+
+    def momentum(self):
+        """Dion's state of each parameter, {parameter: whole momentum}: the sum, where torch keeps the average."""
+        factor = {id(g["params"][0]): 1 / (1 - g["momentum"]) for g in self.param_groups}
+        return {p: torch.cat([self.state[x]["momentum_buffer"] * factor[id(x)] if x in self.state else torch.zeros_like(x)
+                              for x in parts]) for p, (_, parts) in self.parts.items()}
+
+    def load_momentum(self, momenta):
+        """Take over Dion's state, {parameter: whole momentum}."""
+        for p, momentum in momenta.items():
+            parts = self.parts[p][1]
+            for x, piece in zip(parts, momentum.split([len(x) for x in parts])):
+                mu = next(g["momentum"] for g in self.param_groups if g["params"][0] is x)
+                self.state[x]["momentum_buffer"] = piece.to(x.device, x.dtype) * (1 - mu)
+
+
+def dion_muon(choice, device):
+    """Dion's Muon class, or None and the reason why torch.optim.Muon takes its place."""
+    if choice == "torch":
+        return None, "muon_impl=torch"
+    why = ""
+    try:
+        from dion import Muon
+    except ImportError as error:
+        why = f"Dion cannot be imported ({error})"
+    if not why and device.type == "cpu" and not any(map(shutil.which, filter(None, (os.environ.get("CXX"), "g++", "clang++")))):
+        why = "Dion compiles its kernels and there is no C++ compiler"
+    if why and choice == "dion":
+        raise UserError(f"muon_impl=dion, but {why}: install requirements.txt, or --muon_impl=auto")
+    return (None, why) if why else (Muon, "")
+
+
+class Optimizers:
+    """Muon for the matrices in the blocks, AdamW for embedding, head and gains, stepped as one."""
+
+    def __init__(self, model, cfg, procs, sharded):
+        blocks = list(model.blocks.named_parameters())
+        C = cfg.n_embd
+        muon_groups = [
+            dict(name="qkv", params=[p for n, p in blocks if n.endswith("qkv.weight")], split_sizes=(C, C, C)),
+            dict(name="matrices", params=[p for n, p in blocks if p.ndim == 2 and not n.endswith("qkv.weight")]),
+        ]
+        for group in muon_groups:
+            group.update(lr=cfg.learning_rate, weight_decay=cfg.weight_decay, mu=cfg.muon_momentum_start)
+        gains = [p for p in model.parameters() if p.ndim == 1]
+        adam_groups = [
+            dict(name="embed", params=[model.embed.weight], lr=cfg.learning_rate_embed, weight_decay=cfg.weight_decay_embed),
+            dict(name="head", params=[model.head.weight], lr=cfg.learning_rate_head, weight_decay=cfg.weight_decay_head),
+            dict(name="gains", params=gains, lr=cfg.learning_rate_gain, weight_decay=cfg.weight_decay_gain),
+        ]
+
+        Muon, why = dion_muon(cfg.muon_impl, procs.device)
+        if Muon is not None:
+            torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)  # Dion's many shapes
+            mesh = None if procs.world_size == 1 else procs.mesh if sharded else procs.mesh.get_group()
+            self.muon = Muon(muon_groups, mesh, nesterov=True, adjust_lr="spectral_norm",
+                             use_triton=procs.device.type == "cuda")
+            self.description = "Muon by Dion"
+        else:
+            self.muon = TorchMuon(muon_groups)
+            self.description = f"Muon by torch.optim.Muon: {why}"
+
+        adam = dict(betas=(cfg.adam_beta1, cfg.adam_beta2), eps=cfg.adam_eps)
+        self.all = [self.muon]
+        if cfg.USE_8BIT_ADAM:
+            bnb = import_bitsandbytes(procs, sharded)
+            self.all.append(bnb.optim.AdamW8bit(adam_groups[:2], **adam))
+            adam_groups = adam_groups[2:]
+            self.description += "; AdamW8bit by bitsandbytes for embedding and head, AdamW for gains"
+        else:
+            self.description += "; AdamW for embedding, head and gains"
+        self.all.append(torch.optim.AdamW(adam_groups, fused=True, **adam))
+        self.muon_groups = self.muon.groups if Muon is None else self.muon.param_groups
+        self.groups = {g["name"]: g for g in self.muon_groups}
+        self.groups.update({g["name"]: g for opt in self.all[1:] for g in opt.param_groups})
+        self.base_lr = {name: g["lr"] for name, g in self.groups.items()}
+        self.schedule = lambda step: lr_factor(step, cfg.warmup_iters, cfg.max_iters, cfg.min_lr_ratio)
+        self.momentum_schedule = lambda step: momentum_at(step, cfg.muon_momentum_start, cfg.muon_momentum,
+                                                          cfg.muon_momentum_iters)
+
+    def set_schedule(self, step):
+        """Learning rates and Muon momentum of an optimizer step; returns them by log.jsonl's names."""
+        factor, momentum = self.schedule(step), self.momentum_schedule(step)
+        for name, group in self.groups.items():
+            group["lr"] = self.base_lr[name] * factor
+        for group in self.muon_groups:
+            group["mu"] = momentum
+        lr = {name: self.base_lr[name] * factor for name in self.groups}
+        return dict(lr_muon=lr["qkv"], lr_embed=lr["embed"], lr_head=lr["head"], momentum=momentum)
+
+    def step(self):
+        for optimizer in self.all:
+            optimizer.step()
+
+    def zero_grad(self):
+        for optimizer in self.all:
+            optimizer.zero_grad(set_to_none=True)
+
+    def warm_up(self, model):
+        """Compile the optimizers' kernels by a step with zero gradients and learning rate 0: nothing changes."""
+        for group in self.groups.values():
+            group["lr"] = 0.0
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+        self.step()
+        self.zero_grad()
+        for optimizer in self.all:  # the zero gradients left zero moments; only the step counts must go back
+            for group in optimizer.param_groups:
+                if "step" in group:
+                    group["step"] = 0
+            for state in optimizer.state.values():
+                if "step" in state:
+                    state["step"] = state["step"] * 0
+
+
+def import_bitsandbytes(procs, sharded):
+    """bitsandbytes, or a UserError that says why its AdamW8bit cannot run here."""
+    if sharded:
+        raise UserError("USE_8BIT_ADAM cannot update sharded parameters: use --USE_FSDP2=False, or --USE_8BIT_ADAM=False", 2)
+    if procs.device.type != "cuda":
+        raise UserError("USE_8BIT_ADAM needs a GPU: use --USE_8BIT_ADAM=False", 2)
+    try:
+        import bitsandbytes
+    except Exception as error:
+        raise UserError(f"USE_8BIT_ADAM needs bitsandbytes, which cannot be imported ({error}): pip install bitsandbytes")
+    return bitsandbytes
+
+
+# =====================================================================================================
+# Parallelism
+
+
+def choose_wrapper(cfg, procs, parameters):
+    """"none", "ddp" or "fsdp2", and the reason, from the flags, the number of ranks and the GPU's memory.
+
+    Raises: UserError if the flags contradict each other.
+    """
+    fsdp2, ddp, n = cfg.USE_FSDP2, cfg.USE_DDP, procs.world_size
+    if fsdp2 is True and ddp is True:
+        raise UserError("USE_FSDP2 and USE_DDP exclude each other: set one of them to True", 2)
+    if fsdp2 is True:
+        return "fsdp2", "USE_FSDP2=True"
+    if ddp is True:
+        return "ddp", "USE_DDP=True"
+    if n == 1:
+        return "none", "one rank"
+    if fsdp2 is False and ddp is False:
+        raise UserError(f"{n} ranks need a wrapper: leave USE_FSDP2 or USE_DDP at auto, or set one to True", 2)
+    if fsdp2 is False:
+        return "ddp", f"{n} ranks, USE_FSDP2=False"
+    if ddp is False:
+        return "fsdp2", f"{n} ranks, USE_DDP=False"
+    # fp32 weights, gradients, DDP's buckets share the gradients, up to two moments: 16 bytes a parameter
+    state_gb = 16 * parameters / 1e9
+    if procs.device.type != "cuda":
+        return "ddp", f"{n} ranks on CPUs"
+    memory_gb = torch.cuda.get_device_properties(procs.device).total_memory / 1e9
+    if state_gb < memory_gb / 4:
+        return "ddp", f"{n} ranks, and {state_gb:.1f} GB of state fit a {memory_gb:.0f} GB GPU with room for activations"
+    return "fsdp2", f"{n} ranks, and {state_gb:.1f} GB of state are more than a quarter of a {memory_gb:.0f} GB GPU"
+
+
+class Parallel:
+    """The model under the chosen wrapper. `module` is what to call; `model` keeps the plain names."""
+
+    def __init__(self, model, wrapper, cfg, procs):
+        self.model, self.module, self.wrapper = model, model, wrapper
+        if wrapper == "ddp":
+            # Buckets are views of the gradients: no second copy of them
+            self.module = DistributedDataParallel(model, process_group=procs.mesh.get_group(), gradient_as_bucket_view=True,
+                                                  device_ids=[procs.device] if procs.device.type == "cuda" else None)
+            if not cfg.REDUCE_FP32:
+                from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+                self.module.register_comm_hook(procs.mesh.get_group(), bf16_compress_hook)
+        elif wrapper == "fsdp2":
+            policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16,
+                                          reduce_dtype=torch.float32 if cfg.REDUCE_FP32 else torch.bfloat16)
+            for part in (model.embed, *model.blocks, model.head):
+                fully_shard(part, mesh=procs.mesh, mp_policy=policy, reshard_after_forward=cfg.FSDP2_RESHARD)
+            fully_shard(model, mesh=procs.mesh, mp_policy=policy, reshard_after_forward=False)
+
+    @contextlib.contextmanager
+    def micro_batch(self, last):
+        """Forward and backward of one micro-batch; gradients go over the ranks in the step's last one only."""
+        if self.wrapper == "fsdp2":
+            self.model.set_requires_gradient_sync(last)
+            self.model.set_is_last_backward(last)
+        with self.module.no_sync() if self.wrapper == "ddp" and not last else contextlib.nullcontext():
+            yield
+
+
+def clip_gradients(parameters, max_norm):
+    """Scale the gradients to at most max_norm (0: leave them); returns their global norm, a scalar tensor."""
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True)
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()
+    if max_norm > 0:
+        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm, foreach=True)
+    return norm
+
+
+# =====================================================================================================
+# Evaluation
+
+
+@torch.no_grad()
+def evaluate(parallel, ring, cfg, procs, precision):
+    """Mean loss over the first eval_tokens of the val shards, in bf16, all ranks taking part.
+
+    Sequence s is tokens s*T ... s*T + T of the ring. Rank r takes sequences r, r + world_size, ...; where they do
+    not fill a batch, rows without targets do, so that the result is the same for any world and batch size, and all
+    ranks make the same number of passes. bf16 leaves the amax history of delayed scaling alone.
+    """
+    T, sequences = cfg.block_size, cfg.eval_tokens // cfg.block_size
+    per_pass = procs.world_size * cfg.batch_size
+    total = torch.zeros(2, dtype=torch.float64, device=procs.device)
+    parallel.module.eval()
+    for first in range(0, sequences, per_pass):
+        x = torch.zeros(cfg.batch_size, T, dtype=torch.int32)
+        y = torch.full((cfg.batch_size, T), -1, dtype=torch.int64)
+        for row in range(cfg.batch_size):
+            s = first + row * procs.world_size + procs.rank
+            if s < sequences:
+                tokens = torch.from_numpy(ring.read(s * T, T + 1))
+                x[row], y[row] = tokens[:-1], tokens[1:]
+        with precision.autocast(procs, quantized=False):
+            # The inner module: DDP has nothing to do without gradients
+            loss = parallel.model(x.to(procs.device), y.to(procs.device))
+        total += torch.tensor([0.0, float((y >= 0).sum())], dtype=torch.float64).to(procs.device)
+        total[0] += loss.double()
+    parallel.module.train()
+    procs.sum(total)
+    return (total[0] / total[1]).item()
+
+
+# =====================================================================================================
+# Logging
+
+# Dense bf16 tensor-core peaks in FLOP/s, first match by device name (NVIDIA data sheets)
+PEAK_BF16 = [
+    ("GB200", 2.5e15), ("B200", 2.25e15), ("B100", 1.8e15), ("H200", 989e12), ("H100 PCIe", 756e12), ("H100 NVL", 835e12),
+    ("H100", 989e12), ("H800", 989e12), ("A100", 312e12), ("A800", 312e12), ("L40S", 362e12), ("RTX PRO 6000", 503.8e12),
+    ("RTX 5090", 209.5e12), ("RTX 4090", 165.2e12), ("RTX 3090", 71e12),
+]
+
+
+def peak_flops(device):
+    """Dense bf16 peak of a GPU in FLOP/s, or None where it is not in the table (then there is no MFU)."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((flops for key, flops in PEAK_BF16 if key.lower() in name.lower()), None)
+
+
+def peak_memory_gb(device):
+    """Largest memory in use so far: on a GPU as torch allocated it, on a CPU the process's resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
+
+
+def describe_machine(device):
+    """What config.json keeps of the machine: device, versions, git commit."""
+    from importlib.metadata import PackageNotFoundError, version
+    versions = {"python": platform.python_version()}
+    for package in ("torch", "transformer-engine", "dion", "numpy"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = None
+    git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True,
+                         cwd=os.path.dirname(os.path.abspath(__file__)) or ".") if shutil.which("git") else None
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return dict(device=name, versions=versions, git_commit=git.stdout.strip() or None if git else None)
+
+
+def make_run_folder(out_dir, run_name):
+    """Create out_dir/run_name, or run_name-2, -3, ... where that is taken: a run is never overwritten."""
+    for n in range(1, 100_000):
+        folder = os.path.join(out_dir, run_name if n == 1 else f"{run_name}-{n}")
+        try:
+            os.makedirs(folder)
+            return folder
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise UserError(f"cannot make the run folder {folder} ({error.strerror}): choose another --out_dir")
+
+
+def format_duration(seconds):
+    """Seconds as 1:02:03 or 2:03."""
+    m, s = divmod(int(seconds + 0.5), 60)
+    return f"{m // 60}:{m % 60:02d}:{s:02d}" if m >= 60 else f"{m}:{s:02d}"
+
+
+class RunLog:
+    """The run folder's log.jsonl, config.json and loss.png, the console, and wandb. Only rank 0 has one that writes."""
+
+    def __init__(self, folder, cfg, extra):
+        self.folder, self.cfg, self.wandb, self.records = folder, cfg, None, []
+        config = {k: v for k, v in vars(cfg).items() if k != "explicit"} | extra
+        with open(os.path.join(folder, "config.json"), "w") as f:
+            json.dump(config, f, indent=2)
+        self.file = open(os.path.join(folder, "log.jsonl"), "a", buffering=1)
+        if cfg.USE_WANDB:
+            try:
+                import wandb
+                self.wandb = wandb.init(project=cfg.wandb_project, name=os.path.basename(folder), config=config, dir=folder)
+            except Exception as error:  # no wandb, no network, no login: the run goes on
+                print(f"wandb is off: {str(error).splitlines()[0] if str(error) else type(error).__name__}", flush=True)
+
+    def write(self, record):
+        """Append one record (a dict with `kind`) to log.jsonl and wandb."""
+        self.records.append(record)
+        # JSON has no NaN: a loss that is none is written as null
+        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        self.file.write(json.dumps(clean) + "\n")
+        if self.wandb is not None:
+            try:
+                values = {f"{record['kind']}/{k}": v for k, v in record.items() if k not in ("kind", "step")}
+                self.wandb.log(values, step=record["step"])
+            except Exception as error:
+                print(f"wandb is off: {error}", flush=True)
+                self.wandb = None
+
+    def plot(self):
+        """Draw loss.png: training loss (thin, and smoothed) and val loss over tokens."""
+        try:
+            import matplotlib
+            matplotlib.use("Agg")
+            import matplotlib.pyplot as plt
+        except ImportError:
+            return
+        train = [r for r in self.records if r["kind"] == "train" and math.isfinite(r["loss"])]
+        val = [r for r in self.records if r["kind"] == "val"]
+        fig, ax = plt.subplots(figsize=(8, 4.5))
+        unit, label = (1e6, "million tokens") if (train or val)[-1]["tokens"] >= 2e6 else (1e3, "thousand tokens")
+        if train:
+            x, loss = [r["tokens"] / unit for r in train], [r["loss"] for r in train]
+            ax.plot(x, loss, color="tab:blue", alpha=0.3, linewidth=0.8, label="train loss")
+            ax.plot(x, smooth(loss), color="tab:blue", linewidth=1.5, label="train loss, smoothed")
+        if val:
+            ax.plot([r["tokens"] / unit for r in val], [r["val_loss"] for r in val], "o-", color="tab:orange",
+                    markersize=4, label="val loss")
+            ax.annotate(f"{val[-1]['val_loss']:.3f}", (val[-1]["tokens"] / unit, val[-1]["val_loss"]),
+                        textcoords="offset points", xytext=(0, 8), ha="center", color="tab:orange")
+        ax.set(xlabel=label, ylabel="cross-entropy (nats per token)", title=os.path.basename(self.folder))
+        ax.grid(alpha=0.3)
+        ax.legend()
+        fig.tight_layout()
+        temporary = os.path.join(self.folder, ".loss.png")
+        fig.savefig(temporary, dpi=120, format="png")
+        os.replace(temporary, os.path.join(self.folder, "loss.png"))
+        plt.close(fig)
+
+    def close(self):
+        self.file.close()
+        if self.wandb is not None:
+            self.wandb.finish()
+
+
+def smooth(values, beta=0.9):
+    """Exponential moving average with bias correction: a list as long as `values`."""
+    out, average = [], 0.0
+    for i, value in enumerate(values):
+        average = beta * average + (1 - beta) * value
+        out.append(average / (1 - beta ** (i + 1)))
+    return out
+
+
+class Clock:
+    """Marks in time that do not stall the GPU: CUDA events, or the host's clock on a CPU."""
+
+    def __init__(self, device):
+        self.cuda = device.type == "cuda"
+
+    def mark(self):
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def ms(self, start, end):
+        if not self.cuda:
+            return (end - start) * 1000
+        end.synchronize()
+        return start.elapsed_time(end)
+
+
+# =====================================================================================================
+# The run
+
+
+def train_step(parallel, loader, optimizers, cfg, procs, precision):
+    """One optimizer step over accumulation x world_size micro-batches.
+
+    Returns the mean loss over the step's whole global batch and the gradient norm before clipping, both scalar
+    tensors on the device: nothing here waits for the GPU.
+    """
+    loss_sum = torch.zeros((), device=procs.device)
+    # DDP and FSDP2 average gradients over ranks, so each rank's summed loss is divided by its own tokens
+    scale = 1.0 / (loader.accumulation * loader.micro_tokens)
+    for m in range(loader.accumulation):
+        x, y = loader.next()
+        with parallel.micro_batch(last=m == loader.accumulation - 1):
+            with precision.autocast(procs):
+                loss = parallel.module(x, y, first=m == 0) * scale
+            loss.backward()
+        loss_sum += loss.detach()
+    norm = clip_gradients(list(parallel.model.parameters()), cfg.grad_clip)
+    optimizers.step()
+    optimizers.zero_grad()
+    return procs.sum(loss_sum) / procs.world_size, norm
+
+
+def calibrate(parallel, loader, optimizers, procs, precision):
+    """A forward and backward pass on the next micro-batch, whose gradients are thrown away.
+
+    It compiles what is to be compiled, and fills the amax history of delayed scaling, which starts with scale 1:
+    gradients of order 1e-7 would all round to zero in E5M2. Weights, optimizers and data position stay as they are.
+    """
+    x, y = loader.peek()
+    with parallel.micro_batch(last=True):
+        with precision.autocast(procs):
+            loss = parallel.module(x, y, first=True) / loader.micro_tokens
+        loss.backward()
+    optimizers.zero_grad()
+
+
+def run(cfg, procs):
+    """Train by the flags from start to end; returns the run folder."""
+    check_flags(cfg, procs.world_size)
+    device = procs.device
+    torch.manual_seed(cfg.seed)
+    np.random.seed(cfg.seed)
+    random.seed(cfg.seed)
+    torch.set_float32_matmul_precision("high")
+
+    # Data first: a missing shard should be known before anything is built
+    data_dir = os.path.join(os.path.dirname(os.path.abspath(__file__)), cfg.data_dir)
+    train_ring = TokenRing(data_dir, cfg.dataset, "train", cfg.vocab_size, cfg.total_batch_size + 1)
+    val_ring = TokenRing(data_dir, cfg.dataset, "val", cfg.vocab_size, max(cfg.eval_tokens, cfg.block_size) + 1)
+    loader = DataLoader(train_ring, cfg, procs)
+
+    # Model. The wrapper is chosen by the parameter count, which the flags give.
+    precision = select_precision(cfg, device)
+    use_compile = device.type == "cuda" if cfg.USE_COMPILE == "auto" else cfg.USE_COMPILE
+    compiled = (lambda f: torch.compile(f, dynamic=False)) if use_compile else (lambda f: f)
+    if hasattr(precision.te, "manual_seed"):
+        precision.te.manual_seed(cfg.seed + procs.rank)  # the emulation's stochastic rounding
+    model = GPT(cfg, precision.te, compiled, device)
+    n_params = sum(p.numel() for p in model.parameters())
+    wrapper, why_wrapper = choose_wrapper(cfg, procs, n_params)
+    if cfg.USE_8BIT_ADAM:
+        import_bitsandbytes(procs, wrapper == "fsdp2")
+    parallel = Parallel(model, wrapper, cfg, procs)
+    optimizers = Optimizers(model, cfg, procs, sharded=wrapper == "fsdp2")
+
+    # What is about to run, in one table
+    folder = procs.broadcast(make_run_folder(cfg.out_dir, cfg.run_name) if procs.is_main else None)
+    machine = describe_machine(device)
+    rows = [
+        ("device", f"{procs.world_size} x {machine['device']}, torch {torch.__version__}"),
+        ("precision", f"{precision.name} {precision.reason}"),
+        ("wrapper", f"{wrapper} ({why_wrapper})"),
+        ("optimizers", optimizers.description),
+        ("parameters", f"{n_params:,}"),
+        *[(f"  {part}", f"{n:,} = {how}") for part, n, how in model.parameter_table()],
+        ("data", f"{cfg.dataset}: {train_ring.total:,} train tokens in {len(train_ring.paths)} shard(s), "
+                 f"{val_ring.total:,} val tokens"),
+        ("batch", f"{cfg.total_batch_size:,} tokens = {procs.world_size} rank(s) x {loader.accumulation} micro-batch(es) x "
+                  f"{cfg.batch_size} sequences x {cfg.block_size} tokens"),
+        ("length", f"{cfg.max_iters:,} steps = {cfg.max_iters * cfg.total_batch_size:,} tokens = "
+                   f"{cfg.max_iters * cfg.total_batch_size / train_ring.total:.2f} epochs"),
+        ("run folder", folder),
+    ]
+    procs.print("\n".join(f"{name:<18} {text}" for name, text in rows) + "\n")
+    log = RunLog(folder, cfg, dict(machine, world_size=procs.world_size, wrapper=wrapper, precision=precision.name,
+                                   emulated=precision.emulated, optimizers=optimizers.description,
+                                   parameters=n_params)) if procs.is_main else None
+
+    # Compile and calibrate off the clock
+    start = time.perf_counter()
+    calibrate(parallel, loader, optimizers, procs, precision)
+    optimizers.warm_up(model)
+    calibrations = cfg.FP8_CALIBRATION_STEPS if precision.name == "fp8-delayed" else 0
+    clock, peak = Clock(device), peak_flops(device)
+    clock.ms(clock.mark(), clock.mark())
+    procs.print(f"ready after {time.perf_counter() - start:.1f} s of compiling and calibration\n")
+    gc.collect()
+    gc.freeze()
+    gc.disable()  # collections would stall ranks at different times; below they run together
+
+    train_seconds, speeds, pending, val_loss = 0.0, [], None, float("nan")
+
+    def finish(done):
+        """Log a step that has been launched before; waits until the GPU is done with it, not with the next."""
+        nonlocal train_seconds
+        step, rates, (loss, norm), begin, end = done
+        ms = clock.ms(begin, end)
+        train_seconds += ms / 1000
+        speed = cfg.total_batch_size / ms * 1000
+        speeds.append(speed)
+        loss, norm = float(loss), float(norm)
+        if procs.is_main and (step % cfg.log_interval == 0 or step == cfg.max_iters - 1):
+            tokens = (step + 1) * cfg.total_batch_size
+            mfu = model.flops_per_token() * speed / (peak * procs.world_size) if peak else None
+            memory = peak_memory_gb(device)
+            log.write(dict(kind="train", step=step, tokens=tokens, loss=loss, grad_norm=norm, **rates, step_ms=ms,
+                           tok_per_sec=speed, mfu=mfu, peak_mem_gb=memory))
+            eta = (cfg.max_iters - 1 - step) * sorted(speeds)[len(speeds) // 2] ** -1 * cfg.total_batch_size
+            procs.print(f"step {step + 1:>{len(str(cfg.max_iters))}}/{cfg.max_iters} | loss {loss:7.4f} | norm {norm:8.2e} | "
+                        f"lr {rates['lr_muon']:.2e} | {ms:7.1f} ms | {speed:,.0f} tok/s | "
+                        + (f"MFU {100 * mfu:4.1f}% | " if mfu else "") + f"{memory:.1f} GB | ETA {format_duration(eta)}")
+        if not math.isfinite(loss):
+            raise UserError(f"the loss at step {step} is {loss}: try a lower learning rate, a longer warm-up or --USE_FP8=False")
+
+    for step in range(cfg.max_iters):
+        rates = optimizers.set_schedule(step)
+        begin = clock.mark()
+        if 0 < step < calibrations:
+            # Head and output projections start at zero, so deeper gradients only appear step by step
+            calibrate(parallel, loader, optimizers, procs, precision)
+        results = train_step(parallel, loader, optimizers, cfg, procs, precision)
+        # Copied while the next step runs; read by finish()
+        results = [r.to("cpu", non_blocking=True) for r in results]
+        end = clock.mark()
+        if pending:
+            finish(pending)
+        pending = step, rates, results, begin, end
+        last = step == cfg.max_iters - 1
+        if last or (cfg.eval_interval and (step + 1) % cfg.eval_interval == 0):
+            finish(pending)
+            pending = None
+            val_loss = evaluate(parallel, val_ring, cfg, procs, precision)
+            gc.collect()
+            if procs.is_main:
+                tokens = (step + 1) * cfg.total_batch_size
+                log.write(dict(kind="val", step=step, tokens=tokens, val_loss=val_loss, train_seconds=train_seconds))
+                procs.print(f"step {step + 1}/{cfg.max_iters} | val loss {val_loss:.4f} over {cfg.eval_tokens:,} tokens | "
+                            f"{format_duration(train_seconds)} of training")
+                log.plot()
+    loader.close()
+    gc.enable()
+
+    if procs.is_main:
+        median = sorted(speeds)[len(speeds) // 2]
+        log.write(dict(kind="done", step=cfg.max_iters - 1, tokens=cfg.max_iters * cfg.total_batch_size, val_loss=val_loss,
+                       train_seconds=train_seconds, tok_per_sec_median=median, peak_mem_gb=peak_memory_gb(device)))
+        log.close()
+        procs.print(f"\ndone: val loss {val_loss:.4f} after {cfg.max_iters * cfg.total_batch_size:,} tokens in "
+                    f"{format_duration(train_seconds)} of training ({median:,.0f} tokens/s, {peak_memory_gb(device):.1f} GB)\n"
+                    f"run folder: {folder}  (loss.png: curves; log.jsonl: every step; config.json: all flags)\n"
+                    f"next: bash run.sh --help lists the flags; python train_orig.py trains the plain reference to compare")
+    return folder
+
+
+def main(argv=None):
+    """Command line entry: parse, train, and turn wrong input into one line and exit status 1 or 2."""
+    try:
+        cfg = parse_flags(sys.argv[1:] if argv is None else argv, os.path.abspath(__file__))
+        return run(cfg, start_processes())
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"train.py: error: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(error.status)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
