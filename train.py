@@ -975,12 +975,16 @@ class Optimizers:
             dict(name="gains", params=gains, lr=cfg.learning_rate_gain, weight_decay=cfg.weight_decay_gain),
         ]
 
+        # Taken before Dion turns its groups' "lr" into device tensors
+        self.base_lr = {g["name"]: g["lr"] for g in muon_groups + adam_groups}
+
         Muon, why = dion_muon(cfg.muon_impl, procs.device)
         if Muon is not None:
             torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)  # Dion's many shapes
-            mesh = None if procs.world_size == 1 else procs.mesh if sharded else procs.mesh.get_group()
-            self.muon = Muon(muon_groups, mesh, nesterov=True, adjust_lr="spectral_norm",
-                             use_triton=procs.device.type == "cuda")
+            # Dion shares the work out: by the mesh where parameters are sharded, by the group where they are whole.
+            # Its Triton kernels (use_triton) autotune for minutes on a cold cache: cuBLAS does without.
+            mesh = procs.mesh if sharded else procs.mesh.get_group() if procs.world_size > 1 else None
+            self.muon = Muon(muon_groups, mesh, nesterov=True, adjust_lr="spectral_norm")
             self.description = "Muon by Dion"
         else:
             self.muon = TorchMuon(muon_groups)
@@ -999,7 +1003,6 @@ class Optimizers:
         self.muon_groups = self.muon.groups if Muon is None else self.muon.param_groups
         self.groups = {g["name"]: g for g in self.muon_groups}
         self.groups.update({g["name"]: g for opt in self.all[1:] for g in opt.param_groups})
-        self.base_lr = {name: g["lr"] for name, g in self.groups.items()}
         self.schedule = lambda step: lr_factor(step, cfg.warmup_iters, cfg.max_iters, cfg.min_lr_ratio)
         self.momentum_schedule = lambda step: momentum_at(step, cfg.muon_momentum_start, cfg.muon_momentum,
                                                           cfg.muon_momentum_iters)
