@@ -32,6 +32,10 @@ Each Linear layer runs three GEMMs. "rowwise" data is quantized in blocks along 
     wgrad   dw = dy (columnwise)^T @ x (columnwise)    sums over tokens
 
 For per-tensor scales and for square weight blocks the two are the same data.
+
+Under torch.compile the layers are traced whole (under delayed scaling they stay eager). Inductor then
+leaves out roundings to bf16 between fused operations, which moves single values to a neighbour;
+torch._inductor.config.emulate_precision_casts = True keeps them, and the results are those of eager.
 """
 
 import contextlib
@@ -812,9 +816,12 @@ class _Pass:
     def fused(self, x32):
         """The result of an fp32 norm, activation or its derivative, as the quantizer sees it.
 
-        Delayed scaling's kernels quantize (and take the amax) straight from fp32. In every other
-        case the values are rounded to bf16 first: by a kernel of its own, or, for MXFP8, inside the
-        fused kernel.
+        Delayed scaling's kernels are fused: they quantize, and take the amax, straight from fp32. In
+        every other case the values are rounded to bf16 first: written to memory by a kernel of its
+        own, or, for MXFP8's activations, rounded inside the fused kernel. Sources: pytorch/csrc/
+        extensions/{normalization,activation,bias}.cpp choose the kernels, common/normalization/
+        rmsnorm/rmsnorm_fwd_kernels.cuh, common/transpose/cast_transpose_fusion.cu and
+        common/cast/mxfp8/quantize_mxfp8.cuh are them.
         """
         return x32 if self.delayed else x32.to(self.dtype)
 
@@ -879,7 +886,7 @@ def _activation_dtype(module, x):
 
 
 def _rmsnorm(x, weight, eps):
-    """fp32 norm of x (M, N) with gain (N,), both in the activation dtype; also 1/rms (M, 1)."""
+    """fp32 norm of x (M, N) with gain (N,), both already cast to the activation dtype; also 1/rms (M, 1)."""
     x = x.float()
     rsigma = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
     return weight.float() * (rsigma * x), rsigma
@@ -1129,6 +1136,15 @@ class _Module(torch.nn.Module):
                 if state.scale.device != device:
                     state.to(device)
 
+    def init_fp8_metadata(self, num_gemms: int = 1) -> None:
+        """TE's way to make fp8_meta's tensors before the first pass: to be called inside autocast."""
+        _require(
+            num_gemms == self.num_gemms,
+            f"{type(self).__name__} has {self.num_gemms} GEMMs, not {num_gemms}",
+        )
+        if _state.enabled:
+            self.init_fp8_meta_tensors(_state.recipe)
+
     def _weight(self, name, run, gemm, is_first_microbatch):
         """The quantized weight: made anew (None), made and kept (True) or taken from there (False)."""
         if run.recipe is None:
@@ -1245,7 +1261,9 @@ class LayerNormMLP(_Module):
 class RMSNorm(torch.nn.Module):
     """RMSNorm with gain `weight` (normalized_shape,). `hidden_size` is TE's old name of the argument."""
 
-    def __init__(self, normalized_shape=None, eps=1e-5, *, hidden_size=None, params_dtype=None, dtype=None, device=None):
+    def __init__(
+        self, normalized_shape=None, eps=1e-5, *, hidden_size=None, params_dtype=None, dtype=None, device=None
+    ):
         super().__init__()
         size = hidden_size if normalized_shape is None else normalized_shape
         _require(isinstance(size, int), f"RMSNorm: normalized_shape must be an integer, not {size!r}")

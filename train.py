@@ -118,7 +118,7 @@ loss_chunk_size = 8192           # tokens whose logits exist at once
 
 # Evaluation and logging
 eval_interval = 125              # steps between evaluations; 0: only at the end
-eval_tokens = 10485760           # tokens of the val shards per evaluation
+eval_tokens = 10485760           # tokens of the val shards per evaluation (all of them where there are fewer)
 log_interval = 1                 # steps between log lines
 USE_WANDB = False                # log to Weights & Biases too
 wandb_project = "nanogpt-fp8"    # its project name
@@ -396,7 +396,7 @@ class TokenRing:
         self.total, self.vocab_size = int(self.starts[-1]), vocab_size
         if self.total < need_tokens:
             raise UserError(f"the {split} shards {folder}/*_{split}_*.bin hold {self.total} tokens, fewer than the "
-                            f"{need_tokens} wanted at once: lower the batch (or --eval_tokens), or bring more shards")
+                            f"{need_tokens} wanted at once: lower --total_batch_size or --block_size, or bring more shards")
 
     def read(self, start, count):
         """Tokens start ... start+count-1 of the ring as int32, shape (count,).
@@ -1108,6 +1108,11 @@ class Parallel:
                 fully_shard(part, mesh=procs.mesh, mp_policy=policy, reshard_after_forward=cfg.FSDP2_RESHARD)
             fully_shard(model, mesh=procs.mesh, mp_policy=policy, reshard_after_forward=False)
 
+    def first_micro_batch(self, m):
+        """What TE is told of micro-batch m: it quantizes weights in a step's first one and keeps them for the others.
+        Not under FSDP2, where the whole weights come and go."""
+        return None if self.wrapper == "fsdp2" else m == 0
+
     @contextlib.contextmanager
     def micro_batch(self, last):
         """Forward and backward of one micro-batch; gradients go over the ranks in the step's last one only."""
@@ -1335,7 +1340,7 @@ def train_step(parallel, loader, optimizers, cfg, procs, precision):
         x, y = loader.next()
         with parallel.micro_batch(last=m == loader.accumulation - 1):
             with precision.autocast(procs):
-                loss = parallel.module(x, y, first=m == 0) * scale
+                loss = parallel.module(x, y, first=parallel.first_micro_batch(m)) * scale
             loss.backward()
         loss_sum += loss.detach()
     norm = clip_gradients(list(parallel.model.parameters()), cfg.grad_clip)
@@ -1353,7 +1358,7 @@ def calibrate(parallel, loader, optimizers, procs, precision):
     x, y = loader.peek()
     with parallel.micro_batch(last=True):
         with precision.autocast(procs):
-            loss = parallel.module(x, y, first=True) / loader.micro_tokens
+            loss = parallel.module(x, y, first=parallel.first_micro_batch(0)) / loader.micro_tokens
         loss.backward()
     optimizers.zero_grad()
 
@@ -1370,7 +1375,9 @@ def run(cfg, procs):
     # Data first: a missing shard should be known before anything is built
     data_dir = os.path.join(os.path.dirname(os.path.abspath(__file__)), cfg.data_dir)
     train_ring = TokenRing(data_dir, cfg.dataset, "train", cfg.vocab_size, cfg.total_batch_size + 1)
-    val_ring = TokenRing(data_dir, cfg.dataset, "val", cfg.vocab_size, max(cfg.eval_tokens, cfg.block_size) + 1)
+    val_ring = TokenRing(data_dir, cfg.dataset, "val", cfg.vocab_size, cfg.block_size + 1)
+    # Whole sequences only, and no token twice
+    cfg.eval_tokens = max(1, min(cfg.eval_tokens, val_ring.total - 1) // cfg.block_size) * cfg.block_size
     loader = DataLoader(train_ring, cfg, procs)
 
     # Model. The wrapper is chosen by the parameter count, which the flags give.
@@ -1398,7 +1405,7 @@ def run(cfg, procs):
         ("parameters", f"{n_params:,}"),
         *[(f"  {part}", f"{n:,} = {how}") for part, n, how in model.parameter_table()],
         ("data", f"{cfg.dataset}: {train_ring.total:,} train tokens in {len(train_ring.paths)} shard(s), "
-                 f"{val_ring.total:,} val tokens"),
+                 f"{cfg.eval_tokens:,} of {val_ring.total:,} val tokens per evaluation"),
         ("batch", f"{cfg.total_batch_size:,} tokens = {procs.world_size} rank(s) x {loader.accumulation} micro-batch(es) x "
                   f"{cfg.batch_size} sequences x {cfg.block_size} tokens"),
         ("length", f"{cfg.max_iters:,} steps = {cfg.max_iters * cfg.total_batch_size:,} tokens = "

@@ -1,0 +1,19 @@
+"""Tokenize 1,000,000 documents of OpenWebText into data/openwebtext-1M/openwebtext_{train,val}_NNNNNN.bin.
+
+The text is the Hugging Face dataset sjyuxyz/openwebtext-subset-1M-rows. GPT-2 tokens, 50256 before each document,
+0.05% of the documents as val (always the same ones). An interrupted run goes on where it stopped.
+
+    python data/openwebtext-1M/prepare.py
+    python data/openwebtext-1M/prepare.py --num_proc=8 --shard_tokens=10_000_000
+    python data/openwebtext-1M/prepare.py --source=/path/to/folder-of-parquet-files
+"""
+
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))  # data/common.py, from any working directory
+from common import prepare_main
+
+if __name__ == "__main__":  # the worker processes may import this file again
+    prepare_main(__doc__, source="sjyuxyz/openwebtext-subset-1M-rows", name="openwebtext", out_dir=HERE)

