@@ -14,6 +14,7 @@ Hidden weights learn by Muon (Microsoft's Dion library), embedding, head and gai
 import ast
 import contextlib
 import difflib
+import functools
 import gc
 import glob
 import inspect
@@ -1371,6 +1372,8 @@ def run(cfg, procs):
     np.random.seed(cfg.seed)
     random.seed(cfg.seed)
     torch.set_float32_matmul_precision("high")
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
 
     # Data first: a missing shard should be known before anything is built
     data_dir = os.path.join(os.path.dirname(os.path.abspath(__file__)), cfg.data_dir)
@@ -1383,7 +1386,7 @@ def run(cfg, procs):
     # Model. The wrapper is chosen by the parameter count, which the flags give.
     precision = select_precision(cfg, device)
     use_compile = device.type == "cuda" if cfg.USE_COMPILE == "auto" else cfg.USE_COMPILE
-    compiled = (lambda f: torch.compile(f, dynamic=False)) if use_compile else (lambda f: f)
+    compiled = functools.cache(lambda f: torch.compile(f, dynamic=False)) if use_compile else (lambda f: f)
     if hasattr(precision.te, "manual_seed"):
         precision.te.manual_seed(cfg.seed + procs.rank)  # the emulation's stochastic rounding
     model = GPT(cfg, precision.te, compiled, device)
@@ -1479,6 +1482,7 @@ def run(cfg, procs):
                             f"{format_duration(train_seconds)} of training")
                 log.plot()
     loader.close()
+    gc.unfreeze()
     gc.enable()
 
     if procs.is_main:

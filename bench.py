@@ -1,0 +1,210 @@
+"""
+Compare runs side by side: loss curves, noise, speed and memory, as a table and a plot in results/.
+
+    python bench.py precision --max_iters=77                # bf16 (two seeds), then each FP8 recipe, one after another
+    torchrun --standalone --nproc_per_node=2 bench.py wrappers --max_iters=77      # FSDP2, then DDP
+    python bench.py report --out=results/mine out/a out/b   # the same table and plot from run folders that exist
+
+`precision` and `wrappers` train by train.py's own run() with total_batch_size=65536 and 20 warm-up steps, so that a few
+million tokens are enough steps to mean something; any other flag of train.py can be given as --name=value.
+--out=PATH names the files to write (PATH.json, PATH.md, PATH.png).
+"""
+
+import datetime
+import gc
+import json
+import math
+import os
+import shlex
+import sys
+
+import torch
+import torch.distributed as dist
+
+import train
+
+WARMUP = 20  # steps left out of speeds and gaps; also warmup_iters of the comparison runs
+COMMON = ["--total_batch_size=65536", f"--warmup_iters={WARMUP}", "--eval_interval=0"]
+VARIANTS = {
+    "precision": {
+        "bf16 seed 1": ["--USE_FP8=False", "--seed=1"],
+        "bf16 seed 2": ["--USE_FP8=False", "--seed=2"],
+        "FP8 delayed": ["--seed=1"],
+        "FP8 current": ["--FP8_RECIPE=current", "--seed=1"],
+        "FP8 block": ["--FP8_RECIPE=block", "--seed=1"],
+    },
+    "wrappers": {
+        "FSDP2": ["--USE_FSDP2=True", "--seed=1"],
+        "DDP": ["--USE_DDP=True", "--seed=1"],
+    },
+}
+
+
+def forget_last_run():
+    """Free what a finished run leaves behind in this process: TE's amax buffers and torch's memory pool."""
+    if te := sys.modules.get("transformer_engine.pytorch.quantization"):
+        te.FP8GlobalStateManager.reset()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def train_variants(mode, flags):
+    """Train each variant of a mode in this process group; returns {label: run folder} (the same on all ranks)."""
+    procs, folders = train.start_processes(), {}
+    for label, extra in VARIANTS[mode].items():
+        name = "--run_name=" + label.replace(" ", "-").lower()
+        procs.print(f"\n===== {label}: {' '.join(extra)} =====")
+        cfg = train.parse_flags([*COMMON, *extra, *flags, name], os.path.abspath(train.__file__))
+        folders[label] = train.run(cfg, procs)
+        forget_last_run()
+    return folders, procs.is_main
+
+
+def read_run(folder):
+    """config.json and log.jsonl of a run folder: (config, train records, val records, done record or None)."""
+    try:
+        with open(os.path.join(folder, "config.json")) as f:
+            config = json.load(f)
+        with open(os.path.join(folder, "log.jsonl")) as f:
+            records = [json.loads(line) for line in f]
+    except OSError as error:
+        raise train.UserError(f"{folder} is no run folder of train.py: {error.strerror} ({error.filename})", 2)
+    kinds = {k: [r for r in records if r["kind"] == k] for k in ("train", "val", "done")}
+    if not kinds["train"]:
+        raise train.UserError(f"{folder}/log.jsonl holds no training step yet", 2)
+    return config, kinds["train"], kinds["val"], (kinds["done"] or [None])[-1]
+
+
+def largest_gap(a, b):
+    """Largest |difference| of two runs' smoothed losses after the warm-up, at steps both have; None without any."""
+    gaps = [abs(x - y) for x, y in list(zip(a, b))[WARMUP:]]
+    return max(gaps) if gaps else None
+
+
+def summarize(runs):
+    """One row a run ({label: folder}), with gaps to the first run; and the noise, if two runs are bf16 with other seeds.
+
+    Noise is the largest gap of smoothed loss between two bf16 runs with different seeds on the same tokens. Speed is
+    the median over the steps after the warm-up.
+    """
+    rows = []
+    for label, folder in runs.items():
+        config, steps, val, done = read_run(folder)
+        after = steps[WARMUP:] or steps
+        speeds = sorted(r["tok_per_sec"] for r in after)
+        mfus = sorted(r["mfu"] for r in after if r["mfu"] is not None)
+        losses = [r["loss"] if r["loss"] is not None else math.nan for r in steps]
+        rows.append(dict(
+            label=label, precision=config.get("precision", "bf16"), wrapper=config.get("wrapper"),
+            gpus=config["world_size"], seed=config["seed"], device=config["device"], versions=config["versions"],
+            vocab_size=config["vocab_size"], total_batch_size=config["total_batch_size"], batch_size=config["batch_size"],
+            tokens=steps[-1]["tokens"], train_loss=train.smooth(losses)[-1], val_loss=val[-1]["val_loss"] if val else None,
+            tok_per_sec=speeds[len(speeds) // 2], mfu=mfus[len(mfus) // 2] if mfus else None,
+            peak_mem_gb=max(r["peak_mem_gb"] for r in steps), train_seconds=done["train_seconds"] if done else None,
+            losses=[round(x, 5) for x in losses], grad_norms=[r["grad_norm"] for r in steps]))
+    first = train.smooth(rows[0]["losses"])
+    for row in rows:
+        row["gap"] = largest_gap(first, train.smooth(row["losses"])) if row is not rows[0] else 0.0
+    bf16 = [r for r in rows if r["precision"] == "bf16" and r["total_batch_size"] == rows[0]["total_batch_size"]]
+    pairs = [(a, b) for a in bf16 for b in bf16 if a["seed"] < b["seed"]]
+    noise = max((largest_gap(train.smooth(a["losses"]), train.smooth(b["losses"])) or 0.0 for a, b in pairs), default=None)
+    return rows, noise
+
+
+def markdown(rows, noise, command):
+    """The table, with device, date and command above it and the noise below."""
+    versions = ", ".join(f"{k} {v}" for k, v in rows[0]["versions"].items() if v)
+    base = rows[0]
+    lines = [
+        f"{datetime.date.today()}, {base['device']}, {versions}", "", f"    {command}", "",
+        "| run | GPUs | wrapper | tokens | train loss | val loss | val against first | largest gap | tokens/s | ratio | MFU | peak GB |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in rows:
+        versus = f"{100 * (r['val_loss'] / base['val_loss'] - 1):+.2f}%" if r["val_loss"] and base["val_loss"] else ""
+        gap = "" if r["gap"] is None or r is base else f"{r['gap']:.4f}"
+        lines.append(
+            f"| {r['label']} | {r['gpus']} | {r['wrapper'] or ''} | {r['tokens'] / 1e6:.2f}M | {r['train_loss']:.4f} | "
+            + (f"{r['val_loss']:.4f}" if r["val_loss"] else "") + f" | {versus} | {gap} | {r['tok_per_sec']:,.0f} | "
+            f"{r['tok_per_sec'] / base['tok_per_sec']:.2f} | " + (f"{100 * r['mfu']:.1f}%" if r["mfu"] else "")
+            + f" | {r['peak_mem_gb']:.1f} |")
+    lines += ["", "Train loss is smoothed (exponential average, 0.9). Largest gap: of smoothed train loss to the first run, after "
+              f"{WARMUP} warm-up steps. Speed: median over the steps after the warm-up, optimizer included."]
+    if noise is not None:
+        lines.append(f"Noise, the largest gap between two bf16 runs with different seeds: {noise:.4f}.")
+    return "\n".join(lines) + "\n"
+
+
+def plot(rows, noise, path):
+    """Smoothed loss curves, and each run's gap to the first with the band of noise."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    fig, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5))
+    first = train.smooth(rows[0]["losses"])
+    for r in rows:
+        curve = train.smooth(r["losses"])
+        x = [(i + 1) * r["total_batch_size"] / 1e6 for i in range(len(curve))]
+        left.plot(x, curve, linewidth=1.3, label=r["label"])
+        gap = [a - b for a, b in zip(curve, first)]
+        right.plot(x[WARMUP:len(gap)], gap[WARMUP:], linewidth=1.3, label=r["label"])
+    if noise is not None:
+        right.axhspan(-noise, noise, color="gray", alpha=0.15, label="noise: bf16, two seeds")
+    left.set(xlabel="million tokens", ylabel="train loss, smoothed")
+    right.set(xlabel="million tokens", ylabel=f"smoothed loss minus that of {rows[0]['label']}")
+    for ax in (left, right):
+        ax.grid(alpha=0.3)
+        ax.legend(fontsize=8)
+    fig.tight_layout()
+    fig.savefig(path, dpi=110)
+    plt.close(fig)
+
+
+def report(runs, out, command):
+    """Write out.json, out.md and out.png from run folders ({label: folder}), and print the table."""
+    rows, noise = summarize(runs)
+    text = markdown(rows, noise, command)
+    os.makedirs(os.path.dirname(out) or ".", exist_ok=True)
+    with open(out + ".json", "w") as f:
+        json.dump(dict(date=str(datetime.date.today()), command=command, noise=noise, runs=rows), f, indent=1)
+    with open(out + ".md", "w") as f:
+        f.write(text)
+    try:
+        plot(rows, noise, out + ".png")
+    except ImportError:
+        print("no matplotlib: no plot")
+    print("\n" + text, flush=True)
+
+
+def main(argv):
+    mode, args = (argv[0], argv[1:]) if argv else ("", [])
+    if mode in ("", "--help", "-h"):
+        print(__doc__)
+        return
+    out = next((a[len("--out="):] for a in args if a.startswith("--out=")), os.path.join("results", mode))
+    args = [a for a in args if not a.startswith("--out=")]
+    command = "python bench.py " + shlex.join(argv)
+    if mode == "report":
+        if not args or any(a.startswith("-") for a in args):
+            raise train.UserError("report takes run folders, each as FOLDER or LABEL=FOLDER", 2)
+        named = [a.split("=", 1) if "=" in a else (os.path.basename(a.rstrip("/")), a) for a in args]
+        report(dict(named), out, command)
+    elif mode in VARIANTS:
+        folders, is_main = train_variants(mode, args)
+        if is_main:
+            report(folders, out, command)
+    else:
+        raise train.UserError(f"bench.py does {', '.join((*VARIANTS, 'report'))}, not '{mode}'", 2)
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except train.UserError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"bench.py: error: {error}", file=sys.stderr)
+        raise SystemExit(error.status)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
