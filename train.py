@@ -45,6 +45,12 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # no GPU build of torch: the plain versions serve
+    triton = None
+
 # =====================================================================================================
 # Flags. Edit here, or give --name=value. Values here are those of preset "d20"; a flag that is edited
 # or given on the command line beats the preset.
@@ -111,7 +117,8 @@ FSDP2_RESHARD = False            # FSDP2: free a block's gathered weights after 
 REDUCE_FP32 = True               # add gradients up over ranks in fp32; False: bf16
 
 # Speed and memory
-USE_COMPILE = "auto"             # torch.compile for RoPE + QK norm, embedding norm, loss; "auto": with a GPU
+USE_COMPILE = "auto"             # torch.compile for loss, embedding norm, RoPE + QK norm; "auto": with a GPU
+USE_TRITON = True                # our own Triton kernel for RoPE + QK norm, on a GPU
 USE_AC_LM_HEAD = False           # recompute logits in the backward pass; False: form their gradients in the forward pass
 USE_AC_BLOCKS = False            # recompute each block in the backward pass
 USE_AC_ATTENTION = False         # recompute RoPE, QK norm and attention in the backward pass
@@ -616,6 +623,89 @@ def rope_qk_norm(qkv, cos, sin, n_head, eps):
     return rotate_and_norm(q), rotate_and_norm(k), v.contiguous()
 
 
+if triton is not None:
+
+    @triton.jit
+    def rope_qk_norm_forward(qkv, cos, sin, rstd, n_rows, T, heads, C3, eps, HALF: tl.constexpr, ROWS: tl.constexpr):
+        """rope_qk_norm of q and k in place. A row is one head of q or k of one token, `heads` = 2 * n_head of them.
+
+        qkv (B*T, C3) bf16; cos, sin (T, HALF) fp32; rstd (n_rows,) fp32, written: 1 / RMS of each row.
+        """
+        row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+        token, d, mask = row // heads, tl.arange(0, HALF)[None, :], (row < n_rows)[:, None]
+        at = token.to(tl.int64)[:, None] * C3 + (row % heads)[:, None] * (2 * HALF) + d
+        angle = (token % T)[:, None] * HALF + d
+        c, s = tl.load(cos + angle, mask=mask), tl.load(sin + angle, mask=mask)
+        x1 = tl.load(qkv + at, mask=mask, other=0.0).to(tl.float32)
+        x2 = tl.load(qkv + at + HALF, mask=mask, other=0.0).to(tl.float32)
+        r = 1.0 / tl.sqrt(tl.sum(x1 * x1 + x2 * x2, axis=1) / (2 * HALF) + eps)  # a rotation keeps the norm
+        tl.store(qkv + at, ((x1 * c - x2 * s) * r[:, None]).to(tl.bfloat16), mask=mask)
+        tl.store(qkv + at + HALF, ((x1 * s + x2 * c) * r[:, None]).to(tl.bfloat16), mask=mask)
+        tl.store(rstd + row, r, mask=row < n_rows)
+
+    @triton.jit
+    def rope_qk_norm_backward(grad, qkv, cos, sin, rstd, n_rows, T, heads, C3, HALF: tl.constexpr, ROWS: tl.constexpr):
+        """The gradient in place, from the forward pass's outputs y: rstd * (dy - y * mean(dy * y)), rotated back."""
+        row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+        token, d, mask = row // heads, tl.arange(0, HALF)[None, :], (row < n_rows)[:, None]
+        at = token.to(tl.int64)[:, None] * C3 + (row % heads)[:, None] * (2 * HALF) + d
+        angle = (token % T)[:, None] * HALF + d
+        c, s = tl.load(cos + angle, mask=mask), tl.load(sin + angle, mask=mask)
+        y1 = tl.load(qkv + at, mask=mask, other=0.0).to(tl.float32)
+        y2 = tl.load(qkv + at + HALF, mask=mask, other=0.0).to(tl.float32)
+        g1 = tl.load(grad + at, mask=mask, other=0.0).to(tl.float32)
+        g2 = tl.load(grad + at + HALF, mask=mask, other=0.0).to(tl.float32)
+        r = tl.load(rstd + row, mask=row < n_rows, other=0.0)[:, None]
+        dot = (tl.sum(g1 * y1 + g2 * y2, axis=1) / (2 * HALF))[:, None]
+        g1, g2 = r * (g1 - y1 * dot), r * (g2 - y2 * dot)
+        tl.store(grad + at, (g1 * c + g2 * s).to(tl.bfloat16), mask=mask)
+        tl.store(grad + at + HALF, (g2 * c - g1 * s).to(tl.bfloat16), mask=mask)
+
+
+class FusedRopeQKNorm(torch.autograd.Function):
+    """rope_qk_norm in one pass over memory each way, in place of qkv, whose own values nothing needs any more.
+
+    q, k and v stay parts of one (B, T, 3, H, D) tensor, which attention takes as it is (TE's layout bs3hd); the
+    backward pass needs only that tensor and the norms. Against the compiled version it keeps 6 C bytes a token less
+    and moves about a third of the bytes.
+    """
+
+    ROWS = 16
+
+    @staticmethod
+    def forward(ctx, qkv, cos, sin, n_head, eps):
+        B, T, C3 = qkv.shape
+        rows, half = B * T * 2 * n_head, C3 // 3 // n_head // 2
+        rstd = torch.empty(rows, dtype=torch.float32, device=qkv.device)
+        grid = (triton.cdiv(rows, FusedRopeQKNorm.ROWS),)
+        rope_qk_norm_forward[grid](qkv, cos, sin, rstd, rows, T, 2 * n_head, C3, eps, half, FusedRopeQKNorm.ROWS)
+        packed = qkv.detach().view(B, T, 3, n_head, 2 * half)
+        ctx.save_for_backward(packed, rstd, cos, sin)
+        return packed.unbind(2)
+
+    @staticmethod
+    def backward(ctx, dq, dk, dv):
+        packed, rstd, cos, sin = ctx.saved_tensors
+        B, T, _, n_head, D = packed.shape
+        parts, C = (dq, dk, dv), n_head * D
+        together = all(g.stride() == packed.stride()[:2] + packed.stride()[3:] and g.data_ptr() == dq.data_ptr() + i * C * 2
+                       and g.untyped_storage().data_ptr() == dq.untyped_storage().data_ptr() for i, g in enumerate(parts))
+        grad = dq.as_strided(packed.shape, packed.stride()) if together else torch.stack(parts, dim=2)
+        grid = (triton.cdiv(len(rstd), FusedRopeQKNorm.ROWS),)
+        rope_qk_norm_backward[grid](grad, packed, cos, sin, rstd, len(rstd), T, 2 * n_head, 3 * C, D // 2, FusedRopeQKNorm.ROWS)
+        return grad.view(B, T, 3 * C), None, None, None, None
+
+
+def choose_rope_qk_norm(cfg, compiled, device):
+    """FusedRopeQKNorm on a GPU where its shapes fit, else rope_qk_norm through torch.compile.
+
+    Not with USE_AC_ATTENTION, which computes twice from the same qkv.
+    """
+    half = cfg.n_embd // cfg.n_head // 2
+    fits = half & (half - 1) == 0 and not cfg.USE_AC_ATTENTION and triton is not None and device.type == "cuda"
+    return FusedRopeQKNorm.apply if cfg.USE_TRITON and fits else compiled(rope_qk_norm)
+
+
 def spectral_init(weight):
     """Normal with std = 1/sqrt(fan_in) * min(1, sqrt(fan_out/fan_in)) (arXiv 2310.17813)."""
     fan_out, fan_in = weight.shape
@@ -628,7 +718,7 @@ class Attention(nn.Module):
     def __init__(self, cfg, te, compiled, device):
         super().__init__()
         self.n_head, self.eps, self.recompute, self.te = cfg.n_head, cfg.norm_eps, cfg.USE_AC_ATTENTION, te
-        self.rope_qk_norm = compiled(rope_qk_norm)
+        self.rope_qk_norm = choose_rope_qk_norm(cfg, compiled, device)
         # One fused q/k/v matrix makes one wide matmul; Muon orthogonalises its three parts apart.
         self.qkv = te.LayerNormLinear(cfg.n_embd, 3 * cfg.n_embd, eps=cfg.norm_eps, bias=False, normalization="RMSNorm",
                                       init_method=init_qkv, params_dtype=torch.float32, device=device)
