@@ -48,20 +48,20 @@ fi
 # compilers too: bash by itself would go and leave them writing into .venv.
 step() {
   local status=0
+  trap 'stop 130' INT && trap 'stop 143' TERM HUP
   set -m
   "$@" </dev/null &
-  child=$!
   set +m
-  trap 'stop 130' INT && trap 'stop 143' TERM HUP
-  wait "$child" || status=$?
+  wait "$!" || status=$?
   trap - INT TERM HUP
   return "$status"
 }
 stop() {
-  kill -TERM -- "-$child" 2>/dev/null || true
-  wait "$child" 2>/dev/null || true
+  [ -z "${!:-}" ] || kill -TERM -- "-$!" 2>/dev/null || true
+  wait
   die "set-up stopped; the next start does it again" "$1"
 }
+quiet() { "$@" >/dev/null 2>&1; }
 
 # True if python $1 can train as it is. Modules are looked for first: importing them takes seconds.
 usable() {
@@ -100,8 +100,8 @@ make_venv() {
   for name in venv uv; do
     rm -rf .venv && mkdir .venv && echo unfinished >.venv/installed
     case $name in
-      venv) [ -z "$base" ] || step "$base" -m venv .venv >/dev/null 2>&1 || true ;;
-      uv) step uv venv -q --seed --allow-existing --python "${base:-3.12}" .venv 2>/dev/null || true ;;
+      venv) [ -z "$base" ] || step quiet "$base" -m venv .venv || true ;;
+      uv) step quiet uv venv --seed --allow-existing --python "${base:-3.12}" .venv || true ;;
     esac
     if .venv/bin/python -m pip --version >/dev/null 2>&1; then return; fi
   done
@@ -110,12 +110,16 @@ make_venv() {
 
 # Install the requirements by their numbered parts, in order, torch's pin (part 1) holding throughout.
 install() {
-  local part title option cpu_index='https://download.pytorch.org/whl/cpu'
+  local part title option driver cpu_index='https://download.pytorch.org/whl/cpu'
   set -- -qq --disable-pip-version-check -c .venv/part1.txt
   if [ "$machine_gpus" -gt 0 ]; then
     # Compile Transformer Engine with the CUDA headers that come with torch, not with those of a toolkit of another
     # version, and without its expert parallelism, which is of no use here and needs more of them.
     export NVTE_BUILD_USE_NVIDIA_WHEELS=1 NVTE_WITH_NCCL_EP=0 GIT_TERMINAL_PROMPT=0
+    driver=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | sort | sed -n 1p)
+    case $driver in
+      [1-4]??.* | 5[0-7]?.*) die "the NVIDIA driver, $driver, is older than 580, which CUDA 13 needs: update it, or give a python that has torch and transformer_engine (PYTHON=)" ;;
+    esac
     if ! command -v c++ >/dev/null || ! .venv/bin/python -c 'import os, sysconfig as s; os.stat(s.get_path("include") + "/Python.h")' 2>/dev/null; then
       die "Transformer Engine and torch.compile need a C++ compiler and Python's headers (Debian, Ubuntu: apt install g++ python3-dev)"
     fi
@@ -134,8 +138,9 @@ install() {
     option=--no-input
     [[ $title != *'no build isolation'* ]] || option=--no-build-isolation
     say "installing $title"
-    step .venv/bin/python -m pip install "$@" "$option" -r ".venv/part$part.txt" || [[ $title == *optional* ]] ||
-      die "installing failed (pip says why above); the same command tries again"
+    step .venv/bin/python -m pip install "$@" "$option" -r ".venv/part$part.txt" && continue
+    [[ $title == *optional* ]] || die "installing failed (pip says why above); the same command tries again"
+    say "that failed, and training does without; to try again: .venv/bin/python -m pip install -r .venv/part$part.txt"
   done
   key "$requirements" >.venv/installed.new && mv .venv/installed.new .venv/installed
 }
@@ -170,7 +175,7 @@ esac
 
 # FineWeb is train.py's default with a GPU; on a CPU it trains on Shakespeare, which is there.
 flag() { # the value of flag $1 among the arguments that follow, else train.py's
-  local name=$1 value
+  local name=$1 value arg
   value=$(sed -n "/^$name *=/{s/^[^\"']*[\"']\([^\"']*\).*/\1/p;q;}" train.py)
   shift
   for arg in "$@"; do case $arg in "--$name="*) value=${arg#*=} ;; esac done

@@ -17,7 +17,6 @@ import difflib
 import functools
 import gc
 import glob
-import inspect
 import json
 import math
 import os
@@ -39,7 +38,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-import torch.nn.functional as F
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -160,7 +158,7 @@ EOT = 50256  # GPT-2's <|endoftext|>, put before each document
 
 
 class UserError(Exception):
-    """Wrong input: main() prints its one line and exits with `status`, without a traceback."""
+    """Wrong input: command_line() prints its one line and exits with `status`, without a traceback."""
 
     def __init__(self, message, status=1):
         super().__init__(message)
@@ -267,7 +265,7 @@ def format_help(path, table):
         if group != last:
             lines += ["", group]
             last = group
-        lines.append(f"  --{name}={default!s:<14} {comment}")
+        lines.append(f"  {f'--{name}={default}':<34} {comment}")
     return "\n".join(lines)
 
 
@@ -497,6 +495,16 @@ class DataLoader:
             self.stop.set()
             self.thread.join()
             self.thread = None
+
+
+def open_data(cfg, procs):
+    """The train ring's loader and the val ring; rounds cfg.eval_tokens to whole sequences of the val shards."""
+    # os.path.join drops the first part where data_dir is absolute
+    data_dir = os.path.join(os.path.dirname(os.path.abspath(__file__)), cfg.data_dir)
+    train_ring = TokenRing(data_dir, cfg.dataset, "train", cfg.vocab_size, cfg.total_batch_size + 1)
+    val_ring = TokenRing(data_dir, cfg.dataset, "val", cfg.vocab_size, cfg.block_size + 1)
+    cfg.eval_tokens = max(1, min(cfg.eval_tokens, val_ring.total - 1) // cfg.block_size) * cfg.block_size
+    return DataLoader(train_ring, cfg, procs), val_ring
 
 
 # =====================================================================================================
@@ -833,11 +841,11 @@ class GPT(nn.Module):
             ("output head", self.head.weight.numel(), f"{c.vocab_size} x {c.n_embd}"),
         ]
 
-    def flops_per_token(self):
-        """Training FLOPs of one token: 6 x matmul parameters + causal attention, which counts half."""
-        c = self.cfg
-        matmul_parameters = c.n_layer * 12 * c.n_embd ** 2 + c.vocab_size * c.n_embd
-        return 6 * matmul_parameters + 6 * c.n_layer * c.block_size * c.n_embd
+
+def flops_per_token(cfg):
+    """Training FLOPs of one token: 6 x matmul parameters + causal attention, which counts half."""
+    matmul_parameters = cfg.n_layer * 12 * cfg.n_embd ** 2 + cfg.vocab_size * cfg.n_embd
+    return 6 * matmul_parameters + 6 * cfg.n_layer * cfg.block_size * cfg.n_embd
 
 
 # -----------------------------------------------------------------------------------------------------
@@ -1229,17 +1237,18 @@ def clip_gradients(parameters, max_norm):
 
 
 @torch.no_grad()
-def evaluate(parallel, ring, cfg, procs, precision):
-    """Mean loss over the first eval_tokens of the val shards, in bf16, all ranks taking part.
+def evaluate(model, ring, cfg, procs, autocast):
+    """Mean loss of `model` over the first eval_tokens of the val shards, all ranks taking part.
 
     Sequence s is tokens s*T ... s*T + T of the ring. Rank r takes sequences r, r + world_size, ...; where they do
     not fill a batch, rows without targets do, so that the result is the same for any world and batch size, and all
-    ranks make the same number of passes. bf16 leaves the amax history of delayed scaling alone.
+    ranks make the same number of passes. `autocast()` is the context of a pass: bf16 leaves the amax history of
+    delayed scaling alone. `model` is the plain one: DDP has nothing to do without gradients.
     """
     T, sequences = cfg.block_size, cfg.eval_tokens // cfg.block_size
     per_pass = procs.world_size * cfg.batch_size
     total = torch.zeros(2, dtype=torch.float64, device=procs.device)
-    parallel.module.eval()
+    model.eval()
     for first in range(0, sequences, per_pass):
         x = torch.zeros(cfg.batch_size, T, dtype=torch.int32)
         y = torch.full((cfg.batch_size, T), -1, dtype=torch.int64)
@@ -1248,12 +1257,11 @@ def evaluate(parallel, ring, cfg, procs, precision):
             if s < sequences:
                 tokens = torch.from_numpy(ring.read(s * T, T + 1))
                 x[row], y[row] = tokens[:-1], tokens[1:]
-        with precision.autocast(procs, quantized=False):
-            # The inner module: DDP has nothing to do without gradients
-            loss = parallel.model(x.to(procs.device), y.to(procs.device))
+        with autocast():
+            loss = model(x.to(procs.device), y.to(procs.device))
         total += torch.tensor([0.0, float((y >= 0).sum())], dtype=torch.float64).to(procs.device)
         total[0] += loss.double()
-    parallel.module.train()
+    model.train()
     procs.sum(total)
     return (total[0] / total[1]).item()
 
@@ -1311,6 +1319,18 @@ def make_run_folder(out_dir, run_name):
             continue
         except OSError as error:
             raise UserError(f"cannot make the run folder {folder} ({error.strerror}): choose another --out_dir")
+
+
+def data_rows(cfg, procs, loader, val_ring):
+    """Rows of the start-up table on data, batch and length: [(name, text)]."""
+    ring, tokens = loader.ring, cfg.max_iters * cfg.total_batch_size
+    return [
+        ("data", f"{cfg.dataset}: {ring.total:,} train tokens in {len(ring.paths)} shard(s), "
+                 f"{cfg.eval_tokens:,} of {val_ring.total:,} val tokens per evaluation"),
+        ("batch", f"{cfg.total_batch_size:,} tokens = {procs.world_size} rank(s) x {loader.accumulation} micro-batch(es) x "
+                  f"{cfg.batch_size} sequences x {cfg.block_size} tokens"),
+        ("length", f"{cfg.max_iters:,} steps = {tokens:,} tokens = {tokens / ring.total:.2f} epochs"),
+    ]
 
 
 def format_duration(seconds):
@@ -1394,6 +1414,64 @@ def smooth(values, beta=0.9):
     return out
 
 
+class Progress:
+    """A run's training time, speeds and log lines. All ranks count; rank 0 writes."""
+
+    def __init__(self, cfg, procs, log):
+        self.cfg, self.procs, self.log = cfg, procs, log
+        self.flops, self.peak = flops_per_token(cfg), peak_flops(procs.device)
+        self.train_seconds, self.speeds, self.val_loss = 0.0, [], float("nan")
+
+    @property
+    def speed(self):
+        """Median tokens per second over all steps so far."""
+        return sorted(self.speeds)[len(self.speeds) // 2]
+
+    def step(self, step, loss, norm, rates, ms):
+        """Log optimizer step `step`; raises UserError if its loss is not finite.
+
+        rates: lr_muon, lr_embed, lr_head, momentum by log.jsonl's names. ms: milliseconds the step took.
+        """
+        cfg, n = self.cfg, self.cfg.max_iters
+        speed = cfg.total_batch_size / ms * 1000
+        self.train_seconds += ms / 1000
+        self.speeds.append(speed)
+        if self.procs.is_main and (step % cfg.log_interval == 0 or step == n - 1):
+            mfu = self.flops * speed / (self.peak * self.procs.world_size) if self.peak else None
+            memory = peak_memory_gb(self.procs.device)
+            self.log.write(dict(kind="train", step=step, tokens=(step + 1) * cfg.total_batch_size, loss=loss, grad_norm=norm,
+                                **rates, step_ms=ms, tok_per_sec=speed, mfu=mfu, peak_mem_gb=memory))
+            lr = rates["lr_embed"] if rates["lr_muon"] is None else rates["lr_muon"]
+            eta = (n - 1 - step) * cfg.total_batch_size / self.speed
+            self.procs.print(f"step {step + 1:>{len(str(n))}}/{n} | loss {loss:7.4f} | norm {norm:8.2e} | lr {lr:.2e} | "
+                             f"{ms:7.1f} ms | {speed:,.0f} tok/s | " + (f"MFU {100 * mfu:4.1f}% | " if mfu else "")
+                             + f"{memory:.1f} GB | ETA {format_duration(eta)}")
+        if not math.isfinite(loss):
+            raise UserError(f"the loss at step {step} is {loss}: try a lower learning rate or a longer warm-up")
+
+    def val(self, step, val_loss):
+        """Log an evaluation after optimizer step `step`, and draw loss.png."""
+        self.val_loss = val_loss
+        if self.procs.is_main:
+            self.log.write(dict(kind="val", step=step, tokens=(step + 1) * self.cfg.total_batch_size, val_loss=val_loss,
+                                train_seconds=self.train_seconds))
+            self.procs.print(f"step {step + 1}/{self.cfg.max_iters} | val loss {val_loss:.4f} over {self.cfg.eval_tokens:,} tokens | "
+                             f"{format_duration(self.train_seconds)} of training")
+            self.log.plot()
+
+    def done(self):
+        """Log the end of the run and say where to look."""
+        if self.procs.is_main:
+            tokens, memory = self.cfg.max_iters * self.cfg.total_batch_size, peak_memory_gb(self.procs.device)
+            self.log.write(dict(kind="done", step=self.cfg.max_iters - 1, tokens=tokens, val_loss=self.val_loss,
+                                train_seconds=self.train_seconds, tok_per_sec_median=self.speed, peak_mem_gb=memory))
+            self.log.close()
+            self.procs.print(f"\ndone: val loss {self.val_loss:.4f} after {tokens:,} tokens in {format_duration(self.train_seconds)} "
+                             f"of training ({self.speed:,.0f} tokens/s, {memory:.1f} GB)\n"
+                             f"run folder: {self.log.folder}  (loss.png: curves; log.jsonl: every step; config.json: all flags)\n"
+                             f"next: bash run.sh --help lists the flags; python train_orig.py trains the plain reference")
+
+
 class Clock:
     """Marks in time that do not stall the GPU: CUDA events, or the host's clock on a CPU."""
 
@@ -1466,12 +1544,7 @@ def run(cfg, procs):
         torch.cuda.reset_peak_memory_stats(device)
 
     # Data first: a missing shard should be known before anything is built
-    data_dir = os.path.join(os.path.dirname(os.path.abspath(__file__)), cfg.data_dir)
-    train_ring = TokenRing(data_dir, cfg.dataset, "train", cfg.vocab_size, cfg.total_batch_size + 1)
-    val_ring = TokenRing(data_dir, cfg.dataset, "val", cfg.vocab_size, cfg.block_size + 1)
-    # Whole sequences only, and no token twice
-    cfg.eval_tokens = max(1, min(cfg.eval_tokens, val_ring.total - 1) // cfg.block_size) * cfg.block_size
-    loader = DataLoader(train_ring, cfg, procs)
+    loader, val_ring = open_data(cfg, procs)
 
     # Model. The wrapper is chosen by the parameter count, which the flags give.
     precision = select_precision(cfg, device)
@@ -1497,12 +1570,7 @@ def run(cfg, procs):
         ("optimizers", optimizers.description),
         ("parameters", f"{n_params:,}"),
         *[(f"  {part}", f"{n:,} = {how}") for part, n, how in model.parameter_table()],
-        ("data", f"{cfg.dataset}: {train_ring.total:,} train tokens in {len(train_ring.paths)} shard(s), "
-                 f"{cfg.eval_tokens:,} of {val_ring.total:,} val tokens per evaluation"),
-        ("batch", f"{cfg.total_batch_size:,} tokens = {procs.world_size} rank(s) x {loader.accumulation} micro-batch(es) x "
-                  f"{cfg.batch_size} sequences x {cfg.block_size} tokens"),
-        ("length", f"{cfg.max_iters:,} steps = {cfg.max_iters * cfg.total_batch_size:,} tokens = "
-                   f"{cfg.max_iters * cfg.total_batch_size / train_ring.total:.2f} epochs"),
+        *data_rows(cfg, procs, loader, val_ring),
         ("run folder", folder),
     ]
     procs.print("\n".join(f"{name:<18} {text}" for name, text in rows) + "\n")
@@ -1515,37 +1583,19 @@ def run(cfg, procs):
     calibrate(parallel, loader, optimizers, procs, precision)
     optimizers.warm_up(model)
     calibrations = cfg.FP8_CALIBRATION_STEPS if precision.name == "fp8-delayed" else 0
-    clock, peak = Clock(device), peak_flops(device)
-    clock.ms(clock.mark(), clock.mark())
+    clock, progress = Clock(device), Progress(cfg, procs, log)
+    clock.ms(clock.mark(), clock.mark())  # waits for the GPU
     procs.print(f"ready after {time.perf_counter() - start:.1f} s of compiling and calibration\n")
     gc.collect()
     gc.freeze()
     gc.disable()  # collections would stall ranks at different times; below they run together
 
-    train_seconds, speeds, pending, val_loss = 0.0, [], None, float("nan")
-
-    def finish(done):
-        """Log a step that has been launched before; waits until the GPU is done with it, not with the next."""
-        nonlocal train_seconds
-        step, rates, (loss, norm), begin, end = done
+    def finish(step, rates, loss, norm, begin, end):
+        """Log a step that was launched before; waits until the GPU is done with it, not with what came after."""
         ms = clock.ms(begin, end)
-        train_seconds += ms / 1000
-        speed = cfg.total_batch_size / ms * 1000
-        speeds.append(speed)
-        loss, norm = float(loss), float(norm)
-        if procs.is_main and (step % cfg.log_interval == 0 or step == cfg.max_iters - 1):
-            tokens = (step + 1) * cfg.total_batch_size
-            mfu = model.flops_per_token() * speed / (peak * procs.world_size) if peak else None
-            memory = peak_memory_gb(device)
-            log.write(dict(kind="train", step=step, tokens=tokens, loss=loss, grad_norm=norm, **rates, step_ms=ms,
-                           tok_per_sec=speed, mfu=mfu, peak_mem_gb=memory))
-            eta = (cfg.max_iters - 1 - step) * sorted(speeds)[len(speeds) // 2] ** -1 * cfg.total_batch_size
-            procs.print(f"step {step + 1:>{len(str(cfg.max_iters))}}/{cfg.max_iters} | loss {loss:7.4f} | norm {norm:8.2e} | "
-                        f"lr {rates['lr_muon']:.2e} | {ms:7.1f} ms | {speed:,.0f} tok/s | "
-                        + (f"MFU {100 * mfu:4.1f}% | " if mfu else "") + f"{memory:.1f} GB | ETA {format_duration(eta)}")
-        if not math.isfinite(loss):
-            raise UserError(f"the loss at step {step} is {loss}: try a lower learning rate, a longer warm-up or --USE_FP8=False")
+        progress.step(step, float(loss), float(norm), rates, ms)
 
+    pending = None
     for step in range(cfg.max_iters):
         rates = optimizers.set_schedule(step)
         begin = clock.mark()
@@ -1557,48 +1607,42 @@ def run(cfg, procs):
         results = [r.to("cpu", non_blocking=True) for r in results]
         end = clock.mark()
         if pending:
-            finish(pending)
-        pending = step, rates, results, begin, end
+            finish(*pending)
+        pending = step, rates, *results, begin, end
         last = step == cfg.max_iters - 1
         if last or (cfg.eval_interval and (step + 1) % cfg.eval_interval == 0):
-            finish(pending)
+            finish(*pending)
             pending = None
-            val_loss = evaluate(parallel, val_ring, cfg, procs, precision)
+            progress.val(step, evaluate(model, val_ring, cfg, procs, lambda: precision.autocast(procs, quantized=False)))
             gc.collect()
-            if procs.is_main:
-                tokens = (step + 1) * cfg.total_batch_size
-                log.write(dict(kind="val", step=step, tokens=tokens, val_loss=val_loss, train_seconds=train_seconds))
-                procs.print(f"step {step + 1}/{cfg.max_iters} | val loss {val_loss:.4f} over {cfg.eval_tokens:,} tokens | "
-                            f"{format_duration(train_seconds)} of training")
-                log.plot()
     loader.close()
     gc.unfreeze()
     gc.enable()
-
-    if procs.is_main:
-        median = sorted(speeds)[len(speeds) // 2]
-        log.write(dict(kind="done", step=cfg.max_iters - 1, tokens=cfg.max_iters * cfg.total_batch_size, val_loss=val_loss,
-                       train_seconds=train_seconds, tok_per_sec_median=median, peak_mem_gb=peak_memory_gb(device)))
-        log.close()
-        procs.print(f"\ndone: val loss {val_loss:.4f} after {cfg.max_iters * cfg.total_batch_size:,} tokens in "
-                    f"{format_duration(train_seconds)} of training ({median:,.0f} tokens/s, {peak_memory_gb(device):.1f} GB)\n"
-                    f"run folder: {folder}  (loss.png: curves; log.jsonl: every step; config.json: all flags)\n"
-                    f"next: bash run.sh --help lists the flags; python train_orig.py trains the plain reference to compare")
+    progress.done()
     return folder
 
 
-def main(argv=None):
-    """Command line entry: parse, train, and turn wrong input into one line and exit status 1 or 2."""
+def command_line(run, path, argv=None, presets=PRESETS, choices=CHOICES):
+    """What a script does when it is started: parse flags, run(cfg, processes), and end wrong input with one line.
+
+    Exit status: 0, or what the UserError says (1 or 2).
+    """
     try:
-        cfg = parse_flags(sys.argv[1:] if argv is None else argv, os.path.abspath(__file__))
+        cfg = parse_flags(sys.argv[1:] if argv is None else argv, os.path.abspath(path), presets, choices)
         return run(cfg, start_processes())
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"train.py: error: {error}", file=sys.stderr, flush=True)
+        # Flags are wrong on every rank alike; a shard may be read wrong on one alone
+        if os.environ.get("RANK", "0") == "0" or error.status == 1:
+            print(f"{os.path.basename(path)}: error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(error.status)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def main(argv=None):
+    """Train by command-line flags (default: the program's own); returns the run folder."""
+    return command_line(run, __file__, argv)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,48 @@
+"""What all CPU tests share. The helpers themselves are functions in helpers.py."""
+
+import gc
+import os
+import pathlib
+import sys
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: the tests' tensors are too small for threads
+
+HERE = pathlib.Path(__file__).resolve().parent
+for path in (str(HERE), str(HERE.parent)):
+    if path not in sys.path:
+        sys.path.insert(0, path)
+
+import pytest  # noqa: E402
+
+
+@pytest.fixture
+def fresh(monkeypatch):
+    """Seeds, the emulation's state, no GPU and no torchrun around: the same start for every test in this process."""
+    import te_emulation
+    import torch
+    import torch.distributed as dist
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    torch.manual_seed(0)
+    te_emulation.manual_seed(0)
+    te_emulation._state.__init__()
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    gc.enable()  # a run that was broken off leaves it off
+    gc.unfreeze()
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory):
+    """A data folder with the dataset "synthetic": three train shards and one val shard, vocabulary 512."""
+    import helpers
+
+    folder = tmp_path_factory.mktemp("data")
+    tokens = helpers.markov_tokens(6000, seed=1)
+    for i, part in enumerate((tokens[:1000], tokens[1000:3001], tokens[3001:])):
+        helpers.write_shard(folder / "synthetic" / f"s_train_{i + 1:06d}.bin", part)
+    helpers.write_shard(folder / "synthetic" / "s_val_000000.bin", helpers.markov_tokens(1500, seed=2))
+    return folder

@@ -1,0 +1,305 @@
+"""train.py on a GPU with Transformer Engine: precisions, recomputation, wrappers, compilation, evaluation, causality.
+
+A small model (2 layers, width 256, 2 heads of 128), steps of 4,096 Shakespeare tokens in two micro-batches. Most runs
+happen in this process, through train.run(), one after another and each once; what starts processes of its own
+(the command line; two GPUs) says so.
+
+Two runs that should be equal are not equal bit for bit on a GPU: cuDNN's attention adds up gradients in no fixed
+order, and both optimizers divide by the size of the gradients, so that small noisy entries count as much as others.
+SAME is what is allowed between them, 0.02 of a loss that falls from 10.83 to below 10 and 5% of the gradient norm; a
+missing or doubled gradient moves either by far more.
+"""
+
+import contextlib
+import gc
+import io
+import json
+import math
+import pathlib
+import subprocess
+import sys
+import textwrap
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+import train  # noqa: E402
+
+FLAGS = dict(
+    preset="tiny", dataset="shakespeare", n_layer=2, n_embd=256, n_head=2, vocab_size=50304, block_size=256, batch_size=8,
+    total_batch_size=4096, loss_chunk_size=2048, max_iters=8, warmup_iters=4, eval_interval=0, eval_tokens=8192,
+    muon_impl="torch", USE_COMPILE=False,
+)
+SAME = dict(loss=0.02, norm=0.05)
+MULTI_GPU = pytest.mark.skipif("torch.cuda.device_count() < 2", reason="needs two GPUs")
+
+
+def arguments(flags):
+    return [f"--{name}={value}" for name, value in (FLAGS | flags).items()]
+
+
+def read_run(folder, text=""):
+    """A finished run: what it printed, config.json, and the records of log.jsonl by kind."""
+    folder = pathlib.Path(folder)
+    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    steps = [r for r in records if r["kind"] == "train"]
+    return SimpleNamespace(
+        text=text, config=json.loads((folder / "config.json").read_text()), steps=steps, losses=[r["loss"] for r in steps],
+        norms=[r["grad_norm"] for r in steps], vals=[r for r in records if r["kind"] == "val"], done=records[-1])
+
+
+@pytest.fixture(scope="module")
+def procs():
+    """One process group for all runs of this file."""
+    yield train.start_processes()
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def run(te, procs, tmp_path_factory):
+    """run(**flags): train with these flags beside FLAGS, in this process, and read the run; the same flags run once."""
+    out, done = tmp_path_factory.mktemp("out"), {}
+
+    def run(**flags):
+        key = tuple(sorted(flags.items()))
+        if key not in done:
+            cfg = train.parse_flags(arguments(flags | dict(out_dir=str(out))), train.__file__)
+            text = io.StringIO()
+            try:
+                with contextlib.redirect_stdout(text):
+                    folder = train.run(cfg, procs)
+            finally:
+                gc.enable()  # train.run() freezes and stops the collector
+                gc.unfreeze()
+                gc.collect()
+            done[key] = read_run(folder, text.getvalue())
+        return done[key]
+
+    return run
+
+
+def check_same(a, b, loss=SAME["loss"], norm=SAME["norm"]):
+    """Losses and gradient norms of two runs agree step by step."""
+    assert len(a.losses) == len(b.losses) == FLAGS["max_iters"]
+    gaps = [abs(x - y) for x, y in zip(a.losses, b.losses)]
+    norms = [abs(x / y - 1) for x, y in zip(a.norms, b.norms)]
+    print("loss gaps", [f"{g:.5f}" for g in gaps], "norm gaps", [f"{g:.4f}" for g in norms])
+    assert max(gaps) < loss, (a.losses, b.losses)
+    assert max(norms) < norm, (a.norms, b.norms)
+
+
+def check_trains(result):
+    """The loss starts at ln(vocabulary), since the head starts at zero, and falls."""
+    assert all(map(math.isfinite, result.losses + result.norms))
+    assert abs(result.losses[0] - math.log(FLAGS["vocab_size"])) < 0.01
+    assert result.losses[-1] < result.losses[0] - 0.2, result.losses
+
+
+# ------------------------------------------------------------------------------------- precisions
+
+BF16 = dict(USE_FP8=False)
+DELAYED = dict(USE_FP8=True, FP8_RECIPE="delayed")
+PRECISIONS = {
+    "bf16": BF16, "fp8-delayed": DELAYED, "fp8-current": dict(USE_FP8=True, FP8_RECIPE="current"),
+    "fp8-block": dict(USE_FP8=True, FP8_RECIPE="block"), "fp8-mxfp8": dict(USE_FP8=True, FP8_RECIPE="mxfp8"),
+    "nvfp4": dict(USE_NVFP4=True),
+}
+
+
+def has_hardware(te, name):
+    """Whether TE runs this format on this GPU: on Hopper all but MXFP8 and NVFP4."""
+    ask = {"fp8-mxfp8": te.is_mxfp8_available, "nvfp4": te.is_nvfp4_available,
+           "fp8-block": te.is_fp8_block_scaling_available}.get(name)
+    return ask is None or ask(return_reason=True)[0]
+
+
+@pytest.mark.parametrize("name", PRECISIONS)
+def test_precisions_run_and_say_by_whom(te, run, name):
+    """Formats of this GPU run with TE, others are EMULATED, and the table at the start says which."""
+    result = run(**PRECISIONS[name])
+    line = next(line for line in result.text.splitlines() if line.startswith("precision"))
+    emulated = not has_hardware(te, name)
+    assert f"{name} " in line and ("EMULATED by te_emulation.py" if emulated else "by Transformer Engine") in line, line
+    assert ("EMULATED" in result.text) == emulated
+    assert result.config["precision"] == name and result.config["emulated"] == emulated
+    check_trains(result)
+
+
+@pytest.mark.parametrize("name", [n for n in PRECISIONS if n != "bf16"])
+def test_precisions_stay_near_bf16(run, name):
+    """Quantization costs little in so few steps: 0.1 for FP8, 0.2 for NVFP4."""
+    a, b = run(**BF16), run(**PRECISIONS[name])
+    gaps = [abs(x - y) for x, y in zip(a.losses, b.losses)]
+    print(name, [f"{g:.4f}" for g in gaps])
+    assert max(gaps) < (0.2 if name == "nvfp4" else 0.1), (a.losses, b.losses)
+
+
+@pytest.mark.parametrize("name", ["bf16", "fp8-delayed", "fp8-current", "fp8-block"])
+def test_emulation_on_the_gpu_follows_te(run, name):
+    """USE_EMULATION=True trains like TE: 0.03 in loss. Its FP8 errors are TE's, but not every one of them."""
+    result = run(**PRECISIONS[name], USE_EMULATION=True)
+    assert "by te_emulation.py (USE_EMULATION=True)" in result.text and result.config["emulated"]
+    check_same(run(**PRECISIONS[name]), result, loss=0.03, norm=0.1)
+
+
+def test_log_has_speed_and_memory(te, run):
+    """Each training record has mfu (where the GPU's peak is known) and peak memory; the last record sums up."""
+    result = run(**DELAYED)
+    assert [r["step"] for r in result.steps] == list(range(FLAGS["max_iters"]))
+    known = train.peak_flops(torch.device("cuda", 0)) is not None
+    for r in result.steps:
+        assert 0 < r["mfu"] < 1 if known else r["mfu"] is None
+        assert 0.1 < r["peak_mem_gb"] < torch.cuda.get_device_properties(0).total_memory / 1e9
+        assert r["tok_per_sec"] > 0 and r["tokens"] == (r["step"] + 1) * FLAGS["total_batch_size"]
+    assert result.done["kind"] == "done" and result.done["peak_mem_gb"] >= result.steps[-1]["peak_mem_gb"]
+
+
+# ---------------------------------------------------------------------- recomputation, wrappers, compilation
+
+
+@pytest.mark.parametrize("precision", [BF16, DELAYED], ids=["bf16", "fp8-delayed"])
+@pytest.mark.parametrize("flag", ["USE_AC_LM_HEAD", "USE_AC_BLOCKS", "USE_AC_ATTENTION"])
+def test_recomputation_changes_nothing(run, flag, precision):
+    check_same(run(**precision), run(**precision, **{flag: True}))
+
+
+@pytest.mark.parametrize("name", ["bf16", "fp8-delayed"])
+def test_fsdp2_with_one_rank(run, name):
+    """FSDP2 hands the layers bf16 weights, which FP8 then quantizes (without it, the fp32 ones): 0.03 in loss."""
+    result = run(**PRECISIONS[name], USE_FSDP2=True)
+    assert result.config["wrapper"] == "fsdp2" and "USE_FSDP2=True" in result.text
+    check_same(run(**PRECISIONS[name]), result, loss=0.03, norm=0.1)
+
+
+def test_ddp_with_one_rank(run):
+    result = run(**DELAYED, USE_DDP=True)
+    assert result.config["wrapper"] == "ddp"
+    check_same(run(**DELAYED), result)
+
+
+def test_command_line_compiled(te, run, tmp_path):
+    """`python train.py ...` with the kernels compiled, in a process of its own: as the plain run in this one.
+
+    Compiled kernels skip some roundings to bf16 between operations, so the usual tolerance holds.
+    """
+    argv = arguments(DELAYED | dict(USE_COMPILE=True, out_dir=str(tmp_path), run_name="cli"))
+    done = subprocess.run([sys.executable, str(ROOT / "train.py"), *argv], cwd=tmp_path, capture_output=True, text=True, timeout=140)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "fp8-delayed by Transformer Engine" in done.stdout and "done: val loss" in done.stdout
+    check_same(run(**DELAYED), read_run(tmp_path / "cli", done.stdout))
+
+
+# ------------------------------------------------------------------------------------- evaluation
+
+
+def test_evaluation_changes_no_training_loss(run):
+    """Delayed scaling with and without evaluations in between; the last val loss is the same too."""
+    plain, evaluated = run(**DELAYED), run(**DELAYED, eval_interval=2)
+    assert len(plain.vals) == 1 and len(evaluated.vals) == FLAGS["max_iters"] // 2
+    check_same(plain, evaluated)
+    assert abs(plain.done["val_loss"] - evaluated.done["val_loss"]) < SAME["loss"]
+
+
+def build(procs, **flags):
+    """The pieces of a run, put together as train.run() does."""
+    cfg = train.parse_flags(arguments(flags), train.__file__)
+    torch.manual_seed(cfg.seed)
+    precision = train.select_precision(cfg, procs.device)
+    model = train.GPT(cfg, precision.te, lambda f: f, procs.device)
+    ring = train.TokenRing(str(ROOT / "data"), cfg.dataset, "train", cfg.vocab_size, cfg.total_batch_size + 1)
+    return SimpleNamespace(
+        cfg=cfg, precision=precision, model=model, parallel=train.Parallel(model, "none", cfg, procs),
+        optimizers=train.Optimizers(model, cfg, procs, sharded=False), loader=train.DataLoader(ring, cfg, procs))
+
+
+def test_evaluation_leaves_the_amax_history_alone(te, procs):
+    """TE's scales and histories are the same in every bit after an evaluation, and move on with the next step."""
+    p = build(procs, **DELAYED)
+
+    def train_steps(n):
+        for step in range(n):
+            p.optimizers.set_schedule(step)
+            train.train_step(p.parallel, p.loader, p.optimizers, p.cfg, procs, p.precision)
+        return {name: t.clone() for name, t in train.fp8_state(p.model).items()}
+
+    train.calibrate(p.parallel, p.loader, p.optimizers, procs, p.precision)
+    before = train_steps(3)
+    assert len(before) == 4 * 3 * p.cfg.n_layer  # scale and history, forward and backward, of qkv, proj and MLP
+    val_ring = train.TokenRing(str(ROOT / "data"), p.cfg.dataset, "val", p.cfg.vocab_size, p.cfg.block_size + 1)
+    train.evaluate(p.parallel, val_ring, p.cfg, procs, p.precision)
+    after = train.fp8_state(p.model)
+    assert before.keys() == after.keys()
+    assert not [name for name in before if not torch.equal(before[name], after[name])]
+    later = train_steps(1)
+    p.loader.close()
+    assert [name for name in before if name.endswith("amax_history") and not torch.equal(before[name], later[name])]
+
+
+# ------------------------------------------------------------------------------------- causality
+
+
+def test_causality(te, procs):
+    """bf16 with TE: a changed token changes no logits before it (at most one part in 1000), and all after it."""
+    p = build(procs, **BF16)
+    with torch.no_grad():
+        for weight in p.model.parameters():  # output projections and head start at zero
+            if weight.ndim == 2 and not weight.any():
+                weight.normal_(std=weight.shape[1] ** -0.5)
+    x = torch.randint(0, 50257, (2, p.cfg.block_size), dtype=torch.int32, device=procs.device)
+    p.model.eval()
+    for position in (1, 100, 255):
+        changed = x.clone()
+        changed[:, position:] = (changed[:, position:] + 1234) % 50257
+        with torch.no_grad(), p.precision.autocast(procs, quantized=False):
+            a, b = p.model(x), p.model(changed)
+        gap = (a - b).abs().amax(dim=(0, 2))  # of each position
+        assert gap[:position].max() < 1e-3, (position, gap[:position].max())
+        assert gap[position:].min() > 0.05, (position, gap[position:].min())
+
+
+# ------------------------------------------------------------------------------------- two GPUs
+
+WORKER = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+import train
+procs = train.start_processes()
+for argv in json.load(open(sys.argv[2])):
+    train.run(train.parse_flags(argv, train.__file__), procs)
+train.dist.destroy_process_group()
+"""
+
+
+@pytest.fixture(scope="module")
+def two_gpus(te, tmp_path_factory):
+    """All runs on two GPUs, by torchrun, in one pair of processes: {(wrapper, precision): run}."""
+    out = tmp_path_factory.mktemp("two_gpus")
+    runs = {f"{wrapper}-{name}": PRECISIONS[name] | {f"USE_{wrapper}": True}
+            for wrapper in ("DDP", "FSDP2") for name in ("bf16", "fp8-delayed")}
+    (out / "worker.py").write_text(textwrap.dedent(WORKER))
+    (out / "argv.json").write_text(json.dumps([arguments(f | dict(out_dir=str(out), run_name=n)) for n, f in runs.items()]))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(out / "worker.py"),
+               str(ROOT), str(out / "argv.json")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return {name: read_run(out / name) for name in runs}
+
+
+@MULTI_GPU
+@pytest.mark.parametrize("name", ["bf16", "fp8-delayed"])
+@pytest.mark.parametrize("wrapper", ["DDP", "FSDP2"])
+def test_two_gpus_match_one(two_gpus, run, wrapper, name):
+    """The same tokens a step on two GPUs (one micro-batch each) as on one (two): 0.03 in loss.
+
+    Gradients are added up in another order; FSDP2 rounds weights to bf16 before FP8; delayed scaling sees the
+    amaxes of both halves of a step at once, and not one after the other.
+    """
+    result = two_gpus[f"{wrapper}-{name}"]
+    assert result.config["world_size"] == 2 and result.config["wrapper"] == wrapper.lower()
+    check_trains(result)
+    check_same(run(**PRECISIONS[name]), result, loss=0.03, norm=0.1)

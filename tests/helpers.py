@@ -1,0 +1,168 @@
+"""Helpers of the tests of train.py: small flags, synthetic shards, models, subprocesses, torchrun."""
+
+import importlib.util
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+from types import SimpleNamespace
+from unittest import mock
+
+import numpy as np
+import torch
+
+import te_emulation as te
+import train
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+TRAIN = str(ROOT / "train.py")
+CPU = torch.device("cpu")
+VOCAB = 512
+
+# A model of 0.2M parameters: every test starts from these flags and says what it changes.
+SMALL = dict(
+    preset="tiny", dataset="synthetic", vocab_size=VOCAB, n_layer=2, n_embd=64, n_head=2, block_size=32, batch_size=8,
+    total_batch_size=256, max_iters=6, warmup_iters=2, muon_momentum_iters=4, loss_chunk_size=64, eval_interval=0,
+    eval_tokens=640, learning_rate_head=0.02, muon_impl="torch", USE_COMPILE=False, FP8_AMAX_HISTORY=16,
+)
+
+
+def flag_args(**changes):
+    """SMALL with changes, as a command line."""
+    return [f"--{name}={value}" for name, value in (SMALL | changes).items()]
+
+
+def make_cfg(**changes):
+    """SMALL with changes, as train.py resolves it."""
+    return train.parse_flags(flag_args(**changes), TRAIN, has_gpu=False)
+
+
+def one_process(rank=0, world_size=1):
+    return train.Processes(rank, rank, world_size, CPU, None)
+
+
+def make_model(cfg=None, zeros=False, seed=0, **changes):
+    """A model of SMALL. Head and output projections start at zero, which hides most of what a test looks for:
+    zeros=False gives them small random values instead."""
+    cfg = cfg or make_cfg(**changes)
+    torch.manual_seed(seed)
+    model = train.GPT(cfg, te, lambda f: f, CPU)
+    if not zeros:
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                if name.endswith(("proj.weight", "fc2_weight", "head.weight")):
+                    p.normal_(std=0.5 * p.shape[1] ** -0.5)
+                elif p.ndim == 1:
+                    p.add_(0.1 * torch.randn_like(p))
+    return model
+
+
+def tokens_and_targets(cfg, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randint(cfg.vocab_size, (cfg.batch_size, cfg.block_size + 1), generator=g)
+    return x[:, :-1].int().contiguous(), x[:, 1:].contiguous()
+
+
+def relative(a, b):
+    """|a - b| / |b| in the Frobenius norm."""
+    a, b = a.detach().double(), b.detach().double()
+    return ((a - b).norm() / b.norm()).item()
+
+
+# -----------------------------------------------------------------------------------------------------
+# Shards
+
+
+def markov_tokens(count, seed, vocab=VOCAB):
+    """Tokens that a model can learn something about: each follows its predecessor by one of four steps."""
+    rng = np.random.default_rng(seed)
+    steps = rng.choice([1, 2, 3, 7], size=count, p=[0.7, 0.1, 0.1, 0.1])
+    return (np.cumsum(steps) % vocab).astype(np.uint16)
+
+
+def shard_bytes(tokens, magic=20240520, version=1, count=None):
+    header = np.zeros(256, dtype="<i4")
+    header[:3] = magic, version, len(tokens) if count is None else count
+    return header.tobytes() + np.asarray(tokens, dtype="<u2").tobytes()
+
+
+def write_shard(path, tokens, **header):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(shard_bytes(tokens, **header))
+    return path
+
+
+# -----------------------------------------------------------------------------------------------------
+# Running train.py
+
+
+def script_env(**extra):
+    """The environment of a CPU run: one thread, no GPU, no torchrun around."""
+    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
+    return env | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo", **extra}
+
+
+def start(*command, cwd, **env):
+    """Start `python command...`; finish() waits for it. Several can run side by side."""
+    return subprocess.Popen([sys.executable, *map(str, command)], cwd=cwd, env=script_env(**env), text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def finish(process, timeout=180):
+    try:
+        out, err = process.communicate(timeout=timeout)
+    finally:
+        process.kill()
+    return SimpleNamespace(code=process.returncode, out=out, err=err)
+
+
+def start_torchrun(nproc, *command, cwd, **env):
+    """Start `torchrun --nproc_per_node=nproc command...` on gloo."""
+    return start("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}", *command, cwd=cwd, **env)
+
+
+def train_here(out_dir, data_dir, **changes):
+    """A whole run of train.py in this process, but for loss.png, which takes longer than the training; returns its run
+    folder. Needs the fixture `fresh`."""
+    te._state.__init__()
+    with mock.patch.object(train.RunLog, "plot", lambda self: None):
+        return pathlib.Path(train.main(flag_args(out_dir=out_dir, data_dir=data_dir, **changes)))
+
+
+def records(folder, kind=None):
+    """The objects of a run's log.jsonl, in order, all or those of one kind."""
+    lines = [json.loads(line) for line in (pathlib.Path(folder) / "log.jsonl").read_text().splitlines()]
+    return [r for r in lines if kind in (None, r["kind"])]
+
+
+def losses(folder):
+    return np.array([r["loss"] for r in records(folder, "train")])
+
+
+def val_losses(folder):
+    return np.array([r["val_loss"] for r in records(folder, "val")])
+
+
+def assert_one_error_line(result, code, *words):
+    """train.py gave up with `code` and one line on stderr that has all words, and no traceback."""
+    assert result.code == code, result.err
+    assert result.err.startswith("train.py: error: ") and result.err.count("\n") == 1, result.err
+    for word in words:
+        assert word in result.err
+
+
+def edited_copy(folder, **edits):
+    """A copy of train.py with flags edited in its text, as a user would, imported. Values are source text."""
+    text = pathlib.Path(TRAIN).read_text(encoding="utf-8")
+    for name, value in edits.items():
+        text, n = re.subn(rf"^{name} = .+?(\s+# )", lambda m: f"{name} = {value}{m[1]}", text, count=1, flags=re.M)
+        assert n == 1, name
+    path = folder / "train_edited.py"
+    path.write_text(text, encoding="utf-8")
+    spec = importlib.util.spec_from_file_location("train_edited", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["train_edited"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module, str(path)

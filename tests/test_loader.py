@@ -1,0 +1,276 @@
+"""Shards, the ring of tokens, and the data loader: which tokens are read, in which order, by whom."""
+
+import os
+import threading
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import helpers
+import train
+from helpers import shard_bytes, write_shard
+
+pytestmark = pytest.mark.usefixtures("fresh")
+SIZES = (700, 1, 411, 93)  # 1205 tokens, one shard of a single token; no multiple of anything below
+TOTAL = sum(SIZES)
+
+
+@pytest.fixture(scope="module")
+def numbered(tmp_path_factory):
+    """A data folder whose ring holds the tokens 0, 1, 2, ...: a token tells its own position."""
+    folder, start = tmp_path_factory.mktemp("numbered"), 0
+    for i, size in enumerate(SIZES):
+        write_shard(folder / "n" / f"n_train_{i + 1:06d}.bin", np.arange(start, start + size))
+        start += size
+    write_shard(folder / "n" / "n_val_000000.bin", np.arange(5000, 5100))
+    return folder
+
+
+def ring_of(folder, need=10, vocab=65536, split="train", dataset="n"):
+    return train.TokenRing(str(folder), dataset, split, vocab, need)
+
+
+def loader_of(ring, rank=0, world=1, B=2, T=8, G=96):
+    cfg = SimpleNamespace(batch_size=B, block_size=T, total_batch_size=G)
+    return train.DataLoader(ring, cfg, helpers.one_process(rank, world))
+
+
+def ring_positions(start, count):
+    return (np.arange(start, start + count)) % TOTAL
+
+
+# -----------------------------------------------------------------------------------------------------
+# Order
+
+
+def test_the_splits_are_apart_and_shards_follow_by_name(numbered):
+    ring = ring_of(numbered)
+    assert ring.total == TOTAL and [os.path.basename(p) for p in ring.paths] == [
+        f"n_train_{i:06d}.bin" for i in range(1, 1 + len(SIZES))]
+    assert ring_of(numbered, split="val").read(0, 3).tolist() == [5000, 5001, 5002]
+
+
+@pytest.mark.parametrize("start,count", [(0, 10), (695, 30), (700, 1), (701, 1), (1200, 20), (1205, 5), (3 * 1205 - 1, 2),
+                                         (0, 1205), (1000, 3000), (10**12 * 1205 + 7, 3)])
+def test_the_ring_across_shards_and_around(numbered, start, count):
+    tokens = ring_of(numbered).read(start, count)
+    assert tokens.dtype == np.int32 and np.array_equal(tokens, ring_positions(start, count))
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("B,T", [(1, 8), (2, 8), (4, 8), (1, 32), (2, 16)])
+def test_every_step_reads_its_own_tokens_once_for_any_ranks_and_batch_size(numbered, world, B, T):
+    """Step k: tokens k*G to (k+1)*G as inputs, one further as targets, each exactly once over ranks and micro-batches.
+
+    15 steps of 192 tokens go around the ring of 1205 twice, across every shard boundary.
+    """
+    G = 192
+    loaders = [loader_of(ring_of(numbered), rank, world, B, T, G) for rank in range(world)]
+    accumulation = G // (world * B * T)
+    for loader in loaders:
+        assert loader.accumulation == accumulation
+    for step in range(15):
+        inputs, targets = [], []
+        for _ in range(accumulation):
+            for loader in loaders:
+                x, y = loader.next()
+                assert x.shape == y.shape == (B, T) and x.dtype == torch.int32 and y.dtype == torch.int64
+                inputs.append(x.flatten())
+                targets.append(y.flatten())
+        # In the order of micro-batches, then ranks, they even lie end to end
+        assert np.array_equal(torch.cat(inputs), ring_positions(step * G, G))
+        assert np.array_equal(torch.cat(targets), ring_positions(step * G + 1, G))
+    for loader in loaders:
+        loader.close()
+
+
+def test_peek_shows_what_next_gives_and_moves_nothing(numbered):
+    loader = loader_of(ring_of(numbered))
+    for _ in range(8):  # before the thread runs, and while it is ahead
+        peeked, again, given = loader.peek(), loader.peek(), loader.next()
+        for a, b, c in zip(peeked, again, given):
+            assert torch.equal(a, b) and torch.equal(a, c)
+    loader.close()
+
+
+# -----------------------------------------------------------------------------------------------------
+# Position
+
+
+@pytest.mark.parametrize("taken", [0, 1, 5, 6, 7, 13])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_state_is_the_position_of_next_whatever_was_prefetched(numbered, taken, rank):
+    """State taken after any number of micro-batches (6 a step for B=1), with a full prefetch queue behind it."""
+    make = lambda: loader_of(ring_of(numbered), rank, world=2, B=1)  # noqa: E731
+    loader = make()
+    for _ in range(taken):
+        loader.next()
+    if taken:  # let the thread fill the queue
+        deadline = time.time() + 5
+        while not loader.batches.full() and time.time() < deadline:
+            time.sleep(0.01)
+        assert loader.batches.full()
+    state = loader.state_dict()
+    assert state == {"step": taken // 6, "micro_batch": taken % 6}
+    expected = [loader.next() for _ in range(9)]
+
+    for other in (make(), loader):  # a new loader, and the old one sent back
+        other.load_state_dict(state)
+        assert other.state_dict() == state
+        for x, y in expected:
+            x2, y2 = other.next()
+            assert torch.equal(x, x2) and torch.equal(y, y2)
+        other.close()
+
+
+def test_a_step_boundary_restores_under_another_number_of_ranks(numbered):
+    """At a step boundary the position is the same for any world size and micro-batch."""
+    first = loader_of(ring_of(numbered), world=1, B=4)
+    for _ in range(2 * first.accumulation):
+        first.next()
+    state = first.state_dict()
+    assert state == {"step": 2, "micro_batch": 0}
+    first.close()
+    parts = []
+    for rank in range(3):
+        loader = loader_of(ring_of(numbered), rank, world=3, B=4)
+        loader.load_state_dict(state)
+        parts.append(loader.next()[0].flatten())
+        loader.close()
+    assert np.array_equal(torch.cat(parts), ring_positions(2 * 96, 96))
+
+
+def test_close_ends_the_thread_and_next_starts_another(numbered):
+    before = threading.active_count()
+    loader = loader_of(ring_of(numbered))
+    x, _ = loader.next()
+    assert threading.active_count() == before + 1
+    loader.close()
+    loader.close()
+    assert threading.active_count() == before
+    assert loader.next()[0][0, 0] == x[-1, -1] + 1
+    loader.close()
+
+
+def test_an_error_in_the_loader_thread_comes_out_of_next(numbered):
+    """After the good micro-batches before it, not earlier; a second call does not wait for a thread that has ended."""
+    loader = loader_of(ring_of(numbered, vocab=40))  # tokens 0 ... 1204: the third micro-batch of 16 + 1 holds 40
+    loader.next()
+    loader.next()
+    with pytest.raises(train.UserError, match="n_train_000001.bin.*vocab_size is 40"):
+        loader.next()
+    again = []
+
+    def call():
+        try:
+            loader.next()
+        except Exception as error:
+            again.append(error)
+
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    thread.join(timeout=3)
+    assert again and isinstance(again[0], train.UserError)
+    loader.close()
+
+
+# -----------------------------------------------------------------------------------------------------
+# Bad shards
+
+
+def bad_line(folder, **options):
+    """The UserError of opening and reading a whole ring, in one line."""
+    with pytest.raises(train.UserError) as caught:
+        ring = ring_of(folder, **options)
+        ring.read(0, ring.total)
+    assert "\n" not in str(caught.value) and caught.value.status == 1
+    return str(caught.value)
+
+
+TOKENS = np.arange(100)
+GOOD = shard_bytes(TOKENS)
+
+
+@pytest.mark.parametrize("content,words", [
+    (b"", ["0 bytes", "header"]),
+    (GOOD[:1000], ["1000 bytes", "header"]),
+    (GOOD[:-2], ["1222 bytes", "1224"]),
+    (GOOD[:-1], ["1223 bytes", "1224"]),
+    (GOOD + b"\0\0", ["1226 bytes", "1224"]),
+    (shard_bytes(TOKENS, count=50), ["50 tokens"]),
+    (shard_bytes(TOKENS, count=-5), ["-5 tokens"]),
+    (shard_bytes(TOKENS, magic=20240521), ["magic", "20240521", "20240520"]),
+    (shard_bytes(TOKENS, version=2), ["version 2", "version 1"]),
+    (shard_bytes([]), ["no tokens"]),
+    (b"<html>not found</html>" * 100, ["no token shard"]),
+], ids=["empty", "half a header", "short by a token", "short by a byte", "too long", "header says less", "negative count",
+        "magic", "version", "no tokens", "a web page"])
+def test_a_bad_shard_is_one_line_with_file_and_remedy(tmp_path, content, words):
+    (tmp_path / "n").mkdir()
+    (tmp_path / "n" / "n_train_000001.bin").write_bytes(GOOD)
+    bad = tmp_path / "n" / "n_train_000002.bin"
+    bad.write_bytes(content)
+    line = bad_line(tmp_path)
+    for word in [str(bad), "delete it", "data/README.md", *words]:
+        assert word in line
+
+
+def test_a_link_to_nowhere_and_a_folder_are_bad_shards_too(tmp_path):
+    (tmp_path / "n").mkdir()
+    bad = tmp_path / "n" / "n_train_000001.bin"
+    bad.symlink_to(tmp_path / "gone.bin")
+    assert str(bad) in bad_line(tmp_path)
+    bad.unlink()
+    bad.mkdir()
+    assert str(bad) in bad_line(tmp_path)
+
+
+@pytest.mark.parametrize("dataset,command", [
+    ("fineweb10B", "python data/cachedfineweb10b.py 9"), ("shakespeare", "python data/shakespeare/prepare.py"),
+    ("openwebtext-1M", "python data/openwebtext-1M/prepare.py"),
+])
+@pytest.mark.parametrize("folder_exists", [False, True])
+def test_missing_shards_name_the_command_that_brings_them(tmp_path, dataset, command, folder_exists):
+    if folder_exists:
+        write_shard(tmp_path / dataset / "x_val_000000.bin", TOKENS)  # the other split
+    line = bad_line(tmp_path, dataset=dataset)
+    for word in (str(tmp_path / dataset), "train", f"`{command}`", "--dataset", "--data_dir"):
+        assert word in line
+
+
+def test_too_short_for_the_batch(tmp_path):
+    """A step of G tokens needs one more as its last target."""
+    write_shard(tmp_path / "n" / "n_train_000001.bin", TOKENS)
+    assert ring_of(tmp_path, need=100).total == 100
+    line = bad_line(tmp_path, need=101)
+    for word in (str(tmp_path / "n"), "100 tokens", "101", "--total_batch_size", "more shards"):
+        assert word in line
+
+
+def test_a_token_beyond_the_vocabulary(tmp_path):
+    """uint16 ids up to 65535 are read as they are; an id that has no embedding row names shard and remedy."""
+    write_shard(tmp_path / "n" / "n_train_000001.bin", TOKENS)
+    path = write_shard(tmp_path / "n" / "n_train_000002.bin", [5, 65535, 6])
+    assert ring_of(tmp_path, vocab=65536).read(100, 3).tolist() == [5, 65535, 6]
+    line = bad_line(tmp_path, vocab=65535)
+    for word in (str(path), "65535", "vocab_size", "--vocab_size"):
+        assert word in line
+    assert str(path) in bad_line(tmp_path, vocab=512)
+    with pytest.raises(train.UserError):  # id == vocab_size is one too many
+        ring_of(tmp_path, vocab=99).read(0, 100)
+    ring_of(tmp_path, vocab=100).read(0, 100)
+
+
+def test_a_data_folder_with_odd_characters_in_its_name(tmp_path):
+    """Brackets and stars are pattern characters to glob."""
+    folder = tmp_path / "my data [v1] *"
+    write_shard(folder / "n" / "n_train_000001.bin", TOKENS)
+    assert ring_of(folder).total == 100
+
+
+def test_a_shard_is_mapped_not_read(numbered):
+    """Opening the ring must not cost memory: 103 FineWeb shards are 20 GB."""
+    assert all(isinstance(shard, np.memmap) for shard in ring_of(numbered).shards)

@@ -1,0 +1,451 @@
+"""run.sh in a copy of the folder, with fakes of python, uv, nvidia-smi and scontrol on PATH: nothing is installed."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Logs what it is asked to do; `-c` and `-` programs run in the real python, which sees only the packages in $STUBS.
+PYTHON = r"""#!/bin/bash
+log() { echo "$(basename "$(dirname "$(dirname "$0")")") $*" >>"$LOG"; }
+case "$*" in
+  '-m venv '*) log venv; [ -z "${NO_VENV:-}" ] || exit 1; mkdir -p "$3/bin"; cp "$0" "$3/bin/python" ;;
+  '-m pip --version') ;;
+  '-m pip '*)
+    part=${@: -1}
+    log "pip $* NVTE=${NVTE_BUILD_USE_NVIDIA_WHEELS:-} :" $(grep -v '^#' "$part")
+    touch "$(dirname "$0")/../left-by-pip"
+    if [ -n "${HANG:-}" ] && grep -q "^$HANG" "$part"; then sleep 60 & echo $! >"$LOG.pid"; wait; fi
+    if [ -n "${FAIL:-}" ] && grep -q "^$FAIL" "$part"; then echo "ERROR: no route to host" >&2; exit 1; fi ;;
+  '-m torch.distributed.run '*) log "torchrun ${*:3} OMP=${OMP_NUM_THREADS:-}"; exit "${STATUS:-0}" ;;
+  '-m pytest'*) log "$PWD pytest ${*:3}"; exit "${STATUS:-0}" ;;
+  train.py*)
+    log "$* RANK=${RANK:-}"
+    if [ -n "${TRAIN_WAITS:-}" ]; then trap 'log train got TERM; kill $!; exit 7' TERM; sleep 60 & wait; fi
+    exit "${STATUS:-0}" ;;
+  data/cachedfineweb10b.py*) log "$*"; [ -z "${NO_NET:-}" ] || exit 1; mkdir -p data/fineweb10B; touch data/fineweb10B/f_train_000001.bin ;;
+  *urlopen*) [ -n "${CPU_INDEX:-}" ] ;;
+  *_base_executable*) [ -z "${OLD:-}" ] && case $0 in */.venv/*) echo "$BASE" ;; *) echo "$0" ;; esac ;;
+  *Python.h*) [ -z "${NO_HEADERS:-}" ] ;;
+  *) PYTHONPATH="$STUBS" exec "$REAL" -S "$@" ;;
+esac
+"""
+UV = r"""#!/bin/bash
+echo "uv $*" >>"$LOG"
+mkdir -p "${@: -1}/bin" && cp "$(dirname "$0")/python3" "${@: -1}/bin/python"
+"""
+
+
+class Host:
+    """A folder with the project in it, and a machine around it made of fakes."""
+
+    def __init__(self, tmp):
+        self.tmp, self.repo, self.bin, self.stubs = tmp, tmp / "repo", tmp / "fake" / "bin", tmp / "stubs"
+        for folder in (self.repo / "data", self.bin, self.stubs):
+            folder.mkdir(parents=True)
+        for name in ("run.sh", "requirements.txt", "requirements-cpu.txt", "train.py"):
+            shutil.copy(ROOT / name, self.repo / name)
+        for name in ("python3", "python3.10", "python3.11", "python3.12", "python3.13"):
+            self.fake(name, PYTHON)
+        self.fake("c++", "#!/bin/bash\n")
+        self.fake("scontrol", "#!/bin/bash\nprintf '%s\\n' node7 node8\n")
+        self.gpus(0)
+        self.log = tmp / "log"
+        real = subprocess.run([sys.executable, "-c", "import sys; print(sys._base_executable)"], capture_output=True, text=True)
+        self.env = {"PATH": f"{self.bin}:/usr/bin:/bin", "HOME": str(tmp), "LOG": str(self.log), "STUBS": str(self.stubs),
+                    "REAL": real.stdout.strip(), "BASE": str(self.bin / "python3")}
+
+    def fake(self, name, text, folder=None):
+        path = (folder or self.bin) / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        path.chmod(0o755)
+        return path
+
+    def gpus(self, n):
+        lines = "".join(f"echo 'GPU {i}: NVIDIA H100 (UUID: GPU-{i})'\n" for i in range(n))
+        self.fake("nvidia-smi", f"#!/bin/bash\n{lines or 'exit 9'}\n")
+        return self
+
+    def has(self, *modules):
+        """Every fake python can import these."""
+        for module in modules:
+            path = self.stubs / (module.replace(".", "/") + ".py")
+            path.parent.mkdir(exist_ok=True, parents=True)
+            path.touch()
+        return self
+
+    def command(self, *args):
+        return ["bash", str(self.repo / "run.sh"), *args]
+
+    def start(self, *args, **env):
+        return subprocess.Popen(self.command(*args), env={**self.env, **env}, cwd=self.tmp, stdin=subprocess.DEVNULL,
+                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    def run(self, *args, status=0, **env):
+        """What run.sh printed; self.did holds what the fakes were asked to do, a line each."""
+        self.log.write_text("")
+        done = subprocess.run(self.command(*args), env={**self.env, **env}, cwd=self.tmp, stdin=subprocess.DEVNULL,
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=30)
+        self.did = self.log.read_text().splitlines()
+        assert done.returncode == status, done.stdout
+        return done.stdout
+
+    def pips(self):
+        return [line for line in self.did if " pip " in line]
+
+
+@pytest.fixture
+def host(tmp_path):
+    return Host(tmp_path)
+
+
+def wait_for(condition, what):
+    deadline = time.monotonic() + 15
+    while not condition():
+        assert time.monotonic() < deadline, f"waited in vain for {what}"
+        time.sleep(0.02)
+
+
+# Set-up
+
+
+def test_cpu_setup_then_training(host):
+    out = host.run("--max_iters=5", "--run_name=a b")
+    assert host.did[0] == "fake venv"
+    torch, rest = host.pips()
+    assert torch.endswith(" : torch==2.13.0") and "numpy" in rest and "transformer-engine" not in rest
+    assert host.did[-1] == ".venv train.py --max_iters=5 --run_name=a b RANK="
+    assert len(host.did) == 4  # and no data was fetched
+    assert "making" in out and "installing torch" in out
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has two builds of torch")
+@pytest.mark.parametrize("answers", [True, False])
+def test_cpu_index_is_used_if_it_answers(host, answers):
+    out = host.run(**({"CPU_INDEX": "1"} if answers else {}))
+    assert all(("--extra-index-url https://download.pytorch.org/whl/cpu" in line) == answers for line in host.pips())
+    assert ("does not answer" in out) != answers
+
+
+def test_gpu_setup_in_order(host):
+    host.gpus(8).run()
+    torch, tools, engine, rest, dion = host.pips()
+    assert torch.endswith(" : torch==2.11.0")
+    assert "wheel" in tools and "ninja" in tools
+    assert engine.endswith("NVTE=1 : transformer-engine[core-cu13,pytorch]==2.20.2")
+    assert ["--no-build-isolation" in line for line in host.pips()] == [False, False, True, False, False]
+    assert "bitsandbytes" in rest and "git+https" in dion
+    assert all("-c .venv/part1.txt" in line for line in host.pips())  # nothing later moves torch
+    assert not any("extra-index-url" in line for line in host.pips())
+    assert host.did[-2] == ".venv data/cachedfineweb10b.py 9"
+    assert host.did[-1].startswith(".venv torchrun --nproc_per_node=8 --standalone train.py OMP=")
+
+
+def test_gpu_setup_wants_a_compiler(host):
+    out = host.gpus(1).run(status=1, NO_HEADERS="1")
+    assert "g++ python3-dev" in out and not host.pips()
+
+
+@pytest.mark.parametrize("driver, fine", [("550.54.15", False), ("579.1", False), ("580.159.04", True), ("1000.1", True)])
+def test_gpu_setup_wants_a_driver_for_cuda_13(host, driver, fine):
+    host.fake("nvidia-smi", f"#!/bin/bash\n[ $1 = -L ] && echo 'GPU 0: H100' || echo {driver}\n")
+    out = host.run("--preset=tiny", status=0 if fine else 1)
+    assert (driver in out) != fine and bool(host.pips()) == fine
+
+
+def test_second_start_installs_nothing(host):
+    host.run()
+    out = host.run("--max_iters=1")
+    assert host.did == [".venv train.py --max_iters=1 RANK="] and out == ""
+
+
+def test_changed_requirements_are_installed(host):
+    host.run()
+    with open(host.repo / "requirements-cpu.txt", "a") as f:
+        f.write("another\n")
+    host.run()
+    assert host.pips()[-1].endswith(" another")
+    host.run()
+    assert not host.pips()
+
+
+def test_gpu_environment_serves_a_machine_without_gpu(host):
+    host.gpus(2).run("--dataset=shakespeare")
+    host.gpus(0).run()
+    assert host.did == [".venv train.py RANK="]
+
+
+def test_cpu_environment_does_not_serve_a_gpu(host):
+    host.run()
+    host.gpus(1).run("--preset=tiny")
+    assert len(host.pips()) == 5
+
+
+def test_dion_may_fail(host):
+    out = host.gpus(1).run("--preset=tiny", FAIL="dion")
+    assert "training does without" in out
+    assert host.did[-1] == ".venv train.py --preset=tiny RANK="
+    host.run("--preset=tiny")
+    assert not host.pips()
+
+
+def test_other_failures_end_the_setup_and_are_repaired(host):
+    out = host.run(status=1, FAIL="numpy")
+    assert "no route to host" in out and out.splitlines()[-1].startswith("run.sh: installing failed")
+    assert not any("train.py" in line for line in host.did)
+    (host.repo / ".venv" / "broken").touch()
+    host.run()
+    assert len(host.pips()) == 2 and not (host.repo / ".venv" / "broken").exists()
+
+
+def test_broken_python_in_venv_is_repaired(host):
+    host.run()
+    (host.repo / ".venv/bin/python").unlink()
+    host.run()
+    assert len(host.pips()) == 2 and host.did[-1] == ".venv train.py RANK="
+
+
+def test_activated_unfinished_venv_is_not_trusted(host):
+    host.run(status=1, FAIL="numpy")
+    host.has("torch", "numpy")  # as pip left it
+    venv = host.repo / ".venv"
+    (venv / "bin" / "python3").symlink_to("python")
+    env = {"VIRTUAL_ENV": str(venv), "PATH": f"{venv}/bin:{host.env['PATH']}"}
+    host.run(**env)
+    assert len(host.pips()) == 2
+    host.run(**env)
+    assert host.did == [".venv train.py RANK="]
+
+
+@pytest.mark.parametrize("sig, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_interrupted_setup(host, sig, status):
+    process = host.start(HANG="numpy")
+    pid = Path(f"{host.log}.pid")
+    wait_for(lambda: pid.exists() and pid.read_text().strip(), "pip")
+    process.send_signal(sig)  # to run.sh alone
+    out = process.communicate(timeout=15)[0]
+    assert process.returncode == status, out
+    assert "set-up stopped" in out
+
+    def gone():
+        try:
+            os.kill(int(pid.read_text()), 0)
+        except ProcessLookupError:
+            return True
+        stat = Path(f"/proc/{pid.read_text().strip()}/stat")  # a zombie where nothing reaps orphans
+        return stat.exists() and stat.read_text().split()[2] == "Z"
+
+    wait_for(gone, "pip's child to end")
+    (host.repo / ".venv" / "half").touch()
+    host.run()
+    assert len(host.pips()) == 2 and not (host.repo / ".venv" / "half").exists()
+
+
+@pytest.mark.skipif(shutil.which("flock", path="/usr/bin:/bin") is None, reason="no flock")
+def test_two_starts_set_up_once(host):
+    host.fake("flock", '#!/bin/bash\n/usr/bin/env -i /usr/bin/flock "$@" || { s=$?; touch "$LOG.waits"; exit $s; }\n')
+    first = host.start(HANG="numpy")
+    pid = Path(f"{host.log}.pid")
+    wait_for(lambda: pid.exists() and pid.read_text().strip(), "pip")
+    second = host.start()
+    wait_for(Path(f"{host.log}.waits").exists, "the second start")
+    os.kill(int(pid.read_text()), signal.SIGKILL)
+    assert first.wait(15) == 0 and second.wait(15) == 0
+    assert "waiting" in second.stdout.read() and "waiting" not in first.stdout.read()
+    assert sum(" pip " in line for line in host.log.read_text().splitlines()) == 2
+
+
+def test_uv_where_python_has_no_venv(host):
+    host.fake("uv", UV)
+    host.run(NO_VENV="1")
+    assert host.did[1].startswith("uv venv") and "--seed" in host.did[1] and f"--python {host.bin}/python3" in host.did[1]
+    assert len(host.pips()) == 2 and host.did[-1] == ".venv train.py RANK="
+
+
+def test_uv_brings_a_python(host):
+    host.fake("uv", UV)
+    host.run(OLD="1")
+    assert "--python 3.12" in host.did[0] and len(host.pips()) == 2
+
+
+def test_neither_venv_nor_uv(host):
+    host.fake("uv", "#!/bin/bash\nexit 1\n")
+    assert "apt install python3-venv" in host.run(status=1, NO_VENV="1")
+
+
+# A python that is there already
+
+
+def test_existing_python_is_used_as_it_is(host):
+    out = host.has("torch", "numpy").run("--max_iters=1")
+    assert host.did == ["fake train.py --max_iters=1 RANK="] and out == ""
+    assert not (host.repo / ".venv").exists()
+
+
+def test_existing_python_with_gpu_needs_transformer_engine(host):
+    host.gpus(1).has("torch", "numpy").run("--preset=tiny")
+    assert len(host.pips()) == 5
+    shutil.rmtree(host.repo / ".venv")
+    host.has("transformer_engine.pytorch", "transformer_engine.__init__").run("--preset=tiny")
+    assert host.did == ["fake train.py --preset=tiny RANK="]
+
+
+def test_existing_python_whose_torch_does_not_import(host):
+    host.has("numpy")
+    (host.stubs / "torch.py").write_text("raise OSError('libcudart.so.13: cannot open shared object file')")
+    out = host.run()
+    assert "libcudart.so.13" in out and len(host.pips()) == 2
+
+
+def test_existing_python_without_numpy(host):
+    out = host.has("torch").run(status=1)
+    assert len(out.splitlines()) == 1 and "numpy" in out and host.did == []
+
+
+def test_existing_python_without_pytest(host):
+    host.has("torch", "numpy")
+    assert "no pytest" in host.run("test", status=1)
+    host.run()
+
+
+def test_named_python(host):
+    other = host.fake("python", PYTHON, host.tmp / "other" / "bin")
+    host.has("torch", "numpy").run(PYTHON=str(other))
+    assert host.did == ["other train.py RANK="]
+    host.run(VIRTUAL_ENV=str(host.tmp / "other"))
+    assert host.did == ["other train.py RANK="]
+    assert "is not there" in host.run(status=1, PYTHON="/no/such/python")
+
+
+def test_venv_is_made_from_named_python(host):
+    other = host.fake("python", PYTHON, host.tmp / "other" / "bin")
+    host.run(PYTHON=str(other))
+    assert host.did[0] == "other venv"
+
+
+def test_venv_of_someone_else_is_left_alone(host):
+    host.fake("python", PYTHON, host.repo / ".venv" / "bin")
+    assert "activate it or remove it" in host.run(status=1)
+    assert host.did == [] and (host.repo / ".venv/bin/python").exists()
+    host.has("torch", "numpy").run(VIRTUAL_ENV=str(host.repo / ".venv"))
+    assert host.did == [".venv train.py RANK="]
+
+
+# Start
+
+
+@pytest.mark.parametrize("bad", ["0", "-1", "two", "1.5", "", "08", "2 3"])
+def test_bad_nproc(host, bad):
+    out = host.has("torch", "numpy").run(status=2, NPROC=bad)
+    assert len(out.splitlines()) == 1 and "NPROC" in out and host.did == []
+
+
+def test_more_processes_than_gpus(host):
+    assert "NPROC=3" in host.gpus(2).run(status=2, NPROC="3")
+
+
+def test_nproc(host):
+    host.has("torch", "numpy").run("--a=1", NPROC="3")
+    assert host.did[0].startswith("fake torchrun --nproc_per_node=3 --standalone train.py --a=1 OMP=")
+    host.run(NPROC="2", OMP_NUM_THREADS="5")
+    assert host.did[0].endswith(" OMP=5")
+
+
+def test_one_process_takes_no_ranks_from_outside(host):
+    host.has("torch", "numpy").run(RANK="3", WORLD_SIZE="4")
+    assert host.did == ["fake train.py RANK="]
+
+
+@pytest.mark.parametrize("visible, processes", [("2,3", 2), ("5", 1), ("", 1)])
+def test_visible_gpus(host, visible, processes):
+    host.gpus(8).has("torch", "numpy", "transformer_engine.pytorch", "transformer_engine.__init__")
+    host.run("--dataset=shakespeare", CUDA_VISIBLE_DEVICES=visible)
+    assert ("--nproc_per_node=2" in host.did[0]) == (processes == 2) and ("torchrun" in host.did[0]) == (processes > 1)
+
+
+def test_several_machines(host):
+    host.has("torch", "numpy").run("--a=1", NPROC="2", NNODES="2", NODE_RANK="1", MASTER_ADDR="10.0.0.1")
+    assert host.did[0].startswith("fake torchrun --nproc_per_node=2 --nnodes=2 --node_rank=1 --master_addr=10.0.0.1 "
+                                  "--master_port=29500 train.py --a=1 ")
+    host.run(NNODES="2", RDZV_ENDPOINT="h:1", RDZV_ID="7")
+    assert "--nnodes=2 --rdzv_backend=c10d --rdzv_endpoint=h:1 --rdzv_id=7 train.py" in host.did[0]
+    host.run(NNODES="1")
+    assert "--nproc_per_node=1 --standalone train.py" in host.did[0]
+
+
+@pytest.mark.parametrize("env", [{"NNODES": "2"}, {"NNODES": "2", "NODE_RANK": "0"}, {"NNODES": "x"}])
+def test_several_machines_without_a_meeting_point(host, env):
+    out = host.run(status=2, **env)
+    assert len(out.splitlines()) == 1 and "NNODES" in out
+
+
+def test_slurm(host):
+    step = {"SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NUM_TASKS": "2", "SLURM_NODEID": "1", "SLURM_JOB_ID": "123",
+            "SLURM_STEP_NODELIST": "node[7-8]"}
+    host.has("torch", "numpy").run(NPROC="4", **step)
+    assert "--nproc_per_node=4 --nnodes=2 --node_rank=1 --master_addr=node7 --master_port=20123 train.py" in host.did[0]
+    assert "--ntasks-per-node=1" in host.run(status=2, **{**step, "SLURM_STEP_NUM_TASKS": "16"})
+    host.run(**{**step, "SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_NUM_TASKS": "1"})
+    assert host.did == ["fake train.py RANK="]
+    host.fake("scontrol", "#!/bin/bash\nexit 1\n")
+    assert "MASTER_ADDR" in host.run(status=2, **step)
+
+
+def test_exit_status_comes_through(host):
+    host.has("torch", "numpy", "pytest").run(status=3, STATUS="3")
+    host.run(status=4, STATUS="4", NPROC="2")
+    host.run("test", status=5, STATUS="5")
+
+
+def test_signal_reaches_training(host):
+    process = host.has("torch", "numpy").start(TRAIN_WAITS="1")
+    wait_for(lambda: host.log.exists() and "train.py" in host.log.read_text(), "training")
+    time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(15) == 7 and "train got TERM" in host.log.read_text()
+
+
+def test_test_command(host):
+    host.run("test", "-k", "a or b")
+    assert len(host.pips()) == 2 and host.did[-1] == f".venv {host.repo.resolve()} pytest -k a or b"
+
+
+def test_help(host):
+    host.gpus(8).has("torch", "numpy", "transformer_engine.pytorch", "transformer_engine.__init__").run("--help")
+    assert host.did == ["fake train.py --help RANK="]  # no data, no torchrun
+
+
+# Data
+
+
+@pytest.mark.parametrize("flags, fetched", [
+    ([], True), (["--max_iters=3"], True), (["--dataset=shakespeare"], False), (["--data_dir=/mnt/shards"], False),
+    (["--preset=tiny"], False), (["--preset=d12"], True), (["--dataset=shakespeare", "--dataset=fineweb10B"], True),
+])  # fmt: skip
+def test_which_flags_fetch_data(host, flags, fetched):
+    host.gpus(1).has("torch", "numpy", "transformer_engine.pytorch", "transformer_engine.__init__").run(*flags)
+    assert ("fake data/cachedfineweb10b.py 9" in host.did) == fetched
+    host.run(*flags)
+    assert not any("cachedfineweb10b" in line for line in host.did)
+
+
+def test_edited_train_py_decides_too(host):
+    text = (host.repo / "train.py").read_text()
+    assert text.count('\ndataset = "fineweb10B"') == 1 and text.count('\ndata_dir = "data"') == 1
+    (host.repo / "train.py").write_text(text.replace('\ndataset = "fineweb10B"', "\ndataset = 'shakespeare'"))
+    host.gpus(1).has("torch", "numpy", "transformer_engine.pytorch", "transformer_engine.__init__").run()
+    assert host.did == ["fake train.py RANK="]
+
+
+def test_failed_download_is_said(host):
+    host.gpus(1).has("torch", "numpy", "transformer_engine.pytorch", "transformer_engine.__init__")
+    assert "--dataset=shakespeare" in host.run(status=1, NO_NET="1")
+    assert not any("train.py" in line for line in host.did)

@@ -1,0 +1,489 @@
+"""Whole runs of train.py: log, run folder, evaluation, accumulation, ranks and wrappers, number formats.
+
+Runs of one process happen in this process; runs of two ranks in one torchrun (RANKS below), one after another.
+"""
+
+import json
+import math
+import pathlib
+import re
+import sys
+import textwrap
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+import pytest
+
+import helpers
+import train
+from helpers import ROOT, SMALL, TRAIN, finish, flag_args, losses, markov_tokens, records, start, start_torchrun, train_here
+from helpers import val_losses, write_shard
+
+pytestmark = pytest.mark.usefixtures("fresh")
+
+TRAIN_KEYS = {"kind", "step", "tokens", "loss", "grad_norm", "lr_muon", "lr_embed", "lr_head", "momentum", "step_ms",
+              "tok_per_sec", "mfu", "peak_mem_gb"}
+VAL_KEYS = {"kind", "step", "tokens", "val_loss", "train_seconds"}
+DONE_KEYS = {"kind", "step", "tokens", "val_loss", "train_seconds", "tok_per_sec_median", "peak_mem_gb"}
+
+# The runs of two ranks: micro-batches of 4 sequences each, where the run of one process takes 8.
+TWO = dict(batch_size=4)
+RANKS = {
+    "ddp-bf16": TWO | dict(USE_FP8=False, USE_DDP=True, eval_interval=3),
+    "ddp-fp8": TWO | dict(USE_DDP=True),
+    "ddp-fp8-eval": TWO | dict(USE_DDP=True, eval_interval=1),
+    "fsdp2-bf16": TWO | dict(USE_FP8=False, USE_FSDP2=True, eval_interval=3),
+    "fsdp2-fp8": TWO | dict(USE_FSDP2=True),
+    "fsdp2-fp8-eval": TWO | dict(USE_FSDP2=True, eval_interval=1),
+    "fsdp2-reshard-bf16": TWO | dict(USE_FP8=False, USE_FSDP2=True, FSDP2_RESHARD=True, eval_interval=3),
+    "fsdp2-reshard-fp8": TWO | dict(USE_FSDP2=True, FSDP2_RESHARD=True),
+    "ddp-bf16-accumulate": dict(USE_FP8=False, USE_DDP=True, batch_size=2),
+    "fsdp2-bf16-accumulate": dict(USE_FP8=False, USE_FSDP2=True, batch_size=2),
+    "ddp-bf16-reduce": TWO | dict(USE_FP8=False, USE_DDP=True, REDUCE_FP32=False),
+    "fsdp2-bf16-reduce": TWO | dict(USE_FP8=False, USE_FSDP2=True, REDUCE_FP32=False),
+    "fsdp2-bf16-uneven": TWO | dict(USE_FP8=False, USE_FSDP2=True, vocab_size=515),
+    "fsdp2-recompute-fp8": TWO | dict(USE_FSDP2=True, USE_AC_BLOCKS=True, USE_AC_LM_HEAD=True),
+    "auto-nvfp4": TWO | dict(USE_NVFP4=True, n_embd=128, max_iters=2),
+}
+WORKER = textwrap.dedent("""
+    import gc, json, sys
+    sys.path[:0] = [{root!r}, {tests!r}]
+    import helpers, train
+    import te_emulation as te
+    train.RunLog.plot = lambda self: None
+    procs = train.start_processes()
+    folders = {{}}
+    for name, changes in json.load(open(sys.argv[1])).items():
+        te._state.__init__()
+        cfg = train.parse_flags(helpers.flag_args(**changes), helpers.TRAIN, has_gpu=False)
+        try:
+            folders[name] = train.run(cfg, procs)
+        except Exception as error:  # on both ranks alike, or the other one hangs
+            folders[name] = f"failed: {{error!r}}"
+        gc.unfreeze()
+        gc.collect()
+    if procs.is_main:
+        json.dump(folders, open(sys.argv[1] + ".done", "w"))
+    train.dist.destroy_process_group()
+""")
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory, shards):
+    """{name: run folder} of the runs in RANKS."""
+    folder = tmp_path_factory.mktemp("ranks")
+    cases = {name: dict(changes, run_name=name, out_dir=str(folder / "out"), data_dir=str(shards))
+             for name, changes in RANKS.items()}
+    (folder / "cases.json").write_text(json.dumps(cases))
+    (folder / "worker.py").write_text(WORKER.format(root=str(ROOT), tests=str(ROOT / "tests")))
+    result = finish(start_torchrun(2, folder / "worker.py", folder / "cases.json", cwd=folder))
+    assert result.code == 0, result.err[-4000:]
+    folders = json.loads((folder / "cases.json.done").read_text())
+    folders["output"] = result.out
+    return folders
+
+
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory, shards):
+    """{name: run folder} of the runs of one process that others are compared with."""
+    out, patch = tmp_path_factory.mktemp("one"), pytest.MonkeyPatch()
+    patch.setattr(train.torch.cuda, "is_available", lambda: False)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        patch.delenv(name, raising=False)
+    cases = {"bf16": dict(USE_FP8=False, eval_interval=3), "fp8": dict(), "uneven": dict(USE_FP8=False, vocab_size=515),
+             "wide-bf16": dict(USE_FP8=False, n_embd=128, max_iters=3)}
+    folders = {name: train_here(out, shards, run_name=name, **changes) for name, changes in cases.items()}
+    patch.undo()
+    return folders
+
+
+# -----------------------------------------------------------------------------------------------------
+# The run folder
+
+
+@pytest.fixture(scope="module")
+def script_run(tmp_path_factory, shards):
+    """One run of the script itself with wandb switched on and not importable, 5 steps, evaluations after 2, 4 and 5."""
+    folder = tmp_path_factory.mktemp("script")
+    (folder / "stub").mkdir()
+    (folder / "stub" / "wandb.py").write_text("raise ImportError('no wandb here')\n")
+    args = flag_args(data_dir=shards, max_iters=5, eval_interval=2, total_batch_size=512, USE_WANDB=True, run_name="first")
+    result = finish(start(TRAIN, *args, cwd=folder, PYTHONPATH=str(folder / "stub")))
+    assert result.code == 0, result.err
+    result.folder = folder / "out" / "first"
+    return result
+
+
+def test_the_run_folder_is_complete(script_run):
+    assert {p.name for p in script_run.folder.iterdir()} - {"ckpt"} == {"log.jsonl", "config.json", "loss.png"}
+    png = (script_run.folder / "loss.png").read_bytes()
+    assert png.startswith(b"\x89PNG\r\n\x1a\n") and png.rstrip().endswith(b"IEND\xaeB`\x82")
+
+
+def test_log_jsonl_follows_the_contract(script_run):
+    log = records(script_run.folder)
+    assert [(r["kind"], r["step"]) for r in log] == [
+        ("train", 0), ("train", 1), ("val", 1), ("train", 2), ("train", 3), ("val", 3), ("train", 4), ("val", 4), ("done", 4)]
+    keys = {"train": TRAIN_KEYS, "val": VAL_KEYS, "done": DONE_KEYS}
+    for r in log:
+        assert set(r) == keys[r["kind"]]
+        assert r["tokens"] == (r["step"] + 1) * 512
+    for r in records(script_run.folder, "train"):
+        assert r["tok_per_sec"] == pytest.approx(512 / r["step_ms"] * 1000)
+        assert r["mfu"] is None  # no peak for a CPU
+        assert all(r[k] > 0 for k in ("loss", "step_ms", "tok_per_sec", "peak_mem_gb", "lr_muon", "lr_embed", "lr_head"))
+    norms = [r["grad_norm"] for r in records(script_run.folder, "train")]
+    assert all(math.isfinite(n) and n > 0 for n in norms)
+    vals, (done,) = records(script_run.folder, "val"), records(script_run.folder, "done")
+    seconds = [r["train_seconds"] for r in (*vals, done)]
+    steps_ms = [r["step_ms"] for r in records(script_run.folder, "train")]
+    assert seconds == pytest.approx([sum(steps_ms[:n]) / 1000 for n in (2, 4, 5, 5)])  # training alone
+    assert done["val_loss"] == vals[-1]["val_loss"]
+    assert done["tok_per_sec_median"] == pytest.approx(512 / sorted(steps_ms)[2] * 1000)
+
+
+def test_the_logged_rates_are_the_schedule(script_run):
+    cfg = helpers.make_cfg(max_iters=5)
+    for r in records(script_run.folder, "train"):
+        factor = train.lr_factor(r["step"], cfg.warmup_iters, 5, cfg.min_lr_ratio)
+        assert (r["lr_muon"], r["lr_embed"], r["lr_head"]) == pytest.approx(
+            (cfg.learning_rate * factor, cfg.learning_rate_embed * factor, cfg.learning_rate_head * factor))
+        assert r["momentum"] == train.momentum_at(r["step"], cfg.muon_momentum_start, cfg.muon_momentum, cfg.muon_momentum_iters)
+
+
+def test_the_loss_starts_at_ln_vocab_and_falls(script_run):
+    assert losses(script_run.folder)[0] == pytest.approx(math.log(512), rel=1e-6)
+    assert losses(script_run.folder)[-1] < math.log(512) - 0.3
+
+
+def test_config_json_holds_every_flag_and_the_machine(script_run):
+    config = json.loads((script_run.folder / "config.json").read_text())
+    cfg = vars(helpers.make_cfg(max_iters=5, eval_interval=2, total_batch_size=512, USE_WANDB=True, run_name="first"))
+    for name in train.read_flag_table(TRAIN):
+        assert name in config
+        if name != "data_dir":
+            assert config[name] == cfg[name]
+    assert "explicit" not in config
+    for name in ("device", "versions", "git_commit", "world_size", "wrapper", "precision", "emulated", "optimizers", "parameters"):
+        assert name in config
+    assert config["versions"]["torch"].split("+")[0] == train.torch.__version__.split("+")[0]
+    assert (config["world_size"], config["wrapper"], config["precision"], config["emulated"]) == (1, "none", "fp8-delayed", True)
+
+
+def test_the_console_says_what_runs(script_run):
+    out = script_run.out
+    for word in ("fp8-delayed EMULATED by te_emulation.py (no GPU)", "none (one rank)", "torch.optim.Muon", "muon_impl=torch",
+                 "640 of 1,500 val tokens", "6,000 train tokens in 3 shard(s)",
+                 "1 rank(s) x 2 micro-batch(es) x 8 sequences x 32 tokens", "run folder", "done: val loss"):
+        assert word in out, word
+    steps = re.findall(r"^step (\d)/5 \| loss +([\d.]+) \| norm .* \| lr .* ms \| [\d,]+ tok/s \| .* GB \| ETA", out, re.M)
+    assert [int(s) for s, _ in steps] == [1, 2, 3, 4, 5]
+    assert [float(x) for _, x in steps] == pytest.approx(losses(script_run.folder), abs=1e-4)
+    assert "MFU" not in out
+    model = helpers.make_model()
+    assert f"{sum(p.numel() for p in model.parameters()):,}" in out
+
+
+def test_without_wandb_the_run_goes_on(script_run):
+    assert script_run.out.count("wandb is off: no wandb here") == 1
+
+
+def test_a_wandb_that_fails_later_is_switched_off(tmp_path, monkeypatch, capsys):
+    def fail(*args, **kwargs):
+        raise RuntimeError("no network")
+
+    stub = ModuleType("wandb")
+    stub.init = lambda **kwargs: SimpleNamespace(log=fail, finish=fail)
+    monkeypatch.setitem(sys.modules, "wandb", stub)
+    log = train.RunLog(str(tmp_path), helpers.make_cfg(USE_WANDB=True), {})
+    log.write(dict(kind="train", step=0, tokens=1, loss=1.0))
+    log.write(dict(kind="train", step=1, tokens=2, loss=float("nan")))
+    log.close()
+    assert capsys.readouterr().out.count("wandb is off: no network") == 1
+    assert [r["loss"] for r in records(tmp_path)] == [1.0, None]  # JSON has no NaN
+
+
+def test_a_run_folder_is_never_overwritten(tmp_path, shards):
+    first = train_here(tmp_path, shards, max_iters=2, run_name="r", eval_tokens=64)
+    before = {p.name: p.read_bytes() for p in first.iterdir()}
+    folders = [train_here(tmp_path, shards, max_iters=1, run_name="r", seed=s, eval_tokens=64) for s in (2, 3)]
+    assert first == tmp_path / "r" and folders == [tmp_path / "r-2", tmp_path / "r-3"]
+    assert {p.name: p.read_bytes() for p in first.iterdir()} == before
+    assert json.loads((folders[1] / "config.json").read_text())["seed"] == 3
+
+
+def test_run_folders_made_at_once_are_apart(tmp_path):
+    assert [train.make_run_folder(str(tmp_path), "x") for _ in range(3)] == [str(tmp_path / n) for n in ("x", "x-2", "x-3")]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(train.UserError, match="--out_dir"):
+        train.make_run_folder(str(tmp_path / "file"), "x")
+
+
+def test_log_interval_and_only_a_last_evaluation(tmp_path, shards):
+    folder = train_here(tmp_path, shards, max_iters=6, log_interval=4, USE_FP8=False, eval_tokens=64)
+    assert [(r["kind"], r["step"]) for r in records(folder)] == [("train", 0), ("train", 4), ("train", 5), ("val", 5), ("done", 5)]
+    seconds = records(folder, "done")[0]["train_seconds"]
+    assert seconds > sum(r["step_ms"] for r in records(folder, "train")) / 1000  # steps that were not logged count too
+
+
+def test_a_loss_that_is_no_number_ends_the_run_in_one_line(tmp_path, shards, capsys):
+    """With the step, and what to try; the log keeps what there was, as JSON."""
+    changes = dict(USE_FP8=False, learning_rate_embed=1e38, learning_rate=1e38, learning_rate_head=1e38, grad_clip=0)
+    with pytest.raises(SystemExit) as caught:
+        train_here(tmp_path, shards, run_name="nan", **changes)
+    result = SimpleNamespace(code=caught.value.code, err=capsys.readouterr().err)
+    helpers.assert_one_error_line(result, 1, "step", "lower learning rate")
+    log = records(tmp_path / "nan", "train")
+    assert log[-1]["loss"] is None and log[0]["loss"] == pytest.approx(math.log(512))
+
+
+def test_the_table_of_peaks():
+    names = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA H100 NVL": 835e12, "NVIDIA H200": 989e12,
+             "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA B200": 2.25e15, "NVIDIA GB200": 2.5e15, "NVIDIA GeForce RTX 5090": 209.5e12,
+             "NVIDIA RTX PRO 6000 Blackwell Server Edition": 503.8e12, "Some other GPU": None}
+    patch = pytest.MonkeyPatch()
+    for name, peak in names.items():
+        patch.setattr(train.torch.cuda, "get_device_name", lambda device, name=name: name)
+        assert train.peak_flops(train.torch.device("cuda")) == peak, name
+    patch.undo()
+    assert train.peak_flops(helpers.CPU) is None
+
+
+@pytest.mark.parametrize("seconds,text", [(0, "0:00"), (59.4, "0:59"), (59.6, "1:00"), (3599.4, "59:59"), (3600, "1:00:00"), (90061, "25:01:01")])
+def test_durations(seconds, text):
+    assert train.format_duration(seconds) == text
+
+
+def test_smoothing_is_unbiased():
+    assert train.smooth([3.0] * 5) == pytest.approx([3.0] * 5) and train.smooth([]) == []
+    assert train.smooth([0.0, 1.0]) == pytest.approx([0.0, 1 / 1.9])
+
+
+# -----------------------------------------------------------------------------------------------------
+# Data, batches and evaluation
+
+
+def test_the_first_losses_are_those_of_a_plain_loop(tmp_path, shards, one_rank):
+    """bf16, one process: loader, loss mean, schedule, clipping and both optimizers put together by hand. Bit for bit."""
+    cfg = helpers.make_cfg(USE_FP8=False, data_dir=str(shards))
+    procs = helpers.one_process()
+    ring = train.TokenRing(str(shards), "synthetic", "train", 512, 1)
+    model = helpers.make_model(cfg, zeros=True, seed=cfg.seed)
+    optimizers = train.Optimizers(model, cfg, procs, sharded=False)
+    precision = train.select_precision(cfg, helpers.CPU)
+    for step, expected in enumerate(records(one_rank["bf16"], "train")):
+        tokens = train.torch.from_numpy(ring.read(step * 256, 257))
+        optimizers.set_schedule(step)
+        with precision.autocast(procs):
+            loss = model(tokens[:-1].view(8, 32), tokens[1:].view(8, 32).long()) / 256
+        loss.backward()
+        norm = train.clip_gradients(list(model.parameters()), cfg.grad_clip)
+        optimizers.step()
+        optimizers.zero_grad()
+        assert loss.item() == expected["loss"] and norm.item() == expected["grad_norm"], step
+
+
+def test_the_same_flags_give_the_same_losses(tmp_path, shards, one_rank):
+    again = train_here(tmp_path, shards)
+    assert np.array_equal(losses(again), losses(one_rank["fp8"]))
+    other = train_here(tmp_path, shards, seed=7)
+    assert not np.array_equal(losses(other)[1:], losses(again)[1:])
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 4])
+def test_gradient_accumulation_equals_a_larger_batch(tmp_path, shards, one_rank, batch_size):
+    """bf16: the same tokens in more micro-batches. fp32 sums in another order, which Adam's and Muon's normalised steps
+    carry into single bf16 roundings: 1e-3 nats after six steps, where the loss falls by more than one."""
+    got = losses(train_here(tmp_path, shards, USE_FP8=False, batch_size=batch_size))
+    assert np.abs(got - losses(one_rank["bf16"])).max() < 1e-3
+    assert got[0] - got[-1] > 1
+
+
+@pytest.mark.parametrize("changes", [dict(), dict(batch_size=2, max_iters=4)], ids=["whole", "accumulate"])
+def test_evaluation_does_not_touch_training(tmp_path, shards, changes):
+    """Delayed scaling: bit for bit the same losses with an evaluation after every step, which feeds no amax history and
+    moves no data."""
+    without = train_here(tmp_path, shards, **changes)
+    with_eval = train_here(tmp_path, shards, eval_interval=1, **changes)
+    assert len(val_losses(with_eval)) == len(losses(without)) and len(val_losses(without)) == 1
+    assert np.array_equal(losses(with_eval), losses(without))
+    assert val_losses(with_eval)[-1] == val_losses(without)[-1]
+
+
+def evaluate_small(shards, eval_tokens, batch_size, world_size=1):
+    """evaluate() of one seeded model, the ranks one after another: their sums are added here."""
+    cfg = helpers.make_cfg(eval_tokens=eval_tokens, batch_size=batch_size, total_batch_size=32 * batch_size)
+    model = helpers.make_model(cfg)
+    ring = train.TokenRing(str(shards), "synthetic", "val", 512, 33)
+    totals = []
+
+    class Rank(train.Processes):
+        def sum(self, tensor):
+            totals.append(tensor.clone())
+            return tensor
+
+    for rank in range(world_size):
+        procs = Rank(rank, rank, world_size, helpers.CPU, SimpleNamespace(get_group=lambda: None))
+        parallel = SimpleNamespace(model=model, module=model)
+        train.evaluate(parallel, ring, cfg, procs, train.select_precision(cfg, helpers.CPU))
+        assert model.training
+    total = sum(totals)
+    assert total[1] == eval_tokens  # every token once, padding not at all
+    return (total[0] / total[1]).item()
+
+
+def test_val_loss_is_the_same_for_any_ranks_and_batch_size(shards):
+    """46 sequences, which fill no round number of passes; fp32 sums per pass in another order: 1e-6."""
+    want = evaluate_small(shards, 46 * 32, 1)
+    for batch_size, world_size in ((2, 1), (5, 1), (64, 1), (1, 2), (3, 2), (4, 3), (8, 5)):
+        assert evaluate_small(shards, 46 * 32, batch_size, world_size) == pytest.approx(want, rel=1e-6)
+
+
+def test_val_loss_is_the_cross_entropy_of_the_first_sequences(shards):
+    """Each sequence by itself, with fresh context; 1e-5 for bf16 logits summed in fp32."""
+    cfg = helpers.make_cfg(batch_size=20, total_batch_size=640)
+    model = helpers.make_model(cfg)
+    tokens = train.torch.from_numpy(markov_tokens(1500, seed=2).astype(np.int32))
+    with train.torch.no_grad(), train.select_precision(cfg, helpers.CPU).autocast(helpers.one_process(), quantized=False):
+        logits = model(tokens[:640].view(20, 32))
+    want = train.F.cross_entropy(logits.flatten(0, 1).double(), tokens[1:641].long()).item()
+    assert evaluate_small(shards, 640, 8) == pytest.approx(want, rel=1e-5)
+
+
+def test_eval_tokens_are_cut_to_what_there_is(tmp_path, shards):
+    """1500 val tokens hold 46 sequences of 32 with a last target; fewer than a sequence are rounded up to one."""
+    for given, used in ((10**9, 46 * 32), (100, 96), (5, 32)):
+        folder = train_here(tmp_path, shards, max_iters=1, eval_tokens=given, USE_FP8=False)
+        assert json.loads((folder / "config.json").read_text())["eval_tokens"] == used
+        assert math.isfinite(val_losses(folder)[0])
+
+
+def test_training_goes_around_the_ring(tmp_path):
+    """Two epochs and a bit of a shard that holds one step and one token."""
+    write_shard(tmp_path / "d" / "synthetic" / "s_train_000001.bin", markov_tokens(257, seed=3))
+    write_shard(tmp_path / "d" / "synthetic" / "s_val_000000.bin", markov_tokens(33, seed=4))
+    folder = train_here(tmp_path / "out", tmp_path / "d", max_iters=3)
+    assert len(losses(folder)) == 3 and np.isfinite(losses(folder)).all() and np.isfinite(val_losses(folder)).all()
+
+
+# -----------------------------------------------------------------------------------------------------
+# Number formats and flags that change the path, not the result
+
+
+@pytest.mark.parametrize("name,changes", [
+    ("fp8-current", dict(FP8_RECIPE="current")), ("fp8-block", dict(FP8_RECIPE="block")), ("fp8-mxfp8", dict(FP8_RECIPE="mxfp8")),
+    ("nvfp4", dict(USE_NVFP4=True)),
+])
+def test_every_number_format_trains(tmp_path, shards, capsys, one_rank, name, changes):
+    """Three steps, finite and falling, close to bf16 (0.1 nats), and said to be emulated."""
+    got = train_here(tmp_path, shards, n_embd=128, max_iters=3, **changes)
+    assert re.search(rf"precision +{name} EMULATED by te_emulation.py \(no GPU\)", capsys.readouterr().out)
+    config = json.loads((got / "config.json").read_text())
+    assert config["precision"] == name and config["emulated"] is True
+    assert np.isfinite(losses(got)).all() and losses(got)[-1] < losses(got)[0]
+    assert 0 < np.abs(losses(got) - losses(one_rank["wide-bf16"])).max() < 0.1
+
+
+def test_delayed_scaling_is_calibrated_from_the_first_step(tmp_path, shards, one_rank):
+    """Delayed scaling starts at scale 1, where E5M2 flushes small gradients to zero. With the calibration passes the
+    run stays within 0.01 nats of bf16 from the start; data order and learning rates do not move."""
+    assert np.abs(losses(one_rank["fp8"]) - losses(one_rank["bf16"])).max() < 0.01
+    for a, b in zip(records(one_rank["fp8"], "train"), records(one_rank["bf16"], "train")):
+        assert all(a[k] == b[k] for k in ("tokens", "lr_muon", "lr_embed", "lr_head", "momentum"))
+
+
+@pytest.mark.parametrize("flags", [dict(USE_AC_BLOCKS=True, USE_AC_ATTENTION=True)])
+def test_recomputation_gives_the_same_run(tmp_path, shards, one_rank, flags):
+    assert np.array_equal(losses(train_here(tmp_path, shards, **flags)), losses(one_rank["fp8"]))
+
+
+def test_recomputing_the_head_gives_the_same_run(tmp_path, shards, one_rank):
+    """The logits are made twice from the same operands: the gradients, and so the losses, are the same."""
+    assert np.array_equal(losses(train_here(tmp_path, shards, USE_AC_LM_HEAD=True)), losses(one_rank["fp8"]))
+
+
+# -----------------------------------------------------------------------------------------------------
+# Ranks
+
+# Largest gap of any loss over six steps, in nats; the losses fall by more than one.
+#   DDP: the same numbers but for the order of fp32 sums.
+#   FSDP2: weights and gains are rounded to bf16 when gathered, and gradients before they are added up; under FP8 the
+#   weights are rounded twice.
+GAPS = {
+    "ddp-bf16": 1e-3, "ddp-fp8": 3e-3, "fsdp2-bf16": 2e-3, "fsdp2-fp8": 3e-3, "fsdp2-reshard-bf16": 2e-3,
+    "fsdp2-reshard-fp8": 3e-3, "ddp-bf16-accumulate": 1e-3, "fsdp2-bf16-accumulate": 2e-3, "ddp-bf16-reduce": 5e-3,
+    "fsdp2-bf16-reduce": 5e-3, "fsdp2-recompute-fp8": 3e-3, "fsdp2-bf16-uneven": 2e-3,
+}
+
+
+@pytest.mark.parametrize("name", GAPS)
+def test_two_ranks_train_like_one(one_rank, two_ranks, name):
+    want = losses(one_rank["fp8" if "fp8" in name else "uneven" if "uneven" in name else "bf16"])
+    assert not two_ranks[name].startswith("failed"), two_ranks[name]
+    got = losses(two_ranks[name])
+    assert len(got) == len(want) == 6 and want[0] - want[-1] > 1
+    assert np.abs(got - want).max() < GAPS[name], np.abs(got - want)
+
+
+@pytest.mark.parametrize("flag", ["USE_DDP", "USE_FSDP2"])
+def test_a_wrapper_around_one_rank(tmp_path, shards, one_rank, flag):
+    """One path for one rank and many. DDP: bit for bit; FSDP2: bf16 weights, as above."""
+    got = losses(train_here(tmp_path, shards, USE_FP8=False, **{flag: True}))
+    assert np.abs(got - losses(one_rank["bf16"])).max() <= (0 if flag == "USE_DDP" else GAPS["fsdp2-bf16"])
+
+
+def test_gradient_norms_agree(one_rank, two_ranks):
+    """The norm is that of the whole gradient under every wrapper, not of a shard. 1%: gradients through bf16 weights."""
+    want = [r["grad_norm"] for r in records(one_rank["bf16"], "train")]
+    for name in ("ddp-bf16", "fsdp2-bf16", "fsdp2-reshard-bf16", "fsdp2-bf16-accumulate"):
+        assert [r["grad_norm"] for r in records(two_ranks[name], "train")] == pytest.approx(want, rel=0.01), name
+
+
+def test_resharding_changes_nothing(two_ranks):
+    """Gathering the same weights once more: bit for bit."""
+    assert np.array_equal(losses(two_ranks["fsdp2-reshard-bf16"]), losses(two_ranks["fsdp2-bf16"]))
+    assert np.array_equal(losses(two_ranks["fsdp2-reshard-fp8"]), losses(two_ranks["fsdp2-fp8"]))
+
+
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp2"])
+def test_evaluation_does_not_touch_the_training_of_two_ranks(two_ranks, wrapper):
+    assert np.array_equal(losses(two_ranks[f"{wrapper}-fp8-eval"]), losses(two_ranks[f"{wrapper}-fp8"]))
+    assert val_losses(two_ranks[f"{wrapper}-fp8-eval"])[-1] == val_losses(two_ranks[f"{wrapper}-fp8"])[-1]
+
+
+def test_val_losses_of_two_ranks(one_rank, two_ranks):
+    for name in ("ddp-bf16", "fsdp2-bf16", "fsdp2-reshard-bf16"):
+        assert np.abs(val_losses(two_ranks[name]) - val_losses(one_rank["bf16"])).max() < GAPS[name], name
+
+
+def test_only_rank_0_writes_and_speaks(two_ranks):
+    ran = {name: folder for name, folder in two_ranks.items() if name != "output" and not folder.startswith("failed")}
+    for name, folder in ran.items():
+        steps = RANKS[name].get("max_iters", SMALL["max_iters"])
+        assert [r["step"] for r in records(folder, "train")] == list(range(steps))
+        assert folder.endswith(name)  # no numbered second folder
+        config = json.loads((pathlib.Path(folder) / "config.json").read_text())
+        assert config["world_size"] == 2 and config["wrapper"] == ("fsdp2" if name.startswith("fsdp2") else "ddp")
+    assert two_ranks["output"].count("done: val loss") == len(ran)
+    assert np.isfinite(losses(two_ranks["auto-nvfp4"])).all()
+
+
+def test_torchrun_of_the_script(tmp_path, shards, one_rank):
+    """The command of the README: two ranks from start to end, and an error that every rank finds, said once.
+
+    A bad token that only rank 1 reads must name its shard too, though rank 0 knows nothing of it.
+    """
+    (tmp_path / "synthetic").mkdir()
+    for path in (shards / "synthetic").iterdir():
+        (tmp_path / "synthetic" / path.name).write_bytes(path.read_bytes())
+    tokens = markov_tokens(6000, seed=1)[:1000].copy()
+    tokens[200] = 600  # in the second half of step 0
+    bad = write_shard(tmp_path / "synthetic" / "s_train_000001.bin", tokens)
+    good, broken = (start_torchrun(2, TRAIN, *flag_args(batch_size=4, max_iters=2, USE_FP8=False, data_dir=d), cwd=tmp_path)
+                    for d in (shards, tmp_path))
+    good, broken = finish(good), finish(broken)
+    assert good.code == 0, good.err[-2000:]
+    assert "ddp (2 ranks on CPUs)" in good.out
+    assert good.out.count("done: val loss") == 1
+    assert broken.code != 0
+    assert broken.err.count(f"train.py: error: {bad} holds token id 600") == 1, broken.err[-2000:]

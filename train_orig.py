@@ -1,0 +1,274 @@
+"""
+The plain reference that train.py is measured against: a GPT-2-style model in torch alone, AdamW, bf16 autocast, DDP.
+
+    python train_orig.py                                # d20 with a GPU, tiny without
+    python train_orig.py --preset=tiny --max_iters=20   # any flag below can be set as --name=value
+    torchrun --standalone --nproc_per_node=8 train_orig.py
+    python train_orig.py --help                         # all flags with their defaults
+
+It reads the same shards in the same order as train.py and writes the same log. From train.py it imports what has
+nothing to do with how a model learns (flags, processes, data, logging, and the passes over the val shards); model,
+loss, optimizer, precision and loop are its own.
+"""
+
+import contextlib
+import math
+import time
+
+from train import (  # before torch: it sets the allocator's environment variable
+    Progress, RunLog, check_flags, clip_gradients, command_line, data_rows, describe_machine, evaluate, lr_factor,
+    make_run_folder, open_data,
+)
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+# =====================================================================================================
+# Flags. Edit here, or give --name=value. Values here are those of preset "d20"; a flag that is edited
+# or given on the command line beats the preset.
+
+# The run
+preset = "auto"                  # "auto" (d20 with a GPU, tiny without), "d20", "d12", "tiny"
+run_name = "gpt2"                # the run folder is out_dir/run_name; a name already taken gets a number
+out_dir = "out"                  # where run folders go
+seed = 1337                      # initialisation; the data order has no seed
+
+# Data
+dataset = "fineweb10B"           # folder below data_dir: fineweb10B, openwebtext-100k, openwebtext-1M, shakespeare
+data_dir = "data"                # relative to this file unless absolute
+
+# Model
+n_layer = 20                     # transformer blocks
+n_embd = 1280                    # width
+n_head = 10                      # attention heads; n_embd / n_head is the head size
+vocab_size = 50304               # rows of the embedding, which is the head too; 50,257 rounded up to a multiple of 128
+block_size = 2048                # tokens per sequence
+
+# Batch and schedule, in optimizer steps
+total_batch_size = 524288        # tokens per optimizer step, over all ranks and micro-batches
+batch_size = 8                   # sequences per micro-batch and rank; all logits exist at once: in fp32 3.3 GB a copy here
+max_iters = 1700                 # optimizer steps; 1700 x 524,288 tokens are 9 FineWeb shards once
+warmup_iters = 100               # linear warm-up of the learning rate
+min_lr_ratio = 0.1               # the cosine ends at this fraction of the learning rate
+
+# Optimizer: AdamW for everything
+learning_rate = 6e-4             # the peak, after the warm-up
+weight_decay = 0.1               # matrices and embeddings; decoupled, times the learning rate
+adam_beta1 = 0.9                 # average of gradients
+adam_beta2 = 0.95                # average of squared gradients
+adam_eps = 1e-8                  # added to the root of the latter
+grad_clip = 1.0                  # largest global gradient norm; 0 only measures it
+
+# Speed
+USE_COMPILE = "auto"             # torch.compile for the whole model; "auto": with a GPU
+
+# Evaluation and logging
+eval_interval = 125              # steps between evaluations; 0: only at the end
+eval_tokens = 10485760           # tokens of the val shards per evaluation (all of them where there are fewer)
+log_interval = 1                 # steps between log lines
+USE_WANDB = False                # log to Weights & Biases too
+wandb_project = "nanogpt-fp8"    # its project name
+
+# End of flags
+# =====================================================================================================
+
+# Preset d20 repeats the defaults above: by them an edited flag is told from an untouched one.
+PRESETS = {
+    "d20": dict(
+        dataset="fineweb10B", n_layer=20, n_embd=1280, n_head=10, block_size=2048, total_batch_size=524288, batch_size=8,
+        max_iters=1700, warmup_iters=100, learning_rate=6e-4, eval_interval=125, eval_tokens=10485760,
+    ),
+    "d12": dict(n_layer=12, n_embd=768, n_head=6, batch_size=16),
+    "tiny": dict(
+        dataset="shakespeare", n_layer=4, n_embd=128, n_head=2, block_size=128, total_batch_size=2048, batch_size=16,
+        max_iters=60, warmup_iters=5, learning_rate=3e-3, eval_interval=20, eval_tokens=16384,
+    ),
+}
+CHOICES = {"preset": ("auto", *PRESETS)}
+
+
+# =====================================================================================================
+# Model and loss
+
+
+class Attention(nn.Module):
+    """Causal self-attention, with biases."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.n_head = cfg.n_head
+        self.qkv = nn.Linear(cfg.n_embd, 3 * cfg.n_embd)
+        self.proj = nn.Linear(cfg.n_embd, cfg.n_embd)
+
+    def forward(self, x):
+        B, T, C = x.shape
+        q, k, v = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)                                # (B, H, T, D)
+        return self.proj(y.transpose(1, 2).reshape(B, T, C))
+
+
+class MLP(nn.Module):
+    """C -> 4C, GELU in its tanh form, 4C -> C, with biases."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.fc = nn.Linear(cfg.n_embd, 4 * cfg.n_embd)
+        self.proj = nn.Linear(4 * cfg.n_embd, cfg.n_embd)
+
+    def forward(self, x):
+        return self.proj(F.gelu(self.fc(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    """One transformer block: x + attention(LayerNorm(x)), then x + MLP(LayerNorm(x))."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.ln_1, self.attn = nn.LayerNorm(cfg.n_embd), Attention(cfg)
+        self.ln_2, self.mlp = nn.LayerNorm(cfg.n_embd), MLP(cfg)
+
+    def forward(self, x):                    # (B, T, C)
+        x = x + self.attn(self.ln_1(x))
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    """GPT-2: token + position embedding -> blocks -> LayerNorm -> head, which is the token embedding again."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg = cfg
+        self.wte = nn.Embedding(cfg.vocab_size, cfg.n_embd)
+        self.wpe = nn.Embedding(cfg.block_size, cfg.n_embd)
+        self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
+        self.ln_f = nn.LayerNorm(cfg.n_embd)
+        for name, p in self.named_parameters():
+            if name.endswith("proj.weight"):  # 2 x n_layer of them add up in the residual stream
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * cfg.n_layer))
+            elif p.ndim == 2:
+                nn.init.normal_(p, std=0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
+
+    def forward(self, idx, targets):
+        """idx (B, T) int32, targets (B, T) int64, -1 where there is nothing to predict: the summed loss, scalar fp32."""
+        x = self.wte(idx) + self.wpe.weight[:idx.shape[1]]                   # (B, T, C)
+        for block in self.blocks:
+            x = block(x)
+        logits = F.linear(self.ln_f(x), self.wte.weight)                     # (B, T, V), bf16 under autocast
+        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1, reduction="sum")
+
+
+# =====================================================================================================
+# The run
+
+
+def make_optimizer(model, cfg):
+    """AdamW; matrices and embeddings decay, biases and LayerNorm do not."""
+    parameters = list(model.parameters())
+    groups = [dict(params=[p for p in parameters if p.ndim == 2], weight_decay=cfg.weight_decay),
+              dict(params=[p for p in parameters if p.ndim == 1], weight_decay=0.0)]
+    return torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(cfg.adam_beta1, cfg.adam_beta2), eps=cfg.adam_eps,
+                             fused=parameters[0].is_cuda)
+
+
+def autocast(device):
+    """bf16 on a GPU. On a CPU fp32, which is as fast at preset tiny and does not depend on the CPU's bf16 instructions."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
+
+
+def train_step(module, loader, optimizer, cfg, procs):
+    """One optimizer step over accumulation x world_size micro-batches.
+
+    Returns the mean loss over the step's whole global batch and the gradient norm before clipping, both scalar
+    tensors on the device.
+    """
+    loss_sum = torch.zeros((), device=procs.device)
+    # DDP averages gradients over ranks, so each rank's summed loss is divided by its own tokens
+    scale = 1.0 / (loader.accumulation * loader.micro_tokens)
+    for m in range(loader.accumulation):
+        x, y = loader.next()
+        wait = procs.world_size > 1 and m < loader.accumulation - 1  # gradients go over the ranks in the last one only
+        with module.no_sync() if wait else contextlib.nullcontext():
+            with autocast(procs.device):
+                loss = module(x, y) * scale
+            loss.backward()
+        loss_sum += loss.detach()
+    norm = clip_gradients(list(module.parameters()), cfg.grad_clip)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return procs.sum(loss_sum) / procs.world_size, norm
+
+
+def run(cfg, procs):
+    """Train by the flags from start to end; returns the run folder."""
+    check_flags(cfg, procs.world_size)
+    device = procs.device
+    torch.manual_seed(cfg.seed)
+    torch.set_float32_matmul_precision("high")
+
+    # Data first: a missing shard should be known before anything is built
+    loader, val_ring = open_data(cfg, procs)
+
+    # Model, compiled in place so that its names stay, then wrapped
+    with device:
+        model = GPT(cfg)
+    if device.type == "cuda" if cfg.USE_COMPILE == "auto" else cfg.USE_COMPILE:
+        model.compile(dynamic=False)
+    wrapper, module = "none", model
+    if procs.world_size > 1:
+        wrapper, module = "ddp", DistributedDataParallel(model, gradient_as_bucket_view=True,
+                                                         device_ids=[device] if device.type == "cuda" else None)
+    optimizer = make_optimizer(model, cfg)
+    n_params = sum(p.numel() for p in model.parameters())
+    precision_name = "bf16" if device.type == "cuda" else "fp32"
+
+    # What is about to run, in one table
+    folder = procs.broadcast(make_run_folder(cfg.out_dir, cfg.run_name) if procs.is_main else None)
+    machine = describe_machine(device)
+    rows = [
+        ("device", f"{procs.world_size} x {machine['device']}, torch {torch.__version__}"),
+        ("setup", f"{precision_name}, wrapper {wrapper}, AdamW, {n_params:,} parameters"),
+        *data_rows(cfg, procs, loader, val_ring),
+        ("run folder", folder),
+    ]
+    procs.print("\n".join(f"{name:<18} {text}" for name, text in rows) + "\n")
+    log = RunLog(folder, cfg, dict(machine, world_size=procs.world_size, wrapper=wrapper, precision=precision_name,
+                                   emulated=False, optimizers="AdamW", parameters=n_params)) if procs.is_main else None
+
+    # Compile off the clock: a forward and backward pass whose gradients are thrown away
+    start = time.perf_counter()
+    x, y = loader.peek()
+    with autocast(device):
+        loss = module(x, y)
+    loss.backward()
+    optimizer.zero_grad(set_to_none=True)
+    loss.item()  # waits for the GPU
+    procs.print(f"ready after {time.perf_counter() - start:.1f} s of compiling\n")
+
+    progress = Progress(cfg, procs, log)
+    for step in range(cfg.max_iters):
+        start = time.perf_counter()
+        lr = cfg.learning_rate * lr_factor(step, cfg.warmup_iters, cfg.max_iters, cfg.min_lr_ratio)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        loss, norm = map(float, train_step(module, loader, optimizer, cfg, procs))  # waits for the GPU
+        # One learning rate for all parameters; there is no Muon, so neither its rate nor its momentum
+        rates = dict(lr_muon=None, lr_embed=lr, lr_head=lr, momentum=None)
+        progress.step(step, loss, norm, rates, 1000 * (time.perf_counter() - start))
+        if step == cfg.max_iters - 1 or (cfg.eval_interval and (step + 1) % cfg.eval_interval == 0):
+            progress.val(step, evaluate(model, val_ring, cfg, procs, lambda: autocast(device)))
+    loader.close()
+    progress.done()
+    return folder
+
+
+def main(argv=None):
+    """Train by command-line flags (default: the program's own); returns the run folder."""
+    return command_line(run, __file__, argv, PRESETS, CHOICES)
+
+
+if __name__ == "__main__":
+    main()
