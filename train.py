@@ -142,7 +142,7 @@ PRESETS = {
     "d12": dict(n_layer=12, n_embd=768, n_head=6, batch_size=32),
     "tiny": dict(
         dataset="shakespeare", n_layer=4, n_embd=128, n_head=2, vocab_size=50304, block_size=128,
-        total_batch_size=2048, batch_size=16, max_iters=60, warmup_iters=5, loss_chunk_size=64,
+        total_batch_size=2048, batch_size=8, max_iters=60, warmup_iters=5, loss_chunk_size=64,
         muon_momentum_iters=60, eval_interval=20, eval_tokens=16384,
     ),
 }
@@ -160,20 +160,28 @@ EOT = 50256  # GPT-2's <|endoftext|>, put before each document
 class UserError(Exception):
     """Wrong input: command_line() prints its one line and exits with `status`, without a traceback."""
 
-    def __init__(self, message, status=1):
+    def __init__(self, message, status=1, one_rank=False):
         super().__init__(message)
-        self.status = status
+        self.status, self.one_rank = status, one_rank  # one_rank: the other ranks may not have met it
 
 
 # -----------------------------------------------------------------------------------------------------
 # Reading the flags
 
 
+WHOLE_NUMBERS = set("""seed n_layer n_embd n_head vocab_size block_size total_batch_size batch_size max_iters warmup_iters
+    muon_momentum_iters FP8_MARGIN FP8_AMAX_HISTORY FP8_CALIBRATION_STEPS loss_chunk_size eval_interval eval_tokens
+    log_interval""".split())
+TEXTS = set("preset run_name out_dir dataset data_dir muon_impl FP8_RECIPE wandb_project".split())
+OR_AUTO = set("USE_FSDP2 USE_DDP USE_COMPILE USE_EMULATION".split())
+SWITCHES = re.compile(r"USE_|FSDP2_|REDUCE_")  # True or False; what is left takes any number
+
+
 def read_flag_table(path):
     """The flags of a script: {name: (default, comment, group)}, read from its source text.
 
-    A flag is a line `name = literal  # comment` between the headings "# Flags" and "# End of flags";
-    a comment line on its own opens a group.
+    A flag is a line `name = value  # comment` between the headings "# Flags" and "# End of flags";
+    a comment line on its own opens a group. Raises UserError if a value is none.
     """
     table, group, inside = {}, "", False
     for line in open(path, encoding="utf-8"):
@@ -181,33 +189,36 @@ def read_flag_table(path):
             break
         if line.startswith("# Flags"):
             inside = True
-        elif inside and (m := re.match(r"(\w+) = (.+?)\s+# (.*)", line)):
-            table[m[1]] = (ast.literal_eval(m[2]), m[3].strip(), group)
+        elif inside and (m := re.match(r"(\w+) = (.+?)(?:\s+# (.*))?$", line)):
+            try:
+                value = eval(m[2], {"__builtins__": {}})  # this file's own text: 2**19 or 2 * 1700 may stand there
+            except Exception:
+                raise UserError(f"{os.path.basename(path)}: the value of flag {m[1]} cannot be read: {m[2]}", 2)
+            table[m[1]] = (parse_value(m[1], repr(value) if not isinstance(value, str) else value), m[3] or "", group)
         elif inside and (m := re.match(r"# (\w.*)", line)):
             group = m[1]
     return table
 
 
-def parse_value(name, text, default):
+def parse_value(name, text):
     """Turn the text of --name=text into a value of the flag's type; raises UserError."""
     try:
         value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         value = {"true": True, "false": False}.get(text.lower(), text)
-    if default == "auto" and name.startswith("USE_"):
-        kind, ok = "auto, True or False", value == "auto" or isinstance(value, bool)
-    elif isinstance(default, bool):
-        kind, ok = "True or False", isinstance(value, bool)
-    elif isinstance(default, int):
-        kind, ok = "a whole number", isinstance(value, int) and not isinstance(value, bool)
-    elif isinstance(default, float):
-        kind, ok = "a number", isinstance(value, (int, float)) and not isinstance(value, bool)
-        value = float(value) if ok else value
-        ok = ok and math.isfinite(value)
-    else:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if name in TEXTS:
         kind, ok, value = "text", True, text
+    elif name in OR_AUTO:
+        kind, ok = "auto, True or False", value == "auto" or isinstance(value, bool)
+    elif SWITCHES.match(name):
+        kind, ok = "True or False", isinstance(value, bool)
+    elif name in WHOLE_NUMBERS:
+        kind, ok = "a whole number", number and isinstance(value, int)
+    else:
+        kind, ok, value = "a number", number, float(value) if number else value
     if not ok:
-        raise UserError(f"--{name} takes {kind}, not '{text}' (default {default})", 2)
+        raise UserError(f"--{name} takes {kind}, not '{text}'", 2)
     return value
 
 
@@ -238,7 +249,7 @@ def parse_flags(argv, path, presets=PRESETS, choices=CHOICES, has_gpu=None):
             by_lower = {n.lower(): n for n in table}
             near = difflib.get_close_matches(name.lower().replace("-", "_"), by_lower, 1, 0.0)[0]
             raise UserError(f"no flag --{name}; the nearest is --{by_lower[near]} (--help lists all)", 2)
-        given[name] = parse_value(name, text, table[name][0])
+        given[name] = parse_value(name, text)
     flags = {name: default for name, (default, _, _) in table.items()}
     if presets:
         chosen = given.get("preset", flags["preset"])
@@ -272,7 +283,7 @@ def format_help(path, table):
 def check_flags(cfg, world_size):
     """Refuse values that cannot work, each in one line with the remedy. Raises UserError (status 2)."""
     positive = ("n_layer n_embd n_head vocab_size block_size total_batch_size batch_size max_iters "
-                "loss_chunk_size eval_tokens log_interval FP8_AMAX_HISTORY norm_eps rope_base").split()
+                "loss_chunk_size eval_tokens log_interval FP8_AMAX_HISTORY norm_eps rope_base adam_eps").split()
     not_negative = ("warmup_iters eval_interval grad_clip logit_softcap min_lr_ratio muon_momentum_iters "
                     "FP8_CALIBRATION_STEPS learning_rate learning_rate_embed learning_rate_head "
                     "learning_rate_gain weight_decay weight_decay_embed weight_decay_head weight_decay_gain").split()
@@ -285,6 +296,8 @@ def check_flags(cfg, world_size):
     for name in ("muon_momentum_start", "muon_momentum", "adam_beta1", "adam_beta2"):
         if hasattr(cfg, name) and not 0 <= getattr(cfg, name) < 1:
             raise UserError(f"--{name} must be at least 0 and below 1, not {getattr(cfg, name)}", 2)
+    if not 0 <= cfg.seed < 2**32:
+        raise UserError(f"--seed must be from 0 to 2^32 - 1, not {cfg.seed}", 2)
     if cfg.n_embd % cfg.n_head or cfg.n_embd // cfg.n_head % 2:
         raise UserError(f"n_embd={cfg.n_embd} over n_head={cfg.n_head} heads must give an even head size: "
                         f"use --n_head={max(1, cfg.n_embd // 128)}", 2)
@@ -370,7 +383,11 @@ def open_shard(path):
     Raises: UserError naming the file and the remedy if it is empty, truncated or of another format.
     """
     remedy = "delete it and fetch or build it again (data/README.md)"
-    size = os.path.getsize(path)
+    try:
+        with open(path, "rb"):
+            size = os.path.getsize(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): {remedy}")
     if size < 4 * HEADER_INTS:
         raise UserError(f"{path} holds {size} bytes, less than a shard's header of {4 * HEADER_INTS}: {remedy}")
     header = np.fromfile(path, dtype="<i4", count=HEADER_INTS)
@@ -391,7 +408,7 @@ class TokenRing:
 
     def __init__(self, data_dir, dataset, split, vocab_size, need_tokens):
         folder = os.path.join(data_dir, dataset)
-        self.paths = sorted(glob.glob(os.path.join(folder, f"*_{split}_*.bin")))
+        self.paths = sorted(glob.glob(os.path.join(glob.escape(folder), f"*_{split}_*.bin")))
         if not self.paths:
             bring = {"fineweb10B": "python data/cachedfineweb10b.py 9",
                      "shakespeare": "python data/shakespeare/prepare.py"}.get(dataset, f"python data/{dataset}/prepare.py")
@@ -417,7 +434,7 @@ class TokenRing:
             piece = self.shards[i][offset:offset + count - filled]
             if int(piece.max()) >= self.vocab_size:
                 raise UserError(f"{self.paths[i]} holds token id {int(piece.max())}, but vocab_size is {self.vocab_size}: "
-                                f"raise --vocab_size, or tokenize again with GPT-2's BPE")
+                                f"raise --vocab_size, or tokenize again with GPT-2's BPE", one_rank=True)
             out[filled:filled + len(piece)] = piece
             filled += len(piece)
         return out
@@ -480,6 +497,7 @@ class DataLoader:
             self.thread.start()
         item = self.batches.get()
         if isinstance(item, Exception):
+            self.close()  # a next() after this one tries again
             raise item
         self.index += 1
         x, y = item
@@ -788,7 +806,7 @@ class LMHead(nn.Module):
                 logits = self.softcap * torch.tanh(logits / self.softcap)
             return logits.view(*h.shape[:2], -1)
         return ChunkedCrossEntropy.apply(h.flatten(0, 1), self.weight, targets.flatten(), self.softcap, self.chunk,
-                                         self.recompute, self.kernels)
+                                         self.recompute or not torch.is_grad_enabled(), self.kernels)
 
 
 class GPT(nn.Module):
@@ -864,7 +882,8 @@ def matmul(a, b, out=None):
     """
     if a.is_cuda:
         return a @ b if out is None else torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
-    return a.float() @ b.float() if out is None else out.addmm_(a.float(), b.float())
+    with torch.autocast("cpu", enabled=False):  # which would make the matmul bf16 again
+        return a.float() @ b.float() if out is None else out.addmm_(a.float(), b.float())
 
 
 def softcap_cross_entropy(logits, targets, softcap):
@@ -951,7 +970,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 def lr_factor(step, warmup_iters, max_iters, min_lr_ratio):
     """Learning-rate factor of optimizer step `step` (from 0): linear warm-up, then cosine to min_lr_ratio.
 
-    1/warmup_iters at step 0, 1 at steps warmup_iters - 1 and warmup_iters, min_lr_ratio at step max_iters - 1.
+    1/warmup_iters at step 0, 1 at steps warmup_iters - 1 and warmup_iters, min_lr_ratio at step max_iters - 1 if
+    that comes later.
     """
     if step < warmup_iters:
         return (step + 1) / warmup_iters
@@ -969,8 +989,8 @@ class TorchMuon(torch.optim.Muon):
 
     - Each matrix of a fused weight (split_sizes: rows of q, k, v) is orthogonalised apart.
     - The update is scaled by sqrt(fan_out / fan_in), as Dion's adjust_lr="spectral_norm".
-    - Orthogonalisation runs to convergence with the classical quintic (15, -10, 3)/8, to meet Dion's Polar Express;
-      torch's own constants leave singular values between 0.7 and 1.2.
+    - Orthogonalisation runs to convergence with the classical quintic (15, -10, 3)/8: singular values within 0.01 of 1.
+      Dion's Polar Express leaves them between 0.86 and 1.14, torch's own constants between 0.7 and 1.2.
     - torch averages gradients into its momentum buffer with weight 1 - momentum where Dion adds them up. The update
       has no scale, so only the ratio matters: when the momentum changes, buffers are rescaled to keep it.
     - Sharded parameters (DTensor) are gathered, updated alike on every rank, and cut again.
@@ -1199,7 +1219,8 @@ class Parallel:
                                                   device_ids=[procs.device] if procs.device.type == "cuda" else None)
             if not cfg.REDUCE_FP32:
                 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
-                self.module.register_comm_hook(procs.mesh.get_group(), bf16_compress_hook)
+                # DDP knows torch's own hook by its name and refuses it without NCCL; gloo takes bf16 as well
+                self.module.register_comm_hook(procs.mesh.get_group(), lambda group, bucket: bf16_compress_hook(group, bucket))
         elif wrapper == "fsdp2":
             policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16,
                                           reduce_dtype=torch.float32 if cfg.REDUCE_FP32 else torch.bfloat16)
@@ -1598,10 +1619,10 @@ def run(cfg, procs):
     pending = None
     for step in range(cfg.max_iters):
         rates = optimizers.set_schedule(step)
-        begin = clock.mark()
         if 0 < step < calibrations:
             # Head and output projections start at zero, so deeper gradients only appear step by step
             calibrate(parallel, loader, optimizers, procs, precision)
+        begin = clock.mark()
         results = train_step(parallel, loader, optimizers, cfg, procs, precision)
         # Copied while the next step runs; read by finish()
         results = [r.to("cpu", non_blocking=True) for r in results]
@@ -1631,8 +1652,7 @@ def command_line(run, path, argv=None, presets=PRESETS, choices=CHOICES):
         cfg = parse_flags(sys.argv[1:] if argv is None else argv, os.path.abspath(path), presets, choices)
         return run(cfg, start_processes())
     except UserError as error:
-        # Flags are wrong on every rank alike; a shard may be read wrong on one alone
-        if os.environ.get("RANK", "0") == "0" or error.status == 1:
+        if os.environ.get("RANK", "0") == "0" or error.one_rank:
             print(f"{os.path.basename(path)}: error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(error.status)
     finally:

@@ -82,7 +82,7 @@ PRESETS = {
     ),
     "d12": dict(n_layer=12, n_embd=768, n_head=6, batch_size=16),
     "tiny": dict(
-        dataset="shakespeare", n_layer=4, n_embd=128, n_head=2, block_size=128, total_batch_size=2048, batch_size=16,
+        dataset="shakespeare", n_layer=4, n_embd=128, n_head=2, block_size=128, total_batch_size=2048, batch_size=8,
         max_iters=60, warmup_iters=5, learning_rate=3e-3, eval_interval=20, eval_tokens=16384,
     ),
 }

@@ -37,7 +37,7 @@ def test_parameter_count_at_the_default_flags():
     model = train.GPT(cfg, te, lambda f: f, torch.device("meta"))
     assert sum(p.numel() for p in model.parameters()) == 561_040_640
     assert sum(n for _, n, _ in model.parameter_table()) == 561_040_640
-    assert model.flops_per_token() == 6 * (20 * 12 * 1280**2 + 65536 * 1280) + 6 * 20 * 2048 * 1280
+    assert train.flops_per_token(cfg) == 6 * (20 * 12 * 1280**2 + 65536 * 1280) + 6 * 20 * 2048 * 1280
 
 
 def test_the_parameter_table_adds_up():
@@ -458,13 +458,14 @@ def count_kernels():
 
 
 def test_evaluation_forms_no_gradients():
-    """Under no_grad only the loss is computed: the gradients would be three times the work and a (V, C) fp32 tensor."""
-    h, weight, targets = loss_case()
+    """Under no_grad the head computes the loss alone: gradients would be three times the work and a (V, C) fp32 tensor."""
     for recompute in (False, True):
-        calls, kernels = count_kernels()
+        cfg = make_cfg(USE_AC_LM_HEAD=recompute, USE_FP8=False)
+        model, (x, y) = make_model(cfg), tokens_and_targets(cfg)
+        calls, model.head.kernels = count_kernels()
         with torch.no_grad():
-            train.ChunkedCrossEntropy.apply(h, weight.requires_grad_(), targets, 15.0, 25, recompute, kernels)
-        assert calls == {"loss": 2, "both": 0}
+            forward(model, cfg, x, y)
+        assert calls == {"loss": 4, "both": 0}
 
 
 def test_each_mode_makes_the_logits_as_often_as_it_says():

@@ -357,7 +357,7 @@ def test_torch_muon_against_dions():
 
     Dion's Polar Express stops after five bf16 steps with singular values between 0.86 and 1.14; TorchMuon's lie within
     0.01 of 1. So updates of random gradients differ by about 10% of their norm, all of it in the singular values: brought to 1,
-    a first update differs by bf16 rounding, 2%. Momenta differ by fp32 rounding, AdamW's parameters not at all.
+    a first update differs by bf16 rounding, 3%. Momenta differ by fp32 rounding, AdamW's parameters not at all.
     """
     pytest.importorskip("dion")
     changes = dict(learning_rate=0.1, weight_decay=0.3, warmup_iters=3, max_iters=8, muon_momentum_iters=4)
@@ -386,7 +386,7 @@ def test_torch_muon_against_dions():
             assert relative(path[step][name] - start, dion_path[step][name] - start) < 0.13, (name, step)
         decayed = start * (1 - 0.1 / 3 * 0.3)
         for part, dion_part in zip(*((x[1][name] - decayed).chunk(3 if "qkv" in name else 1) for x in (path, dion_path))):
-            assert relative(polar(part), polar(dion_part)) < 0.02, name
+            assert relative(polar(part), polar(dion_part)) < 0.03, name
             assert dion_part.norm() == pytest.approx(part.norm().item(), rel=0.05)
         assert relative(momenta[name], dion_momenta[name]) < 1e-5
 

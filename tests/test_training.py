@@ -13,6 +13,7 @@ from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 import helpers
 import train
@@ -87,7 +88,7 @@ def two_ranks(tmp_path_factory, shards):
 def one_rank(tmp_path_factory, shards):
     """{name: run folder} of the runs of one process that others are compared with."""
     out, patch = tmp_path_factory.mktemp("one"), pytest.MonkeyPatch()
-    patch.setattr(train.torch.cuda, "is_available", lambda: False)
+    patch.setattr(torch.cuda, "is_available", lambda: False)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         patch.delenv(name, raising=False)
     cases = {"bf16": dict(USE_FP8=False, eval_interval=3), "fp8": dict(), "uneven": dict(USE_FP8=False, vocab_size=515),
@@ -166,7 +167,7 @@ def test_config_json_holds_every_flag_and_the_machine(script_run):
     assert "explicit" not in config
     for name in ("device", "versions", "git_commit", "world_size", "wrapper", "precision", "emulated", "optimizers", "parameters"):
         assert name in config
-    assert config["versions"]["torch"].split("+")[0] == train.torch.__version__.split("+")[0]
+    assert config["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert (config["world_size"], config["wrapper"], config["precision"], config["emulated"]) == (1, "none", "fp8-delayed", True)
 
 
@@ -243,8 +244,8 @@ def test_the_table_of_peaks():
              "NVIDIA RTX PRO 6000 Blackwell Server Edition": 503.8e12, "Some other GPU": None}
     patch = pytest.MonkeyPatch()
     for name, peak in names.items():
-        patch.setattr(train.torch.cuda, "get_device_name", lambda device, name=name: name)
-        assert train.peak_flops(train.torch.device("cuda")) == peak, name
+        patch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+        assert train.peak_flops(torch.device("cuda")) == peak, name
     patch.undo()
     assert train.peak_flops(helpers.CPU) is None
 
@@ -272,7 +273,7 @@ def test_the_first_losses_are_those_of_a_plain_loop(tmp_path, shards, one_rank):
     optimizers = train.Optimizers(model, cfg, procs, sharded=False)
     precision = train.select_precision(cfg, helpers.CPU)
     for step, expected in enumerate(records(one_rank["bf16"], "train")):
-        tokens = train.torch.from_numpy(ring.read(step * 256, 257))
+        tokens = torch.from_numpy(ring.read(step * 256, 257))
         optimizers.set_schedule(step)
         with precision.autocast(procs):
             loss = model(tokens[:-1].view(8, 32), tokens[1:].view(8, 32).long()) / 256
@@ -324,8 +325,8 @@ def evaluate_small(shards, eval_tokens, batch_size, world_size=1):
 
     for rank in range(world_size):
         procs = Rank(rank, rank, world_size, helpers.CPU, SimpleNamespace(get_group=lambda: None))
-        parallel = SimpleNamespace(model=model, module=model)
-        train.evaluate(parallel, ring, cfg, procs, train.select_precision(cfg, helpers.CPU))
+        precision = train.select_precision(cfg, helpers.CPU)
+        train.evaluate(model, ring, cfg, procs, lambda: precision.autocast(procs, quantized=False))
         assert model.training
     total = sum(totals)
     assert total[1] == eval_tokens  # every token once, padding not at all
@@ -343,10 +344,10 @@ def test_val_loss_is_the_cross_entropy_of_the_first_sequences(shards):
     """Each sequence by itself, with fresh context; 1e-5 for bf16 logits summed in fp32."""
     cfg = helpers.make_cfg(batch_size=20, total_batch_size=640)
     model = helpers.make_model(cfg)
-    tokens = train.torch.from_numpy(markov_tokens(1500, seed=2).astype(np.int32))
-    with train.torch.no_grad(), train.select_precision(cfg, helpers.CPU).autocast(helpers.one_process(), quantized=False):
+    tokens = torch.from_numpy(markov_tokens(1500, seed=2).astype(np.int32))
+    with torch.no_grad(), train.select_precision(cfg, helpers.CPU).autocast(helpers.one_process(), quantized=False):
         logits = model(tokens[:640].view(20, 32))
-    want = train.F.cross_entropy(logits.flatten(0, 1).double(), tokens[1:641].long()).item()
+    want = torch.nn.functional.cross_entropy(logits.flatten(0, 1).double(), tokens[1:641].long()).item()
     assert evaluate_small(shards, 640, 8) == pytest.approx(want, rel=1e-5)
 
 
@@ -382,6 +383,28 @@ def test_every_number_format_trains(tmp_path, shards, capsys, one_rank, name, ch
     assert config["precision"] == name and config["emulated"] is True
     assert np.isfinite(losses(got)).all() and losses(got)[-1] < losses(got)[0]
     assert 0 < np.abs(losses(got) - losses(one_rank["wide-bf16"])).max() < 0.1
+
+
+def test_calibration_fills_the_amax_history_and_nothing_else(shards):
+    """A forward and backward pass: every scale that has seen values leaves 1; weights, gradients and data stay."""
+    cfg = helpers.make_cfg()
+    procs, precision, model = helpers.one_process(), train.select_precision(cfg, helpers.CPU), helpers.make_model(cfg)
+    loader = train.DataLoader(train.TokenRing(str(shards), "synthetic", "train", 512, 1), cfg, procs)
+    optimizers = train.Optimizers(model, cfg, procs, sharded=False)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    train.calibrate(train.Parallel(model, "none", cfg, procs), loader, optimizers, procs, precision)
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before[name]) and p.grad is None
+    assert loader.state_dict() == {"step": 0, "micro_batch": 0}
+    state = train.fp8_state(model)
+    assert len(state) == 2 * 3 * 2 * 2
+    for name, value in state.items():
+        if name.endswith("scaling_fwd.scale"):  # input and weight of each matmul (its output is not quantized)
+            assert (value.view(-1, 3)[:, :2] != 1).all(), name
+        elif name.endswith("scaling_bwd.scale"):  # the gradient of each output
+            assert (value.view(-1, 2)[:, 0] != 1).all(), name
+        else:
+            assert value[-1].any() and value[0].eq(0).all(), name  # the newest row, and the row being collected
 
 
 def test_delayed_scaling_is_calibrated_from_the_first_step(tmp_path, shards, one_rank):

@@ -8,7 +8,7 @@ A GPT of 4 layers, width 256, 2 heads of 128 and vocabulary 50,304 is trained fo
 bf16 with TE, so that the gradients of all layers are there (output projections and head start at zero). From those
 weights, with fresh optimizers and on the same batches, bf16 and the three FP8 recipes that Hopper has are trained
 for 10 more steps each, three times: with TE on the GPU, with the emulation on the GPU, with the emulation on the
-CPU. Optimizers (muon_impl=torch), loss and the rest are train.py's own, none of it compiled. The four runs on the
+CPU. Optimizers (muon_impl=torch), loss and the rest are train.py's own, none of it compiled, and RoPE + QK norm in plain torch everywhere. The four runs on the
 CPU are four processes, beside those on the GPU: with 16 cores all of it takes about a minute.
 
 How to read the table:
@@ -56,7 +56,7 @@ import train  # noqa: E402  (before torch: it sets the allocator's options)
 import torch  # noqa: E402
 
 FLAGS = ("--preset=tiny --n_layer=4 --n_embd=256 --n_head=2 --vocab_size=50304 --block_size=256 --batch_size=16 "
-         "--total_batch_size=4096 --warmup_iters=10 --max_iters=10000 --muon_impl=torch --grad_clip=0").split()
+         "--total_batch_size=4096 --warmup_iters=10 --max_iters=10000 --muon_impl=torch --grad_clip=0 --USE_TRITON=False").split()
 DRY_RUN = ["--batch_size=2", "--total_batch_size=512"]
 CONFIGS = {
     "bf16": ["--USE_FP8=False"],

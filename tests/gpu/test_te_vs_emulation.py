@@ -93,7 +93,7 @@ def run_pass(lib, module, rcp, x, dy, first=None, recompute=False):
 
 
 def relative(a, b):
-    return ((a - b).norm() / b.norm()).item()
+    return ((a - b).norm() / b.norm().clamp(min=1e-30)).item()  # 0 where both are zero
 
 
 def copy_state(source, target):
