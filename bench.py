@@ -97,16 +97,17 @@ def summarize(runs):
         losses = [r["loss"] if r["loss"] is not None else math.nan for r in steps]
         rows.append(dict(
             label=label, precision=config.get("precision", "bf16"), wrapper=config.get("wrapper"),
-            gpus=config["world_size"], seed=config["seed"], device=config["device"], versions=config["versions"],
+            gpus=config["world_size"], seed=config["seed"], parameters=config["parameters"], device=config["device"], versions=config["versions"],
             vocab_size=config["vocab_size"], total_batch_size=config["total_batch_size"], batch_size=config["batch_size"],
             tokens=steps[-1]["tokens"], train_loss=train.smooth(losses)[-1], val_loss=val[-1]["val_loss"] if val else None,
             tok_per_sec=speeds[len(speeds) // 2], mfu=mfus[len(mfus) // 2] if mfus else None,
             peak_mem_gb=max(r["peak_mem_gb"] for r in steps), train_seconds=done["train_seconds"] if done else None,
             losses=[round(x, 5) for x in losses], grad_norms=[r["grad_norm"] for r in steps]))
-    first = train.smooth(rows[0]["losses"])
+    # Gaps say something between runs of one model on the same tokens, which the first run's are
+    alike = [r for r in rows if all(r[k] == rows[0][k] for k in ("parameters", "total_batch_size"))]
     for row in rows:
-        row["gap"] = largest_gap(first, train.smooth(row["losses"])) if row is not rows[0] else 0.0
-    bf16 = [r for r in rows if r["precision"] == "bf16" and r["total_batch_size"] == rows[0]["total_batch_size"]]
+        row["gap"] = largest_gap(train.smooth(rows[0]["losses"]), train.smooth(row["losses"])) if row in alike[1:] else None
+    bf16 = [r for r in alike if r["precision"] == "bf16"]
     pairs = [(a, b) for a in bf16 for b in bf16 if a["seed"] < b["seed"]]
     noise = max((largest_gap(train.smooth(a["losses"]), train.smooth(b["losses"])) or 0.0 for a, b in pairs), default=None)
     return rows, noise
@@ -122,8 +123,9 @@ def markdown(rows, noise, command):
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in rows:
-        versus = f"{100 * (r['val_loss'] / base['val_loss'] - 1):+.2f}%" if r["val_loss"] and base["val_loss"] else ""
-        gap = "" if r["gap"] is None or r is base else f"{r['gap']:.4f}"
+        both = r is not base and r["val_loss"] and base["val_loss"]
+        versus = f"{100 * (r['val_loss'] / base['val_loss'] - 1):+.2f}%" if both else ""
+        gap = "" if r["gap"] is None else f"{r['gap']:.4f}"
         lines.append(
             f"| {r['label']} | {r['gpus']} | {r['wrapper'] or ''} | {r['tokens'] / 1e6:.2f}M | {r['train_loss']:.4f} | "
             + (f"{r['val_loss']:.4f}" if r["val_loss"] else "") + f" | {versus} | {gap} | {r['tok_per_sec']:,.0f} | "
@@ -137,23 +139,31 @@ def markdown(rows, noise, command):
 
 
 def plot(rows, noise, path):
-    """Smoothed loss curves, and each run's gap to the first with the band of noise."""
+    """Smoothed loss curves; beside them, where there is something to compare, each run's gap to the first and the noise."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    fig, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5))
-    first = train.smooth(rows[0]["losses"])
+    compared = [r for r in rows if r["gap"] is not None]
+    fig, axes = plt.subplots(1, 2 if compared else 1, figsize=(12 if compared else 7, 4.5), squeeze=False)
+    curves = {r["label"]: train.smooth(r["losses"]) for r in rows}
+    colors = {r["label"]: f"C{i % 10}" for i, r in enumerate(rows)}
+
+    def tokens(r, n):
+        return [(i + 1) * r["total_batch_size"] / 1e6 for i in range(n)]
+
     for r in rows:
-        curve = train.smooth(r["losses"])
-        x = [(i + 1) * r["total_batch_size"] / 1e6 for i in range(len(curve))]
-        left.plot(x, curve, linewidth=1.3, label=r["label"])
-        gap = [a - b for a, b in zip(curve, first)]
-        right.plot(x[WARMUP:len(gap)], gap[WARMUP:], linewidth=1.3, label=r["label"])
-    if noise is not None:
-        right.axhspan(-noise, noise, color="gray", alpha=0.15, label="noise: bf16, two seeds")
-    left.set(xlabel="million tokens", ylabel="train loss, smoothed")
-    right.set(xlabel="million tokens", ylabel=f"smoothed loss minus that of {rows[0]['label']}")
-    for ax in (left, right):
+        curve = curves[r["label"]]
+        axes[0, 0].plot(tokens(r, len(curve)), curve, color=colors[r["label"]], linewidth=1.3, label=r["label"])
+    axes[0, 0].set(xlabel="million tokens", ylabel="train loss, smoothed")
+    if compared:
+        for r in compared:
+            gap = [a - b for a, b in zip(curves[r["label"]], curves[rows[0]["label"]])]
+            axes[0, 1].plot(tokens(r, len(gap))[WARMUP:], gap[WARMUP:], color=colors[r["label"]], linewidth=1.3, label=r["label"])
+        if noise is not None:
+            axes[0, 1].axhspan(-noise, noise, color="gray", alpha=0.15, label="noise: bf16, two seeds")
+        axes[0, 1].axhline(0, color=colors[rows[0]["label"]], linewidth=1)
+        axes[0, 1].set(xlabel="million tokens", ylabel=f"smoothed loss minus that of {rows[0]['label']}")
+    for ax in axes[0]:
         ax.grid(alpha=0.3)
         ax.legend(fontsize=8)
     fig.tight_layout()

@@ -287,7 +287,7 @@ def _generator(device: torch.device) -> torch.Generator:
 # An operator of its own keeps the generator out of torch.compile's sight; the tag tells the compiler
 # that two calls are not interchangeable.
 @torch.library.custom_op(
-    "te_emulation::uniform", mutates_args=(), tags=torch.Tag.nondeterministic_seeded
+    "te_emulation::uniform", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,)
 )
 def _uniform(like: torch.Tensor) -> torch.Tensor:
     """fp32 in [0, 1), of the shape and on the device of `like`."""

@@ -1405,7 +1405,9 @@ class RunLog:
         if train:
             x, loss = [r["tokens"] / unit for r in train], [r["loss"] for r in train]
             ax.plot(x, loss, color="tab:blue", alpha=0.3, linewidth=0.8, label="train loss")
-            ax.plot(x, smooth(loss), color="tab:blue", linewidth=1.5, label="train loss, smoothed")
+            # A short run is smoothed less: an average over 10 steps would lag behind 40
+            curve = smooth(loss, beta=min(0.9, len(loss) / (len(loss) + 20)))
+            ax.plot(x, curve, color="tab:blue", linewidth=1.5, label="train loss, smoothed")
         if val:
             ax.plot([r["tokens"] / unit for r in val], [r["val_loss"] for r in val], "o-", color="tab:orange",
                     markersize=4, label="val loss")

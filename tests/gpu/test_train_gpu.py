@@ -230,7 +230,7 @@ def test_evaluation_leaves_the_amax_history_alone(te, procs):
 
     train.calibrate(p.parallel, p.loader, p.optimizers, procs, p.precision)
     before = train_steps(3)
-    assert len(before) == 4 * 3 * p.cfg.n_layer  # scale and history, forward and backward, of qkv, proj and MLP
+    assert len(before) == 4 * 4 * p.cfg.n_layer  # scale and history, forward and backward, of qkv, core, proj and MLP
     val_ring = train.TokenRing(str(ROOT / "data"), p.cfg.dataset, "val", p.cfg.vocab_size, p.cfg.block_size + 1)
     train.evaluate(p.model, val_ring, p.cfg, procs, lambda: p.precision.autocast(procs, quantized=False))
     after = train.fp8_state(p.model)
