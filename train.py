@@ -137,13 +137,13 @@ PRESETS = {
     "d20": dict(
         dataset="fineweb10B", n_layer=20, n_embd=1280, n_head=10, vocab_size=65536, block_size=2048,
         total_batch_size=524288, batch_size=16, max_iters=1700, warmup_iters=100, loss_chunk_size=8192,
-        muon_momentum_iters=300, eval_interval=125, eval_tokens=10485760,
+        muon_momentum_iters=300, eval_interval=125, eval_tokens=10485760, learning_rate_head=0.004,
     ),
     "d12": dict(n_layer=12, n_embd=768, n_head=6, batch_size=32),
     "tiny": dict(
         dataset="shakespeare", n_layer=4, n_embd=128, n_head=2, vocab_size=50304, block_size=128,
         total_batch_size=2048, batch_size=8, max_iters=60, warmup_iters=5, loss_chunk_size=64,
-        muon_momentum_iters=60, eval_interval=20, eval_tokens=16384,
+        muon_momentum_iters=60, eval_interval=20, eval_tokens=16384, learning_rate_head=0.01,
     ),
 }
 
