@@ -25,6 +25,7 @@ import queue
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -37,6 +38,7 @@ os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # read 
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import torch.nn as nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -57,6 +59,7 @@ except ImportError:  # no GPU build of torch: the plain versions serve
 preset = "auto"                  # "auto" (d20 with a GPU, tiny without), "d20", "d12", "tiny"
 run_name = "gpt"                 # the run folder is out_dir/run_name; a name already taken gets a number
 out_dir = "out"                  # where run folders go
+resume = ""                      # "auto": go on from this run_name's newest checkpoint, if any; or the path of a checkpoint or run
 seed = 1337                      # initialisation (and stochastic rounding); the data order has no seed
 
 # Data
@@ -122,10 +125,12 @@ USE_AC_BLOCKS = False            # recompute each block in the backward pass
 USE_AC_ATTENTION = False         # recompute RoPE, QK norm and attention in the backward pass
 loss_chunk_size = 8192           # tokens whose logits exist at once
 
-# Evaluation and logging
+# Evaluation, logging, checkpoints
 eval_interval = 125              # steps between evaluations; 0: only at the end
 eval_tokens = 10485760           # tokens of the val shards per evaluation (all of them where there are fewer)
 log_interval = 1                 # steps between log lines
+ckpt_interval = 250              # steps between checkpoints; 0: only at the end (and on SIGTERM or SIGINT)
+keep_checkpoints = 2             # the newest so many stay; 0: none is written
 USE_WANDB = False                # log to Weights & Biases too
 wandb_project = "nanogpt-fp8"    # its project name
 
@@ -171,8 +176,8 @@ class UserError(Exception):
 
 WHOLE_NUMBERS = set("""seed n_layer n_embd n_head vocab_size block_size total_batch_size batch_size max_iters warmup_iters
     muon_momentum_iters FP8_MARGIN FP8_AMAX_HISTORY FP8_CALIBRATION_STEPS loss_chunk_size eval_interval eval_tokens
-    log_interval""".split())
-TEXTS = set("preset run_name out_dir dataset data_dir muon_impl FP8_RECIPE wandb_project".split())
+    log_interval ckpt_interval keep_checkpoints""".split())
+TEXTS = set("preset run_name out_dir resume dataset data_dir muon_impl FP8_RECIPE wandb_project".split())
 OR_AUTO = set("USE_FSDP2 USE_DDP USE_COMPILE USE_EMULATION".split())
 SWITCHES = re.compile(r"USE_|FSDP2_|REDUCE_")  # True or False; what is left takes any number
 
@@ -284,7 +289,7 @@ def check_flags(cfg, world_size):
     """Refuse values that cannot work, each in one line with the remedy. Raises UserError (status 2)."""
     positive = ("n_layer n_embd n_head vocab_size block_size total_batch_size batch_size max_iters "
                 "loss_chunk_size eval_tokens log_interval FP8_AMAX_HISTORY norm_eps rope_base adam_eps").split()
-    not_negative = ("warmup_iters eval_interval grad_clip logit_softcap min_lr_ratio muon_momentum_iters "
+    not_negative = ("warmup_iters ckpt_interval keep_checkpoints eval_interval grad_clip logit_softcap min_lr_ratio muon_momentum_iters "
                     "FP8_CALIBRATION_STEPS learning_rate learning_rate_embed learning_rate_head "
                     "learning_rate_gain weight_decay weight_decay_embed weight_decay_head weight_decay_gain").split()
     for name in positive:
@@ -1044,19 +1049,28 @@ class TorchMuon(torch.optim.Muon):
         for p in self.parts:
             p.grad = None
 
+    def buffers(self):
+        """torch's momentum buffers by parameter, {parameter: whole matrix}; zero before the first step."""
+        return {p: torch.cat([self.state[x]["momentum_buffer"] if x in self.state else torch.zeros_like(x) for x in parts])
+                for p, (_, parts) in self.parts.items()}
+
+    def load_buffers(self, buffers, momentum):
+        """Take over what buffers() gave, at the momentum it was at."""
+        for p, whole in buffers.items():
+            parts = self.parts[p][1]
+            for x, piece in zip(parts, whole.split([len(x) for x in parts])):
+                self.state[x]["momentum_buffer"] = piece.to(x.device, x.dtype).clone()
+        for group in self.param_groups:
+            group["momentum"] = momentum
+
     def momentum(self):
-        """Dion's state of each parameter, {parameter: whole momentum}: the sum, where torch keeps the average."""
-        factor = {id(g["params"][0]): 1 / (1 - g["momentum"]) for g in self.param_groups}
-        return {p: torch.cat([self.state[x]["momentum_buffer"] * factor[id(x)] if x in self.state else torch.zeros_like(x)
-                              for x in parts]) for p, (_, parts) in self.parts.items()}
+        """Dion's state by parameter: the sum of gradients, where torch keeps the average."""
+        return {p: b / (1 - self.param_groups[0]["momentum"]) for p, b in self.buffers().items()}
 
     def load_momentum(self, momenta):
         """Take over Dion's state, {parameter: whole momentum}."""
-        for p, momentum in momenta.items():
-            parts = self.parts[p][1]
-            for x, piece in zip(parts, momentum.split([len(x) for x in parts])):
-                mu = next(g["momentum"] for g in self.param_groups if g["params"][0] is x)
-                self.state[x]["momentum_buffer"] = piece.to(x.device, x.dtype) * (1 - mu)
+        momentum = self.param_groups[0]["momentum"]
+        self.load_buffers({p: m * (1 - momentum) for p, m in momenta.items()}, momentum)
 
 
 def dion_muon(choice, device):
@@ -1143,6 +1157,37 @@ class Optimizers:
     def zero_grad(self):
         for optimizer in self.all:
             optimizer.zero_grad(set_to_none=True)
+
+    @property
+    def meta(self):
+        """What a checkpoint must know of Muon to read its buffers: whose they are, and their momentum."""
+        return dict(muon="torch" if isinstance(self.muon, TorchMuon) else "dion", muon_momentum=float(self.muon_groups[0]["mu"]))
+
+    def state_of(self, optimizer):
+        """State of one of the optimizers, {parameter: {name: tensor or number}}; Muon's buffers as `momentum`."""
+        if isinstance(optimizer, TorchMuon):
+            return {p: dict(momentum=b) for p, b in optimizer.buffers().items()}
+        return optimizer.state
+
+    def load_state(self, saved, parameters, meta):
+        """Take over a checkpoint's state, {parameter name: {name: tensor}}; tensors of ours in it were filled in place.
+
+        Between torch.optim.Muon and Dion the buffers are converted.
+        """
+        factor = 1 - meta["muon_momentum"]
+        if isinstance(self.muon, TorchMuon):
+            factor = factor if meta["muon"] == "dion" else 1.0
+            buffers = {p: saved[n]["momentum"] * factor for n, p in parameters.items() if p in self.muon.parts}
+            self.muon.load_buffers(buffers, meta["muon_momentum"])
+        elif meta["muon"] == "torch":
+            for state in self.muon.state.values():
+                state["momentum"] /= factor
+        for optimizer in self.all[1:]:
+            for p, state in optimizer.state.items():
+                name = next(n for n, q in parameters.items() if q is p)
+                for key, value in state.items():
+                    if not torch.is_tensor(value):  # bitsandbytes counts steps in a plain number
+                        state[key] = type(value)(saved[name][key].item())
 
     def warm_up(self, model):
         """Compile the optimizers' kernels by a step with zero gradients and learning rate 0: nothing changes."""
@@ -1251,6 +1296,227 @@ def clip_gradients(parameters, max_norm):
     if max_norm > 0:
         nn.utils.clip_grads_with_norm_(parameters, max_norm, norm, foreach=True)
     return norm
+
+
+# =====================================================================================================
+# Checkpoints: parameters by the model's own names, the same for TE and emulation, DDP, FSDP2 and any world size
+
+# A run cannot go on with another value of these
+FIXED_FLAGS = ("n_layer n_embd n_head vocab_size block_size rope_base norm_eps logit_softcap dataset total_batch_size "
+               "USE_8BIT_ADAM").split()
+
+
+def random_state(procs, te):
+    """State of every random generator of this rank, as tensors."""
+    kind, keys, position, has_gauss, gauss = np.random.get_state()
+    version, numbers, gauss_next = random.getstate()
+    state = dict(torch=torch.get_rng_state(), numpy=torch.from_numpy(np.append(keys.astype(np.int64), position)),
+                 python=torch.tensor(numbers))
+    if procs.device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(procs.device)
+    if hasattr(te, "get_rng_state"):
+        state["te_emulation"] = {str(d): g for d, g in te.get_rng_state()["generators"].items()}
+    return state
+
+
+def set_random_state(state, procs, te):
+    """Put back what random_state() took."""
+    torch.set_rng_state(state["torch"])
+    numbers = state["numpy"].numpy()
+    np.random.set_state(("MT19937", numbers[:-1].astype(np.uint32), int(numbers[-1])))
+    random.setstate((3, tuple(state["python"].tolist()), None))
+    if "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], procs.device)
+    if "te_emulation" in state:
+        te.set_rng_state(te.get_rng_state() | {"generators": state["te_emulation"]})
+
+
+def training_state(model, optimizers, procs, te):
+    """What a checkpoint holds, as nested dicts of live tensors: model, optim (by parameter name), fp8, rng (by rank)."""
+    names = {p: name for name, p in model.named_parameters()}
+    optim = {}
+    for optimizer in optimizers.all:
+        for p, held in optimizers.state_of(optimizer).items():
+            optim[names[p]] = {k: v if torch.is_tensor(v) else torch.tensor(v) for k, v in held.items()}
+    return dict(model={name: p.detach() for p, name in names.items()}, optim=optim, fp8=fp8_state(model),
+                rng={str(procs.rank): random_state(procs, te)})
+
+
+def find_checkpoint(path):
+    """The newest complete checkpoint at or below `path` (a checkpoint, a run folder, or a folder of runs), or None.
+
+    Only a folder with meta.json counts: it is written last, before the folder gets its name.
+    """
+    if os.path.isfile(os.path.join(path, "meta.json")):
+        return path
+    patterns = [os.path.join(glob.escape(path), *middle, "step_*", "meta.json") for middle in ((), ("ckpt",), ("*", "ckpt"))]
+    found = [f for pattern in patterns for f in glob.glob(pattern)]
+    return os.path.dirname(max(found, key=lambda f: (os.path.getmtime(f), f))) if found else None
+
+
+def read_checkpoint(folder):
+    """meta.json of a checkpoint: step (optimizer steps done), tokens, flags, loader, ... Raises UserError if it is none."""
+    try:
+        with open(os.path.join(folder, "meta.json"), encoding="utf-8") as f:
+            return json.load(f)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder} is no complete checkpoint ({error}): name a folder step_NNNNNN, a run folder, or leave it out")
+
+
+def load_tensors(folder, state, no_dist=False, group=None):
+    """Fill the tensors of a nested dict from a checkpoint, in place; raises UserError if one is missing or has another shape."""
+    try:
+        dcp.load(state, checkpoint_id=folder, no_dist=no_dist, process_group=group)
+    except Exception as error:  # DCP wraps what went wrong in exceptions of its own
+        text = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(f"checkpoint {folder} cannot be loaded: {text[-1]}", one_rank=True)
+
+
+def load_weights(folder, tensors):
+    """Fill {parameter name: tensor} from a checkpoint, in this process alone; it may have been saved by any number."""
+    load_tensors(folder, {"model": tensors}, no_dist=True)
+
+
+class Checkpoints:
+    """Saves to <run folder>/ckpt/step_NNNNNN while training goes on, and keeps the newest few.
+
+    torch.distributed.checkpoint copies the tensors aside (to pinned memory on a GPU), and a thread writes them over a
+    gloo group of its own. The folder has a temporary name until everything is on disk, meta.json last. A write that
+    fails is reported, and training goes on.
+    """
+
+    def __init__(self, folder, cfg, procs):
+        self.folder, self.keep, self.procs = os.path.join(folder, "ckpt"), cfg.keep_checkpoints, procs
+        self.group = dist.new_group(backend="gloo")
+        self.pending, self.last = None, find_checkpoint(self.folder)
+        cuda = procs.device.type == "cuda"
+        self.stager = dcp.staging.DefaultStager(dcp.staging.StagingOptions(
+            use_pinned_memory=cuda, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=cuda))
+        if procs.is_main:  # what a killed run left half written or half deleted
+            for path in glob.glob(os.path.join(glob.escape(self.folder), "*")) + glob.glob(os.path.join(glob.escape(self.folder), ".*_*")):
+                if not os.path.isfile(os.path.join(path, "meta.json")) or os.path.basename(path).startswith("."):
+                    shutil.rmtree(path, ignore_errors=True)
+        dist.barrier(self.group)
+
+    def save(self, step, make_state, meta):
+        """Start a checkpoint of make_state() after `step` optimizer steps; returns the seconds that training stood still."""
+        if not self.keep:
+            return 0.0
+        self.finish(wait=True)
+        start = time.perf_counter()
+        temporary = os.path.join(self.folder, f".writing_{step:06d}")
+        try:
+            future = dcp.async_save(make_state(), checkpoint_id=temporary, process_group=self.group, async_stager=self.stager)
+            self.pending = step, meta, temporary, future
+        except Exception as error:
+            self.failed(step, temporary, error)
+        return time.perf_counter() - start
+
+    def finish(self, wait=False):
+        """Give a checkpoint that is all on disk its name, if there is one (wait: as soon as it is)."""
+        if not self.pending or not (wait or self.pending[3].done()):
+            return
+        (step, meta, temporary, future), self.pending = self.pending, None
+        try:
+            future.result()
+            if self.procs.is_main:
+                with open(os.path.join(temporary, "meta.json"), "w", encoding="utf-8") as f:
+                    json.dump(meta, f, indent=1)
+                    f.flush()
+                    os.fsync(f.fileno())
+                final = os.path.join(self.folder, f"step_{step:06d}")
+                if os.path.exists(final):  # from before the run was resumed at an earlier step
+                    os.rename(final, os.path.join(self.folder, f".replaced_{step:06d}"))
+                os.rename(temporary, final)
+                shutil.rmtree(os.path.join(self.folder, f".replaced_{step:06d}"), ignore_errors=True)
+                self.last = final
+                complete = sorted(os.path.dirname(f) for f in glob.glob(os.path.join(glob.escape(self.folder), "step_*", "meta.json")))
+                for old in [f for f in complete if f != final][:-self.keep + 1 or None]:
+                    os.remove(os.path.join(old, "meta.json"))  # half deleted, it must not count
+                    shutil.rmtree(old, ignore_errors=True)
+        except Exception as error:
+            self.failed(step, temporary, error)
+
+    def failed(self, step, temporary, error):
+        text = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        self.procs.print(f"checkpoint at step {step} failed, training goes on: {text}")
+        if self.procs.is_main:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+    def close(self):
+        self.finish(wait=True)
+        self.stager.close()
+        dist.barrier(self.group)  # ranks leave together, after rank 0 has named the last one
+
+
+def checkpoint_to_resume(cfg, procs):
+    """(checkpoint folder, its meta) by the flag `resume`, or (None, None) for a fresh start; refuses flags that differ.
+
+    The harmless differences are printed.
+    """
+    if not cfg.resume:
+        return None, None
+    if cfg.resume == "auto":
+        runs = [os.path.join(cfg.out_dir, cfg.run_name)]
+        runs += [f for f in glob.glob(glob.escape(runs[0]) + "-*") if re.fullmatch(re.escape(runs[0]) + r"-\d+", f)]
+        found = [f for f in map(find_checkpoint, runs) if f]
+        folder = max(found, key=lambda f: os.path.getmtime(os.path.join(f, "meta.json"))) if found else None
+    else:
+        folder = find_checkpoint(cfg.resume)
+        if folder is None:
+            raise UserError(f"--resume={cfg.resume}: there is no complete checkpoint at or below it", 2)
+    folder = procs.broadcast(folder)
+    if folder is None:
+        procs.print(f"resume=auto: {os.path.join(cfg.out_dir, cfg.run_name)} has no complete checkpoint, starting afresh")
+        return None, None
+    meta = read_checkpoint(folder)
+    changed = {k: (v, getattr(cfg, k)) for k, v in meta["flags"].items() if hasattr(cfg, k) and getattr(cfg, k) != v}
+    for name in FIXED_FLAGS:
+        if name in changed:
+            was, now = changed[name]
+            raise UserError(f"{folder} was trained with {name}={was}, which cannot become {now}: leave --{name} as it was", 2)
+    if meta["step"] >= cfg.max_iters:
+        raise UserError(f"{folder} has done {meta['step']} steps, and max_iters is {cfg.max_iters}: raise --max_iters", 2)
+    for name, (was, now) in changed.items():
+        if name not in ("resume", "out_dir", "run_name"):
+            procs.print(f"resume: {name} was {was}, is now {now}")
+    return folder, meta
+
+
+def restore(folder, meta, model, optimizers, loader, procs, te):
+    """Put a checkpoint's state back into model, optimizers, loader, scales and generators.
+
+    Scales come back if the checkpoint has them, generators if the world size is the same; returns whether scales did.
+    """
+    saved = set(dcp.FileSystemReader(folder).read_metadata().state_dict_metadata)
+    state = training_state(model, optimizers, procs, te)
+
+    def known(tree, prefix):
+        """The part of a nested dict that the checkpoint has."""
+        if not isinstance(tree, dict):
+            return tree if prefix in saved else None
+        kept = {k: known(v, f"{prefix}.{k}") for k, v in tree.items()}
+        return {k: v for k, v in kept.items() if v is not None} or None
+
+    rng, fp8 = known(state.pop("rng"), "rng"), known(state.pop("fp8"), "fp8")
+    load_tensors(folder, state)  # all of model and optim must be there
+    scales = {k: v.clone() for k, v in (fp8 or {}).items()}
+    own = {"rng": rng or {}, "fp8": scales}
+    if meta["world_size"] != procs.world_size:
+        own.pop("rng")
+    load_tensors(folder, own)
+    # A rank's loss is divided by its own tokens of a step, so with more ranks its gradients are larger by as much:
+    # unless their scales know, they saturate in the first step.
+    factor, live = procs.world_size / meta["world_size"], fp8_state(model)
+    for name, tensor in scales.items():
+        if "scaling_bwd" in name:
+            tensor = tensor / factor if name.endswith("scale") else tensor * factor
+        live[name].copy_(tensor)
+    optimizers.load_state(state["optim"], {name: p for name, p in model.named_parameters()}, meta)
+    if own.get("rng"):
+        set_random_state(own["rng"][str(procs.rank)], procs, te)
+    loader.load_state_dict(meta["loader"])
+    return bool(scales)
 
 
 # =====================================================================================================
@@ -1363,12 +1629,21 @@ def format_duration(seconds):
 class RunLog:
     """The run folder's log.jsonl, config.json and loss.png, the console, and wandb. Only rank 0 has one that writes."""
 
-    def __init__(self, folder, cfg, extra):
+    def __init__(self, folder, cfg, extra, first_step=0):
+        """first_step: the step a resumed run goes on with; records of that step and later ones are dropped."""
         self.folder, self.cfg, self.wandb, self.records = folder, cfg, None, []
+        path = os.path.join(folder, "log.jsonl")
+        if first_step and os.path.exists(path):
+            with open(path, encoding="utf-8") as f:
+                lines = [line for line in f if line.endswith("}\n")]  # a killed run may have left half a line
+            self.records = [r for r in map(json.loads, lines) if r["kind"] != "done" and r["step"] < first_step]
+            with open(path + ".new", "w", encoding="utf-8") as f:
+                f.writelines(json.dumps(r) + "\n" for r in self.records)
+            os.replace(path + ".new", path)
         config = {k: v for k, v in vars(cfg).items() if k != "explicit"} | extra
         with open(os.path.join(folder, "config.json"), "w") as f:
             json.dump(config, f, indent=2)
-        self.file = open(os.path.join(folder, "log.jsonl"), "a", buffering=1)
+        self.file = open(path, "a", buffering=1)
         if cfg.USE_WANDB:
             try:
                 import wandb
@@ -1398,7 +1673,7 @@ class RunLog:
             import matplotlib.pyplot as plt
         except ImportError:
             return
-        train = [r for r in self.records if r["kind"] == "train" and math.isfinite(r["loss"])]
+        train = [r for r in self.records if r["kind"] == "train" and r["loss"] is not None and math.isfinite(r["loss"])]
         val = [r for r in self.records if r["kind"] == "val"]
         fig, ax = plt.subplots(figsize=(8, 4.5))
         unit, label = (1e6, "million tokens") if (train or val)[-1]["tokens"] >= 2e6 else (1e3, "thousand tokens")
@@ -1440,10 +1715,11 @@ def smooth(values, beta=0.9):
 class Progress:
     """A run's training time, speeds and log lines. All ranks count; rank 0 writes."""
 
-    def __init__(self, cfg, procs, log):
+    def __init__(self, cfg, procs, log, train_seconds=0.0):
+        """train_seconds: of training before a resumed run's first step."""
         self.cfg, self.procs, self.log = cfg, procs, log
         self.flops, self.peak = flops_per_token(cfg), peak_flops(procs.device)
-        self.train_seconds, self.speeds, self.val_loss = 0.0, [], float("nan")
+        self.train_seconds, self.speeds, self.val_loss = train_seconds, [], float("nan")
 
     @property
     def speed(self):
@@ -1566,8 +1842,10 @@ def run(cfg, procs):
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
-    # Data first: a missing shard should be known before anything is built
+    # Data and checkpoint first: what is missing should be known before anything is built
     loader, val_ring = open_data(cfg, procs)
+    checkpoint, meta = checkpoint_to_resume(cfg, procs)
+    first_step = meta["step"] if meta else 0
 
     # Model. The wrapper is chosen by the parameter count, which the flags give.
     precision = select_precision(cfg, device)
@@ -1584,7 +1862,8 @@ def run(cfg, procs):
     optimizers = Optimizers(model, cfg, procs, sharded=wrapper == "fsdp2")
 
     # What is about to run, in one table
-    folder = procs.broadcast(make_run_folder(cfg.out_dir, cfg.run_name) if procs.is_main else None)
+    folder = os.path.dirname(os.path.dirname(os.path.abspath(checkpoint))) if checkpoint else None
+    folder = folder or procs.broadcast(make_run_folder(cfg.out_dir, cfg.run_name) if procs.is_main else None)
     machine = describe_machine(device)
     rows = [
         ("device", f"{procs.world_size} x {machine['device']}, torch {torch.__version__}"),
@@ -1595,54 +1874,103 @@ def run(cfg, procs):
         *[(f"  {part}", f"{n:,} = {how}") for part, n, how in model.parameter_table()],
         *data_rows(cfg, procs, loader, val_ring),
         ("run folder", folder),
+        *([("resumed from", f"{checkpoint}, after {first_step:,} steps")] if checkpoint else []),
     ]
     procs.print("\n".join(f"{name:<18} {text}" for name, text in rows) + "\n")
     log = RunLog(folder, cfg, dict(machine, world_size=procs.world_size, wrapper=wrapper, precision=precision.name,
                                    emulated=precision.emulated, optimizers=optimizers.description,
-                                   parameters=n_params)) if procs.is_main else None
+                                   parameters=n_params), first_step) if procs.is_main else None
 
     # Compile and calibrate off the clock
     start = time.perf_counter()
     calibrate(parallel, loader, optimizers, procs, precision)
     optimizers.warm_up(model)
     calibrations = cfg.FP8_CALIBRATION_STEPS if precision.name == "fp8-delayed" else 0
-    clock, progress = Clock(device), Progress(cfg, procs, log)
+    if checkpoint:
+        scales = restore(checkpoint, meta, model, optimizers, loader, procs, precision.te)
+        for _ in range(0 if scales else calibrations):  # no scales to go on with: as many passes as a fresh run makes
+            calibrate(parallel, loader, optimizers, procs, precision)
+    checkpoints, stop = Checkpoints(folder, cfg, procs), StopSignal()
+    clock, progress = Clock(device), Progress(cfg, procs, log, meta["train_seconds"] if meta else 0.0)
     clock.ms(clock.mark(), clock.mark())  # waits for the GPU
     procs.print(f"ready after {time.perf_counter() - start:.1f} s of compiling and calibration\n")
     gc.collect()
     gc.freeze()
     gc.disable()  # collections would stall ranks at different times; below they run together
 
-    def finish(step, rates, loss, norm, begin, end):
-        """Log a step that was launched before; waits until the GPU is done with it, not with what came after."""
+    def finish(step, rates, loss, norm, stopping, begin, end):
+        """Log a step that was launched before; waits until the GPU is done with it, not with what came after.
+
+        Returns whether any rank had been told to stop by then: the same answer on all.
+        """
         ms = clock.ms(begin, end)
         progress.step(step, float(loss), float(norm), rates, ms)
+        return float(stopping) > 0
+
+    def save(steps):
+        """Start a checkpoint after so many optimizer steps."""
+        pause = checkpoints.save(steps, lambda: training_state(model, optimizers, procs, precision.te), dict(
+            step=steps, tokens=steps * cfg.total_batch_size, world_size=procs.world_size, loader=loader.state_dict(),
+            train_seconds=progress.train_seconds, parameters=n_params, versions=machine["versions"], **optimizers.meta,
+            flags={k: v for k, v in vars(cfg).items() if k != "explicit"}))
+        if cfg.keep_checkpoints:
+            procs.print(f"step {steps}/{cfg.max_iters} | checkpoint: training stood still for {pause:.2f} s")
 
     pending = None
-    for step in range(cfg.max_iters):
+    for step in range(first_step, cfg.max_iters):
         rates = optimizers.set_schedule(step)
         if 0 < step < calibrations:
             # Head and output projections start at zero, so deeper gradients only appear step by step
             calibrate(parallel, loader, optimizers, procs, precision)
         begin = clock.mark()
         results = train_step(parallel, loader, optimizers, cfg, procs, precision)
+        stopping = procs.sum(torch.full((), float(stop.requested), device=device))  # torch.tensor() would wait for the GPU
         # Copied while the next step runs; read by finish()
-        results = [r.to("cpu", non_blocking=True) for r in results]
+        results = [r.to("cpu", non_blocking=True) for r in (*results, stopping)]
         end = clock.mark()
-        if pending:
-            finish(*pending)
+        told_to_stop = finish(*pending) if pending else False
         pending = step, rates, *results, begin, end
         last = step == cfg.max_iters - 1
-        if last or (cfg.eval_interval and (step + 1) % cfg.eval_interval == 0):
-            finish(*pending)
+        evaluating = last or (cfg.eval_interval and (step + 1) % cfg.eval_interval == 0)
+        saving = last or told_to_stop or (cfg.ckpt_interval and (step + 1) % cfg.ckpt_interval == 0)
+        if evaluating or saving:
+            told_to_stop = finish(*pending) or told_to_stop
             pending = None
+        if saving or told_to_stop:
+            save(step + 1)
+        if last or (evaluating and not told_to_stop):
             progress.val(step, evaluate(model, val_ring, cfg, procs, lambda: precision.autocast(procs, quantized=False)))
             gc.collect()
+        checkpoints.finish()
+        if told_to_stop:
+            break
     loader.close()
+    checkpoints.close()
+    stop.close()
     gc.unfreeze()
     gc.enable()
-    progress.done()
+    if last:
+        progress.done()
+    else:
+        procs.print(f"\nstopped by a signal after {step + 1} steps; the same command with --resume=auto goes on from "
+                    f"{checkpoints.last or 'the start: no checkpoint was kept'}")
     return folder
+
+
+class StopSignal:
+    """Turns SIGTERM and SIGINT into a wish: training ends after the step in hand, with a checkpoint."""
+
+    def __init__(self):
+        self.requested, self.before = False, {}
+        if threading.current_thread() is threading.main_thread():
+            self.before = {s: signal.signal(s, self.request) for s in (signal.SIGTERM, signal.SIGINT)}
+
+    def request(self, *_):
+        self.requested = True
+
+    def close(self):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
 
 def command_line(run, path, argv=None, presets=PRESETS, choices=CHOICES):

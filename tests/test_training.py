@@ -206,10 +206,10 @@ def test_a_wandb_that_fails_later_is_switched_off(tmp_path, monkeypatch, capsys)
 
 def test_a_run_folder_is_never_overwritten(tmp_path, shards):
     first = train_here(tmp_path, shards, max_iters=2, run_name="r", eval_tokens=64)
-    before = {p.name: p.read_bytes() for p in first.iterdir()}
+    before = {p.name: p.read_bytes() for p in first.iterdir() if p.is_file()}
     folders = [train_here(tmp_path, shards, max_iters=1, run_name="r", seed=s, eval_tokens=64) for s in (2, 3)]
     assert first == tmp_path / "r" and folders == [tmp_path / "r-2", tmp_path / "r-3"]
-    assert {p.name: p.read_bytes() for p in first.iterdir()} == before
+    assert {p.name: p.read_bytes() for p in first.iterdir() if p.is_file()} == before
     assert json.loads((folders[1] / "config.json").read_text())["seed"] == 3
 
 
