@@ -14,6 +14,7 @@ Hidden weights learn by Muon (Microsoft's Dion library), embedding, head and gai
 import ast
 import contextlib
 import difflib
+import fnmatch
 import functools
 import gc
 import glob
@@ -109,6 +110,10 @@ FP8_MARGIN = 0                   # delayed: scale = fp8_max / amax / 2^margin
 FP8_AMAX_HISTORY = 1024          # delayed: micro-batches over which the largest amax counts
 FP8_CALIBRATION_STEPS = 3        # delayed: first steps preceded by a pass that only fills the amax history
 USE_NVFP4 = False                # block matmuls in NVFP4 (takes the place of FP8)
+NVFP4_HADAMARD = True            # NVFP4: random Hadamard transform of what goes into weight gradients
+NVFP4_STOCHASTIC_ROUNDING = True # NVFP4: round gradients up or down at random, without bias
+NVFP4_2D_WEIGHTS = True          # NVFP4: one scale for each 16 x 16 of a weight; False: each 1 x 16
+HIGH_PRECISION_LAYERS = ""       # layers that stay in bf16: names or patterns, with commas: "blocks.0,blocks.*.attn.proj"
 USE_EMULATION = "auto"           # "auto" (only where TE or the hardware is missing), True: te_emulation.py always
 
 # Parallelism
@@ -124,6 +129,7 @@ USE_AC_LM_HEAD = False           # recompute logits in the backward pass; False:
 USE_AC_BLOCKS = False            # recompute each block in the backward pass
 USE_AC_ATTENTION = False         # recompute RoPE, QK norm and attention in the backward pass
 loss_chunk_size = 8192           # tokens whose logits exist at once
+USE_PROFILE = False              # profile the fourth step: trace and memory snapshot to the run folder, largest kernels printed
 
 # Evaluation, logging, checkpoints
 eval_interval = 125              # steps between evaluations; 0: only at the end
@@ -177,9 +183,9 @@ class UserError(Exception):
 WHOLE_NUMBERS = set("""seed n_layer n_embd n_head vocab_size block_size total_batch_size batch_size max_iters warmup_iters
     muon_momentum_iters FP8_MARGIN FP8_AMAX_HISTORY FP8_CALIBRATION_STEPS loss_chunk_size eval_interval eval_tokens
     log_interval ckpt_interval keep_checkpoints""".split())
-TEXTS = set("preset run_name out_dir resume dataset data_dir muon_impl FP8_RECIPE wandb_project".split())
+TEXTS = set("preset run_name out_dir resume dataset data_dir muon_impl FP8_RECIPE HIGH_PRECISION_LAYERS wandb_project".split())
 OR_AUTO = set("USE_FSDP2 USE_DDP USE_COMPILE USE_EMULATION".split())
-SWITCHES = re.compile(r"USE_|FSDP2_|REDUCE_")  # True or False; what is left takes any number
+SWITCHES = re.compile(r"USE_|FSDP2_|REDUCE_|NVFP4_")  # True or False; what is left takes any number
 
 
 def read_flag_table(path):
@@ -588,7 +594,9 @@ def select_precision(cfg, device):
     elif name == "nvfp4":
         # sm_120 (RTX 5090, RTX Pro 6000) has NVFP4 without the random Hadamard transform and stochastic rounding.
         sm_120 = not missing and torch.cuda.get_device_capability(device)[0] == 12
-        recipe = recipes.NVFP4BlockScaling(disable_rht=sm_120, disable_stochastic_rounding=sm_120)
+        recipe = recipes.NVFP4BlockScaling(disable_rht=sm_120 or not cfg.NVFP4_HADAMARD,
+                                           disable_stochastic_rounding=sm_120 or not cfg.NVFP4_STOCHASTIC_ROUNDING,
+                                           disable_2d_quantization=not cfg.NVFP4_2D_WEIGHTS)
     elif cfg.FP8_RECIPE == "delayed":
         recipe = recipes.DelayedScaling(fp8_format=recipes.Format.HYBRID, margin=cfg.FP8_MARGIN,
                                         amax_history_len=cfg.FP8_AMAX_HISTORY, amax_compute_algo="max")
@@ -607,6 +615,33 @@ def select_precision(cfg, device):
     else:
         reason = f"EMULATED by te_emulation.py ({missing})"
     return Precision(te, recipe, name, bool(missing), reason)
+
+
+def keep_high_precision(model, patterns, te):
+    """Make the layers whose names match one of the patterns (with commas between) run in bf16; returns their names.
+
+    A pattern is a name (blocks.19 means all inside it) or has wildcards (blocks.*.attn.proj). NVFP4 is usually trained
+    with the last blocks in bf16 (arXiv 2509.25149). Raises UserError if a pattern matches nothing.
+    """
+    layers = [n for n, m in model.named_modules() if isinstance(m, (te.Linear, te.LayerNormLinear, te.LayerNormMLP))]
+    chosen = set()
+    for pattern in filter(None, (p.strip() for p in patterns.split(","))):
+        matched = [n for n in layers if fnmatch.fnmatchcase(n, pattern) or fnmatch.fnmatchcase(n, pattern + ".*")]
+        if not matched:
+            raise UserError(f"HIGH_PRECISION_LAYERS: '{pattern}' matches no layer; there are {', '.join(layers[:3])}, "
+                            f"... {layers[-1]}", 2)
+        chosen.update(matched)
+
+    def in_bf16(forward):
+        def wrapped(*args, **kwargs):
+            with te.autocast(enabled=False):
+                return forward(*args, **kwargs)
+        return wrapped
+
+    for name in chosen:
+        layer = model.get_submodule(name)
+        layer.forward = in_bf16(layer.forward)
+    return sorted(chosen, key=layers.index)
 
 
 def fp8_state(model):
@@ -1720,6 +1755,7 @@ class Progress:
         self.cfg, self.procs, self.log = cfg, procs, log
         self.flops, self.peak = flops_per_token(cfg), peak_flops(procs.device)
         self.train_seconds, self.speeds, self.val_loss = train_seconds, [], float("nan")
+        self.compile_seconds = None
 
     @property
     def speed(self):
@@ -1763,12 +1799,41 @@ class Progress:
         if self.procs.is_main:
             tokens, memory = self.cfg.max_iters * self.cfg.total_batch_size, peak_memory_gb(self.procs.device)
             self.log.write(dict(kind="done", step=self.cfg.max_iters - 1, tokens=tokens, val_loss=self.val_loss,
-                                train_seconds=self.train_seconds, tok_per_sec_median=self.speed, peak_mem_gb=memory))
+                                train_seconds=self.train_seconds, tok_per_sec_median=self.speed, peak_mem_gb=memory,
+                                compile_seconds=self.compile_seconds))
             self.log.close()
             self.procs.print(f"\ndone: val loss {self.val_loss:.4f} after {tokens:,} tokens in {format_duration(self.train_seconds)} "
                              f"of training ({self.speed:,.0f} tokens/s, {memory:.1f} GB)\n"
                              f"run folder: {self.log.folder}  (loss.png: curves; log.jsonl: every step; config.json: all flags)\n"
                              f"next: bash run.sh --help lists the flags; python train_orig.py trains the plain reference")
+
+
+@contextlib.contextmanager
+def profiling(folder, procs):
+    """Profile what runs inside: trace.json.gz and, on a GPU, memory.pickle (pytorch.org/memory_viz) to the run folder."""
+    cuda = procs.device.type == "cuda"
+    activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * cuda
+    if cuda:
+        torch.cuda.memory._record_memory_history(max_entries=200_000)
+    with torch.profiler.profile(activities=activities) as profile:
+        yield
+        if cuda:
+            torch.cuda.synchronize()
+    if cuda:
+        if procs.is_main:
+            torch.cuda.memory._dump_snapshot(os.path.join(folder, "memory.pickle"))
+        torch.cuda.memory._record_memory_history(enabled=None)
+    if procs.is_main:
+        profile.export_chrome_trace(os.path.join(folder, "trace.json.gz"))
+        kind = torch.autograd.DeviceType.CUDA if cuda else torch.autograd.DeviceType.CPU
+        # Ranges that optimizers and modules put around their kernels would count them twice
+        events = [e for e in profile.key_averages() if e.device_type == kind and "#" not in e.key]
+        took = {e.key: e.self_device_time_total if cuda else e.self_cpu_time_total for e in events}
+        total, counts = sum(took.values()), {e.key: e.count for e in events}
+        print(f"profile of one step: {total / 1000:.1f} ms of {'kernels' if cuda else 'operators'}; the ten largest:")
+        for key in sorted(took, key=took.get, reverse=True)[:10]:
+            print(f"  {took[key] / 1000:9.2f} ms {100 * took[key] / total:5.1f}%  x{counts[key]:<5} {key[:110]}")
+        print(f"profile: {os.path.join(folder, 'trace.json.gz')} (ui.perfetto.dev opens it)", flush=True)
 
 
 class Clock:
@@ -1854,6 +1919,7 @@ def run(cfg, procs):
     if hasattr(precision.te, "manual_seed"):
         precision.te.manual_seed(cfg.seed + procs.rank)  # the emulation's stochastic rounding
     model = GPT(cfg, precision.te, compiled, device)
+    in_bf16 = keep_high_precision(model, cfg.HIGH_PRECISION_LAYERS, precision.te)
     n_params = sum(p.numel() for p in model.parameters())
     wrapper, why_wrapper = choose_wrapper(cfg, procs, n_params)
     if cfg.USE_8BIT_ADAM:
@@ -1868,6 +1934,7 @@ def run(cfg, procs):
     rows = [
         ("device", f"{procs.world_size} x {machine['device']}, torch {torch.__version__}"),
         ("precision", f"{precision.name} {precision.reason}"),
+        *([("  in bf16", ", ".join(in_bf16))] if in_bf16 else []),
         ("wrapper", f"{wrapper} ({why_wrapper})"),
         ("optimizers", optimizers.description),
         ("parameters", f"{n_params:,}"),
@@ -1893,7 +1960,8 @@ def run(cfg, procs):
     checkpoints, stop = Checkpoints(folder, cfg, procs), StopSignal()
     clock, progress = Clock(device), Progress(cfg, procs, log, meta["train_seconds"] if meta else 0.0)
     clock.ms(clock.mark(), clock.mark())  # waits for the GPU
-    procs.print(f"ready after {time.perf_counter() - start:.1f} s of compiling and calibration\n")
+    progress.compile_seconds = time.perf_counter() - start
+    procs.print(f"ready after {progress.compile_seconds:.1f} s of compiling and calibration\n")
     gc.collect()
     gc.freeze()
     gc.disable()  # collections would stall ranks at different times; below they run together
@@ -1923,7 +1991,9 @@ def run(cfg, procs):
             # Head and output projections start at zero, so deeper gradients only appear step by step
             calibrate(parallel, loader, optimizers, procs, precision)
         begin = clock.mark()
-        results = train_step(parallel, loader, optimizers, cfg, procs, precision)
+        profiled = cfg.USE_PROFILE and step == min(first_step + 3, cfg.max_iters - 1)
+        with profiling(folder, procs) if profiled else contextlib.nullcontext():
+            results = train_step(parallel, loader, optimizers, cfg, procs, precision)
         stopping = procs.sum(torch.full((), float(stop.requested), device=device))  # torch.tensor() would wait for the GPU
         # Copied while the next step runs; read by finish()
         results = [r.to("cpu", non_blocking=True) for r in (*results, stopping)]

@@ -246,9 +246,10 @@ def run(cfg, procs):
     loss.backward()
     optimizer.zero_grad(set_to_none=True)
     loss.item()  # waits for the GPU
-    procs.print(f"ready after {time.perf_counter() - start:.1f} s of compiling\n")
-
     progress = Progress(cfg, procs, log)
+    progress.compile_seconds = time.perf_counter() - start
+    procs.print(f"ready after {progress.compile_seconds:.1f} s of compiling\n")
+
     for step in range(cfg.max_iters):
         start = time.perf_counter()
         lr = cfg.learning_rate * lr_factor(step, cfg.warmup_iters, cfg.max_iters, cfg.min_lr_ratio)
