@@ -1,12 +1,14 @@
 """
 Compare runs side by side: loss curves, noise, speed and memory, as a table and a plot in results/.
 
+    python bench.py speed                                   # precisions, wrappers, vocabularies, batches; train_orig.py
     python bench.py precision --max_iters=77                # bf16 (two seeds), then each FP8 recipe, one after another
     torchrun --standalone --nproc_per_node=2 bench.py wrappers --max_iters=77      # FSDP2, then DDP
     python bench.py report --out=results/mine out/a out/b   # the same table and plot from run folders that exist
 
-`precision` and `wrappers` train by train.py's own run() with total_batch_size=65536 and 20 warm-up steps, so that a few
-million tokens are enough steps to mean something; any other flag of train.py can be given as --name=value.
+All train by train.py's own run(), one after another in one process group; any flag of train.py can be given as --name=value.
+`precision` and `wrappers` take total_batch_size=65536 and 20 warm-up steps, so that a few million tokens are enough steps to
+mean something; `speed` takes 24 steps, of which the first 4 do not count. Under torchrun, `speed` compares the wrappers too.
 --out=PATH names the files to write (PATH.json, PATH.md, PATH.png).
 """
 
@@ -22,10 +24,27 @@ import torch
 import torch.distributed as dist
 
 import train
+import train_orig
 
-WARMUP = 20  # steps left out of speeds and gaps; also warmup_iters of the comparison runs
-COMMON = ["--total_batch_size=65536", f"--warmup_iters={WARMUP}", "--eval_interval=0"]
+COMMON = {
+    "precision": ["--total_batch_size=65536", "--warmup_iters=20", "--eval_interval=0", "--keep_checkpoints=0"],
+    "wrappers": ["--total_batch_size=65536", "--warmup_iters=20", "--eval_interval=0", "--keep_checkpoints=0"],
+    "speed": ["--max_iters=24", "--warmup_iters=4", "--eval_interval=0", "--eval_tokens=1", "--keep_checkpoints=0"],
+}
 VARIANTS = {
+    "speed": {
+        "FP8 delayed": [],
+        "FP8 current": ["--FP8_RECIPE=current"],
+        "FP8 block": ["--FP8_RECIPE=block"],
+        "bf16": ["--USE_FP8=False"],
+        "FP8 delayed, vocab 50,304": ["--vocab_size=50304"],
+        "bf16, vocab 50,304": ["--USE_FP8=False", "--vocab_size=50304"],
+        "FP8 delayed, a quarter of the batch": ["total_batch_size/4"],
+        "FP8 delayed, half the micro-batch": ["batch_size/2"],
+        "FP8 delayed, FSDP2": ["--USE_FSDP2=True"],
+        "FP8 delayed, DDP": ["--USE_DDP=True"],
+        "train_orig.py": ["train_orig.py"],
+    },
     "precision": {
         "bf16 seed 1": ["--USE_FP8=False", "--seed=1"],
         "bf16 seed 2": ["--USE_FP8=False", "--seed=2"],
@@ -50,14 +69,30 @@ def forget_last_run():
 
 
 def train_variants(mode, flags):
-    """Train each variant of a mode in this process group; returns {label: run folder} (the same on all ranks)."""
+    """Train each variant of a mode in this process group; returns ({label: run folder}, whether this is rank 0)."""
     procs, folders = train.start_processes(), {}
     for label, extra in VARIANTS[mode].items():
-        name = "--run_name=" + label.replace(" ", "-").lower()
-        procs.print(f"\n===== {label}: {' '.join(extra)} =====")
-        cfg = train.parse_flags([*COMMON, *extra, *flags, name], os.path.abspath(train.__file__))
-        folders[label] = train.run(cfg, procs)
+        script = train_orig if "train_orig.py" in extra else train
+        presets, choices = script.PRESETS, script.CHOICES
+        own = [f for f in extra if f.startswith("--")] + ["--run_name=" + "-".join(label.replace(",", "").split()).lower()]
+        given = flags
+        if script is train_orig:  # it has fewer flags
+            table = train.read_flag_table(script.__file__)
+            given = [f for f in flags if f[2:].split("=")[0] in table and not f.startswith("--batch_size")]
+        common = [f for f in COMMON[mode] if script is train or not f.startswith("--keep_checkpoints")]
+        cfg = train.parse_flags([*common, *given, *own], os.path.abspath(script.__file__), presets, choices)
+        for name in ("total_batch_size/4", "batch_size/2"):
+            if name in extra:
+                key, by = name.split("/")
+                setattr(cfg, key, max(1, getattr(cfg, key) // int(by)))
+        procs.print(f"\n===== {label} =====")
+        try:
+            folders[label] = script.run(cfg, procs)
+        except train.UserError as error:  # a batch that this number of ranks does not divide, say: the others go on
+            procs.print(f"{label} left out: {error}")
         forget_last_run()
+    if not folders:
+        raise train.UserError("no run could be made with these flags (each says why above)")
     return folders, procs.is_main
 
 
@@ -77,8 +112,8 @@ def read_run(folder):
 
 
 def largest_gap(a, b):
-    """Largest |difference| of two runs' smoothed losses after the warm-up, at steps both have; None without any."""
-    gaps = [abs(x - y) for x, y in list(zip(a, b))[WARMUP:]]
+    """Largest |difference| of two rows' smoothed losses after the warm-up, at steps both have; None without any."""
+    gaps = [abs(x - y) for x, y in zip(train.smooth(a["losses"]), train.smooth(b["losses"]))][a["warmup"]:]
     return max(gaps) if gaps else None
 
 
@@ -91,7 +126,7 @@ def summarize(runs):
     rows = []
     for label, folder in runs.items():
         config, steps, val, done = read_run(folder)
-        after = steps[WARMUP:] or steps
+        after = steps[config["warmup_iters"]:] or steps
         speeds = sorted(r["tok_per_sec"] for r in after)
         mfus = sorted(r["mfu"] for r in after if r["mfu"] is not None)
         losses = [r["loss"] if r["loss"] is not None else math.nan for r in steps]
@@ -99,6 +134,7 @@ def summarize(runs):
             label=label, precision=config.get("precision", "bf16"), wrapper=config.get("wrapper"),
             gpus=config["world_size"], seed=config["seed"], parameters=config["parameters"], device=config["device"], versions=config["versions"],
             vocab_size=config["vocab_size"], total_batch_size=config["total_batch_size"], batch_size=config["batch_size"],
+            warmup=config["warmup_iters"], compile_seconds=(done or {}).get("compile_seconds"),
             tokens=steps[-1]["tokens"], train_loss=train.smooth(losses)[-1], val_loss=val[-1]["val_loss"] if val else None,
             tok_per_sec=speeds[len(speeds) // 2], mfu=mfus[len(mfus) // 2] if mfus else None,
             peak_mem_gb=max(r["peak_mem_gb"] for r in steps), train_seconds=done["train_seconds"] if done else None,
@@ -106,10 +142,10 @@ def summarize(runs):
     # Gaps say something between runs of one model on the same tokens, which the first run's are
     alike = [r for r in rows if all(r[k] == rows[0][k] for k in ("parameters", "total_batch_size"))]
     for row in rows:
-        row["gap"] = largest_gap(train.smooth(rows[0]["losses"]), train.smooth(row["losses"])) if row in alike[1:] else None
+        row["gap"] = largest_gap(rows[0], row) if row in alike[1:] else None
     bf16 = [r for r in alike if r["precision"] == "bf16"]
     pairs = [(a, b) for a in bf16 for b in bf16 if a["seed"] < b["seed"]]
-    noise = max((largest_gap(train.smooth(a["losses"]), train.smooth(b["losses"])) or 0.0 for a, b in pairs), default=None)
+    noise = max((largest_gap(a, b) or 0.0 for a, b in pairs), default=None)
     return rows, noise
 
 
@@ -119,8 +155,8 @@ def markdown(rows, noise, command):
     base = rows[0]
     lines = [
         f"{datetime.date.today()}, {base['device']}, {versions}", "", f"    {command}", "",
-        "| run | GPUs | wrapper | tokens | train loss | val loss | val against first | largest gap | tokens/s | ratio | MFU | peak GB |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| run | GPUs | wrapper | tokens | train loss | val loss | val against first | largest gap | tokens/s | ratio | MFU | peak GB | compile s |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in rows:
         both = r is not base and r["val_loss"] and base["val_loss"]
@@ -130,9 +166,9 @@ def markdown(rows, noise, command):
             f"| {r['label']} | {r['gpus']} | {r['wrapper'] or ''} | {r['tokens'] / 1e6:.2f}M | {r['train_loss']:.4f} | "
             + (f"{r['val_loss']:.4f}" if r["val_loss"] else "") + f" | {versus} | {gap} | {r['tok_per_sec']:,.0f} | "
             f"{r['tok_per_sec'] / base['tok_per_sec']:.2f} | " + (f"{100 * r['mfu']:.1f}%" if r["mfu"] else "")
-            + f" | {r['peak_mem_gb']:.1f} |")
+            + f" | {r['peak_mem_gb']:.1f} | " + (f"{r['compile_seconds']:.0f}" if r["compile_seconds"] is not None else "") + " |")
     lines += ["", "Train loss is smoothed (exponential average, 0.9). Largest gap: of smoothed train loss to the first run, after "
-              f"{WARMUP} warm-up steps. Speed: median over the steps after the warm-up, optimizer included."]
+              f"{base['warmup']} warm-up steps. Speed: median over the steps after the warm-up, optimizer included."]
     if noise is not None:
         lines.append(f"Noise, the largest gap between two bf16 runs with different seeds: {noise:.4f}.")
     return "\n".join(lines) + "\n"
@@ -158,7 +194,7 @@ def plot(rows, noise, path):
     if compared:
         for r in compared:
             gap = [a - b for a, b in zip(curves[r["label"]], curves[rows[0]["label"]])]
-            axes[0, 1].plot(tokens(r, len(gap))[WARMUP:], gap[WARMUP:], color=colors[r["label"]], linewidth=1.3, label=r["label"])
+            axes[0, 1].plot(tokens(r, len(gap))[r["warmup"]:], gap[r["warmup"]:], color=colors[r["label"]], linewidth=1.3, label=r["label"])
         if noise is not None:
             axes[0, 1].axhspan(-noise, noise, color="gray", alpha=0.15, label="noise: bf16, two seeds")
         axes[0, 1].axhline(0, color=colors[rows[0]["label"]], linewidth=1)

@@ -1,10 +1,13 @@
-"""Helpers of the tests of train.py: small flags, synthetic shards, models, subprocesses, torchrun."""
+"""Helpers of the tests of train.py: small flags, synthetic shards, models, subprocesses, torchrun, checkpoints."""
 
+import contextlib
 import importlib.util
+import itertools
 import json
 import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -166,3 +169,73 @@ def edited_copy(folder, **edits):
     sys.modules["train_edited"] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module, str(path)
+
+
+# -----------------------------------------------------------------------------------------------------
+# Checkpoints
+
+CLOCK_KEYS = {"step_ms", "tok_per_sec", "tok_per_sec_median", "train_seconds", "peak_mem_gb"}
+
+
+def learned(folder, *kinds):
+    """log.jsonl without what clocks and memory say: equal for runs that learned the same, bit for bit."""
+    return [{k: v for k, v in r.items() if k not in CLOCK_KEYS} for r in records(folder) if not kinds or r["kind"] in kinds]
+
+
+def in_ckpt(folder):
+    """Names of all that lies in a run's checkpoint folder."""
+    return sorted(p.name for p in (pathlib.Path(folder) / "ckpt").iterdir())
+
+
+def copy_of_run(folder, to, *steps):
+    """A copy of a run folder with its log whole, half a line after it, and of its checkpoints only those after `steps`."""
+    to = shutil.copytree(folder, to)
+    for path in (to / "ckpt").iterdir():
+        if int(path.name.removeprefix("step_")) not in steps:
+            shutil.rmtree(path)
+    with open(to / "log.jsonl", "a") as f:
+        f.write('{"kind": "train", "step": 6, "lo')
+    return to
+
+
+def whole(tensor):
+    """A copy of a tensor, gathered if it is sharded (all ranks must call)."""
+    return (tensor.full_tensor() if isinstance(tensor, train.DTensor) else tensor).detach().clone()
+
+
+@contextlib.contextmanager
+def parameters_seen():
+    """Whole parameters as training hands them to checkpoints and as a resumed run finds them, before and after:
+    .saved = {step: {name: tensor}}, .restored = {name: tensor}."""
+    seen, save, restore = SimpleNamespace(saved={}, restored={}), train.Checkpoints.save, train.restore
+
+    def spied_save(self, step, make_state, meta):
+        state = make_state()
+        seen.saved[step] = {name: whole(p) for name, p in state["model"].items()}
+        return save(self, step, lambda: state, meta)
+
+    def spied_restore(folder, meta, model, *rest):
+        result = restore(folder, meta, model, *rest)
+        seen.restored = {name: whole(p) for name, p in model.named_parameters()}
+        return result
+
+    with mock.patch.object(train.Checkpoints, "save", spied_save), mock.patch.object(train, "restore", spied_restore):
+        yield seen
+
+
+@contextlib.contextmanager
+def before_step(step, do):
+    """train.run() calls do() when it is about to take its step number `step`, counted from where it starts."""
+    count, train_step = itertools.count(), train.train_step
+
+    def spied(*args):
+        if next(count) == step:
+            do()
+        return train_step(*args)
+
+    with mock.patch.object(train, "train_step", spied):
+        yield
+
+
+def same_tensors(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
