@@ -1626,7 +1626,7 @@ def describe_machine(device):
             versions[package] = None
     git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True,
                          cwd=os.path.dirname(os.path.abspath(__file__)) or ".") if shutil.which("git") else None
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({platform.machine()}, {os.cpu_count()} cores)"
     return dict(device=name, versions=versions, git_commit=git.stdout.strip() or None if git else None)
 
 
