@@ -41,6 +41,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn as nn
+from torch.distributed.checkpoint.api import CheckpointException  # DCP's own, which is no Exception
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -1389,20 +1390,28 @@ def find_checkpoint(path):
     return os.path.dirname(max(found, key=lambda f: (os.path.getmtime(f), f))) if found else None
 
 
+def run_folder_of(checkpoint):
+    """The run folder that a checkpoint lies in, or None for one that was moved out of it."""
+    folder, name = os.path.split(os.path.dirname(os.path.abspath(checkpoint)))
+    return folder if name == "ckpt" and os.path.isfile(os.path.join(folder, "config.json")) else None
+
+
 def read_checkpoint(folder):
     """meta.json of a checkpoint: step (optimizer steps done), tokens, flags, loader, ... Raises UserError if it is none."""
     try:
         with open(os.path.join(folder, "meta.json"), encoding="utf-8") as f:
-            return json.load(f)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder} is no complete checkpoint ({error}): name a folder step_NNNNNN, a run folder, or leave it out")
+            meta = json.load(f)
+            meta["step"], meta["flags"].items(), meta["loader"]  # what another file would not have
+            return meta
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{folder} is no complete checkpoint ({error!r}): name a folder step_NNNNNN, a run folder, or leave it out")
 
 
 def load_tensors(folder, state, no_dist=False, group=None):
     """Fill the tensors of a nested dict from a checkpoint, in place; raises UserError if one is missing or has another shape."""
     try:
         dcp.load(state, checkpoint_id=folder, no_dist=no_dist, process_group=group)
-    except Exception as error:  # DCP wraps what went wrong in exceptions of its own
+    except (Exception, CheckpointException) as error:
         text = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(f"checkpoint {folder} cannot be loaded: {text[-1]}", one_rank=True)
 
@@ -1420,18 +1429,22 @@ class Checkpoints:
     fails is reported, and training goes on.
     """
 
-    def __init__(self, folder, cfg, procs):
+    def __init__(self, folder, cfg, procs, first_step=0):
+        """first_step: what a resumed run goes on from; later checkpoints of its folder go, as their log lines did."""
         self.folder, self.keep, self.procs = os.path.join(folder, "ckpt"), cfg.keep_checkpoints, procs
         self.group = dist.new_group(backend="gloo")
-        self.pending, self.last = None, find_checkpoint(self.folder)
+        self.pending = None
         cuda = procs.device.type == "cuda"
         self.stager = dcp.staging.DefaultStager(dcp.staging.StagingOptions(
             use_pinned_memory=cuda, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=cuda))
         if procs.is_main:  # what a killed run left half written or half deleted
             for path in glob.glob(os.path.join(glob.escape(self.folder), "*")) + glob.glob(os.path.join(glob.escape(self.folder), ".*_*")):
-                if not os.path.isfile(os.path.join(path, "meta.json")) or os.path.basename(path).startswith("."):
+                name = os.path.basename(path)
+                whole = name.startswith("step_") and os.path.isfile(os.path.join(path, "meta.json"))
+                if not whole or (first_step and read_checkpoint(path)["step"] > first_step):
                     shutil.rmtree(path, ignore_errors=True)
         dist.barrier(self.group)
+        self.last = find_checkpoint(self.folder)
 
     def save(self, step, make_state, meta):
         """Start a checkpoint of make_state() after `step` optimizer steps; returns the seconds that training stood still."""
@@ -1443,7 +1456,7 @@ class Checkpoints:
         try:
             future = dcp.async_save(make_state(), checkpoint_id=temporary, process_group=self.group, async_stager=self.stager)
             self.pending = step, meta, temporary, future
-        except Exception as error:
+        except (Exception, CheckpointException) as error:
             self.failed(step, temporary, error)
         return time.perf_counter() - start
 
@@ -1469,7 +1482,7 @@ class Checkpoints:
                 for old in [f for f in complete if f != final][:-self.keep + 1 or None]:
                     os.remove(os.path.join(old, "meta.json"))  # half deleted, it must not count
                     shutil.rmtree(old, ignore_errors=True)
-        except Exception as error:
+        except (Exception, CheckpointException) as error:
             self.failed(step, temporary, error)
 
     def failed(self, step, temporary, error):
@@ -1495,6 +1508,8 @@ def checkpoint_to_resume(cfg, procs):
         runs = [os.path.join(cfg.out_dir, cfg.run_name)]
         runs += [f for f in glob.glob(glob.escape(runs[0]) + "-*") if re.fullmatch(re.escape(runs[0]) + r"-\d+", f)]
         found = [f for f in map(find_checkpoint, runs) if f]
+        # gpt-2 may be the second run called gpt, or one that was called gpt-2
+        found = [f for f in found if run_folder_of(f) == os.path.abspath(runs[0]) or read_checkpoint(f)["flags"]["run_name"] == cfg.run_name]
         folder = max(found, key=lambda f: os.path.getmtime(os.path.join(f, "meta.json"))) if found else None
     else:
         folder = find_checkpoint(cfg.resume)
@@ -1523,19 +1538,24 @@ def restore(folder, meta, model, optimizers, loader, procs, te):
 
     Scales come back if the checkpoint has them, generators if the world size is the same; returns whether scales did.
     """
-    saved = set(dcp.FileSystemReader(folder).read_metadata().state_dict_metadata)
+    try:
+        saved = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    except Exception as error:
+        raise UserError(f"checkpoint {folder} cannot be loaded: {error!r}")
     state = training_state(model, optimizers, procs, te)
 
     def known(tree, prefix):
-        """The part of a nested dict that the checkpoint has."""
+        """The part of a nested dict that the checkpoint has, in the same shapes."""
         if not isinstance(tree, dict):
-            return tree if prefix in saved else None
+            return tree if prefix in saved and saved[prefix].size == tree.shape else None
         kept = {k: known(v, f"{prefix}.{k}") for k, v in tree.items()}
         return {k: v for k, v in kept.items() if v is not None} or None
 
     rng, fp8 = known(state.pop("rng"), "rng"), known(state.pop("fp8"), "fp8")
     load_tensors(folder, state)  # all of model and optim must be there
     scales = {k: v.clone() for k, v in (fp8 or {}).items()}
+    if not any(k.endswith("amax_history") for k in scales):  # another FP8_AMAX_HISTORY: scales without it would not last
+        scales = {}
     own = {"rng": rng or {}, "fp8": scales}
     if meta["world_size"] != procs.world_size:
         own.pop("rng")
@@ -1928,7 +1948,7 @@ def run(cfg, procs):
     optimizers = Optimizers(model, cfg, procs, sharded=wrapper == "fsdp2")
 
     # What is about to run, in one table
-    folder = os.path.dirname(os.path.dirname(os.path.abspath(checkpoint))) if checkpoint else None
+    folder = run_folder_of(checkpoint) if checkpoint else None
     folder = folder or procs.broadcast(make_run_folder(cfg.out_dir, cfg.run_name) if procs.is_main else None)
     machine = describe_machine(device)
     rows = [
@@ -1944,10 +1964,6 @@ def run(cfg, procs):
         *([("resumed from", f"{checkpoint}, after {first_step:,} steps")] if checkpoint else []),
     ]
     procs.print("\n".join(f"{name:<18} {text}" for name, text in rows) + "\n")
-    log = RunLog(folder, cfg, dict(machine, world_size=procs.world_size, wrapper=wrapper, precision=precision.name,
-                                   emulated=precision.emulated, optimizers=optimizers.description,
-                                   parameters=n_params), first_step) if procs.is_main else None
-
     # Compile and calibrate off the clock
     start = time.perf_counter()
     calibrate(parallel, loader, optimizers, procs, precision)
@@ -1957,7 +1973,10 @@ def run(cfg, procs):
         scales = restore(checkpoint, meta, model, optimizers, loader, procs, precision.te)
         for _ in range(0 if scales else calibrations):  # no scales to go on with: as many passes as a fresh run makes
             calibrate(parallel, loader, optimizers, procs, precision)
-    checkpoints, stop = Checkpoints(folder, cfg, procs), StopSignal()
+    log = RunLog(folder, cfg, dict(machine, world_size=procs.world_size, wrapper=wrapper, precision=precision.name,
+                                   emulated=precision.emulated, optimizers=optimizers.description,
+                                   parameters=n_params), first_step) if procs.is_main else None
+    checkpoints, stop = Checkpoints(folder, cfg, procs, first_step), StopSignal()
     clock, progress = Clock(device), Progress(cfg, procs, log, meta["train_seconds"] if meta else 0.0)
     clock.ms(clock.mark(), clock.mark())  # waits for the GPU
     progress.compile_seconds = time.perf_counter() - start
@@ -1972,7 +1991,11 @@ def run(cfg, procs):
         Returns whether any rank had been told to stop by then: the same answer on all.
         """
         ms = clock.ms(begin, end)
-        progress.step(step, float(loss), float(norm), rates, ms)
+        try:
+            progress.step(step, float(loss), float(norm), rates, ms)
+        except UserError:
+            checkpoints.finish(wait=True)  # one that is being written would be lost
+            raise
         return float(stopping) > 0
 
     def save(steps):
@@ -2008,7 +2031,9 @@ def run(cfg, procs):
             pending = None
         if saving or told_to_stop:
             save(step + 1)
-        if last or (evaluating and not told_to_stop):
+        if evaluating:
+            if told_to_stop:
+                checkpoints.finish(wait=True)  # first things first
             progress.val(step, evaluate(model, val_ring, cfg, procs, lambda: precision.autocast(procs, quantized=False)))
             gc.collect()
         checkpoints.finish()

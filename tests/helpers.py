@@ -174,7 +174,7 @@ def edited_copy(folder, **edits):
 # -----------------------------------------------------------------------------------------------------
 # Checkpoints
 
-CLOCK_KEYS = {"step_ms", "tok_per_sec", "tok_per_sec_median", "train_seconds", "peak_mem_gb"}
+CLOCK_KEYS = {"step_ms", "compile_seconds", "tok_per_sec", "tok_per_sec_median", "train_seconds", "peak_mem_gb"}
 
 
 def learned(folder, *kinds):

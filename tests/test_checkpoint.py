@@ -1,0 +1,768 @@
+"""Checkpoints: runs that are broken off and go on, over wrappers and ranks, killed at random, refused, damaged.
+
+Runs of one process happen in this process. Those of two ranks (RANKS below) happen one after another in a pair of processes,
+and those that are killed in many: both are forked from one that has imported everything (WORKER and KILLER below).
+"""
+
+import errno
+import json
+import os
+import pathlib
+import pickle
+import resource
+import shutil
+import signal
+import textwrap
+from types import SimpleNamespace
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+
+import helpers
+import train
+from helpers import ROOT, TRAIN, assert_one_error_line, before_step, copy_of_run, finish, flag_args, in_ckpt, learned
+from helpers import losses, parameters_seen, records, same_tensors, start, train_here
+
+pytestmark = pytest.mark.usefixtures("fresh")
+
+# Six steps, evaluated after 3 and 6, with all checkpoints
+RUN = dict(eval_interval=3, ckpt_interval=1, keep_checkpoints=9)
+WHOLE = {
+    "fp8": RUN, "bf16": RUN | dict(USE_FP8=False, batch_size=4), "nvfp4": RUN | dict(USE_NVFP4=True, n_embd=128, max_iters=4),
+}
+
+
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory, shards):
+    """{name: run} of uninterrupted runs of one process: its folder, and the parameters that were saved."""
+    out, patch, runs = tmp_path_factory.mktemp("whole"), pytest.MonkeyPatch(), {}
+    patch.setattr(torch.cuda, "is_available", lambda: False)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        patch.delenv(name, raising=False)
+    for name, changes in WHOLE.items():
+        with parameters_seen() as seen:
+            runs[name] = SimpleNamespace(folder=train_here(out, shards, run_name=name, **changes), saved=seen.saved)
+    patch.undo()
+    return runs
+
+
+def read_weights(folder, like):
+    """load_weights() into new tensors of the names, shapes and dtypes of `like`."""
+    tensors = {name: torch.full_like(p, torch.nan) for name, p in like.items()}
+    train.load_weights(str(folder), tensors)
+    return tensors
+
+
+def refused(capsys, out_dir, data_dir, code, *words, **changes):
+    """A run in this process that ends with `code` and one line on stderr that has all words."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        train_here(out_dir, data_dir, **changes)
+    result = SimpleNamespace(code=stop.value.code, err=capsys.readouterr().err)
+    assert_one_error_line(result, code, *map(str, words))
+    return result.err
+
+
+class Killed(BaseException):
+    """Ends a run in this process as a kill does: nothing in train.py catches it."""
+
+
+def kill():
+    raise Killed
+
+
+# -----------------------------------------------------------------------------------------------------
+# A resumed run equals the uninterrupted one, bit for bit
+
+
+@pytest.mark.parametrize("name,step", [("fp8", 1), ("fp8", 2), ("fp8", 4), ("bf16", 3), ("nvfp4", 1), ("nvfp4", 3)])
+def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, shards, one_rank, name, step):
+    """Losses, gradient norms, val losses, rates: the whole of log.jsonl but for its clocks. The run broken off had gone on
+    to its `done` record and half a line. After one step, delayed scaling still has a calibration pass to make; NVFP4
+    rounds stochastically, so its generator must go on where it was."""
+    want = one_rank[name]
+    folder = copy_of_run(want.folder, tmp_path / "r", step)
+    with parameters_seen() as seen:
+        assert train_here(tmp_path, shards, resume=folder, **WHOLE[name]) == folder
+    steps = WHOLE[name].get("max_iters", 6)
+    assert learned(folder) == learned(want.folder)
+    assert [r["step"] for r in records(folder, "train")] == list(range(steps)) and len(records(folder, "done")) == 1
+    assert same_tensors(seen.restored, want.saved[step])
+    assert sorted(seen.saved) == list(range(step + 1, steps + 1))
+    assert all(same_tensors(seen.saved[s], want.saved[s]) for s in seen.saved)
+    assert os.listdir(tmp_path) == ["r"]  # no second run folder
+
+
+def test_saving_does_not_touch_training(tmp_path, shards, one_rank):
+    folder = train_here(tmp_path, shards, **RUN | dict(ckpt_interval=0, keep_checkpoints=0))
+    assert learned(folder) == learned(one_rank["fp8"].folder) and not (folder / "ckpt").exists()
+
+
+def test_a_finished_run_is_extended(tmp_path, shards):
+    """With a rate that does not depend on max_iters (no decay) it equals the longer run: the earlier `done` is gone, the
+    evaluation at the earlier end stays."""
+    flat = dict(min_lr_ratio=1, ckpt_interval=3)
+    folder = train_here(tmp_path, shards, run_name="r", max_iters=4, **flat)
+    assert len(records(folder, "done")) == 1
+    assert train_here(tmp_path, shards, run_name="r", max_iters=7, resume="auto", **flat) == folder
+    longer = train_here(tmp_path, shards, run_name="longer", max_iters=7, **flat)
+    assert learned(folder, "train") == learned(longer, "train")
+    assert [(r["kind"], r["step"]) for r in records(folder)] == [
+        *[("train", s) for s in range(4)], ("val", 3), *[("train", s) for s in range(4, 7)], ("val", 6), ("done", 6)]
+    assert learned(folder)[-1] == learned(longer)[-1]
+
+
+def test_training_seconds_go_on(tmp_path, shards, one_rank):
+    folder = copy_of_run(one_rank["fp8"].folder, tmp_path / "r", 4)
+    train_here(tmp_path, shards, resume=folder, **RUN)
+    before = {r["step"]: r["step_ms"] for r in records(folder, "train")}
+    (done,) = records(folder, "done")
+    assert done["train_seconds"] == pytest.approx(sum(before.values()) / 1000, rel=1e-6)
+
+
+def test_a_checkpoint_is_complete_and_plain(one_rank):
+    """What it says of itself, and that its weights load into plain tensors in one process."""
+    run = one_rank["fp8"]
+    assert in_ckpt(run.folder) == [f"step_{s:06d}" for s in range(1, 7)]
+    folder = run.folder / "ckpt" / "step_000004"
+    meta = train.read_checkpoint(str(folder))
+    assert meta["step"] == 4 and meta["tokens"] == 4 * 256 and meta["world_size"] == 1
+    assert meta["loader"] == {"step": 4, "micro_batch": 0} and meta["parameters"] == 164160
+    assert meta["flags"]["n_embd"] == 64 and meta["muon"] == "torch"
+    assert same_tensors(read_weights(folder, run.saved[4]), run.saved[4])
+    with pytest.raises(train.UserError, match="cannot be loaded.*no_such"):
+        train.load_weights(str(folder), {"no_such.weight": torch.zeros(2)})
+    with pytest.raises(train.UserError, match="cannot be loaded"):
+        train.load_weights(str(folder), {"head.weight": torch.zeros(3, 3)})
+
+
+# -----------------------------------------------------------------------------------------------------
+# Stopped in an orderly way
+
+
+@pytest.mark.parametrize("number,step", [(signal.SIGTERM, 0), (signal.SIGINT, 2), (signal.SIGTERM, 1), (signal.SIGTERM, 5)])
+def test_a_signal_stops_the_run_with_a_checkpoint(tmp_path, shards, capsys, one_rank, number, step):
+    """A signal during the step: the run ends soon after (at once where that step is evaluated), and goes on as if there
+    had been none: with the evaluation of the step that it ended at, too. In the last step it changes nothing."""
+    before = signal.getsignal(number)
+    changes = RUN | dict(run_name="r", ckpt_interval=0)
+    with before_step(step, lambda: os.kill(os.getpid(), number)):
+        folder = train_here(tmp_path, shards, **changes)
+    assert signal.getsignal(number) is before
+    out = capsys.readouterr().out
+    if step < 5:
+        done = len(losses(folder))
+        assert step < done <= step + 2 and not records(folder, "done")
+        assert in_ckpt(folder) == [f"step_{done:06d}"]
+        assert f"stopped by a signal after {done} steps" in out and "--resume=auto" in out
+        assert train_here(tmp_path, shards, resume="auto", **changes) == folder
+        assert f"step_{done:06d}, after {done} steps" in capsys.readouterr().out
+    assert learned(folder) == learned(one_rank["fp8"].folder)
+
+
+def test_a_signal_where_no_checkpoint_is_kept(tmp_path, shards, capsys):
+    with before_step(1, lambda: os.kill(os.getpid(), signal.SIGTERM)):
+        folder = train_here(tmp_path, shards, keep_checkpoints=0)
+    assert not (folder / "ckpt").exists() and "no checkpoint was kept" in capsys.readouterr().out
+
+
+# A model that starts and steps fast, for processes that are stopped and killed
+QUICK = dict(n_layer=1, block_size=16, batch_size=4, total_batch_size=64, max_iters=40, eval_interval=8, eval_tokens=64,
+             FP8_AMAX_HISTORY=4)
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory, shards):
+    """The run of QUICK never touched, and what it saved after each step."""
+    out, patch = tmp_path_factory.mktemp("quick"), pytest.MonkeyPatch()
+    patch.setattr(torch.cuda, "is_available", lambda: False)
+    with parameters_seen() as seen:
+        folder = train_here(out, shards, ckpt_interval=1, **QUICK)
+    patch.undo()
+    return SimpleNamespace(folder=folder, saved=seen.saved)
+
+
+def test_signals_and_broken_runs_of_the_script(tmp_path, shards, quick):
+    """The script in processes of its own: SIGTERM and SIGINT as soon as it steps end it with status 0; a loss that is no
+    number ends it with one line though a checkpoint was being written, and leaves those before it."""
+    args = flag_args(data_dir=shards, ckpt_interval=0, **QUICK)
+    runs = {number: start("-u", TRAIN, *args, f"--run_name=s{number}", cwd=tmp_path) for number in (signal.SIGTERM, signal.SIGINT)}
+    broken = start(TRAIN, *args, "--run_name=broken", "--ckpt_interval=1", "--learning_rate=1e38", "--grad_clip=0", cwd=tmp_path)
+    for number, process in runs.items():
+        for line in process.stdout:
+            if line.startswith("step "):
+                break
+        process.send_signal(number)
+        result = finish(process)
+        assert result.code == 0, result.err
+        assert "stopped by a signal after" in result.out and not result.err, result.err
+        folder = tmp_path / "out" / f"s{number}"
+        done = len(losses(folder))
+        assert in_ckpt(folder) == [f"step_{done:06d}"] and learned(folder, "train") == learned(quick.folder, "train")[:done]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        assert train_here("out", shards, run_name=f"s{signal.SIGTERM}", resume="auto", ckpt_interval=0, **QUICK)
+    assert learned(tmp_path / "out" / f"s{signal.SIGTERM}") == learned(quick.folder)
+    result = finish(broken)
+    assert_one_error_line(result, 1, "the loss at step", "learning rate")
+    done = len(losses(tmp_path / "out" / "broken"))
+    assert done < 40 and all(name <= f"step_{done:06d}" for name in in_ckpt(tmp_path / "out" / "broken") if name[0] != ".")
+
+
+# -----------------------------------------------------------------------------------------------------
+# Killed
+
+# One process imports torch and train.py and then forks each life of the run before any thread or process group exists;
+# its lives differ from a fresh process only in that: no imports (so a life starts in 0.2 s, not in 5), the parent's memory
+# and hash seed, and no torchrun around. Everything that a run makes, from its process group to its threads, is made anew.
+KILLER = textwrap.dedent("""
+    import glob, json, os, random, signal, sys, time, traceback
+    sys.path[:0] = [{root!r}, {tests!r}]
+    import helpers, torch, train
+    import torch.utils.serialization
+    train.RunLog.plot = lambda self: None
+    spec = json.load(open(sys.argv[1]))
+    saved = torch.load(spec["saved"])
+    assert len(os.listdir("/proc/self/task")) == 1, "fork() with threads around"
+
+    def check_all(folder):
+        for path in glob.glob(folder + "/ckpt/step_*"):
+            if os.path.exists(path + "/meta.json"):
+                step = train.read_checkpoint(path)["step"]
+                found = {{name: torch.full_like(p, torch.nan) for name, p in saved[step].items()}}
+                train.load_weights(path, found)
+                assert helpers.same_tensors(found, saved[step]), path
+
+    def live(name, output):
+        pid = os.fork()
+        if pid:
+            return pid
+        status = 70
+        try:
+            for fd in (1, 2):
+                os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND), fd)
+            folder = os.path.join(spec["flags"]["out_dir"], name)
+            check_all(folder)
+            train.main(helpers.flag_args(**spec["flags"], run_name=name, resume="auto"))
+            status = 0
+        except SystemExit as stop:
+            status = stop.code
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            os._exit(status)
+
+    dice, kills, lives = random.Random(spec["seed"]), 0, []
+    while kills < spec["kills"]:
+        name = f"run{{len(lives)}}"
+        finished = False
+        while not finished:
+            output = f"{{name}}.{{len(lives)}}.txt"
+            pid, reaped, status = live(name, output), 0, None
+            if kills < spec["kills"]:
+                # one life in five may end while it starts; the others some time after they are ready to train
+                starting = dice.random() < 0.2
+                left = dice.uniform(0, 0.4 if starting else 0.5)
+                while not reaped and left > 0:
+                    time.sleep(0.002)
+                    reaped, status = os.waitpid(pid, os.WNOHANG)
+                    if starting or os.path.exists(output) and "ready after" in open(output).read():
+                        left -= 0.002
+                if not reaped:
+                    os.kill(pid, signal.SIGKILL)
+            if not reaped:
+                reaped, status = os.waitpid(pid, 0)
+            folder = os.path.join(spec["flags"]["out_dir"], name)
+            life = dict(run=name, output=output, killed=os.WIFSIGNALED(status), code=status >> 8,
+                        writing=bool(glob.glob(folder + "*/ckpt/.writing_*")))
+            lives.append(life)
+            kills += life["killed"]
+            finished = not life["killed"]
+    json.dump(lives, open(sys.argv[1] + ".done", "w"))
+""")
+
+
+def test_a_run_that_is_killed_again_and_again(tmp_path, shards, quick):
+    """22 kills at random moments, with a checkpoint after every step, so that most of them hit a write: the run ends as
+    the one never touched. Before each life, every checkpoint that counts holds the parameters of its step."""
+    torch.save(quick.saved, tmp_path / "saved.pt")
+    flags = QUICK | dict(ckpt_interval=1, keep_checkpoints=2, out_dir=str(tmp_path / "out"), data_dir=str(shards))
+    (tmp_path / "spec.json").write_text(json.dumps(dict(flags=flags, seed=3, kills=22, saved=str(tmp_path / "saved.pt"))))
+    (tmp_path / "killer.py").write_text(KILLER.format(root=str(ROOT), tests=str(ROOT / "tests")))
+    result = finish(start(tmp_path / "killer.py", tmp_path / "spec.json", cwd=tmp_path, OPENBLAS_NUM_THREADS="1"))
+    assert result.code == 0, result.err[-4000:]
+    lives = json.loads((tmp_path / "spec.json.done").read_text())
+    outputs = [(tmp_path / life["output"]).read_text() if (tmp_path / life["output"]).exists() else "" for life in lives]
+    assert sum(life["killed"] for life in lives) == 22
+    assert sum(life["writing"] for life in lives if life["killed"]) >= 3  # kills that left half a checkpoint
+    # most lives go on from a checkpoint; on a busy machine some are killed before their first
+    assert sum("resumed from" in output for output in outputs) >= 8
+    for life, output in zip(lives, outputs):
+        if life["code"] == 2:  # killed after its last checkpoint and before its last line
+            assert "has done 40 steps, and max_iters is 40" in output
+        else:
+            assert life["killed"] or life["code"] == 0, output[-3000:]
+            assert "Traceback" not in output and "failed" not in output, output[-3000:]
+    for run in {life["run"] for life in lives}:
+        # Before its first checkpoint is there, a life starts afresh in a folder with a number: the last one is whole
+        ends = [f for f in (tmp_path / "out").glob(f"{run}*") if (f / "ckpt" / "step_000040").exists()]
+        (folder,) = ends
+        assert learned(folder, "train", "val") == learned(quick.folder, "train", "val")
+        assert in_ckpt(folder) == ["step_000039", "step_000040"]
+        for step in (39, 40):
+            assert same_tensors(read_weights(folder / "ckpt" / f"step_{step:06d}", quick.saved[step]), quick.saved[step])
+
+
+# -----------------------------------------------------------------------------------------------------
+# Two ranks
+
+TWO = RUN | dict(batch_size=4)
+FSDP2, DDP = TWO | dict(USE_FSDP2=True), TWO | dict(USE_DDP=True)
+BF16, NVFP4 = dict(USE_FP8=False, vocab_size=515), dict(USE_NVFP4=True, n_embd=128, max_iters=3)  # 515: uneven shards
+# {name: (flags, the run that it goes on from, after how many steps)}; "one": the run of one process, FP8
+RANKS = {
+    "ddp-fp8": (DDP, None, 0), "ddp-fp8-resumed": (DDP, "ddp-fp8", 2),
+    "fsdp2-fp8": (FSDP2, None, 0), "fsdp2-fp8-resumed": (FSDP2, "fsdp2-fp8", 4),
+    "fsdp2-bf16": (FSDP2 | BF16, None, 0), "fsdp2-bf16-resumed": (FSDP2 | BF16, "fsdp2-bf16", 3),
+    "fsdp2-nvfp4": (FSDP2 | NVFP4, None, 0), "fsdp2-nvfp4-resumed": (FSDP2 | NVFP4, "fsdp2-nvfp4", 2),
+    "one-to-fsdp2": (FSDP2, "one", 3), "one-to-ddp": (DDP, "one", 3), "fsdp2-to-ddp": (DDP, "fsdp2-fp8", 3),
+    "stopped": (FSDP2 | dict(ckpt_interval=0), None, 0), "stopped-resumed": (FSDP2, "stopped", 3),
+}
+WORKER = textwrap.dedent("""
+    import contextlib, gc, json, os, pathlib, signal, socket, sys
+    sys.path[:0] = [{root!r}, {tests!r}]
+    import helpers, torch, train
+    import te_emulation as te
+    train.RunLog.plot = lambda self: None
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]), WORLD_SIZE="2")
+    other = os.fork()
+    os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(int(other == 0))
+    procs = train.start_processes()
+    spec = json.load(open(sys.argv[1]))
+    out = pathlib.Path(spec["out"])
+    for name, (changes, source, step) in spec["runs"].items():
+        te._state.__init__()
+        if source:
+            if procs.is_main:
+                helpers.copy_of_run(spec["one"] if source == "one" else out / source, out / name, step)
+            procs.broadcast(None)
+            changes["resume"] = str(out / name)
+        cfg = train.parse_flags(helpers.flag_args(run_name=name, out_dir=out, data_dir=spec["data"], **changes), helpers.TRAIN, has_gpu=False)
+        stopper = contextlib.nullcontext()
+        if name == "stopped" and procs.rank == 1:  # and rank 0 knows nothing of it
+            stopper = helpers.before_step(1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        error = None
+        with helpers.parameters_seen() as seen, stopper:
+            try:
+                train.run(cfg, procs)
+            except Exception as e:  # on both ranks alike, or the other one hangs
+                error = repr(e)
+        if procs.is_main:
+            torch.save(dict(saved=seen.saved, restored=seen.restored, error=error), out / (name + ".pt"))
+        gc.unfreeze()
+        gc.collect()
+    train.dist.destroy_process_group()
+    if other:
+        sys.exit(os.waitpid(other, 0)[1] >> 8)
+""")
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory, shards, one_rank):
+    """{name: run} of the runs in RANKS: folder, parameters saved and restored."""
+    folder = tmp_path_factory.mktemp("ranks")
+    (folder / "out").mkdir()
+    (folder / "spec.json").write_text(json.dumps(dict(
+        runs=RANKS, out=str(folder / "out"), data=str(shards), one=str(one_rank["fp8"].folder))))
+    (folder / "worker.py").write_text(WORKER.format(root=str(ROOT), tests=str(ROOT / "tests")))
+    result = finish(start(folder / "worker.py", folder / "spec.json", cwd=folder))
+    assert result.code == 0, result.err[-4000:]
+    runs = {name: SimpleNamespace(folder=folder / "out" / name, **torch.load(folder / "out" / f"{name}.pt")) for name in RANKS}
+    assert not any(run.error for run in runs.values()), {name: run.error for name, run in runs.items()}
+    return runs
+
+
+@pytest.mark.parametrize("name", ["ddp-fp8", "fsdp2-fp8", "fsdp2-bf16", "fsdp2-nvfp4"])
+def test_two_ranks_go_on_bit_for_bit(two_ranks, name):
+    """On as many ranks under the same wrapper, as in one process. Each rank has its own random state (NVFP4)."""
+    want, got = two_ranks[name], two_ranks[f"{name}-resumed"]
+    step = RANKS[f"{name}-resumed"][2]
+    assert learned(got.folder) == learned(want.folder)
+    assert same_tensors(got.restored, want.saved[step])
+    assert all(same_tensors(got.saved[s], want.saved[s]) for s in got.saved) and len(got.saved) == len(want.saved) - step
+
+
+def test_a_signal_to_one_rank_stops_all(two_ranks):
+    stopped, resumed = two_ranks["stopped"], two_ranks["stopped-resumed"]
+    assert [r["kind"] for r in records(stopped.folder, "train")] == ["train"] * 3 and in_ckpt(stopped.folder) == ["step_000003"]
+    assert learned(resumed.folder) == learned(two_ranks["fsdp2-fp8"].folder)
+
+
+# Largest gap of any later loss to the run that was left, in nats. FSDP2 gathers weights rounded to bf16, and FP8 rounds them
+# once more; DDP differs in the order of fp32 sums. The same gaps as between whole runs under these wrappers.
+ACROSS_GAP = 3e-3
+
+
+def assert_goes_on(folder, restored, want, step):
+    """Across wrappers and world sizes: exactly the saved parameters, then losses and norms that follow the run left."""
+    assert same_tensors(restored, want.saved[step])
+    got, expected = learned(folder, "train"), learned(want.folder, "train")
+    assert got[:step] == expected[:step] and [r["step"] for r in got] == list(range(6))
+    gaps = np.abs(losses(folder) - losses(want.folder))
+    assert gaps.max() < ACROSS_GAP and losses(want.folder)[step] - losses(want.folder)[-1] > 0.3, gaps
+    assert abs(records(folder, "val")[-1]["val_loss"] - records(want.folder, "val")[-1]["val_loss"]) < ACROSS_GAP
+    # The gradients' scales fit from the first step on, though a rank's gradients grew or shrank with its share of the
+    # tokens: the norm is that of the run left
+    assert got[step]["grad_norm"] == pytest.approx(expected[step]["grad_norm"], rel=0.05)
+
+
+@pytest.mark.parametrize("name", ["one-to-fsdp2", "one-to-ddp"])
+def test_two_ranks_go_on_from_one(one_rank, two_ranks, name):
+    assert_goes_on(two_ranks[name].folder, two_ranks[name].restored, one_rank["fp8"], 3)
+
+
+def test_ddp_goes_on_from_fsdp2(two_ranks):
+    assert_goes_on(two_ranks["fsdp2-to-ddp"].folder, two_ranks["fsdp2-to-ddp"].restored, two_ranks["fsdp2-fp8"], 3)
+
+
+@pytest.mark.parametrize("name", ["fsdp2-fp8", "ddp-fp8"])
+def test_one_process_goes_on_from_two_ranks(tmp_path, shards, two_ranks, name):
+    folder = copy_of_run(two_ranks[name].folder, tmp_path / "r", 3)
+    with parameters_seen() as seen:
+        train_here(tmp_path, shards, resume=folder, **RUN)
+    assert_goes_on(folder, seen.restored, two_ranks[name], 3)
+
+
+@pytest.mark.parametrize("name", ["fsdp2-fp8", "fsdp2-bf16", "ddp-fp8"])
+def test_one_process_reads_the_weights_of_two_ranks(two_ranks, name):
+    """Without a process group, as sampling does."""
+    run = two_ranks[name]
+    assert not torch.distributed.is_initialized()
+    for step in (2, 6):
+        assert same_tensors(read_weights(run.folder / "ckpt" / f"step_{step:06d}", run.saved[step]), run.saved[step])
+
+
+def test_the_gradient_scales_follow_the_world_size(tmp_path, shards, one_rank, two_ranks):
+    """A rank divides its loss by its own tokens: from two ranks to one, gradients halve, and their scales double."""
+    folder = two_ranks["fsdp2-fp8"].folder / "ckpt" / "step_000003"
+    cfg, procs = helpers.make_cfg(data_dir=str(shards)), helpers.one_process()
+    precision, model = train.select_precision(cfg, helpers.CPU), helpers.make_model(cfg)
+    loader, optimizers = train.open_data(cfg, procs)[0], train.Optimizers(model, cfg, procs, sharded=False)
+    train.calibrate(train.Parallel(model, "none", cfg, procs), loader, optimizers, procs, precision)
+    optimizers.warm_up(model)
+    assert train.restore(str(folder), train.read_checkpoint(str(folder)), model, optimizers, loader, procs, precision.te)
+    saved = {name: torch.empty_like(t) for name, t in train.fp8_state(model).items()}
+    train.load_tensors(str(folder), {"fp8": saved}, no_dist=True)
+    assert len(saved) == 24
+    for name, live in train.fp8_state(model).items():
+        factor = 1.0 if "scaling_fwd" in name else 2.0 if name.endswith("scale") else 0.5
+        assert torch.equal(live, saved[name] * factor), name
+    assert loader.state_dict() == {"step": 3, "micro_batch": 0}
+
+
+# -----------------------------------------------------------------------------------------------------
+# Which checkpoint, and with which flags
+
+
+@pytest.mark.parametrize("name,value", [("n_layer", 3), ("total_batch_size", 512), ("dataset", "other"), ("n_head", 4),
+                                        ("rope_base", 500.0)])
+def test_flags_that_cannot_change_are_refused(tmp_path, shards, capsys, one_rank, name, value):
+    data = tmp_path / "data"
+    for dataset in ("synthetic", "other"):
+        shutil.copytree(shards / "synthetic", data / dataset)
+    folder = copy_of_run(one_rank["fp8"].folder, tmp_path / "r", 3)
+    before = (folder / "log.jsonl").read_bytes()
+    was = {"rope_base": 10000.0}.get(name) or helpers.SMALL[name]
+    refused(capsys, tmp_path, data, 2, f"--{name}", was, value, "step_000003", resume=folder, **RUN | {name: value})
+    assert (folder / "log.jsonl").read_bytes() == before and in_ckpt(folder) == ["step_000003"]
+
+
+def test_flags_that_can_change_are_said(tmp_path, shards, capsys, one_rank):
+    """Learning rate, micro-batch, number format, evaluation, length of the amax history: the run goes on, all finite."""
+    folder = copy_of_run(one_rank["fp8"].folder, tmp_path / "r", 3)
+    changes = dict(learning_rate=0.01, batch_size=4, eval_interval=2)
+    train_here(tmp_path, shards, resume=folder, **RUN | changes)
+    out = capsys.readouterr().out
+    for name, was, now in (("learning_rate", 0.02, 0.01), ("batch_size", 8, 4), ("eval_interval", 3, 2)):
+        assert f"resume: {name} was {was}, is now {now}\n" in out
+    assert out.count("resume: ") == 3
+    assert [r["step"] for r in records(folder, "train")] == list(range(6)) and np.isfinite(losses(folder)).all()
+    assert [r["step"] for r in records(folder, "val")] == [2, 3, 5]
+    assert json.loads((folder / "config.json").read_text())["learning_rate"] == 0.01
+    # The last checkpoint says the flags as they are now
+    assert train.read_checkpoint(str(folder / "ckpt" / "step_000006"))["flags"]["learning_rate"] == 0.01
+
+
+@pytest.mark.parametrize("source,changes", [
+    ("bf16", dict(USE_FP8=True)), ("fp8", dict(USE_FP8=False)), ("fp8", dict(FP8_RECIPE="current")),
+    ("fp8", dict(FP8_AMAX_HISTORY=4)), ("fp8", dict(FP8_AMAX_HISTORY=64)),
+], ids=["bf16-to-fp8", "fp8-to-bf16", "delayed-to-current", "shorter-history", "longer-history"])
+def test_the_number_format_can_change(tmp_path, shards, one_rank, source, changes):
+    """Scales that the checkpoint has not, or not in this length, are calibrated anew: within 0.02 nats of the run left."""
+    folder = copy_of_run(one_rank[source].folder, tmp_path / "r", 3)
+    train_here(tmp_path, shards, resume=folder, **WHOLE[source] | changes)
+    assert np.abs(losses(folder) - losses(one_rank[source].folder)).max() < 0.02
+
+
+def test_what_cannot_be_resumed(tmp_path, shards, capsys, one_rank):
+    (tmp_path / "empty").mkdir()
+    for path in ("nowhere", "empty"):
+        refused(capsys, tmp_path, shards, 2, f"--resume={tmp_path / path}", "no complete checkpoint", resume=tmp_path / path)
+    for steps in (3, 2):
+        refused(capsys, tmp_path, shards, 2, "has done 3 steps", f"max_iters is {steps}", "raise --max_iters",
+                resume=one_rank["fp8"].folder / "ckpt" / "step_000003", max_iters=steps)
+    assert sorted(os.listdir(tmp_path)) == ["empty"]  # no run folder was made
+
+
+def test_auto_starts_afresh_where_there_is_nothing(tmp_path, shards, capsys):
+    """Also where a run was killed before its first checkpoint: its folder stays as it is, the new one has a number."""
+    with before_step(2, kill), pytest.raises(Killed):
+        train_here(tmp_path, shards, run_name="r", resume="auto", ckpt_interval=4)
+    assert "has no complete checkpoint, starting afresh" in capsys.readouterr().out
+    log = (tmp_path / "r" / "log.jsonl").read_bytes()
+    assert train_here(tmp_path, shards, run_name="r", resume="auto", max_iters=2) == tmp_path / "r-2"
+    assert (tmp_path / "r" / "log.jsonl").read_bytes() == log
+    assert train_here(tmp_path, shards, run_name="r", resume="auto", max_iters=3) == tmp_path / "r-2"  # which is newer
+    assert [r["step"] for r in records(tmp_path / "r-2", "train")] == [0, 1, 2]
+
+
+def test_auto_keeps_to_runs_of_its_name(tmp_path, shards):
+    """A run that was named r-2 is not the second one of r; and a run folder that was renamed is found by its new name."""
+    first = train_here(tmp_path, shards, run_name="r", max_iters=2)
+    other = train_here(tmp_path, shards, run_name="r-2", max_iters=3, seed=9)
+    log = (other / "log.jsonl").read_bytes()
+    assert train_here(tmp_path, shards, run_name="r", resume="auto", max_iters=4) == first
+    assert (other / "log.jsonl").read_bytes() == log
+    first.rename(tmp_path / "renamed")
+    assert train_here(tmp_path, shards, run_name="renamed", resume="auto", max_iters=5) == tmp_path / "renamed"
+
+
+def test_going_back_to_an_earlier_checkpoint(tmp_path, shards, one_rank):
+    """The run goes on from there, also when it is killed before its next checkpoint and started again with auto: the
+    later checkpoints belong to records that are gone."""
+    folder = copy_of_run(one_rank["fp8"].folder, tmp_path / "fp8", 2, 4)
+    changes = RUN | dict(run_name="fp8", ckpt_interval=4)
+    with before_step(1, kill), pytest.raises(Killed):
+        train_here(tmp_path, shards, resume=folder / "ckpt" / "step_000002", **changes)
+    train_here(tmp_path, shards, resume="auto", **changes)
+    assert learned(folder) == learned(one_rank["fp8"].folder)
+
+
+def test_a_checkpoint_that_was_moved(tmp_path, shards, one_rank):
+    """One taken out of its run folder goes on in a new run folder, and nothing is written or deleted beside it."""
+    moved = tmp_path / "models" / "step_000004"
+    shutil.copytree(one_rank["fp8"].folder / "ckpt" / "step_000004", moved)
+    (tmp_path / "ckpt" / "precious").mkdir(parents=True)
+    (tmp_path / "ckpt" / "precious" / "file").touch()
+    folder = train_here(tmp_path / "out", shards, run_name="r", resume=moved, **RUN)
+    assert sorted(os.listdir(tmp_path)) == ["ckpt", "models", "out"] and folder == tmp_path / "out" / "r"
+    assert os.listdir(tmp_path / "models") == ["step_000004"] and os.listdir(tmp_path / "ckpt" / "precious") == ["file"]
+    assert learned(folder) == [r for r in learned(one_rank["fp8"].folder) if r["step"] >= 4]
+
+
+def touch_checkpoint(folder, when=None, meta="{}"):
+    folder.mkdir(parents=True)
+    if meta is not None:
+        (folder / "meta.json").write_text(meta)
+        os.utime(folder / "meta.json", (when, when))
+    return str(folder)
+
+
+def test_find_checkpoint(tmp_path):
+    """At a checkpoint, a run folder and a folder of runs; only what has meta.json counts, and nothing by another name."""
+    assert train.find_checkpoint(str(tmp_path / "none")) is None and train.find_checkpoint(str(tmp_path)) is None
+    first = touch_checkpoint(tmp_path / "a [1]" / "ckpt" / "step_000001", 100)
+    newest = touch_checkpoint(tmp_path / "a [1]" / "ckpt" / "step_000002", 200)
+    other = touch_checkpoint(tmp_path / "b" / "ckpt" / "step_000009", 150)
+    touch_checkpoint(tmp_path / "b" / "ckpt" / "step_000010", meta=None)
+    touch_checkpoint(tmp_path / "b" / "ckpt" / ".writing_000011", 300)
+    touch_checkpoint(tmp_path / "b" / "ckpt" / ".replaced_000012", 300)
+    touch_checkpoint(tmp_path / "b" / "step", 300)
+    assert train.find_checkpoint(first) == first
+    assert train.find_checkpoint(str(tmp_path / "a [1]")) == newest == train.find_checkpoint(str(tmp_path / "a [1]" / "ckpt"))
+    assert train.find_checkpoint(str(tmp_path / "b")) == other
+    assert train.find_checkpoint(str(tmp_path)) == newest
+
+
+# -----------------------------------------------------------------------------------------------------
+# Keeping, failing, damaged
+
+
+@pytest.mark.parametrize("keep,names", [(1, ["step_000006"]), (2, ["step_000005", "step_000006"]),
+                                        (4, [f"step_{s:06d}" for s in (3, 4, 5, 6)])])
+def test_the_newest_checkpoints_stay(tmp_path, shards, keep, names):
+    folder = train_here(tmp_path, shards, ckpt_interval=1, keep_checkpoints=keep, USE_FP8=False)
+    assert in_ckpt(folder) == names
+
+
+def test_a_resumed_run_clears_up(tmp_path, shards, one_rank):
+    """What a killed run left half written or half deleted goes, and of the complete ones the newest stay."""
+    folder = copy_of_run(one_rank["fp8"].folder, tmp_path / "r", 1, 2, 3, 4)
+    for name in (".writing_000005", ".replaced_000003"):
+        shutil.copytree(folder / "ckpt" / "step_000004", folder / "ckpt" / name)
+    (folder / "ckpt" / ".writing_000005" / "meta.json").unlink()
+    (folder / "ckpt" / "step_000001" / "meta.json").unlink()
+    train_here(tmp_path, shards, resume=folder, **RUN | dict(ckpt_interval=0, keep_checkpoints=3))
+    assert in_ckpt(folder) == ["step_000003", "step_000004", "step_000006"]
+    assert learned(folder) == learned(one_rank["fp8"].folder)
+
+
+def test_a_checkpoint_at_the_end_and_at_intervals(tmp_path, shards, capsys):
+    folder = train_here(tmp_path, shards, ckpt_interval=4, keep_checkpoints=9, USE_FP8=False)
+    assert in_ckpt(folder) == ["step_000004", "step_000006"]
+    out = capsys.readouterr().out
+    assert "step 4/6 | checkpoint" in out and "step 6/6 | checkpoint" in out and out.count("checkpoint:") == 2
+
+
+def failing_writes(how, patch):
+    """Make the first checkpoint of a run fail; returns a word of the reason."""
+    async_save, calls = train.dcp.async_save, []
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def first_fails(*args, **kwargs):
+        calls.append(1)
+        if how == "async_save":
+            if len(calls) == 1:
+                raise RuntimeError("no thread could be started")
+        else:  # a disk that takes 50 kB of a file, and later more
+            resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limit[1]) if len(calls) == 1 else limit)
+        return async_save(*args, **kwargs)
+
+    def fsync_fails(descriptor, fsync=os.fsync):
+        if descriptor not in calls:
+            calls.append(descriptor)
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return fsync(descriptor)
+
+    def blocked(*args, make=train.make_run_folder):
+        folder = make(*args)
+        pathlib.Path(folder, "ckpt").write_text("a file where the folder should be")
+        return folder
+
+    if how == "a file in the way":
+        patch.setattr(train, "make_run_folder", blocked)
+    elif how == "meta.json":  # all but the last file could be written
+        patch.setattr(train.json, "dump", lambda value, f, dump=json.dump, **k: dump(value, f, **k) if not f.name.endswith(
+            "000002/meta.json") else f.write("{") and fsync_fails(-1))
+    else:
+        patch.setattr(train.dcp, "async_save", first_fails)
+    return {"async_save": "no thread could be started", "file size": "", "a file in the way": "", "meta.json": "No space left"}[how]
+
+
+@pytest.mark.parametrize("how", ["async_save", "file size", "meta.json", "a file in the way"])
+def test_a_write_that_fails_is_said_and_training_goes_on(tmp_path, shards, capsys, monkeypatch, one_rank, how):
+    """The checkpoint after 2 steps fails, that after 4 works, but where a file takes the folder's place; nothing half
+    written stays."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        word = failing_writes(how, monkeypatch)
+        folder = train_here(tmp_path, shards, **RUN | dict(ckpt_interval=2))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    captured = capsys.readouterr()
+    lines = [line for line in captured.out.splitlines() if "failed, training goes on" in line]
+    steps = (2, 4, 6) if how == "a file in the way" else (2,)
+    assert len(lines) == len(steps) and "Traceback" not in captured.out + captured.err, lines
+    for line, step in zip(lines, steps):
+        assert line.startswith(f"checkpoint at step {step} failed, training goes on: ") and word in line
+        assert len(line.split("goes on: ")[1]) > 5  # says why
+    assert learned(folder) == learned(one_rank["fp8"].folder)
+    if how == "a file in the way":
+        assert (folder / "ckpt").is_file()
+    else:
+        assert in_ckpt(folder) == ["step_000004", "step_000006"]
+        assert same_tensors(read_weights(folder / "ckpt" / "step_000004", one_rank["fp8"].saved[4]), one_rank["fp8"].saved[4])
+
+
+def test_broken_weights_are_not_saved(tmp_path, shards, one_rank):
+    """A step whose gradients are no numbers leaves such weights; the run ends, and the checkpoints before it stay good."""
+    def broken(parameters, max_norm, clip=train.clip_gradients, calls=[]):
+        calls.append(1)
+        if len(calls) == 4:
+            parameters[0].grad.fill_(torch.nan)
+        return clip(parameters, max_norm)
+
+    with mock.patch.object(train, "clip_gradients", broken), pytest.raises(SystemExit):
+        train_here(tmp_path, shards, run_name="r", **RUN)
+    assert train.find_checkpoint(str(tmp_path / "r")) == str(tmp_path / "r" / "ckpt" / "step_000003")
+    train_here(tmp_path, shards, run_name="r", resume="auto", **RUN)
+    assert learned(tmp_path / "r") == learned(one_rank["fp8"].folder)
+
+
+def damage(folder, how):
+    data = next(folder.glob("*.distcp"))
+    if how == "truncated data":
+        data.write_bytes(data.read_bytes()[:1000])
+    elif how == "empty data":
+        data.write_bytes(b"")
+    elif how == "no data":
+        data.unlink()
+    elif how == "truncated index":
+        (folder / ".metadata").write_bytes((folder / ".metadata").read_bytes()[:1000])
+    elif how == "no index":
+        (folder / ".metadata").unlink()
+    elif how == "another index":
+        (folder / ".metadata").write_bytes(pickle.dumps({"not": "ours"}))
+    else:
+        (folder / "meta.json").write_text({"half meta": '{"step": 4, "fla', "empty meta": "{}", "listed meta": "[]"}[how])
+
+
+@pytest.mark.parametrize("how", ["truncated data", "empty data", "no data", "truncated index", "no index", "another index",
+                                 "half meta", "empty meta", "listed meta"])
+def test_a_damaged_checkpoint_is_refused_in_one_line(tmp_path, shards, capsys, one_rank, how):
+    """And its run folder stays as it was."""
+    folder = copy_of_run(one_rank["fp8"].folder, tmp_path / "r", 4)
+    damage(folder / "ckpt" / "step_000004", how)
+    before = (folder / "log.jsonl").read_bytes()
+    error = refused(capsys, tmp_path, shards, 1, "step_000004", resume=folder, **RUN)
+    assert len(error) < 600
+    assert (folder / "log.jsonl").read_bytes() == before
+    if "meta" not in how:
+        with pytest.raises(train.UserError, match="step_000004 cannot be loaded"):
+            read_weights(folder / "ckpt" / "step_000004", one_rank["fp8"].saved[4])
+
+
+# -----------------------------------------------------------------------------------------------------
+# Muon's state, between torch.optim.Muon and Dion
+
+
+@pytest.mark.parametrize("source,target", [("torch", "dion"), ("dion", "torch"), ("dion", "dion")])
+def test_muon_state_goes_from_one_implementation_to_the_other(tmp_path, shards, one_rank, source, target):
+    """Dion adds gradients up, torch averages them with weight 1 - momentum: the sums agree to fp32 rounding, embedding,
+    head, gains and their moments exactly. Then the run goes on."""
+    pytest.importorskip("dion")
+    run = WHOLE["bf16"] | dict(ckpt_interval=3)
+    folder = copy_of_run(train_here(tmp_path, shards, run_name="a", muon_impl=source, **run), tmp_path / "r", 3)
+    momenta = {}
+
+    def seen(optimizers, model):
+        muon = optimizers.muon
+        state = muon.momentum() if isinstance(muon, train.TorchMuon) else {p: s["momentum"] for p, s in muon.state.items()}
+        return {n: helpers.whole(state[p]) for n, p in model.named_parameters() if p in state}
+
+    def save(self, step, make_state, meta, save=train.Checkpoints.save):
+        cells = dict(zip(make_state.__code__.co_freevars, (c.cell_contents for c in make_state.__closure__)))
+        momenta[step] = seen(cells["optimizers"], cells["model"])
+        return save(self, step, make_state, meta)
+
+    def restore(path, meta, model, optimizers, *rest, restore=train.restore):
+        result = restore(path, meta, model, optimizers, *rest)
+        momenta["restored"] = seen(optimizers, model)
+        return result
+
+    with mock.patch.object(train.Checkpoints, "save", save):
+        original = train_here(tmp_path, shards, run_name="b", muon_impl=source, **run)
+    with mock.patch.object(train, "restore", restore):
+        train_here(tmp_path, shards, resume=folder, muon_impl=target, **run)
+    assert momenta[3].keys() == momenta["restored"].keys() and len(momenta[3]) == 8
+    for name, sum_of_gradients in momenta[3].items():
+        assert helpers.relative(momenta["restored"][name], sum_of_gradients) < (1e-6 if source != target else 1e-12), name
+    assert losses(original).tolist()[:3] == losses(folder).tolist()[:3]
+    gap = np.abs(losses(folder) - losses(original)).max()
+    # Dion's singular values lie between 0.86 and 1.14, TorchMuon's at 1: other steps of nearly the same size
+    assert gap < 0.05 if source != target else gap == 0, gap

