@@ -24,6 +24,7 @@ import os
 import shutil
 import sys
 import time
+import warnings
 from collections import deque
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -104,7 +105,9 @@ def load_checkpoint(path):
         weights = {name: torch.empty(size) for name, size in weight_shapes(shape).items()}
     except (KeyError, TypeError, RuntimeError) as error:
         raise UserError(f"checkpoint {folder}: its meta.json does not describe a model ({type(error).__name__}: {error})")
-    train.load_weights(folder, weights)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that there is no process group: this is one process
+        train.load_weights(folder, weights)
     return shape, fold_gains(weights, shape), meta, folder
 
 
@@ -155,6 +158,8 @@ class Sampler:
     def __init__(self, shape, weights, device="cpu", dtype=torch.float32, cuda_graph=True, compile=False):
         self.shape, self.device, self.dtype = shape, torch.device(device), dtype
         self.cuda_graph = cuda_graph and self.device.type == "cuda"
+        if self.device.type == "cuda" and self.device.index is not None:
+            torch.cuda.set_device(self.device)  # whose streams events and graphs take
         move = lambda name: weights[name].to(self.device, dtype)  # noqa: E731
         self.embed, self.head = move("embed.weight"), move("head.weight")
         self.layers = [SimpleNamespace(qkv=move(f"blocks.{i}.attn.qkv.weight"), proj=move(f"blocks.{i}.attn.proj.weight"),
@@ -188,7 +193,7 @@ class Sampler:
             cache: (L, 2, B, H, S, D), keys and values; written at `positions`.
             span: attention looks at the first so many places of the cache.
             mask: None: causal, for a whole prompt (T == span) or one token at the end (T == 1, place span - 1);
-                else (T, span) bool, True where a token may look.
+                else (T, span), added to the scores: 0 where a token may look, else -inf.
         Returns: (B, T, C) after the last RMSNorm.
         """
         B, T = tokens.shape
@@ -238,6 +243,12 @@ class Sampler:
                             token=zeros(batch, 1), position=zeros(1), places=torch.arange(span, device=self.device),
                             noise=torch.ones(batch, self.n_tokens, device=self.device))
         s.static = self.cuda_graph or self.compiled is not None  # always the same shapes: a mask hides what is not there yet
+        if self.compiled:
+            try:
+                self.step(s)
+            except Exception as error:
+                lines = str(error).strip().splitlines() or [type(error).__name__]
+                raise UserError(f"--compile does not work here ({lines[0]}): leave it out")
         if self.cuda_graph:
             try:
                 s.graph = self.capture(s)
@@ -271,8 +282,8 @@ class Sampler:
         place: the position as an int, for shapes that grow; None: static shapes.
         """
         if place is None:
-            hidden = self.compiled or self.hidden
-            h = hidden(s.token, s.position, s.cache, s.span, (s.places <= s.position)[None])
+            mask = torch.where(s.places <= s.position, 0.0, -torch.inf).to(self.dtype)[None]
+            h = (self.compiled or self.hidden)(s.token, s.position, s.cache, s.span, mask)
         else:
             h = self.hidden(s.token, s.position, s.cache, place + 1)
         self.choose(s, h)
@@ -375,14 +386,19 @@ def load_tokenizer():
         raise UserError(str(error))
 
 
-def encode_prompt(text, tokenizer):
-    """Token ids of a prompt, with EOT in front unless the text brings it. Raises UserError."""
+def check_prompt(text):
+    """Raise UserError if this is no prompt."""
     if not text:
         raise UserError("the prompt is empty: give it some text, or <|endoftext|> to start from nothing", 2)
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
         raise UserError("the prompt is not UTF-8 text", 2)
+
+
+def encode_prompt(text, tokenizer):
+    """Token ids of a prompt, with EOT in front unless the text brings it. Raises UserError."""
+    check_prompt(text)
     ids = tokenizer.encode(text, allowed_special="all")
     return ids if ids[0] == EOT else [EOT, *ids]
 
@@ -397,7 +413,7 @@ def read_prompt(text):
             text = f.read()
     except OSError as error:
         raise UserError(f"prompt file '{path}' cannot be read: {error.strerror}", 2)
-    except (UnicodeDecodeError, ValueError):
+    except ValueError:  # UnicodeDecodeError is one
         raise UserError(f"prompt file '{path}' is not UTF-8 text", 2)
     if not text:
         raise UserError(f"prompt file '{path}' is empty", 2)
@@ -640,8 +656,8 @@ def run(args):
     """Do what the arguments say. Raises UserError."""
     device = choose_device(args.device)
     text = None if args.interactive or args.export is not None else read_prompt("The" if args.prompt is None else args.prompt)
-    if text == "":
-        encode_prompt(text, None)  # refused before the checkpoint is read
+    if text is not None:
+        check_prompt(text)  # before the checkpoint is read
     shape, weights, meta, folder = load_checkpoint(args.ckpt)
     print(f"checkpoint: {folder}, step {meta.get('step', 0):,}, {meta.get('tokens', 0):,} tokens", file=sys.stderr, flush=True)
     if args.export is not None:

@@ -1801,8 +1801,8 @@ class Progress:
             self.procs.print(f"step {step + 1:>{len(str(n))}}/{n} | loss {loss:7.4f} | norm {norm:8.2e} | lr {lr:.2e} | "
                              f"{ms:7.1f} ms | {speed:,.0f} tok/s | " + (f"MFU {100 * mfu:4.1f}% | " if mfu else "")
                              + f"{memory:.1f} GB | ETA {format_duration(eta)}")
-        if not math.isfinite(loss):
-            raise UserError(f"the loss at step {step} is {loss}: try a lower learning rate or a longer warm-up")
+        if not math.isfinite(loss + norm):
+            raise UserError(f"the loss at step {step} is {loss}, its gradient's norm {norm}: try a lower learning rate or a longer warm-up")
 
     def val(self, step, val_loss):
         """Log an evaluation after optimizer step `step`, and draw loss.png."""

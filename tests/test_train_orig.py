@@ -89,7 +89,7 @@ def test_run_learns_and_keeps_the_log_contract(tmp_path, shards, fresh, capsys):
     assert list(rows[0]) == ["kind", "step", "tokens", "loss", "grad_norm", "lr_muon", "lr_embed", "lr_head", "momentum",
                              "step_ms", "tok_per_sec", "mfu", "peak_mem_gb"]
     assert list(vals[0]) == ["kind", "step", "tokens", "val_loss", "train_seconds"]
-    assert list(done) == ["kind", "step", "tokens", "val_loss", "train_seconds", "tok_per_sec_median", "peak_mem_gb"]
+    assert list(done) == ["kind", "step", "tokens", "val_loss", "train_seconds", "tok_per_sec_median", "peak_mem_gb", "compile_seconds"]
     assert [r["step"] for r in rows] == list(range(30)) and [r["step"] for r in vals] == [9, 19, 29]
     assert [r["tokens"] for r in rows] == [256 * (i + 1) for i in range(30)]
     loss = helpers.losses(folder)

@@ -48,7 +48,7 @@ def save(model, folder, step=7):
     folder.parent.mkdir(parents=True)
     dcp.save({"model": {name: p.detach() for name, p in model.named_parameters()}}, checkpoint_id=str(folder), no_dist=True)
     flags = {name: value for name, value in vars(model.cfg).items() if name != "explicit"}
-    (folder / "meta.json").write_text(json.dumps(dict(step=step, tokens=256 * step, flags=flags)))
+    (folder / "meta.json").write_text(json.dumps(dict(step=step, tokens=256 * step, loader={}, flags=flags)))
     return folder
 
 
@@ -98,7 +98,7 @@ def generated(sampler, prompt, new, **options):
 
 @pytest.mark.parametrize("changes", [{}, dict(logit_softcap=0, rope_base=500.0), dict(n_head=4, n_layer=3, norm_eps=1e-2)])
 def test_logits_are_those_of_train_gpt(changes):
-    """In fp32 as near as bf16 rounding lets train.GPT be; in bf16 nearer to train.GPT in the most likely token too."""
+    """As near as bf16 rounding lets train.GPT be, in fp32 and in bf16."""
     model = helpers.make_model(**changes)
     tokens, _ = helpers.tokens_and_targets(model.cfg)
     reference = train_logits(model, tokens)
@@ -115,15 +115,11 @@ def test_a_wrong_model_would_be_noticed():
         model.head.weight.mul_(20)  # so that the softcap does something
     tokens, _ = helpers.tokens_and_targets(model.cfg)
     reference = train_logits(model, tokens)
-    right = sampler_of(model)
-    assert helpers.relative(right.forward(tokens), reference) < 0.015
-    right.sin = -right.sin
-    assert helpers.relative(right.forward(tokens), reference) < 0.015 or True  # see the layers below
-    for spoil in ("sin", "softcap", "gain"):
+    assert helpers.relative(sampler_of(model).forward(tokens), reference) < 0.015
+    for spoil in ("direction", "softcap", "gain"):
         wrong = sampler_of(model)
-        if spoil == "sin":
-            wrong.sin = torch.zeros_like(wrong.sin)
-            wrong.cos = torch.ones_like(wrong.cos)
+        if spoil == "direction":
+            wrong.sin = -wrong.sin
         elif spoil == "softcap":
             wrong.shape.logit_softcap = 0
         else:
@@ -143,7 +139,7 @@ def test_prefill_and_steps_give_the_logits_of_the_full_forward(dtype, tolerance,
     with torch.no_grad():
         pieces = [sampler.hidden(tokens[:, :start], at[:start], cache, start)]
         for i in range(start, T):
-            span, mask = (T, (at <= i)[None]) if static else (i + 1, None)
+            span, mask = (T, torch.where(at <= i, 0.0, -torch.inf).to(dtype)[None]) if static else (i + 1, None)
             pieces.append(sampler.hidden(tokens[:, i : i + 1], at[i : i + 1], cache, span, mask))
         logits = sampler.logits(torch.cat(pieces, dim=1))
     assert helpers.relative(logits, sampler.forward(tokens)) < tolerance
@@ -170,7 +166,6 @@ def test_samples_of_a_batch_continue_on_their_own():
     with torch.no_grad():
         sampler.head *= 4
     g = torch.Generator().manual_seed(3)
-    state_after = []
     rows = sampler.generate([1, 2, 3], 10, num_samples=4, choice=sample.Choice(1.0, 0, 1.0), generator=g)
     samples = list(zip(*rows))
     assert len(set(samples)) == 4
@@ -181,7 +176,6 @@ def test_samples_of_a_batch_continue_on_their_own():
         with torch.no_grad():
             sampler.hidden(whole, torch.arange(whole.shape[1]), cache, whole.shape[1])
         torch.testing.assert_close(s.cache[:, :, i : i + 1, :, : whole.shape[1]], cache, rtol=1e-4, atol=1e-4)
-        state_after.append(ids)
 
 
 def test_the_whole_context_can_be_filled_and_no_more():
@@ -194,7 +188,6 @@ def test_the_whole_context_can_be_filled_and_no_more():
             next(sampler.generate(prompt, new))
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="torch.compile on a CPU needs a C++ compiler")
 def test_compile_option_runs_the_compiled_step(monkeypatch):
     """--compile goes through torch.compile, with shapes that never change (here the backend without code generation)."""
     seen = []
@@ -208,7 +201,15 @@ def test_compile_option_runs_the_compiled_step(monkeypatch):
     fast, plain = sampler_of(model, compile=True), sampler_of(model)
     greedy = sample.Choice(temperature=0)
     assert generated(fast, [1, 2], 9, choice=greedy) == generated(plain, [1, 2], 9, choice=greedy)
-    assert len(seen) == 8 and all(shapes == seen[0] for shapes in seen)
+    assert len(seen) == 9 and all(shapes == seen[0] for shapes in seen)  # 8 steps and a first one that compiles
+
+    def broken(*args):
+        raise RuntimeError("no C++ compiler\nmore")
+
+    fast = sampler_of(model, compile=True)
+    fast.compiled = broken
+    with pytest.raises(train.UserError, match=r"--compile does not work here \(no C\+\+ compiler\)"):
+        next(fast.generate([1, 2], 9))
 
 
 def test_a_cuda_graph_that_fails_leaves_the_eager_step(monkeypatch, capsys):
@@ -278,11 +279,11 @@ def test_top_k_keeps_exactly_k_of_equal_logits():
     assert (frequencies(sample.Choice(1.0, 3, 1.0), [1.0] * 8) > 0).sum() == 3
 
 
-def test_extreme_noise_and_logits_stay_in_range():
+def test_extreme_noise_never_picks_an_impossible_token():
     logits = torch.tensor([[0.0, -torch.inf, -15.0]]).expand(3, -1)
     noise = torch.tensor([[1.0, 0.0, 1.0], [1e30, 0.0, 1e30], [100.0, 1e-45, 100.0]])
     for choice in (sample.Choice(1.0, 0, 1.0), sample.Choice(0.01, 3, 0.9), sample.Choice(1.0, 2, 1.0)):
-        assert (choice.pick(logits, noise) == 0).all()
+        assert (choice.pick(logits, noise) != 1).all()
 
 
 def test_generate_draws_from_the_model():
@@ -390,13 +391,12 @@ def test_text_comes_piece_by_piece(out_dir, tokenizer, monkeypatch):
     original = sample.Sampler.step
     monkeypatch.setattr(sample.Sampler, "step", lambda self, *a: (events.append("step"), original(self, *a)))
     monkeypatch.setattr(sys, "stdout", Out())
-    sample.main([f"--ckpt={out_dir}", "--prompt=To be", "--max_new_tokens=5"])
-    assert events[:2] == ["To be", "flush"] or events[0] == "To be"
-    first_step = events.index("step")
-    assert "flush" in events[:first_step] and events.count("step") == 4
-    for i, j in zip([k for k, e in enumerate(events) if e == "step"], [k for k, e in enumerate(events) if e == "step"][1:]):
-        written = [e for e in events[i:j] if e not in ("step", "flush", "")]
-        assert not written or "flush" in events[i:j]
+    sample.main([f"--ckpt={out_dir}", "--prompt=To be", "--max_new_tokens=6"])
+    events = [e for e in events if e]
+    assert events[:2] == ["To be", "flush"] and events.count("step") == 5
+    for before, event in zip(events, events[1:]):  # before a step, whatever was written is flushed
+        assert event != "step" or before in ("step", "flush")
+    assert len([e for e in events[: len(events) - events[::-1].index("step")] if e not in ("step", "flush")]) >= 2
 
 
 def test_checkpoint_can_be_named_by_run_or_step_and_default_is_out(out_dir, tokenizer, capsys, monkeypatch, tmp_path):
@@ -422,6 +422,7 @@ def test_interactive_answers_each_line_and_survives_bad_ones(out_dir, tokenizer)
                             env=helpers.script_env(PYTHONIOENCODING="utf-8"), timeout=120)
     out, err = result.stdout.decode(), result.stderr.decode()
     assert result.returncode == 0, err
+    assert "Warning" not in err and len(err.splitlines()) == 4  # the checkpoint, two speeds, one error
     assert err.count("tokens/s") == 2 and err.count("error: the prompt has") == 1 and "Traceback" not in err
     assert out.endswith("\n") and out.count("\n") >= 2
 
@@ -476,7 +477,7 @@ def test_a_run_of_train_py_can_be_sampled(shards, tmp_path, capsys, tokenizer):
     (["--export="], 2, ["--export"]),
     (["--interactive", "--prompt=a"], 2, ["--prompt"]),
     (["--interactive", "--export=x"], 2, ["--export"]),
-    (["--prompt=" + "word " * 80], 2, ["81 tokens", "block_size is 64"]),
+    (["--prompt=" + "word " * 80], 2, ["82 tokens", "block_size is 64"]),
 ])
 def test_wrong_input_is_one_line(out_dir, tokenizer, capsys, tmp_path, monkeypatch, args, code, words):
     monkeypatch.chdir(tmp_path)
@@ -495,7 +496,8 @@ def test_damaged_checkpoints_are_one_line(tmp_path, tokenizer, capsys):
     model = text_model()
     folder = save(model, tmp_path / "run" / "ckpt" / "step_000001")
     meta = json.loads((folder / "meta.json").read_text())
-    for text, word in (("{", "no complete checkpoint"), ("{}", "meta.json"), ("[]", "meta.json"),
+    for text, word in (("{", "no complete checkpoint"), ("{}", "no complete checkpoint"), ("[]", "no complete checkpoint"),
+                       (json.dumps(meta | {"flags": {}}), "meta.json"),
                        (json.dumps(meta | {"flags": meta["flags"] | {"n_embd": "wide"}}), "meta.json"),
                        (json.dumps(meta | {"flags": meta["flags"] | {"n_embd": 64}}), "cannot be loaded"),
                        (json.dumps(meta | {"flags": meta["flags"] | {"n_layer": 3}}), "cannot be loaded")):
