@@ -1437,11 +1437,12 @@ class Checkpoints:
         cuda = procs.device.type == "cuda"
         self.stager = dcp.staging.DefaultStager(dcp.staging.StagingOptions(
             use_pinned_memory=cuda, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=cuda))
-        if procs.is_main:  # what a killed run left half written or half deleted
-            for path in glob.glob(os.path.join(glob.escape(self.folder), "*")) + glob.glob(os.path.join(glob.escape(self.folder), ".*_*")):
-                name = os.path.basename(path)
-                whole = name.startswith("step_") and os.path.isfile(os.path.join(path, "meta.json"))
-                if not whole or (first_step and read_checkpoint(path)["step"] > first_step):
+        if procs.is_main:  # what a killed run left half written or half deleted; what else lies there is none of ours
+            for name in os.listdir(self.folder) if os.path.isdir(self.folder) else ():
+                path = os.path.join(self.folder, name)
+                m = re.fullmatch(r"(step|\.writing|\.replaced)_(\d+)", name)
+                whole = m and m[1] == "step" and os.path.isfile(os.path.join(path, "meta.json"))
+                if m and (not whole or 0 < first_step < int(m[2])):
                     shutil.rmtree(path, ignore_errors=True)
         dist.barrier(self.group)
         self.last = find_checkpoint(self.folder)
@@ -1450,8 +1451,8 @@ class Checkpoints:
         """Start a checkpoint of make_state() after `step` optimizer steps; returns the seconds that training stood still."""
         if not self.keep:
             return 0.0
-        self.finish(wait=True)
         start = time.perf_counter()
+        self.finish(wait=True)  # of the checkpoint before, should it still be under way
         temporary = os.path.join(self.folder, f".writing_{step:06d}")
         try:
             future = dcp.async_save(make_state(), checkpoint_id=temporary, process_group=self.group, async_stager=self.stager)
@@ -1729,7 +1730,7 @@ class RunLog:
         except ImportError:
             return
         train = [r for r in self.records if r["kind"] == "train" and r["loss"] is not None and math.isfinite(r["loss"])]
-        val = [r for r in self.records if r["kind"] == "val"]
+        val = [r for r in self.records if r["kind"] == "val" and r["val_loss"] is not None]
         fig, ax = plt.subplots(figsize=(8, 4.5))
         unit, label = (1e6, "million tokens") if (train or val)[-1]["tokens"] >= 2e6 else (1e3, "thousand tokens")
         if train:
@@ -2062,6 +2063,7 @@ class StopSignal:
 
     def request(self, *_):
         self.requested = True
+        self.close()  # a second signal ends the process as ever
 
     def close(self):
         for number, handler in self.before.items():
