@@ -4,6 +4,7 @@ Runs of one process happen in this process. Those of two ranks (RANKS below) hap
 and those that are killed in many: both are forked from one that has imported everything (WORKER and KILLER below).
 """
 
+import contextlib
 import errno
 import json
 import os
@@ -263,13 +264,15 @@ KILLER = textwrap.dedent("""
             output = f"{{name}}.{{len(lives)}}.txt"
             pid, reaped, status = live(name, output), 0, None
             if kills < spec["kills"]:
-                # one life in five may end while it starts; the others some time after they are ready to train
+                # one life in five may end while it starts; the others some time after their run has a whole checkpoint,
+                # so that on a busy machine, too, the next life has something to go on from
                 starting = dice.random() < 0.2
                 left = dice.uniform(0, 0.4 if starting else 0.5)
+                whole = os.path.join(spec["flags"]["out_dir"], name) + "*/ckpt/step_*/meta.json"
                 while not reaped and left > 0:
                     time.sleep(0.002)
                     reaped, status = os.waitpid(pid, os.WNOHANG)
-                    if starting or os.path.exists(output) and "ready after" in open(output).read():
+                    if starting or os.path.exists(output) and "ready after" in open(output).read() and glob.glob(whole):
                         left -= 0.002
                 if not reaped:
                     os.kill(pid, signal.SIGKILL)
@@ -298,8 +301,8 @@ def test_a_run_that_is_killed_again_and_again(tmp_path, shards, quick):
     outputs = [(tmp_path / life["output"]).read_text() if (tmp_path / life["output"]).exists() else "" for life in lives]
     assert sum(life["killed"] for life in lives) == 22
     assert sum(life["writing"] for life in lives if life["killed"]) >= 3  # kills that left half a checkpoint
-    # most lives go on from a checkpoint; on a busy machine some are killed before their first
-    assert sum("resumed from" in output for output in outputs) >= 8
+    resumed = sum("resumed from" in output for output in outputs)
+    assert resumed >= 15, resumed
     for life, output in zip(lives, outputs):
         if life["code"] == 2:  # killed after its last checkpoint and before its last line
             assert "has done 40 steps, and max_iters is 40" in output
@@ -697,6 +700,8 @@ def test_broken_weights_are_not_saved(tmp_path, shards, one_rank):
 def damage(folder, how):
     data = next(folder.glob("*.distcp"))
     if how == "truncated data":
+        data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
+    elif how == "start of the data":
         data.write_bytes(data.read_bytes()[:1000])
     elif how == "empty data":
         data.write_bytes(b"")
@@ -712,7 +717,7 @@ def damage(folder, how):
         (folder / "meta.json").write_text({"half meta": '{"step": 4, "fla', "empty meta": "{}", "listed meta": "[]"}[how])
 
 
-@pytest.mark.parametrize("how", ["truncated data", "empty data", "no data", "truncated index", "no index", "another index",
+@pytest.mark.parametrize("how", ["truncated data", "start of the data", "empty data", "no data", "truncated index", "no index", "another index",
                                  "half meta", "empty meta", "listed meta"])
 def test_a_damaged_checkpoint_is_refused_in_one_line(tmp_path, shards, capsys, one_rank, how):
     """And its run folder stays as it was."""
@@ -722,7 +727,10 @@ def test_a_damaged_checkpoint_is_refused_in_one_line(tmp_path, shards, capsys, o
     error = refused(capsys, tmp_path, shards, 1, "step_000004", resume=folder, **RUN)
     assert len(error) < 600
     assert (folder / "log.jsonl").read_bytes() == before
-    if "meta" not in how:
+    if how == "truncated data":  # the model's part may lie in the half that is left: then it is whole, to the bit
+        with contextlib.suppress(train.UserError):
+            assert same_tensors(read_weights(folder / "ckpt" / "step_000004", one_rank["fp8"].saved[4]), one_rank["fp8"].saved[4])
+    elif "meta" not in how:
         with pytest.raises(train.UserError, match="step_000004 cannot be loaded"):
             read_weights(folder / "ckpt" / "step_000004", one_rank["fp8"].saved[4])
 
