@@ -18,6 +18,7 @@ import json
 import math
 import os
 import shlex
+import statistics
 import sys
 
 import torch
@@ -26,9 +27,10 @@ import torch.distributed as dist
 import train
 import train_orig
 
+COMPARISON = ["--total_batch_size=65536", "--warmup_iters=20", "--eval_interval=0", "--keep_checkpoints=0"]
 COMMON = {
-    "precision": ["--total_batch_size=65536", "--warmup_iters=20", "--eval_interval=0", "--keep_checkpoints=0"],
-    "wrappers": ["--total_batch_size=65536", "--warmup_iters=20", "--eval_interval=0", "--keep_checkpoints=0"],
+    "precision": COMPARISON,
+    "wrappers": COMPARISON,
     "speed": ["--max_iters=24", "--warmup_iters=4", "--eval_interval=0", "--eval_tokens=1", "--keep_checkpoints=0"],
 }
 VARIANTS = {
@@ -127,8 +129,7 @@ def summarize(runs):
     for label, folder in runs.items():
         config, steps, val, done = read_run(folder)
         after = steps[config["warmup_iters"]:] or steps
-        speeds = sorted(r["tok_per_sec"] for r in after)
-        mfus = sorted(r["mfu"] for r in after if r["mfu"] is not None)
+        mfus = [r["mfu"] for r in after if r["mfu"] is not None]
         losses = [r["loss"] if r["loss"] is not None else math.nan for r in steps]
         rows.append(dict(
             label=label, precision=config.get("precision", "bf16"), wrapper=config.get("wrapper"),
@@ -136,7 +137,8 @@ def summarize(runs):
             vocab_size=config["vocab_size"], total_batch_size=config["total_batch_size"], batch_size=config["batch_size"],
             warmup=config["warmup_iters"], compile_seconds=(done or {}).get("compile_seconds"),
             tokens=steps[-1]["tokens"], train_loss=train.smooth(losses)[-1], val_loss=val[-1]["val_loss"] if val else None,
-            tok_per_sec=speeds[len(speeds) // 2], mfu=mfus[len(mfus) // 2] if mfus else None,
+            tok_per_sec=statistics.median_high(r["tok_per_sec"] for r in after),
+            mfu=statistics.median_high(mfus) if mfus else None,
             peak_mem_gb=max(r["peak_mem_gb"] for r in steps), train_seconds=done["train_seconds"] if done else None,
             losses=[round(x, 5) for x in losses], grad_norms=[r["grad_norm"] for r in steps]))
     # Gaps say something between runs of one model on the same tokens, which the first run's are

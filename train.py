@@ -27,6 +27,7 @@ import random
 import re
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import threading
@@ -465,6 +466,8 @@ class DataLoader:
         self.rank, self.world_size, self.step_tokens = procs.rank, procs.world_size, cfg.total_batch_size
         self.micro_tokens = self.batch_size * self.block_size
         self.accumulation = self.step_tokens // (self.micro_tokens * self.world_size)
+        # Turns a micro-batch's summed loss into its share of the step's mean: DDP and FSDP2 average over ranks themselves
+        self.loss_scale = 1.0 / (self.accumulation * self.micro_tokens)
         self.depth, self.thread, self.index = depth, None, 0  # index counts this rank's micro-batches
 
     def state_dict(self):
@@ -610,7 +613,7 @@ def select_precision(cfg, device):
         raise UserError(f"{name} wants n_embd and batch_size x block_size divisible by {multiple}, not {cfg.n_embd} and "
                         f"{cfg.batch_size * cfg.block_size}: choose others, or --USE_FP8=False", 2)
     if not missing:
-        reason = f"by Transformer Engine {getattr(te, '__version__', '')}".rstrip()
+        reason = "by Transformer Engine"
     elif name == "bf16":
         reason = f"by te_emulation.py ({missing})"
     else:
@@ -733,8 +736,8 @@ class FusedRopeQKNorm(torch.autograd.Function):
     """rope_qk_norm in one pass over memory each way, in place of qkv, whose own values nothing needs any more.
 
     q, k and v stay parts of one (B, T, 3, H, D) tensor, which attention takes as it is (TE's layout bs3hd); the
-    backward pass needs only that tensor and the norms. Against the compiled version it keeps 6 C bytes a token less
-    and moves about a third of the bytes.
+    backward pass needs only that tensor and the norms. Against the compiled version it keeps 8 C bytes a token and layer
+    less: qkv itself, and a copy of v.
     """
 
     ROWS = 16
@@ -1103,9 +1106,9 @@ class TorchMuon(torch.optim.Muon):
         """Dion's state by parameter: the sum of gradients, where torch keeps the average."""
         return {p: b / (1 - self.param_groups[0]["momentum"]) for p, b in self.buffers().items()}
 
-    def load_momentum(self, momenta):
-        """Take over Dion's state, {parameter: whole momentum}."""
-        momentum = self.param_groups[0]["momentum"]
+    def load_momentum(self, momenta, momentum=None):
+        """Take over Dion's state, {parameter: whole momentum}, at `momentum` (default: the one it is at)."""
+        momentum = self.param_groups[0]["momentum"] if momentum is None else momentum
         self.load_buffers({p: m * (1 - momentum) for p, m in momenta.items()}, momentum)
 
 
@@ -1151,7 +1154,7 @@ class Optimizers:
         if Muon is not None:
             torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)  # Dion's many shapes
             # Dion shares the work out: by the mesh where parameters are sharded, by the group where they are whole.
-            # Its Triton kernels (use_triton) autotune for minutes on a cold cache: cuBLAS does without.
+            # Without its Triton kernels (use_triton): with them the first start took minutes (results/NOTES.md).
             mesh = procs.mesh if sharded else procs.mesh.get_group() if procs.world_size > 1 else None
             self.muon = Muon(muon_groups, mesh, nesterov=True, adjust_lr="spectral_norm")
             self.description = "Muon by Dion"
@@ -1210,14 +1213,13 @@ class Optimizers:
 
         Between torch.optim.Muon and Dion the buffers are converted.
         """
-        factor = 1 - meta["muon_momentum"]
         if isinstance(self.muon, TorchMuon):
-            factor = factor if meta["muon"] == "dion" else 1.0
-            buffers = {p: saved[n]["momentum"] * factor for n, p in parameters.items() if p in self.muon.parts}
-            self.muon.load_buffers(buffers, meta["muon_momentum"])
+            buffers = {p: saved[n]["momentum"] for n, p in parameters.items() if p in self.muon.parts}
+            load = self.muon.load_momentum if meta["muon"] == "dion" else self.muon.load_buffers
+            load(buffers, meta["muon_momentum"])
         elif meta["muon"] == "torch":
             for state in self.muon.state.values():
-                state["momentum"] /= factor
+                state["momentum"] /= 1 - meta["muon_momentum"]
         for optimizer in self.all[1:]:
             for p, state in optimizer.state.items():
                 name = next(n for n, q in parameters.items() if q is p)
@@ -1407,10 +1409,10 @@ def read_checkpoint(folder):
         raise UserError(f"{folder} is no complete checkpoint ({error!r}): name a folder step_NNNNNN, a run folder, or leave it out")
 
 
-def load_tensors(folder, state, no_dist=False, group=None):
+def load_tensors(folder, state, no_dist=False):
     """Fill the tensors of a nested dict from a checkpoint, in place; raises UserError if one is missing or has another shape."""
     try:
-        dcp.load(state, checkpoint_id=folder, no_dist=no_dist, process_group=group)
+        dcp.load(state, checkpoint_id=folder, no_dist=no_dist)
     except (Exception, CheckpointException) as error:
         text = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(f"checkpoint {folder} cannot be loaded: {text[-1]}", one_rank=True)
@@ -1433,10 +1435,7 @@ class Checkpoints:
         """first_step: what a resumed run goes on from; later checkpoints of its folder go, as their log lines did."""
         self.folder, self.keep, self.procs = os.path.join(folder, "ckpt"), cfg.keep_checkpoints, procs
         self.group = dist.new_group(backend="gloo")
-        self.pending = None
-        cuda = procs.device.type == "cuda"
-        self.stager = dcp.staging.DefaultStager(dcp.staging.StagingOptions(
-            use_pinned_memory=cuda, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=cuda))
+        self.pending = self.stager = None
         if procs.is_main:  # what a killed run left half written or half deleted; what else lies there is none of ours
             for name in os.listdir(self.folder) if os.path.isdir(self.folder) else ():
                 path = os.path.join(self.folder, name)
@@ -1454,7 +1453,10 @@ class Checkpoints:
         start = time.perf_counter()
         self.finish(wait=True)  # of the checkpoint before, should it still be under way
         temporary = os.path.join(self.folder, f".writing_{step:06d}")
+        cuda = self.procs.device.type == "cuda"
         try:
+            self.stager = self.stager or dcp.staging.DefaultStager(dcp.staging.StagingOptions(
+                use_pinned_memory=cuda, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=cuda))
             future = dcp.async_save(make_state(), checkpoint_id=temporary, process_group=self.group, async_stager=self.stager)
             self.pending = step, meta, temporary, future
         except (Exception, CheckpointException) as error:
@@ -1479,7 +1481,8 @@ class Checkpoints:
                 os.rename(temporary, final)
                 shutil.rmtree(os.path.join(self.folder, f".replaced_{step:06d}"), ignore_errors=True)
                 self.last = final
-                complete = sorted(os.path.dirname(f) for f in glob.glob(os.path.join(glob.escape(self.folder), "step_*", "meta.json")))
+                complete = [os.path.dirname(f) for f in glob.glob(os.path.join(glob.escape(self.folder), "step_*", "meta.json"))]
+                complete.sort(key=lambda f: int(f.rsplit("_", 1)[1]))
                 for old in [f for f in complete if f != final][:-self.keep + 1 or None]:
                     os.remove(os.path.join(old, "meta.json"))  # half deleted, it must not count
                     shutil.rmtree(old, ignore_errors=True)
@@ -1494,7 +1497,8 @@ class Checkpoints:
 
     def close(self):
         self.finish(wait=True)
-        self.stager.close()
+        if self.stager is not None:
+            self.stager.close()
         dist.barrier(self.group)  # ranks leave together, after rank 0 has named the last one
 
 
@@ -1687,7 +1691,7 @@ class RunLog:
 
     def __init__(self, folder, cfg, extra, first_step=0):
         """first_step: the step a resumed run goes on with; records of that step and later ones are dropped."""
-        self.folder, self.cfg, self.wandb, self.records = folder, cfg, None, []
+        self.folder, self.wandb, self.records = folder, None, []
         path = os.path.join(folder, "log.jsonl")
         if first_step and os.path.exists(path):
             with open(path, encoding="utf-8") as f:
@@ -1781,7 +1785,7 @@ class Progress:
     @property
     def speed(self):
         """Median tokens per second over all steps so far."""
-        return sorted(self.speeds)[len(self.speeds) // 2]
+        return statistics.median_high(self.speeds)
 
     def step(self, step, loss, norm, rates, ms):
         """Log optimizer step `step`; raises UserError if its loss is not finite.
@@ -1888,13 +1892,11 @@ def train_step(parallel, loader, optimizers, cfg, procs, precision):
     tensors on the device: nothing here waits for the GPU.
     """
     loss_sum = torch.zeros((), device=procs.device)
-    # DDP and FSDP2 average gradients over ranks, so each rank's summed loss is divided by its own tokens
-    scale = 1.0 / (loader.accumulation * loader.micro_tokens)
     for m in range(loader.accumulation):
         x, y = loader.next()
         with parallel.micro_batch(last=m == loader.accumulation - 1):
             with precision.autocast(procs):
-                loss = parallel.module(x, y, first=parallel.first_micro_batch(m)) * scale
+                loss = parallel.module(x, y, first=parallel.first_micro_batch(m)) * loader.loss_scale
             loss.backward()
         loss_sum += loss.detach()
     norm = clip_gradients(list(parallel.model.parameters()), cfg.grad_clip)
@@ -1907,12 +1909,13 @@ def calibrate(parallel, loader, optimizers, procs, precision):
     """A forward and backward pass on the next micro-batch, whose gradients are thrown away.
 
     It compiles what is to be compiled, and fills the amax history of delayed scaling, which starts with scale 1:
-    gradients of order 1e-7 would all round to zero in E5M2. Weights, optimizers and data position stay as they are.
+    gradients of order 1e-7 would all round to zero in E5M2. The loss is scaled as in training, since the largest amax of
+    the history counts for FP8_AMAX_HISTORY micro-batches. Weights, optimizers and data position stay as they are.
     """
     x, y = loader.peek()
     with parallel.micro_batch(last=True):
         with precision.autocast(procs):
-            loss = parallel.module(x, y, first=parallel.first_micro_batch(0)) / loader.micro_tokens
+            loss = parallel.module(x, y, first=parallel.first_micro_batch(0)) * loader.loss_scale
         loss.backward()
     optimizers.zero_grad()
 
@@ -1965,6 +1968,7 @@ def run(cfg, procs):
         *([("resumed from", f"{checkpoint}, after {first_step:,} steps")] if checkpoint else []),
     ]
     procs.print("\n".join(f"{name:<18} {text}" for name, text in rows) + "\n")
+
     # Compile and calibrate off the clock
     start = time.perf_counter()
     calibrate(parallel, loader, optimizers, procs, precision)

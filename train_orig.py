@@ -186,14 +186,12 @@ def train_step(module, loader, optimizer, cfg, procs):
     tensors on the device.
     """
     loss_sum = torch.zeros((), device=procs.device)
-    # DDP averages gradients over ranks, so each rank's summed loss is divided by its own tokens
-    scale = 1.0 / (loader.accumulation * loader.micro_tokens)
     for m in range(loader.accumulation):
         x, y = loader.next()
         wait = procs.world_size > 1 and m < loader.accumulation - 1  # gradients go over the ranks in the last one only
         with module.no_sync() if wait else contextlib.nullcontext():
             with autocast(procs.device):
-                loss = module(x, y) * scale
+                loss = module(x, y) * loader.loss_scale
             loss.backward()
         loss_sum += loss.detach()
     norm = clip_gradients(list(module.parameters()), cfg.grad_clip)
