@@ -619,6 +619,16 @@ def update_amax_and_scale(history, scale, amax, scaled_max: float, algo: str = "
 _state = _Global()
 
 
+class FP8GlobalStateManager:
+    """Of TE's class of this name, the two calls that train.py makes."""
+
+    is_fp8_enabled = staticmethod(lambda: _state.enabled)
+    reduce_and_update_fp8_tensors = staticmethod(lambda forward=True: _state.reduce_and_update(forward))
+
+
+quantization = types.SimpleNamespace(FP8GlobalStateManager=FP8GlobalStateManager)  # TE has it in a module of this name
+
+
 class autocast:
     """Quantizes the layers that run inside, by `recipe` (default: DelayedScaling)."""
 

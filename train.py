@@ -34,6 +34,7 @@ import threading
 import time
 from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import NamedTuple
 
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # read when torch starts
 
@@ -125,8 +126,9 @@ FSDP2_RESHARD = False            # FSDP2: free a block's gathered weights after 
 REDUCE_FP32 = True               # add gradients up over ranks in fp32; False: bf16
 
 # Speed and memory
-USE_COMPILE = "auto"             # torch.compile for loss, embedding norm, RoPE + QK norm; "auto": with a GPU
-USE_TRITON = True                # our own Triton kernel for RoPE + QK norm, on a GPU
+USE_TRITON = True                # on a GPU, blocks in bf16 or delayed FP8 run as our own Triton kernels around the matmuls
+USE_COMPILE = "auto"             # torch.compile for norms and RoPE where those kernels do not run; "auto": with a GPU
+USE_FP8_HEAD = True              # with USE_FP8, the output head's matmuls in FP8 too, by current scaling
 USE_AC_LM_HEAD = False           # recompute logits in the backward pass; False: form their gradients in the forward pass
 USE_AC_BLOCKS = False            # recompute each block in the backward pass
 USE_AC_ATTENTION = False         # recompute RoPE, QK norm and attention in the backward pass
@@ -644,7 +646,7 @@ def keep_high_precision(model, patterns, te):
 
     for name in chosen:
         layer = model.get_submodule(name)
-        layer.forward = in_bf16(layer.forward)
+        layer.in_bf16, layer.forward = True, in_bf16(layer.forward)
     return sorted(chosen, key=layers.index)
 
 
@@ -693,87 +695,10 @@ def rope_qk_norm(qkv, cos, sin, n_head, eps):
     return rotate_and_norm(q), rotate_and_norm(k), v.contiguous()
 
 
-if triton is not None:
-
-    @triton.jit
-    def rope_qk_norm_forward(qkv, cos, sin, rstd, n_rows, T, heads, C3, eps, HALF: tl.constexpr, ROWS: tl.constexpr):
-        """rope_qk_norm of q and k in place. A row is one head of q or k of one token, `heads` = 2 * n_head of them.
-
-        qkv (B*T, C3) bf16; cos, sin (T, HALF) fp32; rstd (n_rows,) fp32, written: 1 / RMS of each row.
-        """
-        row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-        token, d, mask = row // heads, tl.arange(0, HALF)[None, :], (row < n_rows)[:, None]
-        at = token.to(tl.int64)[:, None] * C3 + (row % heads)[:, None] * (2 * HALF) + d
-        angle = (token % T)[:, None] * HALF + d
-        c, s = tl.load(cos + angle, mask=mask), tl.load(sin + angle, mask=mask)
-        x1 = tl.load(qkv + at, mask=mask, other=0.0).to(tl.float32)
-        x2 = tl.load(qkv + at + HALF, mask=mask, other=0.0).to(tl.float32)
-        r = 1.0 / tl.sqrt(tl.sum(x1 * x1 + x2 * x2, axis=1) / (2 * HALF) + eps)  # a rotation keeps the norm
-        tl.store(qkv + at, ((x1 * c - x2 * s) * r[:, None]).to(tl.bfloat16), mask=mask)
-        tl.store(qkv + at + HALF, ((x1 * s + x2 * c) * r[:, None]).to(tl.bfloat16), mask=mask)
-        tl.store(rstd + row, r, mask=row < n_rows)
-
-    @triton.jit
-    def rope_qk_norm_backward(grad, qkv, cos, sin, rstd, n_rows, T, heads, C3, HALF: tl.constexpr, ROWS: tl.constexpr):
-        """The gradient in place, from the forward pass's outputs y: rstd * (dy - y * mean(dy * y)), rotated back."""
-        row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-        token, d, mask = row // heads, tl.arange(0, HALF)[None, :], (row < n_rows)[:, None]
-        at = token.to(tl.int64)[:, None] * C3 + (row % heads)[:, None] * (2 * HALF) + d
-        angle = (token % T)[:, None] * HALF + d
-        c, s = tl.load(cos + angle, mask=mask), tl.load(sin + angle, mask=mask)
-        y1 = tl.load(qkv + at, mask=mask, other=0.0).to(tl.float32)
-        y2 = tl.load(qkv + at + HALF, mask=mask, other=0.0).to(tl.float32)
-        g1 = tl.load(grad + at, mask=mask, other=0.0).to(tl.float32)
-        g2 = tl.load(grad + at + HALF, mask=mask, other=0.0).to(tl.float32)
-        r = tl.load(rstd + row, mask=row < n_rows, other=0.0)[:, None]
-        dot = (tl.sum(g1 * y1 + g2 * y2, axis=1) / (2 * HALF))[:, None]
-        g1, g2 = r * (g1 - y1 * dot), r * (g2 - y2 * dot)
-        tl.store(grad + at, (g1 * c + g2 * s).to(tl.bfloat16), mask=mask)
-        tl.store(grad + at + HALF, (g2 * c - g1 * s).to(tl.bfloat16), mask=mask)
-
-
-class FusedRopeQKNorm(torch.autograd.Function):
-    """rope_qk_norm in one pass over memory each way, in place of qkv, whose own values nothing needs any more.
-
-    q, k and v stay parts of one (B, T, 3, H, D) tensor, which attention takes as it is (TE's layout bs3hd); the
-    backward pass needs only that tensor and the norms. Against the compiled version it keeps 8 C bytes a token and layer
-    less: qkv itself, and a copy of v.
-    """
-
-    ROWS = 16
-
-    @staticmethod
-    def forward(ctx, qkv, cos, sin, n_head, eps):
-        B, T, C3 = qkv.shape
-        rows, half = B * T * 2 * n_head, C3 // 3 // n_head // 2
-        rstd = torch.empty(rows, dtype=torch.float32, device=qkv.device)
-        grid = (triton.cdiv(rows, FusedRopeQKNorm.ROWS),)
-        rope_qk_norm_forward[grid](qkv, cos, sin, rstd, rows, T, 2 * n_head, C3, eps, half, FusedRopeQKNorm.ROWS)
-        packed = qkv.detach().view(B, T, 3, n_head, 2 * half)
-        ctx.save_for_backward(packed, rstd, cos, sin)
-        return packed.unbind(2)
-
-    @staticmethod
-    def backward(ctx, dq, dk, dv):
-        packed, rstd, cos, sin = ctx.saved_tensors
-        B, T, _, n_head, D = packed.shape
-        parts, C = (dq, dk, dv), n_head * D
-        together = all(g.stride() == packed.stride()[:2] + packed.stride()[3:] and g.data_ptr() == dq.data_ptr() + i * C * 2
-                       and g.untyped_storage().data_ptr() == dq.untyped_storage().data_ptr() for i, g in enumerate(parts))
-        grad = dq.as_strided(packed.shape, packed.stride()) if together else torch.stack(parts, dim=2)
-        grid = (triton.cdiv(len(rstd), FusedRopeQKNorm.ROWS),)
-        rope_qk_norm_backward[grid](grad, packed, cos, sin, rstd, len(rstd), T, 2 * n_head, 3 * C, D // 2, FusedRopeQKNorm.ROWS)
-        return grad.view(B, T, 3 * C), None, None, None, None
-
-
-def choose_rope_qk_norm(cfg, compiled, device):
-    """FusedRopeQKNorm on a GPU where its shapes fit, else rope_qk_norm through torch.compile.
-
-    Not with USE_AC_ATTENTION, which computes twice from the same qkv.
-    """
-    half = cfg.n_embd // cfg.n_head // 2
-    fits = half & (half - 1) == 0 and not cfg.USE_AC_ATTENTION and triton is not None and device.type == "cuda"
-    return FusedRopeQKNorm.apply if cfg.USE_TRITON and fits else compiled(rope_qk_norm)
+def kernels_fit(cfg, device):
+    """Whether our own Triton kernels can run the blocks: on a GPU, for head sizes that are powers of two."""
+    head = cfg.n_embd // cfg.n_head
+    return cfg.USE_TRITON and triton is not None and device.type == "cuda" and head & (head - 1) == 0
 
 
 def spectral_init(weight):
@@ -788,7 +713,8 @@ class Attention(nn.Module):
     def __init__(self, cfg, te, compiled, device):
         super().__init__()
         self.n_head, self.eps, self.recompute, self.te = cfg.n_head, cfg.norm_eps, cfg.USE_AC_ATTENTION, te
-        self.rope_qk_norm = choose_rope_qk_norm(cfg, compiled, device)
+        # The kernel works in place, which recomputation from the same qkv rules out
+        self.rope_qk_norm = RopeQKNorm.apply if kernels_fit(cfg, device) and not self.recompute else compiled(rope_qk_norm)
         # One fused q/k/v matrix makes one wide matmul; Muon orthogonalises its three parts apart.
         self.qkv = te.LayerNormLinear(cfg.n_embd, 3 * cfg.n_embd, eps=cfg.norm_eps, bias=False, normalization="RMSNorm",
                                       init_method=init_qkv, params_dtype=torch.float32, device=device)
@@ -827,30 +753,41 @@ class Block(nn.Module):
                                    activation="srelu", init_method=spectral_init, output_layer_init_method=nn.init.zeros_,
                                    params_dtype=torch.float32, device=device)
 
-    def forward(self, x, cos, sin, first):
-        x = x + self.attn(x, cos, sin, first)
-        return x + self.mlp(x, is_first_microbatch=first)
+    def forward(self, x, cos, sin, first, delta=None, fused=None, last=None):
+        """x (B, T, C) bf16 to the same. With `fused`, a FusedPass, in our own kernels: then from the stream x and `delta`,
+        what the block before adds to it (None: nothing), to the next such pair; `last`: called when the backward pass ends."""
+        attn, mlp = self.attn, self.mlp
+        if fused is None:
+            x = x + attn(x, cos, sin, first)
+            return x + mlp(x, is_first_microbatch=first)
+        x, q, k, v = FusedQKV.apply(x, delta, attn.qkv.layer_norm_weight, attn.qkv.weight, fused.qkv(attn, cos, sin, last))
+        return FusedMLP.apply(attn.core(q, k, v), x, attn.proj.weight, mlp.layer_norm_weight, mlp.fc1_weight, mlp.fc2_weight,
+                              fused.mlp(attn, mlp))
 
 
 class LMHead(nn.Module):
     """Output projection with logit softcap, and the loss over it in chunks of tokens."""
 
-    def __init__(self, cfg, compiled, device):
+    def __init__(self, cfg, device):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(cfg.vocab_size, cfg.n_embd, device=device))
         self.softcap, self.chunk, self.recompute = cfg.logit_softcap, cfg.loss_chunk_size, cfg.USE_AC_LM_HEAD
-        self.kernels = SimpleNamespace(loss=compiled(softcap_cross_entropy), both=compiled(softcap_cross_entropy_and_grad))
+        self.cache = {}
 
-    def forward(self, h, targets=None):
+    def forward(self, h, targets=None, first=None, fp8=False, in_place=False):
         """h: (B, T, C) bf16. With targets (B, T) int64 (-1: no target): the summed loss, a scalar fp32.
-        Without: logits (B, T, V) fp32 after the softcap."""
+        Without: logits (B, T, V) fp32 after the softcap.
+
+        first: as in GPT.forward(). fp8: matmuls in FP8. in_place: weight gradients may be added onto weight.grad.
+        """
         if targets is None:
-            logits = matmul(h.flatten(0, 1), self.weight.to(h.dtype).t()).float()
+            logits = matmul(h.flatten(0, 1), self.weight.to(h.dtype)).float()
             if self.softcap:
                 logits = self.softcap * torch.tanh(logits / self.softcap)
             return logits.view(*h.shape[:2], -1)
-        return ChunkedCrossEntropy.apply(h.flatten(0, 1), self.weight, targets.flatten(), self.softcap, self.chunk,
-                                         self.recompute or not torch.is_grad_enabled(), self.kernels)
+        operand = weight_operand(self.weight, lambda w: current_scaling(w, torch.float8_e4m3fn) if fp8 else None, first, self.cache)
+        return ChunkedCrossEntropy.apply(h.flatten(0, 1), self.weight, targets.flatten(), operand, self.softcap, self.chunk,
+                                         self.recompute or not torch.is_grad_enabled(), in_place)
 
 
 class GPT(nn.Module):
@@ -862,11 +799,18 @@ class GPT(nn.Module):
     def __init__(self, cfg, te, compiled, device):
         super().__init__()
         self.cfg, self.te = cfg, te
+        # Our own kernels know bf16 and delayed scaling; recomputation is left to TE's modules
+        formats = not cfg.USE_NVFP4 and (not cfg.USE_FP8 or cfg.FP8_RECIPE == "delayed")
+        self.fused = (kernels_fit(cfg, device) and formats and te.__name__ != "te_emulation"
+                      and not cfg.USE_AC_BLOCKS and not cfg.USE_AC_ATTENTION)
+        self.fp8_head = cfg.USE_FP8 and cfg.USE_FP8_HEAD and not cfg.USE_NVFP4
+        self.in_place = False  # whether a backward pass may add weight gradients onto .grad itself (Parallel says)
+        self.weight_cache = {}
         self.embed_norm = compiled(rms_norm)
         self.embed = nn.Embedding(cfg.vocab_size, cfg.n_embd, device=device)
         self.blocks = nn.ModuleList(Block(cfg, te, compiled, device) for _ in range(cfg.n_layer))
         self.norm = te.RMSNorm(cfg.n_embd, eps=cfg.norm_eps, dtype=torch.float32, device=device)
-        self.head = LMHead(cfg, compiled, device)
+        self.head = LMHead(cfg, device)
         # arXiv 2310.17813 for one-hot inputs: entries of order 1 (the RMSNorm after it takes any scale)
         nn.init.normal_(self.embed.weight, std=1.0)
         half = cfg.n_embd // cfg.n_head // 2
@@ -874,6 +818,7 @@ class GPT(nn.Module):
                             cfg.rope_base ** (-torch.arange(half, dtype=torch.float64) / half))
         # Plain attributes: nothing to save, and never cast to bf16 (bf16 cannot tell position 2047 from 2048)
         self.cos, self.sin = angle.cos().float().to(device), angle.sin().float().to(device)  # (T, D/2)
+        self.ones = torch.ones(cfg.n_embd, device=device)
 
     def forward(self, idx, targets=None, first=None):
         """Summed loss over the targets (scalar fp32), or logits (B, T, V) fp32 if there are none.
@@ -884,13 +829,31 @@ class GPT(nn.Module):
             first: True in a step's first micro-batch, False in the others, so that TE quantizes each weight
                 once a step; None: quantize anew.
         """
-        x = self.embed_norm(self.embed(idx), self.cfg.norm_eps)            # (B, T, C) bf16
-        for block in self.blocks:
-            if self.cfg.USE_AC_BLOCKS and self.training:
-                x = self.te.checkpoint(block, x, self.cos, self.sin, first, use_reentrant=False)
-            else:
-                x = block(x, self.cos, self.sin, first)
-        return self.head(self.norm(x), targets)
+        state = self.te.quantization.FP8GlobalStateManager
+        fp8_head = self.fp8_head and state.is_fp8_enabled()
+        if self.fused:
+            h = self.fused_blocks(idx, first, state)
+        else:
+            x = self.embed_norm(self.embed(idx), self.cfg.norm_eps)        # (B, T, C) bf16
+            for block in self.blocks:
+                if self.cfg.USE_AC_BLOCKS and self.training:
+                    x = self.te.checkpoint(block, x, self.cos, self.sin, first, use_reentrant=False)
+                else:
+                    x = block(x, self.cos, self.sin, first)
+            h = self.norm(x)
+        return self.head(h, targets, first, fp8_head, self.in_place)
+
+    def fused_blocks(self, idx, first, state):
+        """From token ids to the final norm's output (B, T, C) bf16 in our own kernels; `state` is TE's global FP8 state."""
+        x, delta = AddNorm.apply(self.embed(idx), None, self.ones, self.cfg.norm_eps), None
+        fused = FusedPass(self, x, first, self.in_place)
+
+        def last():  # TE's own modules do the same when the backward pass leaves the first of them
+            state.reduce_and_update_fp8_tensors(forward=False)
+
+        for i, block in enumerate(self.blocks):
+            x, delta = block(x, self.cos, self.sin, first, delta, fused, last if i == 0 and fused.scales else None)
+        return AddNorm.apply(x, delta, self.norm.weight, self.cfg.norm_eps)
 
     def parameter_table(self):
         """[(part, parameters, explanation)], adding up to all parameters."""
@@ -911,27 +874,605 @@ def flops_per_token(cfg):
 
 
 # -----------------------------------------------------------------------------------------------------
-# Loss: head, softcap and cross-entropy in chunks, so that all logits never exist at once
+# Our own kernels (Triton): all that lies between the matmuls of a block, each in one pass over memory.
+# N = B * T tokens ("rows"), C = n_embd. Where FP8 is true they write E4M3 or E5M2 (by the type of the output), values times
+# `scale`, and raise `amax`, the largest |value| so far, for delayed scaling's next scale. *_cols is the transpose, which
+# Hopper's FP8 matmuls want when they sum over tokens.
+
+if triton is not None:
+
+    @triton.jit
+    def as_fp8(x, scale, pointer, MAX: tl.constexpr):
+        """x * scale rounded to what `pointer` points to, saturating at MAX; NaN stays NaN."""
+        return tl.clamp(x * scale, -MAX, MAX, propagate_nan=tl.PropagateNan.ALL).to(pointer.dtype.element_ty)
+
+    @triton.jit
+    def as_byte(q, j: tl.constexpr):
+        """FP8 values as the j-th byte of 32-bit words. Transposes are made of words, four tokens each: Triton 3.6 mixes up
+        bytes when it changes the layout of 8-bit tensors on Hopper."""
+        return q.to(tl.uint8, bitcast=True).to(tl.uint32) << (8 * j)
+
+    @triton.jit
+    def raise_amax(amax, largest):
+        """One atomic for a whole program, and none where it would change nothing: they all go to one address."""
+        if largest > tl.load(amax):
+            tl.atomic_max(amax, largest)
+
+    @triton.jit
+    def add_norm_forward(x, delta, gain, stream, y, rstd, scale, amax, N, C, eps,
+                         ADD: tl.constexpr, FP8: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+        """stream = x + delta (if ADD), then y = RMSNorm(stream) * gain. x, delta, stream (N, C), gain (C,), rstd (N,) fp32."""
+        c = tl.arange(0, BLOCK)
+        g = tl.load(gain + c, mask=c < C, other=0.0).to(tl.float32)
+        largest = 0.0
+        for i in range(ROWS):
+            row = tl.program_id(0) * ROWS + i
+            at, mask = row.to(tl.int64) * C + c, (c < C) & (row < N)
+            v = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
+            if ADD:
+                v += tl.load(delta + at, mask=mask, other=0.0).to(tl.float32)
+                v = v.to(tl.bfloat16).to(tl.float32)  # the norm is of what the stream holds
+                tl.store(stream + at, v.to(tl.bfloat16), mask=mask)
+            r = 1.0 / tl.sqrt(tl.sum(v * v, axis=0) / C + eps)
+            v = v * r * g
+            tl.store(rstd + row, r, mask=row < N)
+            if FP8:
+                largest = tl.maximum(largest, tl.max(tl.abs(v), axis=0))
+                tl.store(y + at, as_fp8(v, tl.load(scale), y, 448.0), mask=mask)
+            else:
+                tl.store(y + at, v.to(tl.bfloat16), mask=mask)
+        if FP8:
+            raise_amax(amax, largest)
+
+    @triton.jit
+    def add_norm_backward(dy, stream, gain, rstd, residual, dx, dgain, N, C, ADD: tl.constexpr, ROWS: tl.constexpr,
+                          BLOCK: tl.constexpr):
+        """dx = RMSNorm's gradient + residual (the stream's own, if ADD); dgain (programs, C) fp32, to be added up."""
+        c = tl.arange(0, BLOCK)
+        g = tl.load(gain + c, mask=c < C, other=0.0).to(tl.float32)
+        total = tl.zeros((BLOCK,), tl.float32)
+        for i in range(ROWS):
+            row = tl.program_id(0) * ROWS + i
+            at, mask = row.to(tl.int64) * C + c, (c < C) & (row < N)
+            d = tl.load(dy + at, mask=mask, other=0.0).to(tl.float32)
+            r = tl.load(rstd + row, mask=row < N, other=0.0)
+            v = tl.load(stream + at, mask=mask, other=0.0).to(tl.float32) * r
+            grad = (d * g - v * (tl.sum(d * g * v, axis=0) / C)) * r
+            if ADD:
+                grad += tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
+            tl.store(dx + at, grad.to(dx.dtype.element_ty), mask=mask)
+            total += d * v
+        tl.store(dgain + tl.program_id(0) * C + c, total, mask=c < C)
+
+    @triton.jit
+    def relu2_forward(u, a, scale, amax, n, FP8: tl.constexpr, BLOCK: tl.constexpr):
+        """a = relu(u)^2, elementwise over n values."""
+        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        v = tl.maximum(tl.load(u + at, mask=at < n, other=0.0).to(tl.float32), 0.0)
+        v *= v
+        if FP8:
+            tl.store(a + at, as_fp8(v, tl.load(scale), a, 448.0), mask=at < n)
+            raise_amax(amax, tl.max(v, axis=0))
+        else:
+            tl.store(a + at, v.to(tl.bfloat16), mask=at < n)
+
+    @triton.jit
+    def relu2_backward(da, u, du, du_cols, a_cols, scale, amax, a_scale, M, K, FP8: tl.constexpr,
+                       BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
+        """du = da * 2 relu(u); in FP8 also its transpose, and that of relu(u)^2 for the weight gradient. da, u (M, K) bf16."""
+        quad, k = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+        d_word, a_word = tl.zeros((BLOCK_M, BLOCK_K), tl.uint32), tl.zeros((BLOCK_M, BLOCK_K), tl.uint32)
+        largest = 0.0
+        for j in tl.static_range(4):
+            m = 4 * quad + j
+            at, mask = m.to(tl.int64)[:, None] * K + k[None, :], (m < M)[:, None] & (k < K)[None, :]
+            v = tl.maximum(tl.load(u + at, mask=mask, other=0.0).to(tl.float32), 0.0)
+            d = tl.load(da + at, mask=mask, other=0.0).to(tl.float32) * 2.0 * v
+            if FP8:
+                q = as_fp8(d, tl.load(scale), du, 57344.0)
+                tl.store(du + at, q, mask=mask)
+                d_word |= as_byte(q, j)
+                a_word |= as_byte(tl.clamp(v * v * tl.load(a_scale), 0.0, 448.0, propagate_nan=tl.PropagateNan.ALL).to(tl.float8e4nv), j)
+                largest = tl.maximum(largest, tl.max(tl.abs(d)))
+            else:
+                tl.store(du + at, d.to(tl.bfloat16), mask=mask)
+        if FP8:
+            across, mask = k.to(tl.int64)[:, None] * (M // 4) + quad[None, :], (k < K)[:, None] & (4 * quad < M)[None, :]
+            tl.store(du_cols + across, tl.trans(d_word), mask=mask)
+            tl.store(a_cols + across, tl.trans(a_word), mask=mask)
+            raise_amax(amax, largest)
+
+    @triton.jit
+    def rope_qk_norm_forward(qkv, cos, sin, rstd, n_rows, T, heads, C3, eps, HALF: tl.constexpr, ROWS: tl.constexpr):
+        """rope_qk_norm of q and k in place. A row is one head of q or k of one token, `heads` = 2 * n_head of them.
+
+        qkv (B*T, C3) bf16; cos, sin (T, HALF) fp32; rstd (n_rows,) fp32, written: 1 / RMS of each row.
+        """
+        row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+        token, d, mask = row // heads, tl.arange(0, HALF)[None, :], (row < n_rows)[:, None]
+        at = token.to(tl.int64)[:, None] * C3 + (row % heads)[:, None] * (2 * HALF) + d
+        angle = (token % T)[:, None] * HALF + d
+        c, s = tl.load(cos + angle, mask=mask), tl.load(sin + angle, mask=mask)
+        x1 = tl.load(qkv + at, mask=mask, other=0.0).to(tl.float32)
+        x2 = tl.load(qkv + at + HALF, mask=mask, other=0.0).to(tl.float32)
+        r = 1.0 / tl.sqrt(tl.sum(x1 * x1 + x2 * x2, axis=1) / (2 * HALF) + eps)  # a rotation keeps the norm
+        tl.store(qkv + at, ((x1 * c - x2 * s) * r[:, None]).to(tl.bfloat16), mask=mask)
+        tl.store(qkv + at + HALF, ((x1 * s + x2 * c) * r[:, None]).to(tl.bfloat16), mask=mask)
+        tl.store(rstd + row, r, mask=row < n_rows)
+
+    @triton.jit
+    def rope_qk_norm_backward(grad, qkv, cos, sin, rstd, out, cols, scale, amax, N, T, heads, C3, FP8: tl.constexpr,
+                              HALF: tl.constexpr, QUADS: tl.constexpr):
+        """The gradient from the forward pass's outputs y: rstd * (dy - y * mean(dy * y)), rotated back; v's stays as it is.
+
+        A program takes one head (of q, k or v) of 4 * QUADS tokens. grad, out (N, C3), cols (C3, N / 4); in bf16 out is grad.
+        """
+        quad, head, d = tl.program_id(0) * QUADS + tl.arange(0, QUADS), tl.program_id(1), tl.arange(0, HALF)
+        word1, word2 = tl.zeros((QUADS, HALF), tl.uint32), tl.zeros((QUADS, HALF), tl.uint32)
+        largest = 0.0
+        for j in tl.static_range(4):
+            n = 4 * quad + j
+            at, mask = n.to(tl.int64)[:, None] * C3 + head * (2 * HALF) + d[None, :], (n < N)[:, None]
+            g1 = tl.load(grad + at, mask=mask, other=0.0).to(tl.float32)
+            g2 = tl.load(grad + at + HALF, mask=mask, other=0.0).to(tl.float32)
+            if head < heads:
+                angle = (n % T)[:, None] * HALF + d[None, :]
+                c, s = tl.load(cos + angle, mask=mask, other=0.0), tl.load(sin + angle, mask=mask, other=0.0)
+                y1 = tl.load(qkv + at, mask=mask, other=0.0).to(tl.float32)
+                y2 = tl.load(qkv + at + HALF, mask=mask, other=0.0).to(tl.float32)
+                r = tl.load(rstd + n * heads + head, mask=n < N, other=0.0)[:, None]
+                dot = (tl.sum(g1 * y1 + g2 * y2, axis=1) / (2 * HALF))[:, None]
+                h1, h2 = r * (g1 - y1 * dot), r * (g2 - y2 * dot)
+                g1, g2 = h1 * c + h2 * s, h2 * c - h1 * s
+            if FP8:
+                q1, q2 = as_fp8(g1, tl.load(scale), out, 57344.0), as_fp8(g2, tl.load(scale), out, 57344.0)
+                tl.store(out + at, q1, mask=mask)
+                tl.store(out + at + HALF, q2, mask=mask)
+                word1 |= as_byte(q1, j)
+                word2 |= as_byte(q2, j)
+                largest = tl.maximum(largest, tl.maximum(tl.max(tl.abs(g1)), tl.max(tl.abs(g2))))
+            else:
+                tl.store(out + at, g1.to(tl.bfloat16), mask=mask)
+                tl.store(out + at + HALF, g2.to(tl.bfloat16), mask=mask)
+        if FP8:
+            across, mask = (head * (2 * HALF) + d).to(tl.int64)[:, None] * (N // 4) + quad[None, :], (4 * quad < N)[None, :]
+            tl.store(cols + across, tl.trans(word1), mask=mask)
+            tl.store(cols + across + HALF * (N // 4), tl.trans(word2), mask=mask)
+            raise_amax(amax, largest)
+
+    @triton.jit
+    def softcapped(logits, softcap, CAP: tl.constexpr):
+        """softcap * tanh(logits / softcap), and tanh; by exp, which a GPU has in hardware."""
+        t = 1.0 - 2.0 / (tl.exp(logits * (2.0 / softcap)) + 1.0)
+        if CAP:
+            logits = t * softcap
+        return logits, t
+
+    @triton.jit
+    def cross_entropy_loss(logits, targets, loss, lse, V, softcap, CAP: tl.constexpr, BLOCK: tl.constexpr):
+        """loss, lse (N,) fp32: cross-entropy and log-sum-exp of softcapped logits (N, V) bf16, one row a program.
+
+        Each lane keeps its own sum, and its own maximum unless the softcap bounds it.
+        """
+        row = tl.program_id(0)
+        at = logits + row.to(tl.int64) * V
+        highest = tl.full((BLOCK,), softcap if CAP else -1e30, tl.float32)
+        total = tl.zeros((BLOCK,), tl.float32)
+        for start in range(0, V, BLOCK):
+            c = start + tl.arange(0, BLOCK)
+            z, _ = softcapped(tl.load(at + c, mask=c < V, other=0.0).to(tl.float32), softcap, CAP)
+            if not CAP:
+                higher = tl.maximum(highest, tl.where(c < V, z, -1e30))
+                total *= tl.exp(highest - higher)
+                highest = higher
+            total += tl.where(c < V, tl.exp(z - highest), 0.0)
+        top = tl.max(highest, axis=0)
+        log_sum = top + tl.log(tl.sum(total * tl.exp(highest - top), axis=0))
+        target = tl.load(targets + row)
+        z, _ = softcapped(tl.load(at + tl.maximum(target, 0)).to(tl.float32), softcap, CAP)
+        tl.store(lse + row, log_sum)
+        tl.store(loss + row, tl.where(target >= 0, log_sum - z, 0.0))
+
+    @triton.jit
+    def cross_entropy_gradient(logits, targets, lse, out, cols, N, V, softcap, scale, CAP: tl.constexpr, FP8: tl.constexpr,
+                               BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr):
+        """Gradient of the summed loss for the logits before the softcap, (N, V); out may be logits itself in bf16."""
+        quad, c = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
+        word = tl.zeros((BLOCK_N, BLOCK_V), tl.uint32)
+        for j in tl.static_range(4):
+            n = 4 * quad + j
+            at, mask = n.to(tl.int64)[:, None] * V + c[None, :], (n < N)[:, None] & (c < V)[None, :]
+            z, t = softcapped(tl.load(logits + at, mask=mask, other=0.0).to(tl.float32), softcap, CAP)
+            target = tl.load(targets + n, mask=n < N, other=-1)[:, None]
+            g = tl.exp(z - tl.load(lse + n, mask=n < N, other=0.0)[:, None]) - tl.where(c[None, :] == target, 1.0, 0.0)
+            if CAP:
+                g *= 1.0 - t * t
+            g = tl.where(target >= 0, g, 0.0)
+            if FP8:
+                q = as_fp8(g, scale, out, 57344.0)
+                tl.store(out + at, q, mask=mask)
+                word |= as_byte(q, j)
+            else:
+                tl.store(out + at, g.to(tl.bfloat16), mask=mask)
+        if FP8:
+            across, mask = c.to(tl.int64)[:, None] * (N // 4) + quad[None, :], (c < V)[:, None] & (4 * quad < N)[None, :]
+            tl.store(cols + across, tl.trans(word), mask=mask)
 
 
-def matmul_operand(x, dtype):
-    """x rounded to `dtype`; a CPU keeps those values in fp32, once for all the matmuls they go into."""
-    return x.to(dtype) if x.is_cuda else x.to(dtype).float()
+def use_kernels(x):
+    """Whether a tensor is one for the kernels: on a GPU, or anywhere in Triton's interpreter, for tests."""
+    return triton is not None and (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")
 
 
-def matmul(a, b, out=None):
-    """a @ b of bf16 matrices with fp32 accumulation, in bf16; or added onto `out` (fp32).
+class Fp8(NamedTuple):
+    """An FP8 matrix and the factor (one fp32 element) that its values must be multiplied by."""
 
-    A CPU multiplies in fp32, which holds the same products exactly and is fast on every CPU.
+    data: torch.Tensor
+    inverse_scale: torch.Tensor
+
+
+class Scaling(NamedTuple):
+    """How one tensor is quantized: one-element fp32 tensors scale, 1 / scale, amax (raised in place; None: not wanted)."""
+
+    scale: torch.Tensor
+    inverse: torch.Tensor
+    amax: torch.Tensor
+    dtype: torch.dtype
+
+
+@functools.cache
+def te_gemm():
+    """TE's FP8 matmul as function(a, b, dtype, out, fast), see matmul(); None where it cannot run: then it is emulated."""
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9):
+        return None
+    try:
+        from transformer_engine.pytorch.cpp_extensions import general_gemm
+        from transformer_engine.pytorch.tensor.storage.float8_tensor_storage import Float8TensorStorage
+    except ImportError:
+        return None
+
+    def operand(x):
+        return Float8TensorStorage(data=x.data.view(torch.uint8), fp8_scale_inv=x.inverse_scale,
+                                   fp8_dtype=te_types()[0][x.data.dtype], fake_dtype=torch.bfloat16)
+
+    # BLAS counts columns where torch counts rows: its first operand is our second
+    return lambda a, b, dtype, out, fast: general_gemm(operand(b), operand(a), dtype, out=out, accumulate=out is not None,
+                                                       layout="TN", use_split_accumulator=not fast)[0]
+
+
+def matmul(a, b, dtype=torch.bfloat16, out=None, fast=False):
+    """a @ b.T with fp32 accumulation, (M, K) and (N, K): both Fp8 (K contiguous), or both bf16 (transposed views too).
+
+    Args:
+        dtype: of the result; `out`, fp32 (M, N), is added onto instead.
+        fast: FP8 sums stay in the tensor cores, as TE has it for forward passes; else they are carried on in fp32.
+    A CPU multiplies in fp32, which holds the same products exactly, and returns fp32: its caller rounds, if at all.
     """
-    if a.is_cuda:
-        return a @ b if out is None else torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
-    with torch.autocast("cpu", enabled=False):  # which would make the matmul bf16 again
-        return a.float() @ b.float() if out is None else out.addmm_(a.float(), b.float())
+    scale = None
+    if isinstance(a, Fp8):
+        if a.data.is_cuda and te_gemm():
+            return te_gemm()(a, b, dtype if out is None else out.dtype, out, fast)
+        # Emulated: exact products of the values, scaled after the sum
+        scale, a, b = a.inverse_scale * b.inverse_scale, a.data.float(), b.data.float()
+    if a.is_cuda and scale is None:
+        if out is not None:
+            return torch.addmm(out, a, b.t(), out_dtype=torch.float32, out=out)
+        return a @ b.t() if dtype == a.dtype else torch.mm(a, b.t(), out_dtype=dtype)
+    with torch.autocast(a.device.type, enabled=False):  # which would make the matmul bf16 again
+        if scale is None:
+            return a.float() @ b.float().t() if out is None else out.addmm_(a.float(), b.float().t())
+        product = (a @ b.t()) * scale
+        return product if out is None else out.add_(product)
+
+
+@functools.cache
+def te_types():
+    """TE's enumeration of number formats by torch's dtype, and its module of kernels."""
+    import transformer_engine_torch
+    from transformer_engine.pytorch.constants import DType
+    return {torch.float8_e4m3fn: DType.kFloat8E4M3, torch.float8_e5m2: DType.kFloat8E5M2}, transformer_engine_torch
+
+
+def quantize(x, s, colwise=True):
+    """x (M, K) as matmul operands (rows, cols): itself and its transpose, in FP8 by Scaling s, or bf16 views (s None)."""
+    if s is None:
+        return x, x.t()
+    if x.is_cuda and te_gemm():
+        from transformer_engine.pytorch import Float8Quantizer
+        amax = torch.empty_like(s.scale) if s.amax is None else s.amax
+        q = Float8Quantizer(s.scale, amax, te_types()[0][s.dtype], columnwise=colwise)(x)
+        return Fp8(q._data.view(s.dtype), s.inverse), Fp8(q._transpose.view(s.dtype), s.inverse) if colwise else None
+    top = torch.finfo(s.dtype).max
+    q = (x.float() * s.scale).clamp_(-top, top).to(s.dtype)
+    if s.amax is not None:
+        s.amax.copy_(torch.maximum(s.amax, x.detach().abs().max().float()))
+    q = q.float()  # which is what is multiplied where there is no FP8
+    return Fp8(q, s.inverse), Fp8(q.t(), s.inverse) if colwise else None
+
+
+def transposed(y):
+    """A row-wise operand as the operand of a sum over its rows."""
+    if not isinstance(y, Fp8):
+        return y.t()
+    if not y.data.is_cuda or not te_gemm():
+        return Fp8(y.data.t(), y.inverse_scale)
+    kinds, tex = te_types()
+    return Fp8(tex.fp8_transpose(y.data.view(torch.uint8), kinds[y.data.dtype], out=None).view(y.data.dtype), y.inverse_scale)
+
+
+def weight_operand(weight, scaling, first, cache):
+    """A weight as matmul operands (rows, cols), by scaling(weight) in FP8, or in bf16 where that is None.
+
+    first: True in a step's first micro-batch, which fills the cache, False in the others, which use it; None: made anew.
+    """
+    if first is False and weight in cache:
+        return cache[weight]
+    w = weight.detach()
+    s = scaling(w)
+    if s is not None:
+        made = quantize(w, s)
+    else:
+        w = w.bfloat16() if w.is_cuda else w.bfloat16().float()  # a CPU multiplies these values in fp32
+        made = w, w.t()
+    if first is not None:
+        cache[weight] = made
+    return made
+
+
+def current_scaling(x, dtype):
+    """Scaling by the tensor's own amax, so that its largest value becomes the format's; 1 for a tensor of zeros."""
+    amax = torch.linalg.vector_norm(x.detach(), math.inf, dtype=torch.float32).reshape(1)
+    scale = torch.where(amax > 0, torch.finfo(dtype).max / amax, torch.ones_like(amax))
+    return Scaling(scale, 1.0 / scale, None, dtype)
+
+
+class AddNorm(torch.autograd.Function):
+    """RMSNorm(x + delta) * gain in bf16, and nothing else in between (delta may be None)."""
+
+    @staticmethod
+    def forward(ctx, x, delta, gain, eps):
+        stream, y, rstd = add_norm(x, delta, gain, eps, None)
+        ctx.save_for_backward(stream, gain, rstd)
+        ctx.add = delta is not None
+        return y.view(x.shape)
+
+    @staticmethod
+    def backward(ctx, dy):
+        stream, gain, rstd = ctx.saved_tensors
+        dx, dgain = add_norm_grad(dy.flatten(0, -2), stream, gain, rstd, None)
+        dx = dx.view(dy.shape)
+        return dx, dx if ctx.add else None, dgain, None
+
+
+def add_norm(x, delta, gain, eps, s):
+    """stream (N, C) = x + delta, y = RMSNorm(stream) * gain (bf16, or FP8 by Scaling s), rstd (N,) fp32."""
+    x = x.flatten(0, -2)
+    N, C = x.shape
+    stream = x if delta is None else torch.empty(N, C, dtype=torch.bfloat16, device=x.device)
+    y = torch.empty(N, C, dtype=torch.bfloat16 if s is None else s.dtype, device=x.device)
+    rstd = torch.empty(N, dtype=torch.float32, device=x.device)
+    rows = 4
+    add_norm_forward[(triton.cdiv(N, rows),)](x, x if delta is None else delta, gain, stream, y, rstd, s and s.scale, s and s.amax,
+                                              N, C, eps, delta is not None, s is not None, rows, triton.next_power_of_2(C))
+    return stream, y if s is None else Fp8(y, s.inverse), rstd
+
+
+def add_norm_grad(dy, stream, gain, rstd, residual):
+    """Gradients of stream (N, C) and gain (C,)."""
+    N, C = stream.shape
+    rows = 16
+    dx, partial = torch.empty_like(stream), torch.empty(triton.cdiv(N, rows), C, dtype=torch.float32, device=dy.device)
+    add_norm_backward[(len(partial),)](dy, stream, gain, rstd, dx if residual is None else residual, dx, partial, N, C,
+                                       residual is not None, rows, triton.next_power_of_2(C), num_warps=8)
+    return dx, partial.sum(0).to(gain.dtype)
+
+
+def words(cols):
+    """An FP8 matrix (K, M) as the kernels write it, (K, M / 4) words; None for None."""
+    return None if cols is None else cols.view(torch.int32)
+
+
+def weight_gradient(dy_cols, x_cols, weight, in_place):
+    """dy.T @ x for a weight, from both operands' transposes; added onto weight.grad, and None returned, if in_place."""
+    if in_place and weight.grad is not None:
+        matmul(dy_cols, x_cols, out=weight.grad)
+        return None
+    return matmul(dy_cols, x_cols, weight.dtype)
+
+
+class FusedQKV(torch.autograd.Function):
+    """The block's first part: x + delta -> RMSNorm -> q, k, v -> RoPE and QK norm.
+
+    Arguments: x, delta (B, T, C) bf16 (delta, the block before's MLP, may be None), gain (C,), weight (3C, C), and `p`,
+    what FusedPass.qkv() gives. Returns the stream x + delta, and q, k, v, each (B, T, H, D), parts of one tensor, which attention
+    takes as it is (TE's layout bs3hd).
+    """
+
+    @staticmethod
+    def forward(ctx, x, delta, gain, weight, p):
+        B, T, C = x.shape
+        stream, y, rstd = add_norm(x, delta, gain, p.eps, p.input)
+        qkv = matmul(y, p.weight[0], fast=True)                                        # (N, 3C)
+        rope_rstd = rope_qk_norm_in_place(qkv, p.cos, p.sin, T, p.n_head, p.eps)
+        ctx.p, ctx.add = p, delta is not None
+        ctx.save_for_backward(stream, gain, rstd, weight, qkv, rope_rstd, y if p.input is None else y.data)
+        return stream.view(B, T, C), *qkv.view(B, T, 3, p.n_head, C // p.n_head).unbind(2)
+
+    @staticmethod
+    def backward(ctx, d_stream, dq, dk, dv):
+        stream, gain, rstd, weight, qkv, rope_rstd, y = ctx.saved_tensors
+        p, (N, C3) = ctx.p, qkv.shape
+        d_rows, d_cols = rope_qk_norm_grad(dq, dk, dv, qkv, rope_rstd, p)
+        dy = matmul(d_rows, p.weight[1])
+        dx, dgain = add_norm_grad(dy, stream, gain, rstd, d_stream)
+        dw = weight_gradient(d_cols, transposed(y if p.input is None else Fp8(y, p.input.inverse)), weight, p.in_place)
+        if p.last:  # every gradient of this pass is quantized
+            p.last()
+        dx = dx.view(d_stream.shape)
+        return dx, dx if ctx.add else None, dgain, dw, None
+
+
+def rope_qk_norm_in_place(qkv, cos, sin, T, n_head, eps):
+    """rope_qk_norm of qkv (N, 3C) bf16 in place; returns 1 / RMS of each head of q and k, (N * 2 * n_head,) fp32."""
+    N, C3 = qkv.shape
+    rstd = torch.empty(N * 2 * n_head, dtype=torch.float32, device=qkv.device)
+    rope_qk_norm_forward[(triton.cdiv(len(rstd), 16),)](qkv, cos, sin, rstd, len(rstd), T, 2 * n_head, C3, eps, C3 // 6 // n_head, 16)
+    return rstd
+
+
+def rope_qk_norm_grad(dq, dk, dv, qkv, rstd, p):
+    """The gradient of what went into RoPE and QK norm, from their outputs qkv (N, 3C): operands (rows, cols).
+
+    p: cos, sin, and grad, the Scaling of the result or None for bf16, which takes the place of dq, dk, dv where they are parts of
+    one tensor, as attention returns them.
+    """
+    B, T, H, D = dq.shape
+    N, C3 = qkv.shape
+    packed = qkv.view(B, T, 3, H, D)
+    together = all(g.stride() == packed.stride()[:2] + packed.stride()[3:] and g.data_ptr() == dq.data_ptr() + i * H * D * 2
+                   and g.untyped_storage().data_ptr() == dq.untyped_storage().data_ptr() for i, g in enumerate((dq, dk, dv)))
+    grad = (dq.as_strided(packed.shape, packed.stride()) if together else torch.stack((dq, dk, dv), dim=2)).view(N, C3)
+    fp8 = p.grad is not None
+    rows = torch.empty(N, C3, dtype=p.grad.dtype, device=grad.device) if fp8 else grad
+    cols = torch.empty(C3, N, dtype=p.grad.dtype, device=grad.device) if fp8 else None
+    rope_qk_norm_backward[(triton.cdiv(N, 64), (3 if fp8 else 2) * H)](
+        grad, qkv, p.cos, p.sin, rstd, rows, words(cols), p.grad and p.grad.scale, p.grad and p.grad.amax, N, T, 2 * H, C3, fp8,
+        D // 2, 16)
+    return (Fp8(rows, p.grad.inverse), Fp8(cols, p.grad.inverse)) if fp8 else (grad, grad.t())
+
+
+class RopeQKNorm(torch.autograd.Function):
+    """rope_qk_norm in place of qkv (B, T, 3C), whose own values nothing needs any more, for blocks of TE's modules."""
+
+    @staticmethod
+    def forward(ctx, qkv, cos, sin, n_head, eps):
+        B, T, C3 = qkv.shape
+        qkv = qkv.detach().view(B * T, C3)
+        ctx.save_for_backward(qkv, rope_qk_norm_in_place(qkv, cos, sin, T, n_head, eps), cos, sin)
+        return qkv.view(B, T, 3, n_head, C3 // 3 // n_head).unbind(2)
+
+    @staticmethod
+    def backward(ctx, dq, dk, dv):
+        qkv, rstd, cos, sin = ctx.saved_tensors
+        rows, _ = rope_qk_norm_grad(dq, dk, dv, qkv, rstd, SimpleNamespace(cos=cos, sin=sin, grad=None))
+        return rows.view(*dq.shape[:2], -1), None, None, None, None
+
+
+class FusedMLP(torch.autograd.Function):
+    """The block's second part: attention's output -> projection, residual -> RMSNorm -> MLP with relu^2.
+
+    Arguments: o (B, T, C) attention's output, x (B, T, C) the stream, both bf16; proj (C, C), gain (C,), fc1 (4C, C), fc2 (C, 4C),
+    and `p`, what FusedPass.mlp() gives. Returns the stream x + proj(o), and the MLP's output, which the next part adds.
+    Kept for the backward pass: o and the norm's output (in FP8 as quantized), the stream, and relu^2's input; in FP8 relu^2 is
+    quantized once more for the weight gradient, by the same scale, rather than kept.
+    """
+
+    @staticmethod
+    def forward(ctx, o, x, proj, gain, fc1, fc2, p):
+        B, T, C = x.shape
+        o = o.view(B * T, C)
+        o_rows, _ = quantize(o, p.o, colwise=False)
+        stream, y, rstd = add_norm(x, matmul(o_rows, p.proj[0], fast=True), gain, p.eps, p.input)
+        u = matmul(y, p.fc1[0], fast=True)                                             # (N, 4C)
+        a = torch.empty(u.shape, dtype=u.dtype if p.a is None else p.a.dtype, device=u.device)
+        relu2_forward[(triton.cdiv(u.numel(), 8192),)](u, a, p.a and p.a.scale, p.a and p.a.amax, u.numel(), p.a is not None,
+                                                       8192, num_warps=8)
+        out = matmul(a if p.a is None else Fp8(a, p.a.inverse), p.fc2[0], fast=True)
+        ctx.p = p
+        ctx.save_for_backward(o if p.o is None else o_rows.data, stream, gain, rstd, u, proj, fc1, fc2,
+                              *((y, a) if p.a is None else (y.data, None)))
+        return stream.view(B, T, C), out.view(B, T, C)
+
+    @staticmethod
+    def backward(ctx, d_stream, d_out):
+        o, stream, gain, rstd, u, proj, fc1, fc2, y, a = ctx.saved_tensors
+        p, shape = ctx.p, d_out.shape
+        M, K = u.shape
+        d_rows, d_cols = quantize(d_out.flatten(0, 1), p.d_out)
+        da = matmul(d_rows, p.fc2[1])
+        fp8 = p.d_u is not None
+        du = torch.empty(M, K, dtype=p.d_u.dtype, device=u.device) if fp8 else da
+        du_cols = torch.empty(K, M, dtype=p.d_u.dtype, device=u.device) if fp8 else None
+        a_cols = torch.empty(K, M, dtype=p.a.dtype, device=u.device) if fp8 else None
+        relu2_backward[(triton.cdiv(M, 64), triton.cdiv(K, 128))](
+            da, u, du, words(du_cols), words(a_cols), p.d_u and p.d_u.scale, p.d_u and p.d_u.amax, p.a and p.a.scale, M, K, fp8,
+            16, 128)
+        if fp8:
+            du, du_cols, a_cols = Fp8(du, p.d_u.inverse), Fp8(du_cols, p.d_u.inverse), Fp8(a_cols, p.a.inverse)
+        else:
+            du_cols, a_cols = du.t(), a.t()
+        dw2 = weight_gradient(d_cols, a_cols, fc2, p.in_place)
+        dy = matmul(du, p.fc1[1])
+        dx, dgain = add_norm_grad(dy, stream, gain, rstd, d_stream.flatten(0, 1))
+        dw1 = weight_gradient(du_cols, transposed(Fp8(y, p.input.inverse) if fp8 else y), fc1, p.in_place)
+        d_rows, d_cols = quantize(dx, p.d_proj)
+        do = matmul(d_rows, p.proj[1])
+        dwp = weight_gradient(d_cols, transposed(o if p.o is None else Fp8(o, p.o.inverse)), proj, p.in_place)
+        return do.view(shape), dx.view(shape), dwp, dgain, dw1, dw2, None
+
+
+class FusedPass:
+    """One micro-batch's way through the fused blocks: which layers run in FP8, by which scales, with which weights.
+
+    Delayed scaling's state is TE's own, held by the layers: their scales are copied here, since TE updates them in
+    place when the pass ends, and the kernels raise the live amaxes.
+    """
+
+    def __init__(self, model, x, first, in_place):
+        self.te, self.first, self.in_place, self.cache = model.te, first, in_place, model.weight_cache
+        held = []
+        for layer, gemms in ((layer, n) for b in model.blocks for layer, n in ((b.attn.qkv, 1), (b.attn.proj, 1), (b.mlp, 2))):
+            with model.te.autocast(enabled=False) if getattr(layer, "in_bf16", False) else contextlib.nullcontext():
+                layer.prepare_forward(x, num_gemms=gemms)  # TE's registration of the layer's scales
+                layer.end_forward()
+            if layer.fp8:
+                held += [(layer, key, layer.fp8_meta[key]) for key in ("scaling_fwd", "scaling_bwd")]
+        self.scales, offset = {}, 0
+        if held:
+            scale = torch.cat([state.scale for *_, state in held])
+            inverse = scale.reciprocal()[:, None].repeat(1, 4)  # 16 bytes apart: cuBLAS wants them so aligned
+            for layer, key, state in held:
+                n = len(state.scale)
+                self.scales[layer, key] = scale[offset:offset + n], inverse[offset:offset + n], state.amax_history[0]
+                offset += n
+
+    def scaling(self, layer, key, i):
+        """Scaling of a layer's i-th tensor, or None if the layer runs in bf16."""
+        if (layer, key) not in self.scales:
+            return None
+        scale, inverse, amax = self.scales[layer, key]
+        return Scaling(scale[i:i + 1], inverse[i, :1], amax[i:i + 1], torch.float8_e4m3fn if key == "scaling_fwd" else torch.float8_e5m2)
+
+    def operand(self, weight, s):
+        return weight_operand(weight, lambda w: s, self.first, self.cache)
+
+    def qkv(self, attn, cos, sin, last):
+        """What FusedQKV needs. TE numbers a layer's tensors: input 0, weight 1 (second matmul: 3, 4); gradients 0 (2)."""
+        layer = attn.qkv
+        return SimpleNamespace(eps=attn.eps, n_head=attn.n_head, cos=cos, sin=sin, in_place=self.in_place, last=last,
+                               input=self.scaling(layer, "scaling_fwd", 0), grad=self.scaling(layer, "scaling_bwd", 0),
+                               weight=self.operand(layer.weight, self.scaling(layer, "scaling_fwd", 1)))
+
+    def mlp(self, attn, mlp):
+        """What FusedMLP needs."""
+        proj = attn.proj
+        return SimpleNamespace(eps=attn.eps, in_place=self.in_place,
+                               o=self.scaling(proj, "scaling_fwd", 0), d_proj=self.scaling(proj, "scaling_bwd", 0),
+                               proj=self.operand(proj.weight, self.scaling(proj, "scaling_fwd", 1)),
+                               input=self.scaling(mlp, "scaling_fwd", 0), d_u=self.scaling(mlp, "scaling_bwd", 0),
+                               a=self.scaling(mlp, "scaling_fwd", 3), d_out=self.scaling(mlp, "scaling_bwd", 2),
+                               fc1=self.operand(mlp.fc1_weight, self.scaling(mlp, "scaling_fwd", 1)),
+                               fc2=self.operand(mlp.fc2_weight, self.scaling(mlp, "scaling_fwd", 4)))
+
+
+# -----------------------------------------------------------------------------------------------------
+# Loss: head, softcap and cross-entropy in chunks, so that all logits never exist at once
 
 
 def softcap_cross_entropy(logits, targets, softcap):
     """Summed cross-entropy of softcapped logits. logits (N, V), targets (N,) int64, -1 ignored. Scalar fp32."""
+    if use_kernels(logits):
+        return cross_entropy_kernels(logits, targets, softcap)[0]
     z = logits.float()
     if softcap:
         z = torch.tanh(z / softcap) * softcap
@@ -939,11 +1480,19 @@ def softcap_cross_entropy(logits, targets, softcap):
     return ((torch.logsumexp(z, dim=1) - picked) * (targets >= 0)).sum()
 
 
-def softcap_cross_entropy_and_grad(logits, targets, softcap):
-    """The summed loss as above, and its gradient for the logits before the softcap, (N, V) in the logits' dtype.
+def softcap_cross_entropy_and_grad(logits, targets, softcap, s=None):
+    """The summed loss as above, and its gradient for the logits before the softcap as matmul operands, (N, V) and (V, N).
 
-    Overwrites fp32 logits: in-place operations halve the time of the eager version, and cost the compiled one nothing.
+    The gradient is in the logits' dtype (in their place), or in FP8 by Scaling s.
     """
+    if use_kernels(logits):
+        loss, lse = cross_entropy_kernels(logits, targets, softcap)
+        N, V = logits.shape
+        rows = logits if s is None else torch.empty(N, V, dtype=s.dtype, device=logits.device)
+        cols = None if s is None else torch.empty(V, N, dtype=s.dtype, device=logits.device)
+        cross_entropy_gradient[(triton.cdiv(N, 64), triton.cdiv(V, 128))](
+            logits, targets, lse, rows, words(cols), N, V, softcap or 1.0, LOGIT_GRAD_SCALE, softcap > 0, s is not None, 16, 128)
+        return loss, (rows, rows.t()) if s is None else (Fp8(rows, s.inverse), Fp8(cols, s.inverse))
     z = logits.float()
     if softcap:
         t = z.div_(softcap).tanh_()
@@ -953,13 +1502,21 @@ def softcap_cross_entropy_and_grad(logits, targets, softcap):
     loss = ((lse - z.gather(1, index)[:, 0]) * valid).sum()
     # d loss / d z = softmax(z) - onehot(target);  d z / d logits = 1 - tanh^2
     grad = z.sub_(lse[:, None]).exp_()
-    if torch.compiler.is_compiling():  # fuses into one kernel, where scatter would not
-        grad = grad - (torch.arange(grad.shape[1], device=grad.device) == index).float()
-    else:
-        grad.scatter_add_(1, index, torch.full_like(index, -1, dtype=grad.dtype))
+    grad.scatter_add_(1, index, torch.full_like(index, -1, dtype=grad.dtype))
     if softcap:
         grad = grad.mul_(t.square_().neg_().add_(1))
-    return loss, grad.mul_(valid[:, None]).to(logits.dtype)
+    return loss, quantize(grad.mul_(valid[:, None]).to(logits.dtype), s)
+
+
+def cross_entropy_kernels(logits, targets, softcap):
+    """Summed loss (scalar fp32) and the log-sum-exp of each row (N,) fp32."""
+    N, V = logits.shape
+    loss, lse = torch.empty(2, N, dtype=torch.float32, device=logits.device)
+    cross_entropy_loss[(N,)](logits, targets, loss, lse, V, softcap or 1.0, softcap > 0, 4096, num_warps=8)
+    return loss.sum(), lse
+
+
+LOGIT_GRAD_SCALE = 2.0 ** 15  # gradients of logits are within [-1, 1] by nature: a fixed power of two serves E5M2
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
@@ -968,43 +1525,50 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     With recompute=False the gradients of h and weight are formed chunk by chunk in the forward pass, while the
     logits are there anyway; with True the forward pass keeps nothing and the backward pass makes the logits again.
 
-    forward arguments: h (N, C) bf16, weight (V, C), targets (N,) int64 with -1 ignored, softcap (0: none).
+    forward arguments: h (N, C) bf16, weight (V, C), targets (N,) int64 with -1 ignored, operand: the weight's matmul
+    operands, Fp8 for FP8 matmuls (h by its amax, gradients of logits by LOGIT_GRAD_SCALE), softcap (0: none).
     """
 
     @staticmethod
-    def forward(ctx, h, weight, targets, softcap, chunk, recompute, kernels):
-        w = matmul_operand(weight, h.dtype)
-        ctx.arguments = softcap, chunk, kernels
+    def forward(ctx, h, weight, targets, operand, softcap, chunk, recompute, in_place):
+        ctx.arguments, ctx.in_place = (operand, softcap, chunk), in_place
         needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         if needs_grad and not recompute:
-            loss, dh, dw = ChunkedCrossEntropy.loss_and_grads(h, w, targets, softcap, chunk, kernels)
-            ctx.grads = dh, dw.to(weight.dtype)
+            loss, *ctx.grads = ChunkedCrossEntropy.loss_and_grads(h, targets, operand, softcap, chunk)
+            ctx.save_for_backward(weight)
             return loss
         if needs_grad:
-            ctx.save_for_backward(h, weight, targets)
-        return sum(kernels.loss(matmul(hc, w.t()), tc, softcap) for hc, tc in zip(h.split(chunk), targets.split(chunk)))
+            ctx.save_for_backward(weight, h, targets)
+        s = current_scaling(h, torch.float8_e4m3fn) if isinstance(operand[0], Fp8) else None
+        return sum(softcap_cross_entropy(matmul(quantize(hc, s, colwise=False)[0], operand[0]), tc, softcap)
+                   for hc, tc in zip(h.split(chunk), targets.split(chunk)))
 
     @staticmethod
-    def loss_and_grads(h, w, targets, softcap, chunk, kernels):
+    def loss_and_grads(h, targets, operand, softcap, chunk):
         """Loss, its gradient for h (N, C) bf16, and for the weight (V, C) fp32."""
-        loss = torch.zeros((), device=h.device)
-        dh, dw = torch.empty_like(h), torch.zeros(w.shape, dtype=torch.float32, device=w.device)
+        s = current_scaling(h, torch.float8_e4m3fn) if isinstance(operand[0], Fp8) else None
+        g = s and Scaling(torch.full_like(s.scale, LOGIT_GRAD_SCALE), torch.full_like(s.scale, 1 / LOGIT_GRAD_SCALE), None, torch.float8_e5m2)
+        loss, dh, dw = torch.zeros((), device=h.device), torch.empty_like(h), None
         for hc, tc, dhc in zip(h.split(chunk), targets.split(chunk), dh.split(chunk)):
-            loss_c, dlogits = kernels.both(matmul(hc, w.t()), tc, softcap)
+            h_rows, h_cols = quantize(hc, s)
+            loss_c, (g_rows, g_cols) = softcap_cross_entropy_and_grad(matmul(h_rows, operand[0]), tc, softcap, g)
             loss += loss_c
-            dhc.copy_(matmul(dlogits, w))
-            matmul(dlogits.t(), hc, out=dw)
+            dhc.copy_(matmul(g_rows, operand[1]))
+            dw = matmul(g_cols, h_cols, torch.float32) if dw is None else matmul(g_cols, h_cols, out=dw)
         return loss, dh, dw
 
     @staticmethod
     def backward(ctx, grad_loss):
-        if ctx.saved_tensors:
-            h, weight, targets = ctx.saved_tensors
-            _, dh, dw = ChunkedCrossEntropy.loss_and_grads(h, matmul_operand(weight, h.dtype), targets, *ctx.arguments)
-            dw = dw.to(weight.dtype)
+        weight, *rest = ctx.saved_tensors
+        dh, dw = ChunkedCrossEntropy.loss_and_grads(*rest, *ctx.arguments)[1:] if rest else ctx.grads
+        ctx.grads = None
+        dh.mul_(grad_loss)
+        if ctx.in_place and weight.grad is not None:
+            weight.grad.addcmul_(dw, grad_loss)
+            dw = None
         else:
-            (dh, dw), ctx.grads = ctx.grads, None
-        return dh.mul_(grad_loss), dw.mul_(grad_loss), None, None, None, None, None
+            dw = dw.mul_(grad_loss).to(weight.dtype)
+        return dh, dw, None, None, None, None, None, None
 
 
 # =====================================================================================================
@@ -1121,11 +1685,26 @@ def dion_muon(choice, device):
         from dion import Muon
     except ImportError as error:
         why = f"Dion cannot be imported ({error})"
-    if not why and device.type == "cpu" and not any(map(shutil.which, filter(None, (os.environ.get("CXX"), "g++", "clang++")))):
+    if not why and device.type == "cpu" and not any(map(shutil.which, filter(None, (os.environ.get("Cscale, fp8 and p.grad.scale"), "g++", "clang++")))):
         why = "Dion compiles its kernels and there is no C++ compiler"
     if why and choice == "dion":
         raise UserError(f"muon_impl=dion, but {why}: install requirements.txt, or --muon_impl=auto")
     return (None, why) if why else (Muon, "")
+
+
+def polar_express(G, epsilon=1e-6):
+    """Dion's orthogonalisation of the same name (arXiv 2505.16932), of matrices (..., m, n), with nothing to compile.
+
+    Each polynomial's sums are part of its matmuls. Dion's Triton kernels for it autotune for minutes (results/NOTES.md).
+    """
+    from dion.polar_express import _POLAR_EXPRESS_COEFFS
+    X = G.bfloat16().reshape(-1, *G.shape[-2:])
+    X = X / (X.norm(dim=(-2, -1), keepdim=True) * 1.02 + epsilon)
+    wide = X.mT if X.shape[-2] > X.shape[-1] else X
+    for a, b, c in _POLAR_EXPRESS_COEFFS:
+        A = wide @ wide.mT
+        wide = torch.baddbmm(wide, torch.baddbmm(A, A, A, beta=b, alpha=c), wide, beta=a)
+    return (wide.mT if X.shape[-2] > X.shape[-1] else wide).reshape(G.shape)
 
 
 class Optimizers:
@@ -1149,14 +1728,15 @@ class Optimizers:
 
         # Taken before Dion turns its groups' "lr" into device tensors
         self.base_lr = {g["name"]: g["lr"] for g in muon_groups + adam_groups}
+        # Compiling Dion's update takes half a minute of a first start, and saves milliseconds a step (results/NOTES.md)
+        self.compiled = cfg.USE_COMPILE is True
 
         Muon, why = dion_muon(cfg.muon_impl, procs.device)
         if Muon is not None:
             torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)  # Dion's many shapes
             # Dion shares the work out: by the mesh where parameters are sharded, by the group where they are whole.
-            # Without its Triton kernels (use_triton): with them the first start took minutes (results/NOTES.md).
             mesh = procs.mesh if sharded else procs.mesh.get_group() if procs.world_size > 1 else None
-            self.muon = Muon(muon_groups, mesh, nesterov=True, adjust_lr="spectral_norm")
+            self.muon = Muon(muon_groups, mesh, nesterov=True, adjust_lr="spectral_norm", newton_schulz_func=polar_express)
             self.description = "Muon by Dion"
         else:
             self.muon = TorchMuon(muon_groups)
@@ -1190,8 +1770,9 @@ class Optimizers:
         return dict(lr_muon=lr["qkv"], lr_embed=lr["embed"], lr_head=lr["head"], momentum=momentum)
 
     def step(self):
-        for optimizer in self.all:
-            optimizer.step()
+        with torch.compiler.set_stance("default" if self.compiled else "force_eager"):
+            for optimizer in self.all:
+                optimizer.step()
 
     def zero_grad(self):
         for optimizer in self.all:
@@ -1322,6 +1903,8 @@ class Parallel:
         if self.wrapper == "fsdp2":
             self.model.set_requires_gradient_sync(last)
             self.model.set_is_last_backward(last)
+        # Where nothing waits for a gradient, matmuls may add it onto .grad themselves
+        self.model.in_place = self.wrapper == "none" or self.wrapper == "ddp" and not last
         with self.module.no_sync() if self.wrapper == "ddp" and not last else contextlib.nullcontext():
             yield
 

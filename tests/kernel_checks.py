@@ -1,0 +1,224 @@
+"""train.py's Triton kernels against plain torch. On a GPU if there is one, else in Triton's interpreter (tests/test_kernels.py
+starts it: TRITON_INTERPRET=1 must be set before train.py is imported)."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import train
+
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+if not torch.cuda.is_available():
+    # The interpreter's own casts cut bits off where a GPU rounds to nearest
+    from triton.runtime import interpreter
+
+    TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8e4nv": E4M3, "fp8e5": E5M2}
+    WORDS = {1: torch.uint8, 2: torch.uint16, 4: torch.uint32}
+
+    def convert(x, source, target, rounding):
+        source, target = TYPES[str(source)], TYPES[str(target)]
+        x = torch.from_numpy(x.copy()).view(source) if x.dtype.kind == "u" else torch.from_numpy(x.copy()).to(source)
+        return x.to(target).view(WORDS[target.itemsize]).numpy()
+
+    interpreter._convert_float = convert
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+B, T, H, D = (2, 32, 3, 16) if DEVICE == "cpu" else (2, 512, 10, 128)
+C, N = H * D, B * T
+SIZE = 0.2 * (48 / C) ** 0.5  # of weights: products keep their size at any width
+
+
+def randn(*shape, seed=0, dtype=torch.bfloat16):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+
+
+def scaling(scale, dtype):
+    scale = torch.full((1,), float(scale), device=DEVICE)
+    return train.Scaling(scale, 1 / scale, torch.zeros(1, device=DEVICE), dtype)
+
+
+def cast(x, s):
+    """What quantizing fp32 x by Scaling s gives, in torch's own casts."""
+    top = torch.finfo(s.dtype).max
+    return (x.float() * s.scale).clamp(-top, top).to(s.dtype)
+
+
+def relative(a, b):
+    return ((a.double() - b.double()).norm() / b.double().norm()).item()
+
+
+def near(a, b, share=0.01):
+    """FP8 tensors that differ in few elements: sums in another order put some across a rounding boundary."""
+    return (a.float() != b.float()).float().mean().item() <= share
+
+
+def norm_reference(x, gain, eps=1e-6):
+    x = x.float()
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * gain
+
+
+def tables():
+    angle = torch.outer(torch.arange(T).double(), 10000.0 ** (-torch.arange(D // 2).double() / (D // 2)))
+    return angle.cos().float().to(DEVICE), angle.sin().float().to(DEVICE)
+
+
+@pytest.mark.parametrize("add", [False, True])
+@pytest.mark.parametrize("fp8", [False, True])
+def test_add_norm_and_its_gradient(add, fp8):
+    x, delta, dy, residual = (randn(N, C, seed=i) for i in range(4))
+    gain = 1 + 0.1 * randn(C, seed=5, dtype=torch.float32)
+    s = scaling(250.0, E4M3) if fp8 else None
+    stream, y, rstd = train.add_norm(x, delta if add else None, gain, 1e-6, s)
+    reference = (x.float() + delta.float()).bfloat16() if add else x
+    leaf, g = reference.float().requires_grad_(), gain.clone().requires_grad_()
+    expected = norm_reference(leaf, g)
+    assert torch.equal(stream, reference)
+    assert relative(rstd, torch.rsqrt(reference.float().square().mean(-1) + 1e-6)) < 1e-6
+    if fp8:
+        assert near(y.data, cast(expected, s)) and relative(s.amax, expected.detach().abs().max()) < 1e-5
+        assert (y.data.float() == 448).any()  # the scale is one that saturates some
+    else:
+        assert relative(y, expected) < 3e-3
+    dx, dgain = train.add_norm_grad(dy, stream, gain, rstd, residual if add else None)
+    expected.backward(dy.float())
+    assert relative(dx, leaf.grad + (residual.float() if add else 0)) < 4e-3
+    assert relative(dgain, g.grad) < 1e-4
+    y_cols = train.transposed(y)
+    assert torch.equal((y_cols.data if fp8 else y_cols).t().float(), (y.data if fp8 else y).float())
+
+
+@pytest.mark.parametrize("shape", [(64, 128), (48, 80)])
+@pytest.mark.parametrize("dtype", [E4M3, E5M2])
+@pytest.mark.parametrize("source", [torch.bfloat16, torch.float32])
+def test_quantize(shape, dtype, source):
+    x = randn(*shape, dtype=source)
+    x[0, :4] = torch.tensor([0.0, 1e9, -1e9, float("nan")])
+    s = scaling(64.0, dtype)
+    rows, cols = train.quantize(x, s)
+    expected = cast(x, s)
+    assert torch.equal(rows.data.float().nan_to_num(nan=12345.0), expected.float().nan_to_num(nan=12345.0))
+    assert torch.equal(cols.data.float().nan_to_num(nan=12345.0), rows.data.t().float().nan_to_num(nan=12345.0))
+    if DEVICE == "cuda":  # plain torch has NaN for the amax
+        assert s.amax.item() == torch.tensor(1e9).to(source).item()
+    only_rows, nothing = train.quantize(x, s, colwise=False)
+    assert nothing is None and torch.equal(only_rows.data.view(torch.uint8), rows.data.view(torch.uint8))
+
+
+def test_weight_operand_is_made_once_a_step():
+    weight, cache = torch.nn.Parameter(randn(32, 16, dtype=torch.float32)), {}
+    calls = []
+
+    def by_amax(w):
+        calls.append(1)
+        return train.current_scaling(w, E4M3)
+
+    first = train.weight_operand(weight, by_amax, True, cache)
+    assert train.weight_operand(weight, by_amax, False, cache) is first and len(calls) == 1
+    assert train.weight_operand(weight, by_amax, True, cache) is not first
+    train.weight_operand(weight, by_amax, None, {})
+    assert len(calls) == 3
+    assert first[0].data.float().abs().max() == 448
+
+
+@pytest.mark.parametrize("softcap", [0.0, 15.0])
+@pytest.mark.parametrize("fp8", [False, True])
+def test_cross_entropy(softcap, fp8):
+    V = 200
+    logits = 8 * randn(N, V)
+    targets = torch.randint(V, (N,), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    targets[::7] = -1
+    leaf = logits.float().requires_grad_()
+    z = softcap * torch.tanh(leaf / softcap) if softcap else leaf
+    expected = torch.nn.functional.cross_entropy(z, targets, ignore_index=-1, reduction="sum")
+    expected.backward()
+    assert relative(train.softcap_cross_entropy(logits, targets, softcap), expected) < 1e-5
+    s = scaling(train.LOGIT_GRAD_SCALE, E5M2) if fp8 else None
+    loss, (rows, cols) = train.softcap_cross_entropy_and_grad(logits.clone(), targets, softcap, s)
+    assert relative(loss, expected) < 1e-5
+    if fp8:
+        assert near(rows.data, cast(leaf.grad, s), 0.02) and torch.equal(cols.data.t().float(), rows.data.float())
+        assert (rows.data[::7].float() == 0).all()
+    else:
+        assert relative(rows, leaf.grad) < 4e-3
+
+
+def reference_qkv(x, delta, gain, weight, cos, sin):
+    stream = x + delta
+    q, k, v = (norm_reference(stream, gain) @ weight.t()).view(B, T, 3, H, D).unbind(2)
+
+    def turn(t):
+        a, b = t.chunk(2, dim=-1)
+        c, s = cos[None, :, None], sin[None, :, None]
+        return norm_reference(torch.cat((a * c - b * s, a * s + b * c), -1), 1.0)
+
+    return stream, turn(q), turn(k), v
+
+
+def operands(weight, s):
+    return train.weight_operand(weight, lambda w: s, None, {})
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_first_part_of_a_block(fp8):
+    """bf16 within its rounding; FP8 within its own: E4M3 has 3 bits, E5M2 2, so products are off by 4% and 7% at random."""
+    cos, sin = tables()
+    x, delta = randn(B, T, C), randn(B, T, C, seed=1)
+    gain, weight = 1 + 0.1 * randn(C, seed=2, dtype=torch.float32), SIZE * randn(3 * C, C, seed=3, dtype=torch.float32)
+    grads = [randn(B, T, C, seed=4)] + [randn(B, T, H, D, seed=5 + i) for i in range(3)]
+    leaves = [t.clone().requires_grad_() for t in (x, delta, gain, weight)]
+    E = (lambda scale, t: scaling(scale, t)) if fp8 else (lambda *_: None)
+    called = []
+    p = SimpleNamespace(eps=1e-6, n_head=H, cos=cos, sin=sin, in_place=False, last=lambda: called.append(1),
+                        input=E(90, E4M3), grad=E(2000, E5M2), weight=operands(leaves[3], E(400, E4M3)))
+    outputs = train.FusedQKV.apply(*leaves, p)
+    torch.autograd.backward(outputs, [g.to(o.dtype) for g, o in zip(grads, outputs)])
+    plain = [t.float().clone().requires_grad_() for t in (x, delta, gain, weight)]
+    expected = reference_qkv(*plain, cos, sin)
+    torch.autograd.backward(expected, [g.float() for g in grads])
+    assert called == [1]
+    for ours, theirs in zip(outputs, expected):
+        assert ours.shape == theirs.shape and relative(ours, theirs) < (0.05 if fp8 else 6e-3)
+    for ours, theirs in zip(leaves, plain):
+        assert relative(ours.grad, theirs.grad) < (0.08 if fp8 else 1e-2)
+    assert torch.equal(leaves[0].grad, leaves[1].grad)
+    if fp8:  # every tensor that is quantized tells its amax
+        assert p.input.amax > 0 and p.grad.amax > 0
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_second_part_of_a_block(fp8):
+    o, x = randn(B, T, C), randn(B, T, C, seed=1)
+    proj, fc1, fc2 = (SIZE * randn(*shape, seed=2 + i, dtype=torch.float32) for i, shape in enumerate([(C, C), (4 * C, C), (C, 4 * C)]))
+    gain = 1 + 0.1 * randn(C, seed=7, dtype=torch.float32)
+    grads = randn(B, T, C, seed=8), randn(B, T, C, seed=9)
+    leaves = [t.clone().requires_grad_() for t in (o, x, proj, gain, fc1, fc2)]
+    E = (lambda scale, t: scaling(scale, t)) if fp8 else (lambda *_: None)
+    p = SimpleNamespace(eps=1e-6, in_place=False, o=E(90, E4M3), d_proj=E(1000, E5M2), proj=operands(leaves[2], E(400, E4M3)),
+                        input=E(90, E4M3), d_u=E(500, E5M2), a=E(8, E4M3), d_out=E(5000, E5M2),
+                        fc1=operands(leaves[4], E(400, E4M3)), fc2=operands(leaves[5], E(400, E4M3)))
+    outputs = train.FusedMLP.apply(*leaves, p)
+    torch.autograd.backward(outputs, [g.to(out.dtype) for g, out in zip(grads, outputs)])
+    plain = [t.float().clone().requires_grad_() for t in (o, x, proj, gain, fc1, fc2)]
+    po, px, pproj, pgain, pfc1, pfc2 = plain
+    stream = px + po @ pproj.t()
+    out = torch.relu(norm_reference(stream, pgain) @ pfc1.t()).square() @ pfc2.t()
+    torch.autograd.backward((stream, out), [g.float() for g in grads])
+    for ours, theirs in zip(outputs, (stream, out)):
+        assert relative(ours, theirs) < (0.08 if fp8 else 1e-2)
+    for ours, theirs in zip(leaves, plain):
+        assert relative(ours.grad, theirs.grad) < (0.15 if fp8 else 1.5e-2)
+    if fp8:
+        assert all(getattr(p, name).amax > 0 for name in "o d_proj input d_u a d_out".split())
+
+
+def test_weight_gradients_are_added_in_place_only_when_told():
+    x, dy = randn(N, C), randn(N, 2 * C, seed=1)
+    weight = torch.nn.Parameter(torch.zeros(2 * C, C, device=DEVICE))
+    expected = dy.t().float() @ x.float()
+    weight.grad = torch.ones_like(weight)
+    assert train.weight_gradient(dy.t(), x.t(), weight, in_place=True) is None
+    assert relative(weight.grad, 1 + expected) < 1e-4
+    assert relative(train.weight_gradient(dy.t(), x.t(), weight, in_place=False), expected) < 1e-4
+    weight.grad = None
+    assert relative(train.weight_gradient(dy.t(), x.t(), weight, in_place=True), expected) < 1e-4
