@@ -880,6 +880,7 @@ def flops_per_token(cfg):
 # Hopper's FP8 matmuls want when they sum over tokens.
 
 if triton is not None:
+    INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")  # by Triton's interpreter, for tests on CPUs
 
     @triton.jit
     def as_fp8(x, scale, pointer, MAX: tl.constexpr):
@@ -887,10 +888,26 @@ if triton is not None:
         return tl.clamp(x * scale, -MAX, MAX, propagate_nan=tl.PropagateNan.ALL).to(pointer.dtype.element_ty)
 
     @triton.jit
-    def as_byte(q, j: tl.constexpr):
-        """FP8 values as the j-th byte of 32-bit words. Transposes are made of words, four tokens each: Triton 3.6 mixes up
-        bytes when it changes the layout of 8-bit tensors on Hopper."""
-        return q.to(tl.uint8, bitcast=True).to(tl.uint32) << (8 * j)
+    def as_word(x0, x1, x2, x3, scale, E5M2: tl.constexpr):
+        """Four fp32 tensors times scale as the bytes of one tensor of 32-bit words, lowest first, in E5M2 or E4M3.
+
+        Transposes are written in words, four tokens each. Taking FP8 values apart into bytes is left to no compiler:
+        ptxas of CUDA 13.0 gets every fourth wrong (a 16-bit shift of a register that holds two pairs, seen on an H100).
+        """
+        x0, x1, x2, x3 = x0 * scale, x1 * scale, x2 * scale, x3 * scale
+        if INTERPRETED:
+            word = tl.zeros(x0.shape, tl.uint32)
+            for x, shift in ((x0, 0), (x1, 8), (x2, 16), (x3, 24)):
+                if E5M2:
+                    q = tl.clamp(x, -57344.0, 57344.0).to(tl.float8e5)
+                else:
+                    q = tl.clamp(x, -448.0, 448.0).to(tl.float8e4nv)
+                word |= q.to(tl.uint8, bitcast=True).to(tl.uint32) << shift
+            return word
+        kind: tl.constexpr = "e5m2x2" if E5M2 else "e4m3x2"
+        return tl.inline_asm_elementwise(
+            "{ .reg .b16 lo, hi; cvt.rn.satfinite." + kind + ".f32 lo, $2, $1; cvt.rn.satfinite." + kind + ".f32 hi, $4, $3; mov.b32 $0, {lo, hi}; }",
+            "=r,f,f,f,f", [x0, x1, x2, x3], dtype=tl.uint32, is_pure=True, pack=1)
 
     @triton.jit
     def raise_amax(amax, largest):
@@ -957,30 +974,30 @@ if triton is not None:
             tl.store(a + at, v.to(tl.bfloat16), mask=at < n)
 
     @triton.jit
+    def relu2_backward_row(da, u, du, scale, m, k, M, K, FP8: tl.constexpr):
+        at, mask = m.to(tl.int64)[:, None] * K + k[None, :], (m < M)[:, None] & (k < K)[None, :]
+        v = tl.maximum(tl.load(u + at, mask=mask, other=0.0).to(tl.float32), 0.0)
+        d = tl.load(da + at, mask=mask, other=0.0).to(tl.float32) * 2.0 * v
+        if FP8:
+            tl.store(du + at, as_fp8(d, tl.load(scale), du, 57344.0), mask=mask)
+        else:
+            tl.store(du + at, d.to(tl.bfloat16), mask=mask)
+        return d, v * v
+
+    @triton.jit
     def relu2_backward(da, u, du, du_cols, a_cols, scale, amax, a_scale, M, K, FP8: tl.constexpr,
-                       BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
+                       QUADS: tl.constexpr, BLOCK: tl.constexpr):
         """du = da * 2 relu(u); in FP8 also its transpose, and that of relu(u)^2 for the weight gradient. da, u (M, K) bf16."""
-        quad, k = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
-        d_word, a_word = tl.zeros((BLOCK_M, BLOCK_K), tl.uint32), tl.zeros((BLOCK_M, BLOCK_K), tl.uint32)
-        largest = 0.0
-        for j in tl.static_range(4):
-            m = 4 * quad + j
-            at, mask = m.to(tl.int64)[:, None] * K + k[None, :], (m < M)[:, None] & (k < K)[None, :]
-            v = tl.maximum(tl.load(u + at, mask=mask, other=0.0).to(tl.float32), 0.0)
-            d = tl.load(da + at, mask=mask, other=0.0).to(tl.float32) * 2.0 * v
-            if FP8:
-                q = as_fp8(d, tl.load(scale), du, 57344.0)
-                tl.store(du + at, q, mask=mask)
-                d_word |= as_byte(q, j)
-                a_word |= as_byte(tl.clamp(v * v * tl.load(a_scale), 0.0, 448.0, propagate_nan=tl.PropagateNan.ALL).to(tl.float8e4nv), j)
-                largest = tl.maximum(largest, tl.max(tl.abs(d)))
-            else:
-                tl.store(du + at, d.to(tl.bfloat16), mask=mask)
+        quad, k = tl.program_id(0) * QUADS + tl.arange(0, QUADS), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        d0, a0 = relu2_backward_row(da, u, du, scale, 4 * quad, k, M, K, FP8)
+        d1, a1 = relu2_backward_row(da, u, du, scale, 4 * quad + 1, k, M, K, FP8)
+        d2, a2 = relu2_backward_row(da, u, du, scale, 4 * quad + 2, k, M, K, FP8)
+        d3, a3 = relu2_backward_row(da, u, du, scale, 4 * quad + 3, k, M, K, FP8)
         if FP8:
             across, mask = k.to(tl.int64)[:, None] * (M // 4) + quad[None, :], (k < K)[:, None] & (4 * quad < M)[None, :]
-            tl.store(du_cols + across, tl.trans(d_word), mask=mask)
-            tl.store(a_cols + across, tl.trans(a_word), mask=mask)
-            raise_amax(amax, largest)
+            tl.store(du_cols + across, tl.trans(as_word(d0, d1, d2, d3, tl.load(scale), True)), mask=mask)
+            tl.store(a_cols + across, tl.trans(as_word(a0, a1, a2, a3, tl.load(a_scale), False)), mask=mask)
+            raise_amax(amax, tl.max(tl.maximum(tl.maximum(tl.abs(d0), tl.abs(d1)), tl.maximum(tl.abs(d2), tl.abs(d3)))))
 
     @triton.jit
     def rope_qk_norm_forward(qkv, cos, sin, rstd, n_rows, T, heads, C3, eps, HALF: tl.constexpr, ROWS: tl.constexpr):
@@ -1001,44 +1018,49 @@ if triton is not None:
         tl.store(rstd + row, r, mask=row < n_rows)
 
     @triton.jit
+    def rope_qk_norm_backward_row(grad, qkv, cos, sin, rstd, out, scale, n, head, N, T, heads, C3, FP8: tl.constexpr,
+                                  HALF: tl.constexpr):
+        d, mask = tl.arange(0, HALF), (n < N)[:, None]
+        at = n.to(tl.int64)[:, None] * C3 + head * (2 * HALF) + d[None, :]
+        g1 = tl.load(grad + at, mask=mask, other=0.0).to(tl.float32)
+        g2 = tl.load(grad + at + HALF, mask=mask, other=0.0).to(tl.float32)
+        if head < heads:
+            angle = (n % T)[:, None] * HALF + d[None, :]
+            c, s = tl.load(cos + angle, mask=mask, other=0.0), tl.load(sin + angle, mask=mask, other=0.0)
+            y1 = tl.load(qkv + at, mask=mask, other=0.0).to(tl.float32)
+            y2 = tl.load(qkv + at + HALF, mask=mask, other=0.0).to(tl.float32)
+            r = tl.load(rstd + n * heads + head, mask=n < N, other=0.0)[:, None]
+            dot = (tl.sum(g1 * y1 + g2 * y2, axis=1) / (2 * HALF))[:, None]
+            h1, h2 = r * (g1 - y1 * dot), r * (g2 - y2 * dot)
+            g1, g2 = h1 * c + h2 * s, h2 * c - h1 * s
+        if FP8:
+            tl.store(out + at, as_fp8(g1, tl.load(scale), out, 57344.0), mask=mask)
+            tl.store(out + at + HALF, as_fp8(g2, tl.load(scale), out, 57344.0), mask=mask)
+        else:
+            tl.store(out + at, g1.to(tl.bfloat16), mask=mask)
+            tl.store(out + at + HALF, g2.to(tl.bfloat16), mask=mask)
+        return g1, g2
+
+    @triton.jit
     def rope_qk_norm_backward(grad, qkv, cos, sin, rstd, out, cols, scale, amax, N, T, heads, C3, FP8: tl.constexpr,
                               HALF: tl.constexpr, QUADS: tl.constexpr):
         """The gradient from the forward pass's outputs y: rstd * (dy - y * mean(dy * y)), rotated back; v's stays as it is.
 
         A program takes one head (of q, k or v) of 4 * QUADS tokens. grad, out (N, C3), cols (C3, N / 4); in bf16 out is grad.
         """
-        quad, head, d = tl.program_id(0) * QUADS + tl.arange(0, QUADS), tl.program_id(1), tl.arange(0, HALF)
-        word1, word2 = tl.zeros((QUADS, HALF), tl.uint32), tl.zeros((QUADS, HALF), tl.uint32)
-        largest = 0.0
-        for j in tl.static_range(4):
-            n = 4 * quad + j
-            at, mask = n.to(tl.int64)[:, None] * C3 + head * (2 * HALF) + d[None, :], (n < N)[:, None]
-            g1 = tl.load(grad + at, mask=mask, other=0.0).to(tl.float32)
-            g2 = tl.load(grad + at + HALF, mask=mask, other=0.0).to(tl.float32)
-            if head < heads:
-                angle = (n % T)[:, None] * HALF + d[None, :]
-                c, s = tl.load(cos + angle, mask=mask, other=0.0), tl.load(sin + angle, mask=mask, other=0.0)
-                y1 = tl.load(qkv + at, mask=mask, other=0.0).to(tl.float32)
-                y2 = tl.load(qkv + at + HALF, mask=mask, other=0.0).to(tl.float32)
-                r = tl.load(rstd + n * heads + head, mask=n < N, other=0.0)[:, None]
-                dot = (tl.sum(g1 * y1 + g2 * y2, axis=1) / (2 * HALF))[:, None]
-                h1, h2 = r * (g1 - y1 * dot), r * (g2 - y2 * dot)
-                g1, g2 = h1 * c + h2 * s, h2 * c - h1 * s
-            if FP8:
-                q1, q2 = as_fp8(g1, tl.load(scale), out, 57344.0), as_fp8(g2, tl.load(scale), out, 57344.0)
-                tl.store(out + at, q1, mask=mask)
-                tl.store(out + at + HALF, q2, mask=mask)
-                word1 |= as_byte(q1, j)
-                word2 |= as_byte(q2, j)
-                largest = tl.maximum(largest, tl.maximum(tl.max(tl.abs(g1)), tl.max(tl.abs(g2))))
-            else:
-                tl.store(out + at, g1.to(tl.bfloat16), mask=mask)
-                tl.store(out + at + HALF, g2.to(tl.bfloat16), mask=mask)
+        quad, head = tl.program_id(0) * QUADS + tl.arange(0, QUADS), tl.program_id(1)
+        p0, q0 = rope_qk_norm_backward_row(grad, qkv, cos, sin, rstd, out, scale, 4 * quad, head, N, T, heads, C3, FP8, HALF)
+        p1, q1 = rope_qk_norm_backward_row(grad, qkv, cos, sin, rstd, out, scale, 4 * quad + 1, head, N, T, heads, C3, FP8, HALF)
+        p2, q2 = rope_qk_norm_backward_row(grad, qkv, cos, sin, rstd, out, scale, 4 * quad + 2, head, N, T, heads, C3, FP8, HALF)
+        p3, q3 = rope_qk_norm_backward_row(grad, qkv, cos, sin, rstd, out, scale, 4 * quad + 3, head, N, T, heads, C3, FP8, HALF)
         if FP8:
-            across, mask = (head * (2 * HALF) + d).to(tl.int64)[:, None] * (N // 4) + quad[None, :], (4 * quad < N)[None, :]
-            tl.store(cols + across, tl.trans(word1), mask=mask)
-            tl.store(cols + across + HALF * (N // 4), tl.trans(word2), mask=mask)
-            raise_amax(amax, largest)
+            across = (head * (2 * HALF) + tl.arange(0, HALF)).to(tl.int64)[:, None] * (N // 4) + quad[None, :]
+            mask = (4 * quad < N)[None, :]
+            tl.store(cols + across, tl.trans(as_word(p0, p1, p2, p3, tl.load(scale), True)), mask=mask)
+            tl.store(cols + across + HALF * (N // 4), tl.trans(as_word(q0, q1, q2, q3, tl.load(scale), True)), mask=mask)
+            p = tl.maximum(tl.maximum(tl.abs(p0), tl.abs(p1)), tl.maximum(tl.abs(p2), tl.abs(p3)))
+            q = tl.maximum(tl.maximum(tl.abs(q0), tl.abs(q1)), tl.maximum(tl.abs(q2), tl.abs(q3)))
+            raise_amax(amax, tl.max(tl.maximum(p, q)))
 
     @triton.jit
     def softcapped(logits, softcap, CAP: tl.constexpr):
@@ -1074,29 +1096,32 @@ if triton is not None:
         tl.store(loss + row, tl.where(target >= 0, log_sum - z, 0.0))
 
     @triton.jit
+    def cross_entropy_gradient_row(logits, targets, lse, out, n, c, N, V, softcap, scale, CAP: tl.constexpr, FP8: tl.constexpr):
+        at, mask = n.to(tl.int64)[:, None] * V + c[None, :], (n < N)[:, None] & (c < V)[None, :]
+        z, t = softcapped(tl.load(logits + at, mask=mask, other=0.0).to(tl.float32), softcap, CAP)
+        target = tl.load(targets + n, mask=n < N, other=-1)[:, None]
+        g = tl.exp(z - tl.load(lse + n, mask=n < N, other=0.0)[:, None]) - tl.where(c[None, :] == target, 1.0, 0.0)
+        if CAP:
+            g *= 1.0 - t * t
+        g = tl.where(target >= 0, g, 0.0)
+        if FP8:
+            tl.store(out + at, as_fp8(g, scale, out, 57344.0), mask=mask)
+        else:
+            tl.store(out + at, g.to(tl.bfloat16), mask=mask)
+        return g
+
+    @triton.jit
     def cross_entropy_gradient(logits, targets, lse, out, cols, N, V, softcap, scale, CAP: tl.constexpr, FP8: tl.constexpr,
-                               BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr):
+                               QUADS: tl.constexpr, BLOCK: tl.constexpr):
         """Gradient of the summed loss for the logits before the softcap, (N, V); out may be logits itself in bf16."""
-        quad, c = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
-        word = tl.zeros((BLOCK_N, BLOCK_V), tl.uint32)
-        for j in tl.static_range(4):
-            n = 4 * quad + j
-            at, mask = n.to(tl.int64)[:, None] * V + c[None, :], (n < N)[:, None] & (c < V)[None, :]
-            z, t = softcapped(tl.load(logits + at, mask=mask, other=0.0).to(tl.float32), softcap, CAP)
-            target = tl.load(targets + n, mask=n < N, other=-1)[:, None]
-            g = tl.exp(z - tl.load(lse + n, mask=n < N, other=0.0)[:, None]) - tl.where(c[None, :] == target, 1.0, 0.0)
-            if CAP:
-                g *= 1.0 - t * t
-            g = tl.where(target >= 0, g, 0.0)
-            if FP8:
-                q = as_fp8(g, scale, out, 57344.0)
-                tl.store(out + at, q, mask=mask)
-                word |= as_byte(q, j)
-            else:
-                tl.store(out + at, g.to(tl.bfloat16), mask=mask)
+        quad, c = tl.program_id(0) * QUADS + tl.arange(0, QUADS), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        g0 = cross_entropy_gradient_row(logits, targets, lse, out, 4 * quad, c, N, V, softcap, scale, CAP, FP8)
+        g1 = cross_entropy_gradient_row(logits, targets, lse, out, 4 * quad + 1, c, N, V, softcap, scale, CAP, FP8)
+        g2 = cross_entropy_gradient_row(logits, targets, lse, out, 4 * quad + 2, c, N, V, softcap, scale, CAP, FP8)
+        g3 = cross_entropy_gradient_row(logits, targets, lse, out, 4 * quad + 3, c, N, V, softcap, scale, CAP, FP8)
         if FP8:
             across, mask = c.to(tl.int64)[:, None] * (N // 4) + quad[None, :], (c < V)[:, None] & (4 * quad < N)[None, :]
-            tl.store(cols + across, tl.trans(word), mask=mask)
+            tl.store(cols + across, tl.trans(as_word(g0, g1, g2, g3, scale, True)), mask=mask)
 
 
 def use_kernels(x):
@@ -1335,9 +1360,9 @@ def rope_qk_norm_grad(dq, dk, dv, qkv, rstd, p):
     fp8 = p.grad is not None
     rows = torch.empty(N, C3, dtype=p.grad.dtype, device=grad.device) if fp8 else grad
     cols = torch.empty(C3, N, dtype=p.grad.dtype, device=grad.device) if fp8 else None
-    rope_qk_norm_backward[(triton.cdiv(N, 64), (3 if fp8 else 2) * H)](
+    rope_qk_norm_backward[(triton.cdiv(N, 128), (3 if fp8 else 2) * H)](
         grad, qkv, p.cos, p.sin, rstd, rows, words(cols), p.grad and p.grad.scale, p.grad and p.grad.amax, N, T, 2 * H, C3, fp8,
-        D // 2, 16)
+        D // 2, 32)
     return (Fp8(rows, p.grad.inverse), Fp8(cols, p.grad.inverse)) if fp8 else (grad, grad.t())
 
 
@@ -1394,9 +1419,9 @@ class FusedMLP(torch.autograd.Function):
         du = torch.empty(M, K, dtype=p.d_u.dtype, device=u.device) if fp8 else da
         du_cols = torch.empty(K, M, dtype=p.d_u.dtype, device=u.device) if fp8 else None
         a_cols = torch.empty(K, M, dtype=p.a.dtype, device=u.device) if fp8 else None
-        relu2_backward[(triton.cdiv(M, 64), triton.cdiv(K, 128))](
+        relu2_backward[(triton.cdiv(M, 128), triton.cdiv(K, 64))](
             da, u, du, words(du_cols), words(a_cols), p.d_u and p.d_u.scale, p.d_u and p.d_u.amax, p.a and p.a.scale, M, K, fp8,
-            16, 128)
+            32, 64)
         if fp8:
             du, du_cols, a_cols = Fp8(du, p.d_u.inverse), Fp8(du_cols, p.d_u.inverse), Fp8(a_cols, p.a.inverse)
         else:
@@ -1490,8 +1515,8 @@ def softcap_cross_entropy_and_grad(logits, targets, softcap, s=None):
         N, V = logits.shape
         rows = logits if s is None else torch.empty(N, V, dtype=s.dtype, device=logits.device)
         cols = None if s is None else torch.empty(V, N, dtype=s.dtype, device=logits.device)
-        cross_entropy_gradient[(triton.cdiv(N, 64), triton.cdiv(V, 128))](
-            logits, targets, lse, rows, words(cols), N, V, softcap or 1.0, LOGIT_GRAD_SCALE, softcap > 0, s is not None, 16, 128)
+        cross_entropy_gradient[(triton.cdiv(N, 64), triton.cdiv(V, 64))](
+            logits, targets, lse, rows, words(cols), N, V, softcap or 1.0, LOGIT_GRAD_SCALE, softcap > 0, s is not None, 16, 64)
         return loss, (rows, rows.t()) if s is None else (Fp8(rows, s.inverse), Fp8(cols, s.inverse))
     z = logits.float()
     if softcap:
@@ -1512,7 +1537,7 @@ def cross_entropy_kernels(logits, targets, softcap):
     """Summed loss (scalar fp32) and the log-sum-exp of each row (N,) fp32."""
     N, V = logits.shape
     loss, lse = torch.empty(2, N, dtype=torch.float32, device=logits.device)
-    cross_entropy_loss[(N,)](logits, targets, loss, lse, V, softcap or 1.0, softcap > 0, 4096, num_warps=8)
+    cross_entropy_loss[(N,)](logits, targets, loss, lse, V, softcap or 1.0, softcap > 0, 2048, num_warps=8)
     return loss.sum(), lse
 
 
