@@ -18,6 +18,7 @@ import fnmatch
 import functools
 import gc
 import glob
+import itertools
 import json
 import math
 import os
@@ -127,13 +128,14 @@ REDUCE_FP32 = True               # add gradients up over ranks in fp32; False: b
 
 # Speed and memory
 USE_TRITON = True                # on a GPU, blocks in bf16 or delayed FP8 run as our own Triton kernels around the matmuls
+USE_CUDA_GRAPHS = True           # on one GPU, launch these kernels' micro-batches as CUDA graphs, from the fourth step on
 USE_COMPILE = "auto"             # torch.compile for norms and RoPE where those kernels do not run; "auto": with a GPU
 USE_FP8_HEAD = True              # with USE_FP8, the output head's matmuls in FP8 too, by current scaling
 USE_AC_LM_HEAD = False           # recompute logits in the backward pass; False: form their gradients in the forward pass
 USE_AC_BLOCKS = False            # recompute each block in the backward pass
 USE_AC_ATTENTION = False         # recompute RoPE, QK norm and attention in the backward pass
 loss_chunk_size = 8192           # tokens whose logits exist at once
-USE_PROFILE = False              # profile the fourth step: trace and memory snapshot to the run folder, largest kernels printed
+USE_PROFILE = False              # profile the sixth step: trace and memory snapshot to the run folder, largest kernels printed
 
 # Evaluation, logging, checkpoints
 eval_interval = 125              # steps between evaluations; 0: only at the end
@@ -614,6 +616,9 @@ def select_precision(cfg, device):
     if cfg.n_embd % multiple or cfg.batch_size * cfg.block_size % multiple:
         raise UserError(f"{name} wants n_embd and batch_size x block_size divisible by {multiple}, not {cfg.n_embd} and "
                         f"{cfg.batch_size * cfg.block_size}: choose others, or --USE_FP8=False", 2)
+    if name.startswith("fp8") and cfg.USE_FP8_HEAD and (cfg.vocab_size % 16 or cfg.loss_chunk_size % 16):
+        raise UserError(f"an FP8 head wants vocab_size and loss_chunk_size divisible by 16, not {cfg.vocab_size} and "
+                        f"{cfg.loss_chunk_size}: choose others, or --USE_FP8_HEAD=False", 2)
     if not missing:
         reason = "by Transformer Engine"
     elif name == "bf16":
@@ -630,6 +635,7 @@ def keep_high_precision(model, patterns, te):
     with the last blocks in bf16 (arXiv 2509.25149). Raises UserError if a pattern matches nothing.
     """
     layers = [n for n, m in model.named_modules() if isinstance(m, (te.Linear, te.LayerNormLinear, te.LayerNormMLP))]
+    layers += ["head"] * model.fp8_head
     chosen = set()
     for pattern in filter(None, (p.strip() for p in patterns.split(","))):
         matched = [n for n in layers if fnmatch.fnmatchcase(n, pattern) or fnmatch.fnmatchcase(n, pattern + ".*")]
@@ -644,7 +650,8 @@ def keep_high_precision(model, patterns, te):
                 return forward(*args, **kwargs)
         return wrapped
 
-    for name in chosen:
+    model.fp8_head = model.fp8_head and "head" not in chosen
+    for name in chosen - {"head"}:
         layer = model.get_submodule(name)
         layer.in_bf16, layer.forward = True, in_bf16(layer.forward)
     return sorted(chosen, key=layers.index)
@@ -753,16 +760,16 @@ class Block(nn.Module):
                                    activation="srelu", init_method=spectral_init, output_layer_init_method=nn.init.zeros_,
                                    params_dtype=torch.float32, device=device)
 
-    def forward(self, x, cos, sin, first, delta=None, fused=None, last=None):
-        """x (B, T, C) bf16 to the same. With `fused`, a FusedPass, in our own kernels: then from the stream x and `delta`,
-        what the block before adds to it (None: nothing), to the next such pair; `last`: called when the backward pass ends."""
+    def forward(self, x, cos, sin, first, delta=None, fused=None):
+        """x (B, T, C) bf16 to the same. With `fused`, from FusedBlocks.register(), in our own kernels: then from the stream x
+        and `delta`, what the block before adds to it (None: nothing), to the next such pair."""
         attn, mlp = self.attn, self.mlp
         if fused is None:
             x = x + attn(x, cos, sin, first)
             return x + mlp(x, is_first_microbatch=first)
-        x, q, k, v = FusedQKV.apply(x, delta, attn.qkv.layer_norm_weight, attn.qkv.weight, fused.qkv(attn, cos, sin, last))
+        x, q, k, v = FusedQKV.apply(x, delta, attn.qkv.layer_norm_weight, attn.qkv.weight, fused[0])
         return FusedMLP.apply(attn.core(q, k, v), x, attn.proj.weight, mlp.layer_norm_weight, mlp.fc1_weight, mlp.fc2_weight,
-                              fused.mlp(attn, mlp))
+                              fused[1])
 
 
 class LMHead(nn.Module):
@@ -774,11 +781,11 @@ class LMHead(nn.Module):
         self.softcap, self.chunk, self.recompute = cfg.logit_softcap, cfg.loss_chunk_size, cfg.USE_AC_LM_HEAD
         self.cache = {}
 
-    def forward(self, h, targets=None, first=None, fp8=False, in_place=False):
+    def forward(self, h, targets=None, first=None, fp8=False, in_place=""):
         """h: (B, T, C) bf16. With targets (B, T) int64 (-1: no target): the summed loss, a scalar fp32.
         Without: logits (B, T, V) fp32 after the softcap.
 
-        first: as in GPT.forward(). fp8: matmuls in FP8. in_place: weight gradients may be added onto weight.grad.
+        first: as in GPT.forward(). fp8: matmuls in FP8. in_place: as in weight_gradient().
         """
         if targets is None:
             logits = matmul(h.flatten(0, 1), self.weight.to(h.dtype)).float()
@@ -801,11 +808,11 @@ class GPT(nn.Module):
         self.cfg, self.te = cfg, te
         # Our own kernels know bf16 and delayed scaling; recomputation is left to TE's modules
         formats = not cfg.USE_NVFP4 and (not cfg.USE_FP8 or cfg.FP8_RECIPE == "delayed")
-        self.fused = (kernels_fit(cfg, device) and formats and te.__name__ != "te_emulation"
-                      and not cfg.USE_AC_BLOCKS and not cfg.USE_AC_ATTENTION)
+        fused = (kernels_fit(cfg, device) and formats and te.__name__ != "te_emulation"
+                 and not cfg.USE_AC_BLOCKS and not cfg.USE_AC_ATTENTION)
+        self.fused = FusedBlocks(self) if fused else None
         self.fp8_head = cfg.USE_FP8 and cfg.USE_FP8_HEAD and not cfg.USE_NVFP4
-        self.in_place = False  # whether a backward pass may add weight gradients onto .grad itself (Parallel says)
-        self.weight_cache = {}
+        self.in_place = ""  # "add", "write": a backward pass may add weight gradients onto .grad itself, or put them there
         self.embed_norm = compiled(rms_norm)
         self.embed = nn.Embedding(cfg.vocab_size, cfg.n_embd, device=device)
         self.blocks = nn.ModuleList(Block(cfg, te, compiled, device) for _ in range(cfg.n_layer))
@@ -829,10 +836,9 @@ class GPT(nn.Module):
             first: True in a step's first micro-batch, False in the others, so that TE quantizes each weight
                 once a step; None: quantize anew.
         """
-        state = self.te.quantization.FP8GlobalStateManager
-        fp8_head = self.fp8_head and state.is_fp8_enabled()
-        if self.fused:
-            h = self.fused_blocks(idx, first, state)
+        fp8_head = self.fp8_head and self.te.quantization.FP8GlobalStateManager.is_fp8_enabled()
+        if self.fused is not None:
+            h = self.fused_blocks(idx, first)
         else:
             x = self.embed_norm(self.embed(idx), self.cfg.norm_eps)        # (B, T, C) bf16
             for block in self.blocks:
@@ -843,16 +849,12 @@ class GPT(nn.Module):
             h = self.norm(x)
         return self.head(h, targets, first, fp8_head, self.in_place)
 
-    def fused_blocks(self, idx, first, state):
-        """From token ids to the final norm's output (B, T, C) bf16 in our own kernels; `state` is TE's global FP8 state."""
+    def fused_blocks(self, idx, first):
+        """From token ids to the final norm's output (B, T, C) bf16 in our own kernels."""
         x, delta = AddNorm.apply(self.embed(idx), None, self.ones, self.cfg.norm_eps), None
-        fused = FusedPass(self, x, first, self.in_place)
-
-        def last():  # TE's own modules do the same when the backward pass leaves the first of them
-            state.reduce_and_update_fp8_tensors(forward=False)
-
-        for i, block in enumerate(self.blocks):
-            x, delta = block(x, self.cos, self.sin, first, delta, fused, last if i == 0 and fused.scales else None)
+        self.fused.begin(x, first, self.in_place)
+        for block, parts in zip(self.blocks, self.fused.blocks):
+            x, delta = block(x, self.cos, self.sin, first, delta, parts)
         return AddNorm.apply(x, delta, self.norm.weight, self.cfg.norm_eps)
 
     def parameter_table(self):
@@ -1143,11 +1145,12 @@ class Scaling(NamedTuple):
     inverse: torch.Tensor
     amax: torch.Tensor
     dtype: torch.dtype
+    quantizer: object = None  # TE's, where it is kept
 
 
 @functools.cache
 def te_gemm():
-    """TE's FP8 matmul as function(a, b, dtype, out, fast), see matmul(); None where it cannot run: then it is emulated."""
+    """TE's FP8 matmul as function(a, b, dtype, out, add, fast), see matmul(); None where it cannot run: then it is emulated."""
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9):
         return None
     try:
@@ -1161,33 +1164,31 @@ def te_gemm():
                                    fp8_dtype=te_types()[0][x.data.dtype], fake_dtype=torch.bfloat16)
 
     # BLAS counts columns where torch counts rows: its first operand is our second
-    return lambda a, b, dtype, out, fast: general_gemm(operand(b), operand(a), dtype, out=out, accumulate=out is not None,
-                                                       layout="TN", use_split_accumulator=not fast)[0]
+    return lambda a, b, dtype, out, add, fast: general_gemm(operand(b), operand(a), dtype, out=out, accumulate=add, layout="TN",
+                                                            use_split_accumulator=not fast)[0]
 
 
-def matmul(a, b, dtype=torch.bfloat16, out=None, fast=False):
+def matmul(a, b, dtype=torch.bfloat16, out=None, add=True, fast=False):
     """a @ b.T with fp32 accumulation, (M, K) and (N, K): both Fp8 (K contiguous), or both bf16 (transposed views too).
 
     Args:
-        dtype: of the result; `out`, fp32 (M, N), is added onto instead.
+        dtype: of the result, unless `out`, fp32 (M, N), takes it: added to what is there, or in its place (add=False).
         fast: FP8 sums stay in the tensor cores, as TE has it for forward passes; else they are carried on in fp32.
     A CPU multiplies in fp32, which holds the same products exactly, and returns fp32: its caller rounds, if at all.
     """
     scale = None
     if isinstance(a, Fp8):
         if a.data.is_cuda and te_gemm():
-            return te_gemm()(a, b, dtype if out is None else out.dtype, out, fast)
+            return te_gemm()(a, b, dtype if out is None else out.dtype, out, add and out is not None, fast)
         # Emulated: exact products of the values, scaled after the sum
         scale, a, b = a.inverse_scale * b.inverse_scale, a.data.float(), b.data.float()
     if a.is_cuda and scale is None:
         if out is not None:
-            return torch.addmm(out, a, b.t(), out_dtype=torch.float32, out=out)
+            return torch.addmm(out, a, b.t(), beta=float(add), out_dtype=torch.float32, out=out)
         return a @ b.t() if dtype == a.dtype else torch.mm(a, b.t(), out_dtype=dtype)
     with torch.autocast(a.device.type, enabled=False):  # which would make the matmul bf16 again
-        if scale is None:
-            return a.float() @ b.float().t() if out is None else out.addmm_(a.float(), b.float().t())
-        product = (a @ b.t()) * scale
-        return product if out is None else out.add_(product)
+        product = a.float() @ b.float().t() if scale is None else (a @ b.t()) * scale
+        return product if out is None else out.add_(product) if add else out.copy_(product)
 
 
 @functools.cache
@@ -1198,14 +1199,21 @@ def te_types():
     return {torch.float8_e4m3fn: DType.kFloat8E4M3, torch.float8_e5m2: DType.kFloat8E5M2}, transformer_engine_torch
 
 
+def te_quantizer(s, colwise=True):
+    """TE's quantizer for Scaling s; its results are bare storages rather than tensors that autograd would follow."""
+    from transformer_engine.pytorch import Float8Quantizer
+    amax = torch.empty_like(s.scale) if s.amax is None else s.amax
+    quantizer = Float8Quantizer(s.scale, amax, te_types()[0][s.dtype], columnwise=colwise)
+    quantizer.internal = True
+    return quantizer
+
+
 def quantize(x, s, colwise=True):
     """x (M, K) as matmul operands (rows, cols): itself and its transpose, in FP8 by Scaling s, or bf16 views (s None)."""
     if s is None:
         return x, x.t()
     if x.is_cuda and te_gemm():
-        from transformer_engine.pytorch import Float8Quantizer
-        amax = torch.empty_like(s.scale) if s.amax is None else s.amax
-        q = Float8Quantizer(s.scale, amax, te_types()[0][s.dtype], columnwise=colwise)(x)
+        q = (s.quantizer or te_quantizer(s, colwise))(x)
         return Fp8(q._data.view(s.dtype), s.inverse), Fp8(q._transpose.view(s.dtype), s.inverse) if colwise else None
     top = torch.finfo(s.dtype).max
     q = (x.float() * s.scale).clamp_(-top, top).to(s.dtype)
@@ -1298,9 +1306,12 @@ def words(cols):
 
 
 def weight_gradient(dy_cols, x_cols, weight, in_place):
-    """dy.T @ x for a weight, from both operands' transposes; added onto weight.grad, and None returned, if in_place."""
+    """dy.T @ x for a weight, from both operands' transposes.
+
+    in_place: "" returns it; "add" adds it onto weight.grad where there is one, and "write" puts it there, and return None.
+    """
     if in_place and weight.grad is not None:
-        matmul(dy_cols, x_cols, out=weight.grad)
+        matmul(dy_cols, x_cols, out=weight.grad, add=in_place == "add")
         return None
     return matmul(dy_cols, x_cols, weight.dtype)
 
@@ -1309,7 +1320,7 @@ class FusedQKV(torch.autograd.Function):
     """The block's first part: x + delta -> RMSNorm -> q, k, v -> RoPE and QK norm.
 
     Arguments: x, delta (B, T, C) bf16 (delta, the block before's MLP, may be None), gain (C,), weight (3C, C), and `p`,
-    what FusedPass.qkv() gives. Returns the stream x + delta, and q, k, v, each (B, T, H, D), parts of one tensor, which attention
+    from FusedBlocks.register(). Returns the stream x + delta, and q, k, v, each (B, T, H, D), parts of one tensor, which attention
     takes as it is (TE's layout bs3hd).
     """
 
@@ -1317,9 +1328,10 @@ class FusedQKV(torch.autograd.Function):
     def forward(ctx, x, delta, gain, weight, p):
         B, T, C = x.shape
         stream, y, rstd = add_norm(x, delta, gain, p.eps, p.input)
-        qkv = matmul(y, p.weight[0], fast=True)                                        # (N, 3C)
+        w, ctx.w_cols = p.fused.operand(weight, p.weight)
+        qkv = matmul(y, w, fast=True)                                                  # (N, 3C)
         rope_rstd = rope_qk_norm_in_place(qkv, p.cos, p.sin, T, p.n_head, p.eps)
-        ctx.p, ctx.add = p, delta is not None
+        ctx.p, ctx.add, ctx.in_place = p, delta is not None, p.fused.in_place
         ctx.save_for_backward(stream, gain, rstd, weight, qkv, rope_rstd, y if p.input is None else y.data)
         return stream.view(B, T, C), *qkv.view(B, T, 3, p.n_head, C // p.n_head).unbind(2)
 
@@ -1328,9 +1340,9 @@ class FusedQKV(torch.autograd.Function):
         stream, gain, rstd, weight, qkv, rope_rstd, y = ctx.saved_tensors
         p, (N, C3) = ctx.p, qkv.shape
         d_rows, d_cols = rope_qk_norm_grad(dq, dk, dv, qkv, rope_rstd, p)
-        dy = matmul(d_rows, p.weight[1])
+        dy = matmul(d_rows, ctx.w_cols)
         dx, dgain = add_norm_grad(dy, stream, gain, rstd, d_stream)
-        dw = weight_gradient(d_cols, transposed(y if p.input is None else Fp8(y, p.input.inverse)), weight, p.in_place)
+        dw = weight_gradient(d_cols, transposed(y if p.input is None else Fp8(y, p.input.inverse)), weight, ctx.in_place)
         if p.last:  # every gradient of this pass is quantized
             p.last()
         dx = dx.view(d_stream.shape)
@@ -1387,7 +1399,7 @@ class FusedMLP(torch.autograd.Function):
     """The block's second part: attention's output -> projection, residual -> RMSNorm -> MLP with relu^2.
 
     Arguments: o (B, T, C) attention's output, x (B, T, C) the stream, both bf16; proj (C, C), gain (C,), fc1 (4C, C), fc2 (C, 4C),
-    and `p`, what FusedPass.mlp() gives. Returns the stream x + proj(o), and the MLP's output, which the next part adds.
+    and `p`, from FusedBlocks.register(). Returns the stream x + proj(o), and the MLP's output, which the next part adds.
     Kept for the backward pass: o and the norm's output (in FP8 as quantized), the stream, and relu^2's input; in FP8 relu^2 is
     quantized once more for the weight gradient, by the same scale, rather than kept.
     """
@@ -1396,14 +1408,15 @@ class FusedMLP(torch.autograd.Function):
     def forward(ctx, o, x, proj, gain, fc1, fc2, p):
         B, T, C = x.shape
         o = o.view(B * T, C)
+        w_proj, w_fc1, w_fc2 = p.fused.operand(proj, p.proj), p.fused.operand(fc1, p.fc1), p.fused.operand(fc2, p.fc2)
         o_rows, _ = quantize(o, p.o, colwise=False)
-        stream, y, rstd = add_norm(x, matmul(o_rows, p.proj[0], fast=True), gain, p.eps, p.input)
-        u = matmul(y, p.fc1[0], fast=True)                                             # (N, 4C)
+        stream, y, rstd = add_norm(x, matmul(o_rows, w_proj[0], fast=True), gain, p.eps, p.input)
+        u = matmul(y, w_fc1[0], fast=True)                                             # (N, 4C)
         a = torch.empty(u.shape, dtype=u.dtype if p.a is None else p.a.dtype, device=u.device)
         relu2_forward[(triton.cdiv(u.numel(), 8192),)](u, a, p.a and p.a.scale, p.a and p.a.amax, u.numel(), p.a is not None,
                                                        8192, num_warps=8)
-        out = matmul(a if p.a is None else Fp8(a, p.a.inverse), p.fc2[0], fast=True)
-        ctx.p = p
+        out = matmul(a if p.a is None else Fp8(a, p.a.inverse), w_fc2[0], fast=True)
+        ctx.p, ctx.in_place, ctx.w_cols = p, p.fused.in_place, (w_proj[1], w_fc1[1], w_fc2[1])
         ctx.save_for_backward(o if p.o is None else o_rows.data, stream, gain, rstd, u, proj, fc1, fc2,
                               *((y, a) if p.a is None else (y.data, None)))
         return stream.view(B, T, C), out.view(B, T, C)
@@ -1411,10 +1424,10 @@ class FusedMLP(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_stream, d_out):
         o, stream, gain, rstd, u, proj, fc1, fc2, y, a = ctx.saved_tensors
-        p, shape = ctx.p, d_out.shape
+        p, shape, (w_proj, w_fc1, w_fc2) = ctx.p, d_out.shape, ctx.w_cols
         M, K = u.shape
         d_rows, d_cols = quantize(d_out.flatten(0, 1), p.d_out)
-        da = matmul(d_rows, p.fc2[1])
+        da = matmul(d_rows, w_fc2)
         fp8 = p.d_u is not None
         du = torch.empty(M, K, dtype=p.d_u.dtype, device=u.device) if fp8 else da
         du_cols = torch.empty(K, M, dtype=p.d_u.dtype, device=u.device) if fp8 else None
@@ -1426,68 +1439,81 @@ class FusedMLP(torch.autograd.Function):
             du, du_cols, a_cols = Fp8(du, p.d_u.inverse), Fp8(du_cols, p.d_u.inverse), Fp8(a_cols, p.a.inverse)
         else:
             du_cols, a_cols = du.t(), a.t()
-        dw2 = weight_gradient(d_cols, a_cols, fc2, p.in_place)
-        dy = matmul(du, p.fc1[1])
+        dw2 = weight_gradient(d_cols, a_cols, fc2, ctx.in_place)
+        dy = matmul(du, w_fc1)
         dx, dgain = add_norm_grad(dy, stream, gain, rstd, d_stream.flatten(0, 1))
-        dw1 = weight_gradient(du_cols, transposed(Fp8(y, p.input.inverse) if fp8 else y), fc1, p.in_place)
+        dw1 = weight_gradient(du_cols, transposed(Fp8(y, p.input.inverse) if fp8 else y), fc1, ctx.in_place)
         d_rows, d_cols = quantize(dx, p.d_proj)
-        do = matmul(d_rows, p.proj[1])
-        dwp = weight_gradient(d_cols, transposed(o if p.o is None else Fp8(o, p.o.inverse)), proj, p.in_place)
+        do = matmul(d_rows, w_proj)
+        dwp = weight_gradient(d_cols, transposed(o if p.o is None else Fp8(o, p.o.inverse)), proj, ctx.in_place)
         return do.view(shape), dx.view(shape), dwp, dgain, dw1, dw2, None
 
 
-class FusedPass:
-    """One micro-batch's way through the fused blocks: which layers run in FP8, by which scales, with which weights.
+class FusedBlocks:
+    """What the fused blocks need beside their tensors: which layers run in FP8, by which scales, with which weights.
 
-    Delayed scaling's state is TE's own, held by the layers: their scales are copied here, since TE updates them in
-    place when the pass ends, and the kernels raise the live amaxes.
+    Delayed scaling's state is TE's own, held by the layers: their scales are copied when a pass begins, since TE updates
+    them in place when its forward half ends, and the kernels raise the live amaxes. One pass at a time: a backward pass must be
+    over before the next forward pass begins. Buffers stay where they are, so that CUDA graphs may hold on to them.
     """
 
-    def __init__(self, model, x, first, in_place):
-        self.te, self.first, self.in_place, self.cache = model.te, first, in_place, model.weight_cache
-        held = []
-        for layer, gemms in ((layer, n) for b in model.blocks for layer, n in ((b.attn.qkv, 1), (b.attn.proj, 1), (b.mlp, 2))):
-            with model.te.autocast(enabled=False) if getattr(layer, "in_bf16", False) else contextlib.nullcontext():
-                layer.prepare_forward(x, num_gemms=gemms)  # TE's registration of the layer's scales
-                layer.end_forward()
-            if layer.fp8:
-                held += [(layer, key, layer.fp8_meta[key]) for key in ("scaling_fwd", "scaling_bwd")]
-        self.scales, offset = {}, 0
-        if held:
-            scale = torch.cat([state.scale for *_, state in held])
-            inverse = scale.reciprocal()[:, None].repeat(1, 4)  # 16 bytes apart: cuBLAS wants them so aligned
-            for layer, key, state in held:
-                n = len(state.scale)
-                self.scales[layer, key] = scale[offset:offset + n], inverse[offset:offset + n], state.amax_history[0]
-                offset += n
+    def __init__(self, model):
+        self.model, self.cache = model, {}
+        self.formats = {}  # {whether FP8 is on: (blocks, live scales, their copy, its inverse)}
 
-    def scaling(self, layer, key, i):
-        """Scaling of a layer's i-th tensor, or None if the layer runs in bf16."""
-        if (layer, key) not in self.scales:
-            return None
-        scale, inverse, amax = self.scales[layer, key]
-        return Scaling(scale[i:i + 1], inverse[i, :1], amax[i:i + 1], torch.float8_e4m3fn if key == "scaling_fwd" else torch.float8_e5m2)
+    def begin(self, x, first, in_place):
+        """Start a pass; x: any tensor on the model's device, first and in_place: as GPT.forward() has them."""
+        state = self.model.te.quantization.FP8GlobalStateManager
+        enabled = state.is_fp8_enabled()
+        if enabled not in self.formats:
+            self.formats[enabled] = self.register(x, state)
+        self.first, self.in_place = first, in_place
+        self.blocks, live, scale, inverse = self.formats[enabled]
+        if live:
+            torch.cat(live, out=scale)
+            torch.reciprocal(scale[:, None], out=inverse[:, :1])
+
+    def register(self, x, state):
+        """Let TE set its layers up for the present format, and lay out what each block needs."""
+        te, held = self.model.te, []
+        for block in self.model.blocks:
+            for layer, gemms in ((block.attn.qkv, 1), (block.attn.proj, 1), (block.mlp, 2)):
+                with te.autocast(enabled=False) if getattr(layer, "in_bf16", False) else contextlib.nullcontext():
+                    layer.prepare_forward(x, num_gemms=gemms)
+                    layer.end_forward()
+                if layer.fp8:
+                    held += [(layer, key, layer.fp8_meta[key]) for key in ("scaling_fwd", "scaling_bwd")]
+        total = sum(len(meta.scale) for *_, meta in held)
+        scale = torch.ones(total, device=x.device)
+        inverse = torch.ones(total, 4, device=x.device)  # 16 bytes apart: cuBLAS wants them so aligned
+        offsets = dict(zip(((layer, key) for layer, key, _ in held), itertools.accumulate((len(m.scale) for *_, m in held), initial=0)))
+
+        def scaling(layer, key, i, colwise=True):
+            """Of a layer's i-th tensor, by TE's numbers: input 0, weight 1, a second matmul's 3 and 4; gradients 0 and 2."""
+            if (layer, key) not in offsets:
+                return None
+            at, dtype = offsets[layer, key] + i, torch.float8_e4m3fn if key == "scaling_fwd" else torch.float8_e5m2
+            s = Scaling(scale[at:at + 1], inverse[at, :1], layer.fp8_meta[key].amax_history[0, i:i + 1], dtype)
+            return s._replace(quantizer=te_quantizer(s, colwise))
+
+        blocks, forward, backward = [], "scaling_fwd", "scaling_bwd"
+        for i, block in enumerate(self.model.blocks):
+            attn, qkv, proj, mlp = block.attn, block.attn.qkv, block.attn.proj, block.mlp
+            shared = dict(fused=self, eps=attn.eps)
+            # TE's own modules do the same when the backward pass leaves the first of them
+            last = functools.partial(state.reduce_and_update_fp8_tensors, forward=False) if i == 0 and held else None
+            blocks.append((
+                SimpleNamespace(**shared, n_head=attn.n_head, cos=self.model.cos, sin=self.model.sin, last=last,
+                                input=scaling(qkv, forward, 0), weight=scaling(qkv, forward, 1), grad=scaling(qkv, backward, 0)),
+                SimpleNamespace(**shared, o=scaling(proj, forward, 0, colwise=False), proj=scaling(proj, forward, 1),
+                                d_proj=scaling(proj, backward, 0), input=scaling(mlp, forward, 0), fc1=scaling(mlp, forward, 1),
+                                d_u=scaling(mlp, backward, 0), a=scaling(mlp, forward, 3), fc2=scaling(mlp, forward, 4),
+                                d_out=scaling(mlp, backward, 2))))
+        return blocks, [meta.scale for *_, meta in held], scale, inverse
 
     def operand(self, weight, s):
+        """A weight as matmul operands, by Scaling s or in bf16."""
         return weight_operand(weight, lambda w: s, self.first, self.cache)
-
-    def qkv(self, attn, cos, sin, last):
-        """What FusedQKV needs. TE numbers a layer's tensors: input 0, weight 1 (second matmul: 3, 4); gradients 0 (2)."""
-        layer = attn.qkv
-        return SimpleNamespace(eps=attn.eps, n_head=attn.n_head, cos=cos, sin=sin, in_place=self.in_place, last=last,
-                               input=self.scaling(layer, "scaling_fwd", 0), grad=self.scaling(layer, "scaling_bwd", 0),
-                               weight=self.operand(layer.weight, self.scaling(layer, "scaling_fwd", 1)))
-
-    def mlp(self, attn, mlp):
-        """What FusedMLP needs."""
-        proj = attn.proj
-        return SimpleNamespace(eps=attn.eps, in_place=self.in_place,
-                               o=self.scaling(proj, "scaling_fwd", 0), d_proj=self.scaling(proj, "scaling_bwd", 0),
-                               proj=self.operand(proj.weight, self.scaling(proj, "scaling_fwd", 1)),
-                               input=self.scaling(mlp, "scaling_fwd", 0), d_u=self.scaling(mlp, "scaling_bwd", 0),
-                               a=self.scaling(mlp, "scaling_fwd", 3), d_out=self.scaling(mlp, "scaling_bwd", 2),
-                               fc1=self.operand(mlp.fc1_weight, self.scaling(mlp, "scaling_fwd", 1)),
-                               fc2=self.operand(mlp.fc2_weight, self.scaling(mlp, "scaling_fwd", 4)))
 
 
 # -----------------------------------------------------------------------------------------------------
@@ -1588,7 +1614,10 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         dh, dw = ChunkedCrossEntropy.loss_and_grads(*rest, *ctx.arguments)[1:] if rest else ctx.grads
         ctx.grads = None
         dh.mul_(grad_loss)
-        if ctx.in_place and weight.grad is not None:
+        if ctx.in_place == "write":
+            torch.mul(dw, grad_loss, out=weight.grad)
+            dw = None
+        elif ctx.in_place and weight.grad is not None:
             weight.grad.addcmul_(dw, grad_loss)
             dw = None
         else:
@@ -1929,7 +1958,7 @@ class Parallel:
             self.model.set_requires_gradient_sync(last)
             self.model.set_is_last_backward(last)
         # Where nothing waits for a gradient, matmuls may add it onto .grad themselves
-        self.model.in_place = self.wrapper == "none" or self.wrapper == "ddp" and not last
+        self.model.in_place = "add" if self.wrapper == "none" or self.wrapper == "ddp" and not last else ""
         with self.module.no_sync() if self.wrapper == "ddp" and not last else contextlib.nullcontext():
             yield
 
@@ -2493,8 +2522,46 @@ class Clock:
 # The run
 
 
-def train_step(parallel, loader, optimizers, cfg, procs, precision):
-    """One optimizer step over accumulation x world_size micro-batches.
+class MicroBatchGraphs:
+    """Forward and backward pass of a micro-batch as CUDA graphs: one for a step's first, which writes its gradients and quantizes
+    the weights, and one for the others, which add to them. Python is then out of the way between kernels.
+
+    Everything that a graph reads or writes keeps its place: inputs, loss, gradients, scales, quantized weights.
+    """
+
+    def __init__(self, parallel, loader, precision, procs):
+        self.model, self.loader, self.precision, self.procs = parallel.model, loader, precision, procs
+        self.graphs, self.pool = {}, torch.cuda.graph_pool_handle()
+        self.batch, self.loss = list(loader.peek()), torch.zeros((), device=procs.device)
+        for p in self.model.parameters():
+            p.grad = torch.zeros_like(p)
+        # Gradients that autograd adds up: all but the matmuls' own
+        self.summed = [p.grad for n, p in self.model.named_parameters() if p.ndim == 1 or n.startswith("embed")]
+        for first in (True, False)[:loader.accumulation]:
+            self.capture(first)
+
+    def __call__(self, x, y, first):
+        """Run one micro-batch, x (B, T) int32, y (B, T) int64; returns its share of the step's loss, a scalar that the next overwrites."""
+        self.batch[0].copy_(x)
+        self.batch[1].copy_(y)
+        self.graphs[first].replay()
+        return self.loss
+
+    def capture(self, first):
+        self.model.in_place = "write" if first else "add"
+        self.graphs[first] = torch.cuda.CUDAGraph()
+        # The loader's thread allocates pinned memory meanwhile, which only this thread must not
+        with torch.cuda.graph(self.graphs[first], pool=self.pool, capture_error_mode="thread_local"):
+            if first:
+                torch._foreach_zero_(self.summed)
+            with self.precision.autocast(self.procs):
+                loss = self.model(*self.batch, first=first) * self.loader.loss_scale
+            loss.backward()
+            self.loss.copy_(loss.detach())
+
+
+def train_step(parallel, loader, optimizers, cfg, procs, precision, graphs=None):
+    """One optimizer step over accumulation x world_size micro-batches, by MicroBatchGraphs if given.
 
     Returns the mean loss over the step's whole global batch and the gradient norm before clipping, both scalar
     tensors on the device: nothing here waits for the GPU.
@@ -2502,6 +2569,9 @@ def train_step(parallel, loader, optimizers, cfg, procs, precision):
     loss_sum = torch.zeros((), device=procs.device)
     for m in range(loader.accumulation):
         x, y = loader.next()
+        if graphs is not None:
+            loss_sum += graphs(x, y, m == 0)
+            continue
         with parallel.micro_batch(last=m == loader.accumulation - 1):
             with precision.autocast(procs):
                 loss = parallel.module(x, y, first=parallel.first_micro_batch(m)) * loader.loss_scale
@@ -2509,7 +2579,8 @@ def train_step(parallel, loader, optimizers, cfg, procs, precision):
         loss_sum += loss.detach()
     norm = clip_gradients(list(parallel.model.parameters()), cfg.grad_clip)
     optimizers.step()
-    optimizers.zero_grad()
+    if graphs is None:
+        optimizers.zero_grad()
     return procs.sum(loss_sum) / procs.world_size, norm
 
 
@@ -2620,16 +2691,18 @@ def run(cfg, procs):
         if cfg.keep_checkpoints:
             procs.print(f"step {steps}/{cfg.max_iters} | checkpoint: training stood still for {pause:.2f} s")
 
-    pending = None
+    pending = graphs = None
     for step in range(first_step, cfg.max_iters):
         rates = optimizers.set_schedule(step)
         if 0 < step < calibrations:
             # Head and output projections start at zero, so deeper gradients only appear step by step
             calibrate(parallel, loader, optimizers, procs, precision)
+        if cfg.USE_CUDA_GRAPHS and model.fused is not None and wrapper == "none" and step == first_step + 3:
+            graphs = MicroBatchGraphs(parallel, loader, precision, procs)
         begin = clock.mark()
-        profiled = cfg.USE_PROFILE and step == min(first_step + 3, cfg.max_iters - 1)
+        profiled = cfg.USE_PROFILE and step == min(first_step + 5, cfg.max_iters - 1)
         with profiling(folder, procs) if profiled else contextlib.nullcontext():
-            results = train_step(parallel, loader, optimizers, cfg, procs, precision)
+            results = train_step(parallel, loader, optimizers, cfg, procs, precision, graphs)
         stopping = procs.sum(torch.full((), float(stop.requested), device=device))  # torch.tensor() would wait for the GPU
         # Copied while the next step runs; read by finish()
         results = [r.to("cpu", non_blocking=True) for r in (*results, stopping)]

@@ -155,8 +155,7 @@ def reference_qkv(x, delta, gain, weight, cos, sin):
     return stream, turn(q), turn(k), v
 
 
-def operands(weight, s):
-    return train.weight_operand(weight, lambda w: s, None, {})
+FUSED = SimpleNamespace(in_place="", operand=lambda weight, s: train.weight_operand(weight, lambda w: s, None, {}))
 
 
 @pytest.mark.parametrize("fp8", [False, True])
@@ -169,8 +168,8 @@ def test_first_part_of_a_block(fp8):
     leaves = [t.clone().requires_grad_() for t in (x, delta, gain, weight)]
     E = (lambda scale, t: scaling(scale, t)) if fp8 else (lambda *_: None)
     called = []
-    p = SimpleNamespace(eps=1e-6, n_head=H, cos=cos, sin=sin, in_place=False, last=lambda: called.append(1),
-                        input=E(90, E4M3), grad=E(2000, E5M2), weight=operands(leaves[3], E(400, E4M3)))
+    p = SimpleNamespace(fused=FUSED, eps=1e-6, n_head=H, cos=cos, sin=sin, last=lambda: called.append(1),
+                        input=E(90, E4M3), grad=E(2000, E5M2), weight=E(400, E4M3))
     outputs = train.FusedQKV.apply(*leaves, p)
     torch.autograd.backward(outputs, [g.to(o.dtype) for g, o in zip(grads, outputs)])
     plain = [t.float().clone().requires_grad_() for t in (x, delta, gain, weight)]
@@ -194,9 +193,8 @@ def test_second_part_of_a_block(fp8):
     grads = randn(B, T, C, seed=8), randn(B, T, C, seed=9)
     leaves = [t.clone().requires_grad_() for t in (o, x, proj, gain, fc1, fc2)]
     E = (lambda scale, t: scaling(scale, t)) if fp8 else (lambda *_: None)
-    p = SimpleNamespace(eps=1e-6, in_place=False, o=E(90, E4M3), d_proj=E(1000, E5M2), proj=operands(leaves[2], E(400, E4M3)),
-                        input=E(90, E4M3), d_u=E(500, E5M2), a=E(8, E4M3), d_out=E(5000, E5M2),
-                        fc1=operands(leaves[4], E(400, E4M3)), fc2=operands(leaves[5], E(400, E4M3)))
+    p = SimpleNamespace(fused=FUSED, eps=1e-6, o=E(90, E4M3), d_proj=E(1000, E5M2), proj=E(400, E4M3), input=E(90, E4M3),
+                        d_u=E(500, E5M2), a=E(8, E4M3), d_out=E(5000, E5M2), fc1=E(400, E4M3), fc2=E(400, E4M3))
     outputs = train.FusedMLP.apply(*leaves, p)
     torch.autograd.backward(outputs, [g.to(out.dtype) for g, out in zip(grads, outputs)])
     plain = [t.float().clone().requires_grad_() for t in (o, x, proj, gain, fc1, fc2)]
@@ -212,13 +210,15 @@ def test_second_part_of_a_block(fp8):
         assert all(getattr(p, name).amax > 0 for name in "o d_proj input d_u a d_out".split())
 
 
-def test_weight_gradients_are_added_in_place_only_when_told():
+def test_weight_gradients_in_place():
     x, dy = randn(N, C), randn(N, 2 * C, seed=1)
     weight = torch.nn.Parameter(torch.zeros(2 * C, C, device=DEVICE))
     expected = dy.t().float() @ x.float()
     weight.grad = torch.ones_like(weight)
-    assert train.weight_gradient(dy.t(), x.t(), weight, in_place=True) is None
+    assert train.weight_gradient(dy.t(), x.t(), weight, "add") is None
     assert relative(weight.grad, 1 + expected) < 1e-4
-    assert relative(train.weight_gradient(dy.t(), x.t(), weight, in_place=False), expected) < 1e-4
+    assert train.weight_gradient(dy.t(), x.t(), weight, "write") is None
+    assert relative(weight.grad, expected) < 1e-4
+    assert relative(train.weight_gradient(dy.t(), x.t(), weight, ""), expected) < 1e-4
     weight.grad = None
-    assert relative(train.weight_gradient(dy.t(), x.t(), weight, in_place=True), expected) < 1e-4
+    assert relative(train.weight_gradient(dy.t(), x.t(), weight, "add"), expected) < 1e-4

@@ -12,13 +12,13 @@ LAYERS = [f"blocks.{i}.{layer}" for i in range(2) for layer in ("attn.qkv", "att
 
 @pytest.mark.parametrize("patterns, expected", [
     ("", []), ("blocks.1", LAYERS[3:]), ("blocks.0.mlp", ["blocks.0.mlp"]), ("blocks.*.attn.proj", [LAYERS[1], LAYERS[4]]),
-    ("blocks.1.attn.*, blocks.0.mlp", [LAYERS[2], LAYERS[3], LAYERS[4]]), ("blocks.*", LAYERS), ("*.mlp,*.mlp", [LAYERS[2], LAYERS[5]]),
+    ("blocks.1.attn.*, blocks.0.mlp", [LAYERS[2], LAYERS[3], LAYERS[4]]), ("blocks.*", LAYERS), ("*.mlp,*.mlp", [LAYERS[2], LAYERS[5]]), ("head", ["head"]),
 ])
 def test_patterns(fresh, patterns, expected):
     assert train.keep_high_precision(make_model(), patterns, te) == expected
 
 
-@pytest.mark.parametrize("patterns", ["blocks.2", "block.1", "embed", "blocks.1,head"])
+@pytest.mark.parametrize("patterns", ["blocks.2", "block.1", "embed", "blocks.1,heads"])
 def test_a_pattern_that_matches_nothing_is_an_error(fresh, patterns):
     with pytest.raises(train.UserError, match=f"'{patterns.split(',')[-1]}' matches no layer.*blocks.0.attn.qkv") as error:
         train.keep_high_precision(make_model(), patterns, te)
@@ -30,8 +30,8 @@ def test_all_layers_in_bf16_are_the_bf16_run(fresh, shards, tmp_path, recompute)
     """To the bit, recomputed or not; one layer less differs."""
     common = dict(max_iters=3, run_name="r", USE_AC_BLOCKS=recompute)
     bf16 = losses(train_here(tmp_path / "a", shards, USE_FP8=False, **common))
-    kept = losses(train_here(tmp_path / "b", shards, HIGH_PRECISION_LAYERS="blocks.*", **common))
-    most = losses(train_here(tmp_path / "c", shards, HIGH_PRECISION_LAYERS="blocks.*.attn.*,blocks.0", **common))
+    kept = losses(train_here(tmp_path / "b", shards, HIGH_PRECISION_LAYERS="blocks.*,head", **common))
+    most = losses(train_here(tmp_path / "c", shards, HIGH_PRECISION_LAYERS="blocks.*.attn.*,blocks.0,head", **common))
     assert (bf16 == kept).all() and (bf16 != most).any()
 
 
