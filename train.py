@@ -13,6 +13,7 @@ Hidden weights learn by Muon (Microsoft's Dion library), embedding, head and gai
 
 import ast
 import contextlib
+import datetime
 import difflib
 import fnmatch
 import functools
@@ -372,6 +373,18 @@ class Processes:
         return box[0]
 
 
+def connect_store(rank=None):
+    """A connection to the ranks' common store at MASTER_ADDR:MASTER_PORT, which torchrun holds, or rank 0 where there is none.
+
+    torchrun's outlives the processes: after a restart they must not find the addresses of those before.
+    """
+    env = os.environ
+    held = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), is_master=rank == 0 and not held, wait_for_workers=False,
+                          timeout=datetime.timedelta(minutes=10))
+    return dist.PrefixStore(f"start_{env.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+
+
 def start_processes():
     """Join torchrun's process group, or make a group of one: the rest of the script sees no difference."""
     env = os.environ
@@ -387,7 +400,7 @@ def start_processes():
     if not dist.is_initialized():
         # gloo beside NCCL: objects and CPU tensors travel without touching the GPU's stream
         backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
-        store = dist.HashStore() if world_size == 1 else None
+        store = dist.HashStore() if world_size == 1 else dist.PrefixStore("ranks", connect_store(rank))
         dist.init_process_group(backend, rank=rank, world_size=world_size, store=store,
                                 device_id=device if use_cuda else None)
     mesh = init_device_mesh(device.type, (world_size,), mesh_dim_names=("data",))
@@ -2266,10 +2279,8 @@ class Watch:
 
     def __init__(self, procs, timeout):
         """timeout: seconds without a sign after which a rank is taken for dead."""
-        env = os.environ
         self.procs, self.timeout, self.leaving = procs, timeout, threading.Event()
-        store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), is_master=False)  # a connection of its own
-        self.store = dist.PrefixStore(f"watch/{env.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        self.store = dist.PrefixStore("watch", connect_store())  # a connection of its own: others wait in theirs
         self.keys, now = [str(rank) for rank in range(procs.world_size)], time.monotonic()
         self.store.set(self.keys[procs.rank], "0")
         self.store.wait(self.keys)
@@ -2278,18 +2289,19 @@ class Watch:
         self.thread.start()
 
     def run(self):
-        count = 0
+        count, reachable = 0, True
         while not self.leaving.wait(1):
             count += 1
             try:
-                self.store.set(self.keys[self.procs.rank], str(count))
-                for rank, value in enumerate(self.store.multi_get(self.keys)):
-                    if self.last[rank][0] != value:
-                        self.last[rank] = value, time.monotonic()
-            except RuntimeError:  # the store is gone: with the first machine's torchrun, or rank 0; then all counts stand still
-                pass
+                if reachable:
+                    self.store.set(self.keys[self.procs.rank], str(count))
+                    for rank, value in enumerate(self.store.multi_get(self.keys)):
+                        if self.last[rank][0] != value:
+                            self.last[rank] = value, time.monotonic()
+            except RuntimeError:  # the store went, with the first machine's torchrun or rank 0: now all counts stand still
+                reachable = False
             if self.silent(self.timeout):
-                end_now(f"error: {self.obituary(self.timeout)}", 1)
+                end_now(f"{os.path.basename(sys.argv[0])}: error: {self.obituary(self.timeout)}", 1)
 
     def silent(self, seconds):
         """The ranks that gave no sign for so long, but for those that left in good order."""
