@@ -1549,6 +1549,8 @@ class Checkpoints:
 
     def failed(self, step, temporary, error):
         text = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        with contextlib.suppress(OSError):  # torch's writer does not say that a disk is full
+            text += f" ({shutil.disk_usage(os.path.dirname(self.folder)).free / 1e9:.2f} GB free)"
         self.procs.print(f"checkpoint at step {step} failed, training goes on: {text}")
         if self.procs.is_main:
             shutil.rmtree(temporary, ignore_errors=True)
