@@ -2281,7 +2281,7 @@ class Watch:
 
     def __init__(self, procs, timeout):
         """timeout: seconds without a sign after which a rank is taken for dead."""
-        self.procs, self.timeout, self.leaving = procs, timeout, threading.Event()
+        self.procs, self.timeout, self.leaving, self.reachable = procs, timeout, threading.Event(), True
         self.store = dist.PrefixStore("watch", connect_store())  # a connection of its own: others wait in theirs
         self.keys, now = [str(rank) for rank in range(procs.world_size)], time.monotonic()
         self.store.set(self.keys[procs.rank], "0")
@@ -2291,17 +2291,17 @@ class Watch:
         self.thread.start()
 
     def run(self):
-        count, reachable = 0, True
+        count = 0
         while not self.leaving.wait(1):
             count += 1
             try:
-                if reachable:
+                if self.reachable:
                     self.store.set(self.keys[self.procs.rank], str(count))
                     for rank, value in enumerate(self.store.multi_get(self.keys)):
                         if self.last[rank][0] != value:
                             self.last[rank] = value, time.monotonic()
-            except RuntimeError:  # the store went, with the first machine's torchrun or rank 0: now all counts stand still
-                reachable = False
+            except RuntimeError:  # the store went with whoever held it: now all counts stand still
+                self.reachable = False
             if self.silent(self.timeout):
                 end_now(f"{os.path.basename(sys.argv[0])}: error: {self.obituary(self.timeout)}", 1)
 
@@ -2313,8 +2313,13 @@ class Watch:
     def obituary(self, seconds):
         """The line that names them; "" where nobody died."""
         dead = self.silent(seconds)
-        return dead and (f"no sign of life from rank {', '.join(map(str, dead))} for {seconds:g} s: rank {self.procs.rank} ends too; "
-                         f"the same command with --resume=auto goes on from the newest checkpoint")
+        if not dead:
+            return ""
+        who = f"rank {', '.join(map(str, dead))}"
+        if not self.reachable:
+            who = "torchrun of the first machine" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else "rank 0"
+        return (f"no sign of life from {who} for {seconds:g} s: rank {self.procs.rank} ends too; the same command with "
+                f"--resume=auto goes on from the newest checkpoint")
 
     def close(self):
         """Leave in good order."""

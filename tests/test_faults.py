@@ -435,7 +435,7 @@ def test_run_sh_with_two_processes(tmp_path, shards):
     out = tmp_path / "out"
     done = train_here(out, shards, run_name="again", **QUICK | dict(max_iters=4))  # a finished run of the same name
     runs = {}
-    for name, changes, env in (("stop", {}, {}), ("die", {}, {}), ("again", dict(max_iters=400), dict(MAX_RESTARTS="1"))):
+    for name, changes, env in (("stop", {}, {}), ("die", {}, {}), ("again", dict(max_iters=200), dict(MAX_RESTARTS="1"))):
         args = flag_args(data_dir=shards, out_dir=out, run_name=name, **ENDLESS | changes)
         runs[name] = run_sh(tmp_path, f"--run_name={name}", *args, NPROC="2", OF_RUN_SH=f"{os.getpid()}.--run_name={name}", **env)
     try:
@@ -462,5 +462,5 @@ def test_run_sh_with_two_processes(tmp_path, shards):
     assert again.code == 0, again.err
     assert "resumed from" in again.out and str(out / "again-2") in again.out
     log = records(out / "again-2")
-    assert [r["step"] for r in log if r["kind"] == "train"] == [*range(0, 400, 10), 399] and log[-1]["kind"] == "done"
+    assert [r["step"] for r in log if r["kind"] == "train"] == [*range(0, 200, 10), 199] and log[-1]["kind"] == "done"
     assert len(records(done, "train")) == 4  # the other one was left alone
