@@ -151,7 +151,7 @@ max_bad_steps = 10               # so many skipped steps in a row end the run
 skip_loss_zscore = 0.0           # skip steps whose loss lies so many standard deviations above the recent mean; 0: off
 skip_grad_zscore = 0.0           # the same for the gradient's norm
 zscore_window = 128              # recent: over the last so many steps that were taken (none is judged before there are so many)
-rank_timeout = 60.0              # seconds without a sign of life after which a rank counts as dead, and the others end
+rank_timeout = 120.0             # seconds without a sign of life after which a rank counts as dead, and the others end
 
 # End of flags
 # =====================================================================================================
@@ -2178,6 +2178,10 @@ def run(cfg, procs):
         if cfg.keep_checkpoints:
             procs.print(f"step {steps}/{cfg.max_iters} | checkpoint: training stood still for {pause:.2f} s")
 
+    def tell():
+        """Whether this rank was told to stop, and, by the clock of rank 0 alone, whether a checkpoint is due."""
+        return bool(stop.requested), procs.is_main and 0 < 60 * cfg.ckpt_minutes <= time.monotonic() - last_save
+
     def evaluate_after(step):
         progress.val(step, evaluate(model, val_ring, cfg, procs, lambda: precision.autocast(procs, quantized=False)))
         gc.collect()
@@ -2186,7 +2190,7 @@ def run(cfg, procs):
         return step == cfg.max_iters - 1 or bool(cfg.eval_interval) and (step + 1) % cfg.eval_interval == 0
 
     # A run that was killed after a checkpoint may lack the evaluation that follows it
-    vals = {r["step"]: r["val_loss"] for r in log.records if r["kind"] == "val"} if log else {}
+    vals = {r["step"]: r["val_loss"] for r in log.records if r["kind"] == "val"} if log else {}  # rank 0 decides
     progress.val_loss = vals.get(first_step - 1, progress.val_loss)
     lacking = evaluation_due(first_step - 1) and first_step - 1 not in vals and (first_step == cfg.max_iters or vals)
     if procs.broadcast(bool(first_step and lacking)):
@@ -2200,11 +2204,6 @@ def run(cfg, procs):
             calibrate(parallel, loader, optimizers, procs, precision)
         begin = clock.mark()
         profiled = cfg.USE_PROFILE and step == min(first_step + 3, cfg.max_iters - 1)
-
-        def tell():
-            """Whether this rank was told to stop, and, by the clock of rank 0 alone, whether a checkpoint is due."""
-            return bool(stop.requested), procs.is_main and 0 < 60 * cfg.ckpt_minutes <= time.monotonic() - last_save
-
         with profiling(folder, procs) if profiled else contextlib.nullcontext():
             loss, norm, skipped, (told_to_stop, save_due) = train_step(
                 parallel, loader, optimizers, cfg, procs, precision, guard, tell)
@@ -2281,27 +2280,29 @@ class Watch:
 
     def __init__(self, procs, timeout):
         """timeout: seconds without a sign after which a rank is taken for dead."""
-        self.procs, self.timeout, self.leaving, self.reachable = procs, timeout, threading.Event(), True
+        self.procs, self.timeout, self.leaving = procs, timeout, threading.Event()
         self.store = dist.PrefixStore("watch", connect_store())  # a connection of its own: others wait in theirs
         self.keys, now = [str(rank) for rank in range(procs.world_size)], time.monotonic()
         self.store.set(self.keys[procs.rank], "0")
         self.store.wait(self.keys)
-        self.last = {rank: ("0", now) for rank in range(procs.world_size)}  # a rank's count, and since when
-        self.thread = threading.Thread(target=self.run, daemon=True)
-        self.thread.start()
+        self.last = {rank: (b"0", now) for rank in range(procs.world_size)}  # a rank's count, and since when
+        self.heard = now  # when the store last answered
+        for target in (self.count, self.judge):  # two threads: a store on a machine that hangs does not answer at all
+            threading.Thread(target=target, daemon=True).start()
 
-    def run(self):
-        count = 0
+    def count(self):
+        number = 0
+        with contextlib.suppress(RuntimeError):  # the store went with whoever held it: now all counts stand still
+            while not self.leaving.wait(1):
+                number += 1
+                self.store.set(self.keys[self.procs.rank], str(number))
+                for rank, value in enumerate(self.store.multi_get(self.keys)):
+                    if self.last[rank][0] != value:
+                        self.last[rank] = value, time.monotonic()
+                self.heard = time.monotonic()
+
+    def judge(self):
         while not self.leaving.wait(1):
-            count += 1
-            try:
-                if self.reachable:
-                    self.store.set(self.keys[self.procs.rank], str(count))
-                    for rank, value in enumerate(self.store.multi_get(self.keys)):
-                        if self.last[rank][0] != value:
-                            self.last[rank] = value, time.monotonic()
-            except RuntimeError:  # the store went with whoever held it: now all counts stand still
-                self.reachable = False
             if self.silent(self.timeout):
                 end_now(f"{os.path.basename(sys.argv[0])}: error: {self.obituary(self.timeout)}", 1)
 
@@ -2316,7 +2317,7 @@ class Watch:
         if not dead:
             return ""
         who = f"rank {', '.join(map(str, dead))}"
-        if not self.reachable:
+        if time.monotonic() - self.heard > max(3, seconds / 2):  # it is the store that is silent
             who = "torchrun of the first machine" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else "rank 0"
         return (f"no sign of life from {who} for {seconds:g} s: rank {self.procs.rank} ends too; the same command with "
                 f"--resume=auto goes on from the newest checkpoint")
@@ -2324,9 +2325,9 @@ class Watch:
     def close(self):
         """Leave in good order."""
         self.leaving.set()
-        self.thread.join()
-        with contextlib.suppress(RuntimeError):
-            self.store.set(self.keys[self.procs.rank], "left")
+        if time.monotonic() - self.heard < 3:
+            with contextlib.suppress(RuntimeError):
+                self.store.set(self.keys[self.procs.rank], "left")
 
 
 def end_now(message, status):
@@ -2346,7 +2347,7 @@ def command_line(run, path, argv=None, presets=PRESETS, choices=CHOICES):
     try:
         cfg = parse_flags(sys.argv[1:] if argv is None else argv, os.path.abspath(path), presets, choices)
         procs = start_processes()
-        watch = Watch(procs, getattr(cfg, "rank_timeout", 60.0)) if procs.world_size > 1 else None
+        watch = Watch(procs, getattr(cfg, "rank_timeout", 120.0)) if procs.world_size > 1 else None
         return run(cfg, procs)
     except UserError as error:
         if os.environ.get("RANK", "0") == "0" or error.one_rank:
