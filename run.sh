@@ -10,6 +10,10 @@
 #   NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT    several machines: start the same command on each
 #   NNODES, RDZV_ENDPOINT, RDZV_ID                 the same, where torchrun is to number the machines
 #   Under srun, with one task a machine, Slurm's own variables set these.
+#   MAX_RESTARTS  how often torchrun starts all processes again when one has died (default 0); they go on from the
+#                 newest checkpoint of their run
+#
+# SIGTERM and SIGINT to this script make training write a checkpoint and end: status 0 once that is safe.
 set -euo pipefail
 cd -P -- "$(dirname -- "${BASH_SOURCE[0]}")" >/dev/null
 
@@ -28,6 +32,8 @@ requirements="requirements-cpu.txt"
 [ "$machine_gpus" -eq 0 ] || requirements="requirements.txt"
 NPROC=${NPROC-$((gpus > 0 ? gpus : 1))}
 positive NPROC "$NPROC"
+MAX_RESTARTS=${MAX_RESTARTS:-0}
+[ "$MAX_RESTARTS" = 0 ] || positive MAX_RESTARTS "$MAX_RESTARTS"
 [ "$gpus" -eq 0 ] || [ "$NPROC" -le "$gpus" ] || die "NPROC=$NPROC is more than the GPUs that may be used here: $gpus" 2
 
 # Under srun every machine runs this script once; the step's first machine is the meeting point.
@@ -190,10 +196,11 @@ if [ "$gpus" -gt 0 ] && [ "$(flag dataset "$@") $(flag data_dir "$@")" = "finewe
 fi
 
 set -- train.py "$@"
-if [ -z "$NNODES" ] && [ "$NPROC" -eq 1 ]; then
+if [ -z "$NNODES" ] && [ "$NPROC" -eq 1 ] && [ "$MAX_RESTARTS" -eq 0 ]; then
   unset RANK LOCAL_RANK WORLD_SIZE # of whatever started this script
   exec "$py" "$@"
 fi
+[ "$MAX_RESTARTS" -eq 0 ] || set -- --max_restarts="$MAX_RESTARTS" "$@"
 if [ "${NNODES:-1}" -eq 1 ]; then
   set -- --standalone "$@"
 elif [ -n "$RDZV_ENDPOINT" ]; then
@@ -204,4 +211,28 @@ fi
 # torchrun would give each process one thread; share the cores out instead.
 cores=$(getconf _NPROCESSORS_ONLN)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > NPROC ? cores / NPROC : 1))}
-exec "$py" -m torch.distributed.run --nproc_per_node="$NPROC" "$@" # torchrun, of this python
+
+# torchrun, of this python, in a process group of its own: it hears of a signal once, from here, also where the terminal
+# or Slurm signals the whole group. It passes the signal on and returns 1 whatever the workers made of it, so they leave a
+# file when they have ended well: all ranks were still there then, and the last checkpoint is on disk.
+# From torch 2.12 on it leaves them as many seconds to end as this variable says; before, 30.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
+ended_well=$(mktemp -d)/yes
+trap 'rm -rf -- "${ended_well%/yes}"' EXIT
+signalled=''
+pass_on() { signalled=$1 && kill "-$1" "$torchrun" 2>/dev/null || true; }
+trap 'pass_on TERM' TERM HUP && trap 'pass_on INT' INT
+set -m
+ENDED_WELL=$ended_well "$py" -m torch.distributed.run --nproc_per_node="$NPROC" "$@" </dev/null &
+set +m
+torchrun=$! status=0
+wait "$torchrun" || status=$?
+while kill -0 "$torchrun" 2>/dev/null; do # a signal ended wait, not torchrun
+  status=0
+  wait "$torchrun" || status=$?
+done
+if [ "$status" -ne 0 ] && [ -n "$signalled" ] && [ -e "$ended_well" ]; then
+  say "training ended well after SIG$signalled: status 0"
+  status=0
+fi
+exit "$status"

@@ -237,5 +237,36 @@ def before_step(step, do):
         yield
 
 
+POISONS = ("a loss of nan", "an inf inside", "a gradient of inf")
+
+
+@contextlib.contextmanager
+def poisoned(how, *steps, factor=float("nan")):
+    """Something that is not finite in train.run()'s steps of these numbers, counted from where it starts: the loss (times
+    `factor`), the activations after the first block, or one gradient."""
+    count, train_step = itertools.count(), train.train_step
+
+    def spied(parallel, loader, *rest):
+        if next(count) not in steps:
+            return train_step(parallel, loader, *rest)
+        scale, model = loader.loss_scale, parallel.model
+        if how == "a loss of nan":
+            loader.loss_scale *= factor
+            hook = None
+        elif how == "an inf inside":
+            hook = model.blocks[0].register_forward_hook(lambda block, args, out: out * torch.where(out > 1, torch.inf, 1.0))
+        else:
+            hook = model.head.weight.register_hook(lambda grad: grad * torch.inf)
+        try:
+            return train_step(parallel, loader, *rest)
+        finally:
+            loader.loss_scale = scale
+            if hook:
+                hook.remove()
+
+    with mock.patch.object(train, "train_step", spied):
+        yield
+
+
 def same_tensors(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)

@@ -186,10 +186,13 @@ def quick(tmp_path_factory, shards):
 
 
 def test_signals_and_broken_runs_of_the_script(tmp_path, shards, quick):
-    """The script in processes of its own: SIGTERM and SIGINT as soon as it steps end it with status 0; a loss that is no
-    number ends it with one line though a checkpoint was being written, and leaves those before it."""
+    """The script in processes of its own: SIGTERM and SIGINT as soon as it steps end it with status 0; losses that
+    are no numbers end it with one line though a checkpoint was being written, and leave those before it."""
     args = flag_args(data_dir=shards, ckpt_interval=0, **QUICK)
-    runs = {number: start("-u", TRAIN, *args, f"--run_name=s{number}", cwd=tmp_path) for number in (signal.SIGTERM, signal.SIGINT)}
+    (tmp_path / "train.py").write_text(  # 0.1 s a step: on a busy machine, too, the signal comes before the end
+        f"import sys, time\nsys.path[0] = {str(ROOT)!r}\nimport train\nstep = train.train_step\n"
+        "train.train_step = lambda *args: time.sleep(0.1) or step(*args)\ntrain.main()\n")
+    runs = {number: start("-u", tmp_path / "train.py", *args, f"--run_name=s{number}", cwd=tmp_path) for number in (signal.SIGTERM, signal.SIGINT)}
     broken = start(TRAIN, *args, "--run_name=broken", "--ckpt_interval=1", "--learning_rate=1e38", "--grad_clip=0", cwd=tmp_path)
     for number, process in runs.items():
         for line in process.stdout:
@@ -207,7 +210,7 @@ def test_signals_and_broken_runs_of_the_script(tmp_path, shards, quick):
         assert train_here("out", shards, run_name=f"s{signal.SIGTERM}", resume="auto", ckpt_interval=0, **QUICK)
     assert learned(tmp_path / "out" / f"s{signal.SIGTERM}") == learned(quick.folder)
     result = finish(broken)
-    assert_one_error_line(result, 1, "the loss at step", "learning rate")
+    assert_one_error_line(result, 1, "10 steps in a row were skipped", "learning rate", "the newest checkpoint: out/broken/ckpt/step_")
     done = len(losses(tmp_path / "out" / "broken"))
     assert done < 40 and all(name <= f"step_{done:06d}" for name in in_ckpt(tmp_path / "out" / "broken") if name[0] != ".")
 
@@ -304,16 +307,13 @@ def test_a_run_that_is_killed_again_and_again(tmp_path, shards, quick):
     resumed = sum("resumed from" in output for output in outputs)
     assert resumed >= 15, resumed
     for life, output in zip(lives, outputs):
-        if life["code"] == 2:  # killed after its last checkpoint and before its last line
-            assert "has done 40 steps, and max_iters is 40" in output
-        else:
-            assert life["killed"] or life["code"] == 0, output[-3000:]
-            assert "Traceback" not in output and "failed" not in output, output[-3000:]
+        assert life["killed"] or life["code"] == 0, output[-3000:]
+        assert "Traceback" not in output and "failed" not in output, output[-3000:]
     for run in {life["run"] for life in lives}:
         # Before its first checkpoint is there, a life starts afresh in a folder with a number: the last one is whole
         ends = [f for f in (tmp_path / "out").glob(f"{run}*") if (f / "ckpt" / "step_000040").exists()]
         (folder,) = ends
-        assert learned(folder, "train", "val") == learned(quick.folder, "train", "val")
+        assert learned(folder) == learned(quick.folder)
         assert in_ckpt(folder) == ["step_000039", "step_000040"]
         for step in (39, 40):
             assert same_tensors(read_weights(folder / "ckpt" / f"step_{step:06d}", quick.saved[step]), quick.saved[step])
@@ -331,12 +331,15 @@ RANKS = {
     "fsdp2-fp8": (FSDP2, None, 0), "fsdp2-fp8-resumed": (FSDP2, "fsdp2-fp8", 4),
     "fsdp2-bf16": (FSDP2 | BF16, None, 0), "fsdp2-bf16-resumed": (FSDP2 | BF16, "fsdp2-bf16", 3),
     "fsdp2-nvfp4": (FSDP2 | NVFP4, None, 0), "fsdp2-nvfp4-resumed": (FSDP2 | NVFP4, "fsdp2-nvfp4", 2),
-    "one-to-fsdp2": (FSDP2, "one", 3), "one-to-ddp": (DDP, "one", 3), "fsdp2-to-ddp": (DDP, "fsdp2-fp8", 3),
-    "stopped": (FSDP2 | dict(ckpt_interval=0), None, 0), "stopped-resumed": (FSDP2, "stopped", 3),
+    "one-to-fsdp2": (FSDP2, "one", 3), "one-to-ddp": (DDP, "one", 3), "one-to-ddp-unscaled": (DDP, "one", 3), "fsdp2-to-ddp": (DDP, "fsdp2-fp8", 3),
+    "fsdp2-poisoned": (FSDP2, None, 0), "ddp-poisoned": (DDP, None, 0),
+    "minutes": (FSDP2 | dict(ckpt_interval=0), None, 0),
+    "stopped": (FSDP2 | dict(ckpt_interval=0), None, 0), "stopped-resumed": (FSDP2, "stopped", 2),
 }
 WORKER = textwrap.dedent("""
     import contextlib, gc, json, os, pathlib, signal, socket, sys
     sys.path[:0] = [{root!r}, {tests!r}]
+    from unittest import mock
     import helpers, torch, train
     import te_emulation as te
     train.RunLog.plot = lambda self: None
@@ -359,6 +362,12 @@ WORKER = textwrap.dedent("""
         stopper = contextlib.nullcontext()
         if name == "stopped" and procs.rank == 1:  # and rank 0 knows nothing of it
             stopper = helpers.before_step(1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        if "poisoned" in name and procs.rank == 1:
+            stopper = helpers.poisoned("an inf inside", 3)
+        if "unscaled" in name:  # what comes of gradients whose scales do not follow the world size
+            stopper = mock.patch.object(train, "read_checkpoint", lambda path, read=train.read_checkpoint: read(path) | dict(world_size=2))
+        if name == "minutes":  # clocks that do not agree
+            cfg.ckpt_minutes = 1e-9 if procs.is_main else 1e9
         error = None
         with helpers.parameters_seen() as seen, stopper:
             try:
@@ -402,8 +411,25 @@ def test_two_ranks_go_on_bit_for_bit(two_ranks, name):
 
 def test_a_signal_to_one_rank_stops_all(two_ranks):
     stopped, resumed = two_ranks["stopped"], two_ranks["stopped-resumed"]
-    assert [r["kind"] for r in records(stopped.folder, "train")] == ["train"] * 3 and in_ckpt(stopped.folder) == ["step_000003"]
+    assert [r["kind"] for r in records(stopped.folder, "train")] == ["train"] * 2 and in_ckpt(stopped.folder) == ["step_000002"]
     assert learned(resumed.folder) == learned(two_ranks["fsdp2-fp8"].folder)
+
+
+@pytest.mark.parametrize("name", ["fsdp2", "ddp"])
+def test_all_ranks_skip_what_is_not_finite_on_one(two_ranks, name):
+    """The step is left out on both; the run goes on from the weights and scales before it."""
+    whole, poisoned = two_ranks[f"{name}-fp8"], two_ranks[f"{name}-poisoned"]
+    log = records(poisoned.folder, "train")
+    assert [r.get("skipped") for r in log] == [None] * 3 + ["loss not finite"] + [None] * 2
+    assert learned(poisoned.folder, "train")[:3] == learned(whole.folder, "train")[:3]
+    assert same_tensors(poisoned.saved[4], poisoned.saved[3]) and same_tensors(poisoned.saved[3], whole.saved[3])
+    assert np.isfinite(losses(poisoned.folder)[[4, 5]].astype(float)).all()
+
+
+def test_the_clock_of_rank_0_decides_for_all(two_ranks):
+    run = two_ranks["minutes"]
+    assert in_ckpt(run.folder) == [f"step_{s:06d}" for s in range(1, 7)]
+    assert learned(run.folder) == learned(two_ranks["fsdp2-fp8"].folder)
 
 
 # Largest gap of any later loss to the run that was left, in nats. FSDP2 gathers weights rounded to bf16, and FP8 rounds them
@@ -421,12 +447,18 @@ def assert_goes_on(folder, restored, want, step):
     assert abs(records(folder, "val")[-1]["val_loss"] - records(want.folder, "val")[-1]["val_loss"]) < ACROSS_GAP
     # The gradients' scales fit from the first step on, though a rank's gradients grew or shrank with its share of the
     # tokens: the norm is that of the run left
-    assert got[step]["grad_norm"] == pytest.approx(expected[step]["grad_norm"], rel=0.05)
+    assert got[step]["grad_norm"] == pytest.approx(expected[step]["grad_norm"], rel=0.005)
 
 
 @pytest.mark.parametrize("name", ["one-to-fsdp2", "one-to-ddp"])
 def test_two_ranks_go_on_from_one(one_rank, two_ranks, name):
     assert_goes_on(two_ranks[name].folder, two_ranks[name].restored, one_rank["fp8"], 3)
+
+
+def test_losses_and_norms_would_notice_scales_that_do_not_follow(one_rank, two_ranks):
+    """From one rank to two, gradients double: with the scales as they were, the largest would saturate in the first step."""
+    want, got = (learned(run.folder, "train")[3] for run in (one_rank["fp8"], two_ranks["one-to-ddp-unscaled"]))
+    assert got["step"] == 3 and 0.02 < 1 - got["grad_norm"] / want["grad_norm"] < 0.04  # assert_goes_on() allows 0.005
 
 
 def test_ddp_goes_on_from_fsdp2(two_ranks):
@@ -568,28 +600,34 @@ def test_a_checkpoint_that_was_moved(tmp_path, shards, one_rank):
     assert learned(folder) == [r for r in learned(one_rank["fp8"].folder) if r["step"] >= 4]
 
 
-def touch_checkpoint(folder, when=None, meta="{}"):
+def touch_checkpoint(folder, when=None):
+    """A folder that counts as a checkpoint saved at `when`, or one that does not; its time stamp is that of this test."""
     folder.mkdir(parents=True)
-    if meta is not None:
-        (folder / "meta.json").write_text(meta)
-        os.utime(folder / "meta.json", (when, when))
+    if when is not None:
+        (folder / "meta.json").write_text(json.dumps(dict(step=0, flags={}, loader={}, saved_at=when)))
     return str(folder)
 
 
 def test_find_checkpoint(tmp_path):
-    """At a checkpoint, a run folder and a folder of runs; only what has meta.json counts, and nothing by another name."""
+    """At a checkpoint, a run folder and a folder of runs; only what has meta.json counts, and nothing by another name. In a
+    run the most steps count, by number; among runs the time that each says of itself: no time stamp of a file."""
     assert train.find_checkpoint(str(tmp_path / "none")) is None and train.find_checkpoint(str(tmp_path)) is None
-    first = touch_checkpoint(tmp_path / "a [1]" / "ckpt" / "step_000001", 100)
-    newest = touch_checkpoint(tmp_path / "a [1]" / "ckpt" / "step_000002", 200)
-    other = touch_checkpoint(tmp_path / "b" / "ckpt" / "step_000009", 150)
-    touch_checkpoint(tmp_path / "b" / "ckpt" / "step_000010", meta=None)
-    touch_checkpoint(tmp_path / "b" / "ckpt" / ".writing_000011", 300)
-    touch_checkpoint(tmp_path / "b" / "ckpt" / ".replaced_000012", 300)
+    run = tmp_path / "a [1]"
+    newest = touch_checkpoint(run / "ckpt" / "step_1000000", 200)
+    first = touch_checkpoint(run / "ckpt" / "step_000001", 300)  # as if the clock had been set back
+    touch_checkpoint(run / "ckpt" / "step_999750", 100)
+    other = touch_checkpoint(tmp_path / "b" / "ckpt" / "step_2000000", 150)
+    touch_checkpoint(tmp_path / "b" / "ckpt" / "step_3000000")
+    touch_checkpoint(tmp_path / "b" / "ckpt" / ".writing_3000001", 300)
+    touch_checkpoint(tmp_path / "b" / "ckpt" / ".replaced_3000002", 300)
     touch_checkpoint(tmp_path / "b" / "step", 300)
-    assert train.find_checkpoint(first) == first
-    assert train.find_checkpoint(str(tmp_path / "a [1]")) == newest == train.find_checkpoint(str(tmp_path / "a [1]" / "ckpt"))
+    damaged = touch_checkpoint(tmp_path / "c" / "ckpt" / "step_000001", 400)
+    pathlib.Path(damaged, "meta.json").write_text('{"step')
+    assert train.find_checkpoint(first) == first and train.find_checkpoint(damaged) == damaged
+    assert train.find_checkpoint(str(run)) == newest == train.find_checkpoint(str(run / "ckpt"))
     assert train.find_checkpoint(str(tmp_path / "b")) == other
     assert train.find_checkpoint(str(tmp_path)) == newest
+    assert train.complete_checkpoints(str(run / "ckpt")) == [first, str(run / "ckpt" / "step_999750"), newest]
 
 
 # -----------------------------------------------------------------------------------------------------
@@ -680,21 +718,6 @@ def test_a_write_that_fails_is_said_and_training_goes_on(tmp_path, shards, capsy
     else:
         assert in_ckpt(folder) == ["step_000004", "step_000006"]
         assert same_tensors(read_weights(folder / "ckpt" / "step_000004", one_rank["fp8"].saved[4]), one_rank["fp8"].saved[4])
-
-
-def test_broken_weights_are_not_saved(tmp_path, shards, one_rank):
-    """A step whose gradients are no numbers leaves such weights; the run ends, and the checkpoints before it stay good."""
-    def broken(parameters, max_norm, clip=train.clip_gradients, calls=[]):
-        calls.append(1)
-        if len(calls) == 4:
-            parameters[0].grad.fill_(torch.nan)
-        return clip(parameters, max_norm)
-
-    with mock.patch.object(train, "clip_gradients", broken), pytest.raises(SystemExit):
-        train_here(tmp_path, shards, run_name="r", **RUN)
-    assert train.find_checkpoint(str(tmp_path / "r")) == str(tmp_path / "r" / "ckpt" / "step_000003")
-    train_here(tmp_path, shards, run_name="r", resume="auto", **RUN)
-    assert learned(tmp_path / "r") == learned(one_rank["fp8"].folder)
 
 
 def damage(folder, how):

@@ -24,7 +24,12 @@ case "$*" in
     touch "$(dirname "$0")/../left-by-pip"
     if [ -n "${HANG:-}" ] && grep -q "^$HANG" "$part"; then sleep 60 & echo $! >"$LOG.pid"; wait; fi
     if [ -n "${FAIL:-}" ] && grep -q "^$FAIL" "$part"; then echo "ERROR: no route to host" >&2; exit 1; fi ;;
-  '-m torch.distributed.run '*) log "torchrun ${*:3} OMP=${OMP_NUM_THREADS:-}"; exit "${STATUS:-0}" ;;
+  '-m torch.distributed.run '*)
+    log "torchrun ${*:3} OMP=${OMP_NUM_THREADS:-}"
+    end() { log "torchrun got $1"; kill $!; [ -z "${SAFE:-}" ] || touch "$ENDED_WELL"; exit 1; }
+    if [ -n "${TRAIN_WAITS:-}" ]; then trap 'end TERM' TERM; trap 'end INT' INT; sleep 60 & wait; fi
+    [ -z "${SAFE:-}" ] || touch "$ENDED_WELL"
+    exit "${STATUS:-0}" ;;
   '-m pytest'*) log "$PWD pytest ${*:3}"; exit "${STATUS:-0}" ;;
   train.py*)
     log "$* RANK=${RANK:-}"
@@ -411,6 +416,35 @@ def test_signal_reaches_training(host):
     time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
     assert process.wait(15) == 7 and "train got TERM" in host.log.read_text()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("safe", [True, False])
+def test_a_signal_to_several_processes(host, number, safe):
+    """torchrun hears of it once and returns 1, which counts as 0 only where the workers left word that they ended well."""
+    outside = host.tmp / "outside"
+    outside.touch()  # a file of someone else's run says nothing
+    process = host.has("torch", "numpy").start(NPROC="2", TRAIN_WAITS="1", ENDED_WELL=str(outside), **{"SAFE": "1"} if safe else {})
+    wait_for(lambda: host.log.exists() and "torchrun" in host.log.read_text(), "torchrun")
+    time.sleep(0.2)
+    process.send_signal(number)
+    assert process.wait(15) == (0 if safe else 1)
+    heard = "INT" if number == signal.SIGINT else "TERM"
+    assert [line for line in host.log.read_text().splitlines() if "got" in line] == [f"fake torchrun got {heard}"]
+
+
+def test_a_failure_stays_one_without_a_signal(host):
+    host.has("torch", "numpy").run(status=1, STATUS="1", SAFE="1", NPROC="2")
+
+
+def test_restarts(host):
+    host.has("torch", "numpy").run("--a=1", NPROC="2", MAX_RESTARTS="3")
+    assert "--standalone --max_restarts=3 train.py --a=1" in host.did[0]
+    host.run(MAX_RESTARTS="1")  # one process too needs someone who starts it again
+    assert "torchrun --nproc_per_node=1 --standalone --max_restarts=1 train.py" in host.did[0]
+    host.run(MAX_RESTARTS="0")
+    assert host.did == ["fake train.py RANK="]
+    assert "MAX_RESTARTS" in host.run(status=2, MAX_RESTARTS="often")
 
 
 def test_test_command(host):

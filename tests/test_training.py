@@ -227,15 +227,15 @@ def test_log_interval_and_only_a_last_evaluation(tmp_path, shards):
     assert seconds > sum(r["step_ms"] for r in records(folder, "train")) / 1000  # steps that were not logged count too
 
 
-def test_a_loss_that_is_no_number_ends_the_run_in_one_line(tmp_path, shards, capsys):
+def test_losses_that_are_no_numbers_end_the_run_in_one_line(tmp_path, shards, capsys):
     """With the step, and what to try; the log keeps what there was, as JSON."""
     changes = dict(USE_FP8=False, learning_rate_embed=1e38, learning_rate=1e38, learning_rate_head=1e38, grad_clip=0)
     with pytest.raises(SystemExit) as caught:
-        train_here(tmp_path, shards, run_name="nan", **changes)
+        train_here(tmp_path, shards, run_name="nan", max_bad_steps=2, **changes)
     result = SimpleNamespace(code=caught.value.code, err=capsys.readouterr().err)
-    helpers.assert_one_error_line(result, 1, "step", "lower learning rate")
+    helpers.assert_one_error_line(result, 1, "2 steps in a row were skipped, the last at step", "lower learning rate")
     log = records(tmp_path / "nan", "train")
-    assert log[-1]["loss"] is None and log[0]["loss"] == pytest.approx(math.log(512))
+    assert log[-1]["loss"] is None and log[-1]["skipped"] == "loss not finite" and log[0]["loss"] == pytest.approx(math.log(512))
 
 
 def test_the_table_of_peaks():

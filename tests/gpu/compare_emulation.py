@@ -136,7 +136,7 @@ def train_run(side, config, flags, first_step, steps, weights=None, scales=None)
                 for name, tensor in live.items():
                     tensor.copy_(scales[name])
             state = {name: tensor.cpu().clone() for name, tensor in live.items()}
-        loss, norm = train.train_step(parallel, loader, optimizers, cfg, procs, precision)
+        loss, norm, *_ = train.train_step(parallel, loader, optimizers, cfg, procs, precision)
         losses.append(float(loss))
         norms.append(float(norm))
     loader.close()

@@ -1,0 +1,472 @@
+"""Faults: steps that must not be taken, ranks that die, runs broken off where it hurts, disks that fail."""
+
+import json
+import os
+import pathlib
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+
+import helpers
+import train
+from helpers import ROOT, TRAIN, assert_one_error_line, before_step, finish, flag_args, in_ckpt, learned, losses, poisoned
+from helpers import records, script_env, start, train_here, write_shard
+
+pytestmark = pytest.mark.usefixtures("fresh")
+
+RUN = dict(eval_interval=3, ckpt_interval=1, keep_checkpoints=9)
+
+
+class Killed(BaseException):
+    """Ends a run in this process as a kill does: nothing in train.py catches it."""
+
+
+def kill(*_):
+    raise Killed
+
+
+def flat(tree, prefix=""):
+    """{name: tensor} of nested dicts, cloned."""
+    if torch.is_tensor(tree):
+        return {prefix: tree.detach().clone()}
+    return {k: v for key, value in tree.items() for k, v in flat(value, f"{prefix}.{key}").items()}
+
+
+def saved_states(run):
+    """What run() saves: {step: {name: tensor}} of model, optimizers and scales (not the random state), and its meta."""
+    states, metas, save = {}, {}, train.Checkpoints.save
+
+    def spied(self, step, make_state, meta):
+        states[step] = flat({k: v for k, v in make_state().items() if k != "rng"})
+        metas[step] = meta
+        return save(self, step, make_state, meta)
+
+    with mock.patch.object(train.Checkpoints, "save", spied):
+        return run(), states, metas
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, shards):
+    """The run never touched."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(torch.cuda, "is_available", lambda: False)
+    folder, states, metas = saved_states(lambda: train_here(tmp_path_factory.mktemp("whole"), shards, **RUN))
+    patch.undo()
+    return SimpleNamespace(folder=folder, states=states, metas=metas)
+
+
+def fails_in_one_line(capsys, code, *words, **changes):
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        train_here(**changes)
+    result = SimpleNamespace(code=stop.value.code, err=capsys.readouterr().err)
+    assert_one_error_line(result, code, *map(str, words))
+
+
+# -----------------------------------------------------------------------------------------------------
+# Steps that are not finite
+
+
+@pytest.mark.parametrize("how", helpers.POISONS)
+def test_a_step_that_is_not_finite_leaves_no_trace(tmp_path, shards, capsys, whole, how):
+    """Weights, momenta, Adam's moments and step counts, scales and amax history: after the step what they were before it,
+    bit for bit. The log says why, and the run goes on."""
+    with poisoned(how, 3):
+        folder, states, metas = saved_states(lambda: train_here(tmp_path, shards, **RUN))
+    assert helpers.same_tensors(states[3], whole.states[3]) and helpers.same_tensors(states[4], states[3])
+    assert any(name.startswith(".fp8.") for name in states[3]) and any(name.startswith(".optim.") for name in states[3])
+    assert metas[4]["muon_momentum"] == metas[3]["muon_momentum"]  # the buffers' own, not the schedule's
+    assert not helpers.same_tensors(states[5], states[4]) and all(torch.isfinite(t).all() for t in states[6].values())
+    log = records(folder, "train")
+    why = "gradient not finite" if "gradient" in how else "loss not finite"
+    assert [r.get("skipped") for r in log] == [None] * 3 + [why] + [None] * 2 and [r["step"] for r in log] == list(range(6))
+    assert log[3]["grad_norm"] is None and (log[3]["loss"] is None) == ("gradient" not in how)
+    assert learned(folder, "train")[:3] == learned(whole.folder, "train")[:3] and log[4]["loss"] < 6.1
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "SKIPPED" in line]
+    assert line.startswith("step 4/6 ") and line.endswith(f"SKIPPED: {why}")
+
+
+@pytest.mark.parametrize("remedy", [True, False])
+def test_without_its_remedy_one_step_would_flush_gradients_to_zero(tmp_path, shards, remedy):
+    """Gradients of order 1e28, whose norm overflows: their amax would rule the scales until it leaves the history."""
+    keep = train.keep_scales if remedy else lambda model: lambda: None
+    with poisoned("a loss of nan", 3, factor=1e30), mock.patch.object(train, "keep_scales", keep):
+        folder, states, _ = saved_states(lambda: train_here(tmp_path, shards, **RUN))
+    assert records(folder, "train")[3]["skipped"] == "gradient not finite"
+    scales = torch.cat([t for name, t in states[6].items() if name.endswith("scaling_bwd.scale")])
+    assert (scales < 1e-10).any() != remedy
+
+
+def test_calibration_on_what_is_not_finite_leaves_the_scales(tmp_path, shards):
+    cfg, procs = helpers.make_cfg(data_dir=str(shards)), helpers.one_process()
+    precision, model = train.select_precision(cfg, helpers.CPU), helpers.make_model(cfg)
+    loader, optimizers = train.open_data(cfg, procs)[0], train.Optimizers(model, cfg, procs, sharded=False)
+    parallel = train.Parallel(model, "none", cfg, procs)
+    train.calibrate(parallel, loader, optimizers, procs, precision)
+    before = flat(train.fp8_state(model))
+    loader.loss_scale *= np.inf
+    train.calibrate(parallel, loader, optimizers, procs, precision)
+    assert helpers.same_tensors(flat(train.fp8_state(model)), before)
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("changes", [dict(USE_FP8=False), dict(FP8_RECIPE="current"), dict(USE_NVFP4=True, n_embd=128)])
+def test_other_formats_skip_too(tmp_path, shards, changes):
+    with poisoned("an inf inside", 2):
+        folder, states, _ = saved_states(lambda: train_here(tmp_path, shards, max_iters=4, ckpt_interval=1, keep_checkpoints=9, **changes))
+    assert helpers.same_tensors(states[3], states[2]) and not helpers.same_tensors(states[4], states[3])
+    assert [bool(r.get("skipped")) for r in records(folder, "train")] == [False, False, True, False]
+
+
+def test_skipped_steps_are_logged_whatever_the_interval(tmp_path, shards):
+    with poisoned("a loss of nan", 2):
+        folder = train_here(tmp_path, shards, log_interval=5, keep_checkpoints=0)
+    assert [r["step"] for r in records(folder, "train")] == [0, 2, 5]
+
+
+def test_too_many_in_a_row_end_the_run(tmp_path, shards, capsys, whole):
+    """With status 1 and the newest checkpoint, also where the run was resumed between them; single ones do not add up."""
+    def go(**more):
+        return dict(out_dir=tmp_path, data_dir=shards, max_bad_steps=2) | RUN | dict(run_name="r") | more
+
+    with poisoned("a loss of nan", 1, 3, 4):
+        fails_in_one_line(capsys, 1, "2 steps in a row were skipped, the last at step 4 (loss not finite)",
+                          f"the newest checkpoint: {tmp_path}/r/ckpt/step_000004", **go())
+    log = records(tmp_path / "r", "train")
+    assert [bool(r.get("skipped")) for r in log] == [False, True, False, True, True]
+    assert train.read_checkpoint(str(tmp_path / "r" / "ckpt" / "step_000004"))["guard"]["in_a_row"] == 1
+    with poisoned("a loss of nan", 0):  # again in the first step after the checkpoint
+        fails_in_one_line(capsys, 1, "2 steps in a row", "step 4", **go(resume="auto"))
+    assert train_here(**go(resume="auto")) == tmp_path / "r"
+    assert [bool(r.get("skipped")) for r in records(tmp_path / "r", "train")] == [False, True, False, True, False, False]
+    with poisoned("a loss of nan", 0, 1):
+        fails_in_one_line(capsys, 1, "the newest checkpoint: none", **go(run_name="none", ckpt_interval=0))
+
+
+# -----------------------------------------------------------------------------------------------------
+# Spikes
+
+
+def guard(**changes):
+    return train.Guard(helpers.make_cfg(**dict(skip_loss_zscore=3.0, skip_grad_zscore=3.0, zscore_window=4) | changes))
+
+
+def test_a_spike_is_one_by_the_window():
+    """Mean 2, standard deviation 0.5: above 3.5 is skipped, whichever of the two it is; below the mean nothing is."""
+    g = guard()
+    for value in (1.5, 2.5, 1.5, 2.5):
+        assert g.judge(value, value + 100) == ""
+    assert g.judge(3.6, 102) == "loss 3.2 standard deviations above its mean"
+    assert g.judge(2.0, 103.6) == "gradient 3.2 standard deviations above its mean" and g.in_a_row == 2
+    assert g.judge(3.4, 102) == "" and g.in_a_row == 0
+    assert g.judge(-50.0, 102) == ""
+    assert list(g.windows["loss"]) == [1.5, 2.5, 3.4, -50.0]
+
+
+def test_nothing_that_was_skipped_enters_the_window():
+    """Infinities, NaN and spikes, many in a row: the next good value passes and the next spike is still one."""
+    g = guard()
+    for value in (1.5, 2.5, 1.5, 2.5):
+        g.judge(value, value)
+    window = list(g.windows["loss"])
+    for bad in (np.nan, np.inf, -np.inf, 50.0) * 5:
+        assert g.judge(bad, 2.0) and g.judge(2.0, bad)
+    assert list(g.windows["loss"]) == list(g.windows["gradient"]) == window and g.in_a_row == 40
+    assert g.judge(2.0, 2.0) == "" and g.judge(9.0, 2.0)
+
+
+def test_there_is_no_judgement_without_a_full_window_or_a_spread():
+    g = guard()
+    assert not any(g.judge(value, 1.0) for value in (1.0, 100.0, 1.0, 1.0))
+    flat_window = guard(zscore_window=2)
+    assert not any(flat_window.judge(value, 1.0) for value in (1.0, 1.0, 5.0))
+    off = guard(skip_loss_zscore=0.0, skip_grad_zscore=0.0)
+    assert not any(off.judge(value, value) for value in (1.0, 2.0, 1.0, 2.0, 1e9)) and off.state_dict()["windows"] == {}
+    assert off.judge(np.nan, 1.0) == "loss not finite" and off.judge(1.0, np.inf) == "gradient not finite"
+
+
+def test_a_guard_goes_on_from_its_state():
+    a = guard()
+    for value in (1.5, 2.5, 1.7, 2.5, 99.0):
+        a.judge(value, value)
+    b = train.Guard(helpers.make_cfg(skip_loss_zscore=3.0, skip_grad_zscore=3.0, zscore_window=4), json.loads(json.dumps(a.state_dict())))
+    assert b.state_dict() == a.state_dict() and b.in_a_row == 1 and a.judge(7.0, 2.0) == b.judge(7.0, 2.0) != ""
+
+
+SPIKES = dict(skip_loss_zscore=6.0, zscore_window=3)
+
+
+def test_a_spike_is_skipped_and_a_resumed_run_knows_the_window(tmp_path, shards):
+    """A loss ten times too large in step 4. Broken off and resumed after step 3, whose window of three steps fills no new
+    one before the spike: the same log."""
+    with poisoned("a loss of nan", 4, factor=10.0):
+        want, states, _ = saved_states(lambda: train_here(tmp_path, shards, run_name="whole", **RUN | SPIKES))
+    log = records(want, "train")
+    assert [bool(r.get("skipped")) for r in log] == [False] * 4 + [True, False] and "standard deviations" in log[4]["skipped"]
+    assert log[4]["loss"] > 40 and helpers.same_tensors(states[5], states[4])
+    with before_step(3, kill), pytest.raises(Killed):
+        train_here(tmp_path, shards, run_name="r", **RUN | SPIKES)
+    with poisoned("a loss of nan", 4 - 2, factor=10.0):  # resumed after two or three steps
+        resumed = train.find_checkpoint(str(tmp_path / "r"))
+        assert resumed.endswith("step_000002")
+        train_here(tmp_path, shards, run_name="r", resume="auto", **RUN | SPIKES)
+    assert learned(tmp_path / "r") == learned(want)
+
+
+# -----------------------------------------------------------------------------------------------------
+# Broken off where it hurts
+
+
+def test_checkpoints_by_minutes(tmp_path, shards):
+    often = train_here(tmp_path, shards, run_name="a", ckpt_interval=0, ckpt_minutes=1e-9, keep_checkpoints=9)
+    assert in_ckpt(often) == [f"step_{s:06d}" for s in range(1, 7)]
+    seldom = train_here(tmp_path, shards, run_name="b", ckpt_interval=4, ckpt_minutes=60, keep_checkpoints=9)
+    assert in_ckpt(seldom) == ["step_000004", "step_000006"]
+    with mock.patch.object(train, "train_step", lambda *args, step=train.train_step: time.sleep(0.4) or step(*args)):
+        now_and_then = train_here(tmp_path, shards, run_name="c", ckpt_interval=0, ckpt_minutes=1 / 60, keep_checkpoints=9)
+    assert in_ckpt(now_and_then) in (["step_000003", "step_000006"], ["step_000002", "step_000004", "step_000006"])
+
+
+@pytest.mark.parametrize("where", ["before done", "before the last evaluation"])
+def test_a_run_killed_after_its_last_checkpoint_is_finished(tmp_path, shards, capsys, whole, where):
+    """The restart evaluates if that is missing, writes `done` once, and trains nothing. Started once more, it says so."""
+    changes = RUN | dict(run_name="r")
+    with pytest.raises(Killed):
+        if where == "before done":
+            with mock.patch.object(train.Progress, "done", kill):
+                train_here(tmp_path, shards, **changes)
+        else:  # a signal in the last step: the checkpoint goes first
+            evaluations = []
+            real = train.evaluate
+            count = lambda *args: evaluations.append(1) or (kill() if len(evaluations) == 2 else real(*args))  # noqa: E731
+            with before_step(5, lambda: os.kill(os.getpid(), signal.SIGTERM)), mock.patch.object(train, "evaluate", count):
+                train_here(tmp_path, shards, **changes)
+    assert not records(tmp_path / "r", "done") and in_ckpt(tmp_path / "r")[-1] == "step_000006"
+    with mock.patch.object(train, "train_step", lambda *args: pytest.fail("a step was taken")):
+        assert train_here(tmp_path, shards, resume="auto", **changes) == tmp_path / "r"
+    assert learned(tmp_path / "r") == learned(whole.folder)
+    (done,) = records(tmp_path / "r", "done")
+    assert done["tok_per_sec_median"] > 0 and "done: val loss" in capsys.readouterr().out
+    fails_in_one_line(capsys, 2, "has done 6 steps, and max_iters is 6", out_dir=tmp_path, data_dir=shards, resume="auto", **changes)
+
+
+def test_started_again_by_torchrun(tmp_path, shards, monkeypatch, capsys, whole):
+    """--max-restarts: the run goes on in its own folder though `resume` was not given, and though a finished run has
+    its name and a newer one too; a run of another torchrun does not."""
+    train_here(tmp_path, shards, run_name="r", **RUN)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "mine")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    with before_step(4, kill), pytest.raises(Killed):
+        train_here(tmp_path, shards, run_name="r", **RUN)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "other")
+    train_here(tmp_path, shards, run_name="r", **RUN)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "mine")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    before = {name: (tmp_path / name / "log.jsonl").read_bytes() for name in ("r", "r-3")}
+    assert train_here(tmp_path, shards, run_name="r", **RUN) == tmp_path / "r-2"
+    assert learned(tmp_path / "r-2") == learned(whole.folder)
+    assert train_here(tmp_path, shards, run_name="r", **RUN) == tmp_path / "r-2"  # nothing is left to do: no failure
+    assert learned(tmp_path / "r-2") == learned(whole.folder)
+    assert all((tmp_path / name / "log.jsonl").read_bytes() == log for name, log in before.items())
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "killed before its first checkpoint")
+    capsys.readouterr()
+    assert train_here(tmp_path, shards, run_name="r", **RUN) == tmp_path / "r-4"
+    assert "starting afresh" in capsys.readouterr().out
+
+
+# -----------------------------------------------------------------------------------------------------
+# Disks
+
+
+def test_a_folder_that_vanishes(tmp_path, shards, capsys, whole):
+    """Training goes on to its end, and later checkpoints are there again."""
+    with before_step(3, lambda: shutil.rmtree(tmp_path / "r")):
+        train_here(tmp_path, shards, run_name="r", **RUN)
+    out = capsys.readouterr().out
+    assert "done: val loss" in out
+    assert train.find_checkpoint(str(tmp_path / "r")) == str(tmp_path / "r" / "ckpt" / "step_000006")
+    assert f"{records(whole.folder, 'val')[-1]['val_loss']:.4f}" in out
+
+
+def test_a_log_that_cannot_be_written_for_a_while(tmp_path, capsys):
+    """It is said once, nothing is lost, and no line is broken."""
+    log = train.RunLog(str(tmp_path), helpers.make_cfg(), {})
+    full = [False]
+
+    class Disk:
+        def __init__(self, file):
+            self.file = file
+
+        def write(self, data):
+            if full[0] and len(data) > 9:
+                return self.file.write(data[:7])  # what there was room for
+            if full[0]:
+                raise OSError(28, "No space left on device")
+            return self.file.write(data)
+
+        def close(self):
+            self.file.close()
+
+    log.file = Disk(log.file)
+    for step in range(6):
+        full[0] = step in (2, 3)
+        log.write(dict(kind="train", step=step))
+    log.close()
+    assert records(tmp_path) == [dict(kind="train", step=step) for step in range(6)]
+    assert capsys.readouterr().out.count("log.jsonl cannot be written, training goes on") == 1
+
+
+def test_a_stop_whose_checkpoint_cannot_be_written_is_a_failure(tmp_path, shards, capsys):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    with before_step(3, lambda: (os.kill(os.getpid(), signal.SIGTERM), setattr(train.dcp, "async_save", full))), \
+            mock.patch.object(train.dcp, "async_save", train.dcp.async_save):
+        fails_in_one_line(capsys, 1, "stopped by a signal after 4 steps", "could not be written", f"the newest: {tmp_path}/r/ckpt/step_000003",
+                          out_dir=tmp_path, data_dir=shards, run_name="r", **RUN)
+
+
+# -----------------------------------------------------------------------------------------------------
+# Ranks that die. QUICK steps fast, and for long
+
+QUICK = dict(n_layer=1, block_size=16, batch_size=4, total_batch_size=128, eval_interval=0, eval_tokens=64, FP8_AMAX_HISTORY=4)
+ENDLESS = QUICK | dict(max_iters=100_000, warmup_iters=0, ckpt_interval=10, log_interval=10)
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def two_ranks(cwd, data, script=TRAIN, **changes):
+    """Two ranks with nobody around who would end one when the other dies, as on two machines."""
+    port = free_port()
+    return [start("-u", script, *flag_args(data_dir=data, **ENDLESS | changes), cwd=cwd, RANK=str(rank), LOCAL_RANK=str(rank),
+                  WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)) for rank in range(2)]
+
+
+def wait_for_step(process):
+    """Read a process's output until it has logged a step."""
+    for line in process.stdout:
+        if line.startswith("step 1/") or line.startswith("step 1 ") or line.lstrip().startswith("step") and "loss" in line:
+            return
+    pytest.fail(process.communicate()[1])
+
+
+@pytest.mark.parametrize("dead,number", [(1, signal.SIGKILL), (1, signal.SIGSTOP), (0, signal.SIGKILL), (0, signal.SIGSTOP)])
+def test_a_dead_rank_ends_the_other_and_is_named(tmp_path, shards, dead, number):
+    """Killed, it breaks the connection; stopped, only its silence tells. Rank 0 holds the store that signs of life go to."""
+    ranks = two_ranks(tmp_path, shards, rank_timeout=6)
+    try:
+        wait_for_step(ranks[0])
+        ranks[dead].send_signal(number)
+        begin = time.monotonic()
+        other = finish(ranks[1 - dead], timeout=60)
+        assert time.monotonic() - begin < 30
+        assert other.code == 1 and "Traceback" not in other.err  # torch's own C++ warnings come before our line
+        line = other.err.splitlines()[-1]
+        assert line.startswith("train.py: error: no sign of life from rank ") and f"rank {dead} for" in line, other.err
+    finally:
+        for process in ranks:
+            process.kill()
+            process.wait()
+
+
+def test_an_error_on_one_rank_ends_both(tmp_path, shards):
+    """A token id beyond the vocabulary, in what rank 1 alone reads: it says so, and rank 0 names it."""
+    tokens = helpers.markov_tokens(6000, seed=1)
+    tokens[4096 + 64 + 5] = 600
+    write_shard(tmp_path / "data" / "synthetic" / "s_train_000001.bin", tokens)
+    shutil.copy(shards / "synthetic" / "s_val_000000.bin", tmp_path / "data" / "synthetic")
+    first, second = two_ranks(tmp_path, tmp_path / "data", rank_timeout=6)
+    assert_one_error_line(finish(second, timeout=90), 1, "token id 600")
+    assert_one_error_line(finish(first, timeout=60), 1, "no sign of life from rank 1")
+
+
+def test_slow_ranks_are_not_missed(tmp_path, shards):
+    """Rank 1 takes longer than the timeout for an evaluation, and rank 0 for the end, when rank 1 has left."""
+    (tmp_path / "slow.py").write_text(f"import os, sys, time\nsys.path.insert(0, {str(ROOT)!r})\nimport train\n" + """
+def slowly(function, rank):
+    return lambda *args: time.sleep(8 if os.environ["RANK"] == rank else 0) or function(*args)
+train.evaluate = slowly(train.evaluate, "1")
+train.Progress.done = slowly(train.Progress.done, "0")
+train.main()
+""")
+    results = [finish(p, timeout=120) for p in two_ranks(tmp_path, shards, tmp_path / "slow.py", max_iters=3, ckpt_interval=0, rank_timeout=6)]
+    assert [r.code for r in results] == [0, 0], results
+
+
+# -----------------------------------------------------------------------------------------------------
+# run.sh with torchrun
+
+
+def run_sh(cwd, *args, **env):
+    """bash run.sh in a process group of its own, with this python."""
+    return subprocess.Popen(["bash", str(ROOT / "run.sh"), *args], cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            env=script_env(PYTHON=sys.executable, PYTHONUNBUFFERED="1", **env), start_new_session=True)
+
+
+def workers(process):
+    """{rank: pid} of the processes that run train.py below a run.sh."""
+    found = {}
+    for path in pathlib.Path("/proc").glob("[0-9]*"):
+        try:
+            if f"OF_RUN_SH={os.getpid()}.{process.args[2]}".encode() not in (path / "environ").read_bytes().split(b"\0"):
+                continue
+            variables = dict(v.split(b"=", 1) for v in (path / "environ").read_bytes().split(b"\0") if b"=" in v)
+            if b"RANK" in variables and b"train.py" in (path / "cmdline").read_bytes():
+                found[int(variables[b"RANK"])] = int(path.name)
+        except OSError:
+            continue
+    return found
+
+
+needs_proc = pytest.mark.skipif(not os.path.exists("/proc/self/environ"), reason="no /proc")
+
+
+@needs_proc
+def test_run_sh_with_two_processes(tmp_path, shards):
+    """Side by side: SIGTERM to run.sh alone, status 0 and a checkpoint; a rank killed without restarts, status 1 and its name;
+    and with one restart, where the run goes on in its own folder from its newest checkpoint and is whole."""
+    out = tmp_path / "out"
+    done = train_here(out, shards, run_name="again", **QUICK | dict(max_iters=4))  # a finished run of the same name
+    runs = {}
+    for name, changes, env in (("stop", {}, {}), ("die", {}, {}), ("again", dict(max_iters=200), dict(MAX_RESTARTS="1"))):
+        args = flag_args(data_dir=shards, out_dir=out, run_name=name, **ENDLESS | changes)
+        runs[name] = run_sh(tmp_path, f"--run_name={name}", *args, NPROC="2", OF_RUN_SH=f"{os.getpid()}.--run_name={name}", **env)
+    try:
+        for name, process in runs.items():
+            for line in process.stdout:
+                if "checkpoint: training stood still" in line and "step 10/" not in line:
+                    break
+            if name == "stop":
+                process.send_signal(signal.SIGTERM)
+            else:
+                os.kill(workers(process)[1], signal.SIGKILL)
+        results = {name: finish(process, timeout=120) for name, process in runs.items()}
+    finally:
+        for process in runs.values():
+            process.kill()
+            for pid in workers(process).values():
+                os.kill(pid, signal.SIGKILL)
+    stop, die, again = results["stop"], results["die"], results["again"]
+    assert stop.code == 0, stop.err
+    steps = int(stop.out.split("stopped by a signal after ")[1].split()[0])
+    assert in_ckpt(out / "stop")[-1] == f"step_{steps:06d}" and "training ended well after SIGTERM" in stop.err
+    assert die.code == 1 and "stopped by a signal" not in die.out
+    assert "no sign of life from rank 1" in die.err and "rank      : 1 (local_rank: 1)" in die.err  # ours, and torchrun's
+    assert again.code == 0, again.err
+    assert "resumed from" in again.out and str(out / "again-2") in again.out
+    log = records(out / "again-2")
+    assert [r["step"] for r in log if r["kind"] == "train"] == [*range(0, 200, 10), 199] and log[-1]["kind"] == "done"
+    assert len(records(done, "train")) == 4  # the other one was left alone
