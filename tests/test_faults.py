@@ -215,9 +215,8 @@ def test_a_spike_is_skipped_and_a_resumed_run_knows_the_window(tmp_path, shards)
     assert log[4]["loss"] > 40 and helpers.same_tensors(states[5], states[4])
     with before_step(3, kill), pytest.raises(Killed):
         train_here(tmp_path, shards, run_name="r", **RUN | SPIKES)
-    with poisoned("a loss of nan", 4 - 2, factor=10.0):  # resumed after two or three steps
-        resumed = train.find_checkpoint(str(tmp_path / "r"))
-        assert resumed.endswith("step_000002")
+    done = train.steps_of(train.find_checkpoint(str(tmp_path / "r")))  # 2, or 3 where the last one was whole in time
+    with poisoned("a loss of nan", 4 - done, factor=10.0):
         train_here(tmp_path, shards, run_name="r", resume="auto", **RUN | SPIKES)
     assert learned(tmp_path / "r") == learned(want)
 
