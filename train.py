@@ -125,7 +125,7 @@ FSDP2_RESHARD = False            # FSDP2: free a block's gathered weights after 
 REDUCE_FP32 = True               # add gradients up over ranks in fp32; False: bf16
 
 # Speed and memory
-USE_COMPILE = "auto"             # torch.compile for loss, embedding norm, RoPE + QK norm; "auto": with a GPU
+USE_COMPILE = "auto"             # torch.compile for loss, embedding norm, RoPE + QK norm, emulated formats; "auto": with a GPU
 USE_TRITON = True                # our own Triton kernel for RoPE + QK norm, on a GPU
 USE_AC_LM_HEAD = False           # recompute logits in the backward pass; False: form their gradients in the forward pass
 USE_AC_BLOCKS = False            # recompute each block in the backward pass
@@ -1940,8 +1940,9 @@ def run(cfg, procs):
     precision = select_precision(cfg, device)
     use_compile = device.type == "cuda" if cfg.USE_COMPILE == "auto" else cfg.USE_COMPILE
     compiled = functools.cache(lambda f: torch.compile(f, dynamic=False)) if use_compile else (lambda f: f)
-    if hasattr(precision.te, "manual_seed"):
-        precision.te.manual_seed(cfg.seed + procs.rank)  # the emulation's stochastic rounding
+    if precision.emulated:
+        precision.te.compile_kernels(use_compile)
+        precision.te.manual_seed(cfg.seed + procs.rank)  # stochastic rounding
     model = GPT(cfg, precision.te, compiled, device)
     in_bf16 = keep_high_precision(model, cfg.HIGH_PRECISION_LAYERS, precision.te)
     n_params = sum(p.numel() for p in model.parameters())
