@@ -116,6 +116,8 @@ NVFP4_HADAMARD = True            # NVFP4: random Hadamard transform of what goes
 NVFP4_STOCHASTIC_ROUNDING = True # NVFP4: round gradients up or down at random, without bias
 NVFP4_2D_WEIGHTS = True          # NVFP4: one scale for each 16 x 16 of a weight; False: each 1 x 16
 HIGH_PRECISION_LAYERS = ""       # layers that stay in bf16: names or patterns, with commas: "blocks.0,blocks.*.attn.proj"
+EVAL_PRECISION = "bf16"          # matmuls of evaluations: "bf16", or "training": in the format of training; at the end both are made
+FP8_STATS_INTERVAL = 0           # steps between statistics of what quantizing does to each tensor; 0: none (fp8_stats.py)
 USE_EMULATION = "auto"           # "auto" (only where TE or the hardware is missing), True: te_emulation.py always
 
 # Parallelism
@@ -164,6 +166,7 @@ CHOICES = {
     "preset": ("auto", *PRESETS),
     "FP8_RECIPE": ("delayed", "current", "block", "mxfp8"),
     "muon_impl": ("auto", "dion", "torch"),
+    "EVAL_PRECISION": ("bf16", "training"),
     "USE_EMULATION": ("auto", True),
 }
 
@@ -182,10 +185,10 @@ class UserError(Exception):
 # Reading the flags
 
 
-WHOLE_NUMBERS = set("""seed n_layer n_embd n_head vocab_size block_size total_batch_size batch_size max_iters warmup_iters
+WHOLE_NUMBERS = set("""FP8_STATS_INTERVAL seed n_layer n_embd n_head vocab_size block_size total_batch_size batch_size max_iters warmup_iters
     muon_momentum_iters FP8_MARGIN FP8_AMAX_HISTORY FP8_CALIBRATION_STEPS loss_chunk_size eval_interval eval_tokens
     log_interval ckpt_interval keep_checkpoints""".split())
-TEXTS = set("preset run_name out_dir resume dataset data_dir muon_impl FP8_RECIPE HIGH_PRECISION_LAYERS wandb_project".split())
+TEXTS = set("preset run_name out_dir resume dataset data_dir muon_impl FP8_RECIPE EVAL_PRECISION HIGH_PRECISION_LAYERS wandb_project".split())
 OR_AUTO = set("USE_FSDP2 USE_DDP USE_COMPILE USE_EMULATION".split())
 SWITCHES = re.compile(r"USE_|FSDP2_|REDUCE_|NVFP4_")  # True or False; what is left takes any number
 
@@ -297,7 +300,7 @@ def check_flags(cfg, world_size):
     """Refuse values that cannot work, each in one line with the remedy. Raises UserError (status 2)."""
     positive = ("n_layer n_embd n_head vocab_size block_size total_batch_size batch_size max_iters "
                 "loss_chunk_size eval_tokens log_interval FP8_AMAX_HISTORY norm_eps rope_base adam_eps").split()
-    not_negative = ("warmup_iters ckpt_interval keep_checkpoints eval_interval grad_clip logit_softcap min_lr_ratio muon_momentum_iters "
+    not_negative = ("FP8_STATS_INTERVAL warmup_iters ckpt_interval keep_checkpoints eval_interval grad_clip logit_softcap min_lr_ratio muon_momentum_iters "
                     "FP8_CALIBRATION_STEPS learning_rate learning_rate_embed learning_rate_head "
                     "learning_rate_gain weight_decay weight_decay_embed weight_decay_head weight_decay_gain").split()
     for name in positive:
@@ -661,6 +664,19 @@ def fp8_state(model):
                 state[f"{name}.{key}.scale"] = held.scale
                 state[f"{name}.{key}.amax_history"] = held.amax_history
     return state
+
+
+@contextlib.contextmanager
+def scales_kept(model):
+    """Whatever quantizes inside leaves the delayed-scaling state as it was: Transformer Engine notes amaxes even without
+    gradients, and the next training step would count them."""
+    kept = {name: tensor.clone() for name, tensor in fp8_state(model).items()}
+    try:
+        yield
+    finally:
+        for name, tensor in fp8_state(model).items():
+            if name in kept:
+                tensor.copy_(kept[name])
 
 
 # =====================================================================================================
@@ -1589,8 +1605,8 @@ def evaluate(model, ring, cfg, procs, autocast):
 
     Sequence s is tokens s*T ... s*T + T of the ring. Rank r takes sequences r, r + world_size, ...; where they do
     not fill a batch, rows without targets do, so that the result is the same for any world and batch size, and all
-    ranks make the same number of passes. `autocast()` is the context of a pass: bf16 leaves the amax history of
-    delayed scaling alone. `model` is the plain one: DDP has nothing to do without gradients.
+    ranks make the same number of passes. `autocast()` is the context of a pass: bf16 or the format of training.
+    `model` is the plain one: DDP has nothing to do without gradients.
     """
     T, sequences = cfg.block_size, cfg.eval_tokens // cfg.block_size
     per_pass = procs.world_size * cfg.batch_size
@@ -1779,7 +1795,7 @@ class Progress:
         """train_seconds: of training before a resumed run's first step."""
         self.cfg, self.procs, self.log = cfg, procs, log
         self.flops, self.peak = flops_per_token(cfg), peak_flops(procs.device)
-        self.train_seconds, self.speeds, self.val_loss = train_seconds, [], float("nan")
+        self.train_seconds, self.speeds, self.val_loss, self.val_losses = train_seconds, [], float("nan"), None
         self.compile_seconds = None
 
     @property
@@ -1809,9 +1825,9 @@ class Progress:
         if not math.isfinite(loss + norm):
             raise UserError(f"the loss at step {step} is {loss}, its gradient's norm {norm}: try a lower learning rate or a longer warm-up")
 
-    def val(self, step, val_loss):
-        """Log an evaluation after optimizer step `step`, and draw loss.png."""
-        self.val_loss = val_loss
+    def val(self, step, val_loss, val_losses=None):
+        """Log an evaluation after optimizer step `step`, and draw loss.png. val_losses: {name of each format: loss in it}."""
+        self.val_loss, self.val_losses = val_loss, val_losses
         if self.procs.is_main:
             self.log.write(dict(kind="val", step=step, tokens=(step + 1) * self.cfg.total_batch_size, val_loss=val_loss,
                                 train_seconds=self.train_seconds))
@@ -1824,10 +1840,13 @@ class Progress:
         if self.procs.is_main:
             tokens, memory = self.cfg.max_iters * self.cfg.total_batch_size, peak_memory_gb(self.procs.device)
             self.log.write(dict(kind="done", step=self.cfg.max_iters - 1, tokens=tokens, val_loss=self.val_loss,
+                                **({"val_losses": self.val_losses} if self.val_losses else {}),
                                 train_seconds=self.train_seconds, tok_per_sec_median=self.speed, peak_mem_gb=memory,
                                 compile_seconds=self.compile_seconds))
             self.log.close()
-            self.procs.print(f"\ndone: val loss {self.val_loss:.4f} after {tokens:,} tokens in {format_duration(self.train_seconds)} "
+            others = "".join(f", {loss:.4f} in {name}" for name, loss in list((self.val_losses or {}).items())[1:])
+            where = f" in {next(iter(self.val_losses))}{others}" if others else ""
+            self.procs.print(f"\ndone: val loss {self.val_loss:.4f}{where} after {tokens:,} tokens in {format_duration(self.train_seconds)} "
                              f"of training ({self.speed:,.0f} tokens/s, {memory:.1f} GB)\n"
                              f"run folder: {self.log.folder}  (loss.png: curves; log.jsonl: every step; config.json: all flags)\n"
                              f"next: bash run.sh --help lists the flags; python train_orig.py trains the plain reference")
@@ -2013,6 +2032,14 @@ def run(cfg, procs):
         if cfg.keep_checkpoints:
             procs.print(f"step {steps}/{cfg.max_iters} | checkpoint: training stood still for {pause:.2f} s")
 
+    formats = ["bf16"] if precision.recipe is None else ["bf16", precision.name][::1 if cfg.EVAL_PRECISION == "bf16" else -1]
+
+    def evaluate_in(names):
+        """{name: val loss} with the block matmuls in each of these formats; delayed scaling's state stays as it is."""
+        with scales_kept(model):
+            return {name: evaluate(model, val_ring, cfg, procs, lambda: precision.autocast(procs, quantized=name != "bf16"))
+                    for name in names}
+
     pending = None
     for step in range(first_step, cfg.max_iters):
         rates = optimizers.set_schedule(step)
@@ -2040,7 +2067,8 @@ def run(cfg, procs):
         if evaluating:
             if told_to_stop:
                 checkpoints.finish(wait=True)  # first things first
-            progress.val(step, evaluate(model, val_ring, cfg, procs, lambda: precision.autocast(procs, quantized=False)))
+            val_losses = evaluate_in(formats[:2 if last else 1])
+            progress.val(step, val_losses[formats[0]], val_losses)
             gc.collect()
         checkpoints.finish()
         if told_to_stop:

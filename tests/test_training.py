@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("fresh")
 TRAIN_KEYS = {"kind", "step", "tokens", "loss", "grad_norm", "lr_muon", "lr_embed", "lr_head", "momentum", "step_ms",
               "tok_per_sec", "mfu", "peak_mem_gb"}
 VAL_KEYS = {"kind", "step", "tokens", "val_loss", "train_seconds"}
-DONE_KEYS = {"kind", "step", "compile_seconds", "tokens", "val_loss", "train_seconds", "tok_per_sec_median", "peak_mem_gb"}
+DONE_KEYS = {"kind", "step", "compile_seconds", "tokens", "val_loss", "val_losses", "train_seconds", "tok_per_sec_median", "peak_mem_gb"}
 
 # The runs of two ranks: micro-batches of 4 sequences each, where the run of one process takes 8.
 TWO = dict(batch_size=4)
