@@ -576,6 +576,58 @@ def hadamard_transform(x: torch.Tensor, dim: int = -1) -> torch.Tensor:
     return out.reshape(m, n).to(x.dtype)
 
 
+# What quantization_stats() gives, in this order.
+STATISTICS = ("amax", "scale", "saturated", "underflow", "error")
+
+
+@torch.no_grad()
+def quantization_stats(x, rcp, kind: str, scale=None) -> torch.Tensor:
+    """What a recipe's quantizer does to a tensor: fp32 (5,), the STATISTICS.
+
+    amax       largest magnitude
+    scale      what values are multiplied by before they are rounded; of block scales the median
+    saturated  share of the values that are not 0 which the format's range cuts off
+    underflow  share of the values that are not 0 which become 0
+    error      |quantized - x| / |x| in the Frobenius norm
+
+    Args:
+        x: (M, N), bf16 or fp32, quantized in blocks along the last dimension (as for the forward matmul, and
+            for the gradient of its input), without Hadamard transform.
+        rcp: a recipe of this module or of Transformer Engine.
+        kind: "input", "weight" or "gradient".
+        scale: the fp32 scalar that delayed scaling holds for this tensor; other recipes compute theirs.
+    """
+    hybrid = rcp.fp8_format.name == "HYBRID" and kind == "gradient"
+    fp8_dtype = torch.float8_e5m2 if hybrid else torch.float8_e4m3fn
+    # The middle between the largest value and what would follow it: above, rounding cannot have led there.
+    limit, rows, cols = 61440.0 if hybrid else 464.0, 1, x.shape[1]
+    if rcp.nvfp4():
+        two_d = kind == "weight" and not rcp.disable_2d_quantization
+        rows, cols, limit = NVFP4_BLOCK if two_d else 1, NVFP4_BLOCK, 7.0
+        q, block_scale, amax = quantize_nvfp4(x, -1, two_d, kind == "gradient" and not rcp.disable_stochastic_rounding)
+        decode = block_scale.float() * (amax / (E2M1_MAX * 448.0))
+    elif rcp.mxfp8():
+        cols = MXFP8_BLOCK
+        q, e8m0 = _quantize_mxfp8(x, fp8_dtype, -1)
+        decode = e8m0_to_float(e8m0)
+    elif rcp.float8_block_scaling():
+        rows, cols = FP8_BLOCK if kind == "weight" else 1, FP8_BLOCK
+        q, decode = _quantize_fp8_tiles(x, fp8_dtype, rows, cols)
+    else:
+        scale = compute_scale(compute_amax(x), FP8_MAX[fp8_dtype]) if scale is None else scale
+        q, decode, rows = quantize_fp8(x, scale, fp8_dtype), (1.0 / scale).reshape(1, 1), x.shape[0]
+    x, q = _tiles(x.float(), rows, cols), _tiles(q.float(), rows, cols)
+    tile_decode = decode[:, None, :, None]
+    magnitude, nonzero = x.abs(), x != 0
+    count = nonzero.sum().clamp(min=1)
+    saturated = ((magnitude > limit * tile_decode) & (tile_decode > 0)).sum() / count
+    underflow = ((q == 0) & nonzero).sum() / count
+    norm = torch.linalg.vector_norm(x)
+    error = torch.linalg.vector_norm(q * tile_decode - x) / torch.where(norm > 0, norm, 1.0)
+    used = torch.where(decode > 0, 1.0 / decode, math.nan)  # a block too small for a scale of its own has none
+    return torch.stack([magnitude.amax(), used.nanmedian(), saturated, underflow, error])
+
+
 # ----------------------------------------------------------------------------------------------
 # Global state: the active recipe, delayed scaling's amaxes, recomputation
 # ----------------------------------------------------------------------------------------------

@@ -325,6 +325,8 @@ def check_flags(cfg, world_size):
             f"{world_size} x {cfg.batch_size} x {cfg.block_size} = {micro}; the nearest is --total_batch_size={nearest}", 2)
     if os.path.basename(cfg.run_name) != cfg.run_name or cfg.run_name in ("", ".", ".."):
         raise UserError(f"--run_name is a folder name without slashes, not '{cfg.run_name}'", 2)
+    if getattr(cfg, "FP8_STATS_INTERVAL", 0) and not (cfg.USE_FP8 or cfg.USE_NVFP4):
+        raise UserError("FP8_STATS_INTERVAL has nothing to look at in a bf16 run: set USE_FP8 or USE_NVFP4, or leave it at 0", 2)
 
 
 # =====================================================================================================
@@ -1772,6 +1774,9 @@ class RunLog:
         fig.savefig(temporary, dpi=120, format="png")
         os.replace(temporary, os.path.join(self.folder, "loss.png"))
         plt.close(fig)
+        if any(r["kind"] == "fp8_stats" for r in self.records):
+            import fp8_stats
+            fp8_stats.plot(self.records, os.path.join(self.folder, "fp8_stats.png"))
 
     def close(self):
         self.file.close()
@@ -2040,6 +2045,15 @@ def run(cfg, procs):
             return {name: evaluate(model, val_ring, cfg, procs, lambda: precision.autocast(procs, quantized=name != "bf16"))
                     for name in names}
 
+    def watch_quantization(step):
+        """Log what the format does to each tensor of the next micro-batch (FP8_STATS_INTERVAL); training is not touched."""
+        import fp8_stats
+        start = time.perf_counter()
+        layers = fp8_stats.collect(model, *loader.peek(), precision.recipe, fp8_state(model), in_bf16, loader.loss_scale)
+        if log:
+            log.write(dict(kind="fp8_stats", step=step, tokens=(step + 1) * cfg.total_batch_size, format=precision.name,
+                           seconds=time.perf_counter() - start, layers=layers))
+
     pending = None
     for step in range(first_step, cfg.max_iters):
         rates = optimizers.set_schedule(step)
@@ -2059,9 +2073,12 @@ def run(cfg, procs):
         last = step == cfg.max_iters - 1
         evaluating = last or (cfg.eval_interval and (step + 1) % cfg.eval_interval == 0)
         saving = last or told_to_stop or (cfg.ckpt_interval and (step + 1) % cfg.ckpt_interval == 0)
-        if evaluating or saving:
+        watching = cfg.FP8_STATS_INTERVAL and (step + 1) % cfg.FP8_STATS_INTERVAL == 0
+        if evaluating or saving or watching:
             told_to_stop = finish(*pending) or told_to_stop
             pending = None
+        if watching:
+            watch_quantization(step)
         if saving or told_to_stop:
             save(step + 1)
         if evaluating:
