@@ -572,7 +572,8 @@ def hadamard_transform(x: torch.Tensor, dim: int = -1) -> torch.Tensor:
         if dim in (-1, 1):
             out = blocks.reshape(-1, NVFP4_BLOCK) @ h
         else:
-            out = h.T @ blocks.reshape(m // NVFP4_BLOCK, NVFP4_BLOCK, n)
+            blocks = blocks.reshape(m // NVFP4_BLOCK, NVFP4_BLOCK, n)
+            out = torch.bmm(h.t().expand(len(blocks), -1, -1), blocks)
     return out.reshape(m, n).to(x.dtype)
 
 
