@@ -105,7 +105,7 @@ def collect(model, x, y, recipe, scales, in_bf16, loss_scale):
         x, y: (B, T) token ids and targets.
         recipe: of te_emulation.py or of Transformer Engine.
         scales: train.fp8_state(model), for delayed scaling's live scales.
-        in_bf16: names of the layers that are not quantized; they are left out.
+        in_bf16: names of the layers that are not quantized; they have no statistics, {"blocks.0.attn.qkv": {}}.
         loss_scale: what training multiplies a micro-batch's summed loss by.
     Returns: numbers that are not finite as None.
     """
@@ -146,7 +146,7 @@ def collect(model, x, y, recipe, scales, in_bf16, loss_scale):
             numbers = [v if math.isfinite(v) else None for v in row]
             layers.setdefault(layer, {})[kind] = dict(zip(te_emulation.STATISTICS, numbers))
     names = [f"blocks.{i}.{m}" for i in range(cfg.n_layer) for m in MATMULS]
-    return {n: {k: layers[n][k] for k in KINDS} for n in names if n in layers}
+    return {n: {k: layers[n][k] for k in KINDS} if n in layers else {} for n in names}
 
 
 # =====================================================================================================
@@ -166,7 +166,7 @@ def plot(records, path):
     from matplotlib.colors import LogNorm, Normalize
     from matplotlib.ticker import NullFormatter
 
-    records = [r for r in records if r["kind"] == "fp8_stats" and r["layers"]]
+    records = [r for r in records if r["kind"] == "fp8_stats" and any(r["layers"].values())]
     if not records:
         return
     n_blocks = 1 + max(int(name.split(".")[1]) for r in records for name in r["layers"])
@@ -184,7 +184,8 @@ def plot(records, path):
             if share:
                 norm = LogNorm(FLOOR, 1.0)
             elif stat == "error":
-                norm = Normalize(0, known.max() if known.size and known.max() > 0 else 1)
+                low, high = (known.min(), known.max()) if known.size and known.max() > 0 else (0, 1)
+                norm = Normalize(min(low, 0.8 * high), high)
             else:
                 positive = known[known > 0]
                 low, high = (positive.min(), positive.max()) if positive.size else (1, 1)

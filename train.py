@@ -1737,8 +1737,8 @@ class RunLog:
         self.file.write(json.dumps(clean) + "\n")
         if self.wandb is not None:
             try:
-                values = {f"{record['kind']}/{k}": v for k, v in record.items() if k not in ("kind", "step")}
-                self.wandb.log(values, step=record["step"])
+                values = {k: v for k, v in record.items() if k not in ("kind", "step")}
+                self.wandb.log(dict(paths_of(values, record["kind"])), step=record["step"])
             except Exception as error:
                 print(f"wandb is off: {error}", flush=True)
                 self.wandb = None
@@ -1782,6 +1782,12 @@ class RunLog:
         self.file.close()
         if self.wandb is not None:
             self.wandb.finish()
+
+
+def paths_of(tree, prefix):
+    """The leaves of nested dicts as pairs ("prefix/key/key", value)."""
+    for key, value in tree.items():
+        yield from paths_of(value, f"{prefix}/{key}") if isinstance(value, dict) else [(f"{prefix}/{key}", value)]
 
 
 def smooth(values, beta=0.9):

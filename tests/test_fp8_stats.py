@@ -2,6 +2,8 @@
 
 import contextlib
 import math
+import sys
+from types import SimpleNamespace
 from unittest import mock
 
 import ml_dtypes
@@ -125,7 +127,7 @@ def test_live_scales_and_layers_in_bf16(fresh):
     state = train.fp8_state(model)
     before = {k: v.clone() for k, v in state.items()}
     result = fp8_stats.collect(model, x, y, precision.recipe, state, in_bf16, 0.01)
-    assert list(result) == [n for n in LAYERS if not n.startswith("blocks.1.attn")]
+    assert list(result) == LAYERS and [n for n in LAYERS if not result[n]] == ["blocks.1.attn.qkv", "blocks.1.attn.proj"]
     for name, kind, key, slot in (("attn.qkv", "input", "scaling_fwd", 0), ("attn.qkv", "weight", "scaling_fwd", 1),
                                   ("attn.proj", "gradient", "scaling_bwd", 0), ("mlp.fc1", "weight", "scaling_fwd", 1),
                                   ("mlp.fc2", "input", "scaling_fwd", 3), ("mlp.fc2", "weight", "scaling_fwd", 4),
@@ -156,12 +158,25 @@ def test_a_run_with_statistics_trains_the_same(fresh, shards, tmp_path, changes)
     found = records(on, "fp8_stats")
     assert [r["step"] for r in found] == [1, 3] and all(r["seconds"] > 0 for r in found)
     for r in found:
-        assert list(r["layers"]) == (LAYERS[:4] if "HIGH_PRECISION_LAYERS" in changes else LAYERS)
-        for layer in r["layers"].values():
+        watched = [layer for layer in r["layers"].values() if layer]
+        assert list(r["layers"]) == LAYERS and len(watched) == (4 if "HIGH_PRECISION_LAYERS" in changes else 8)
+        for layer in watched:
             assert list(layer) == list(fp8_stats.KINDS) and all(list(numbers) == list(te.STATISTICS) for numbers in layer.values())
             assert all(0 <= n[s] <= 1 for n in layer.values() for s in ("saturated", "underflow"))
     fp8_stats.plot(records(on), str(tmp_path / "p.png"))
     assert (tmp_path / "p.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_wandb_gets_a_curve_for_each_number(fresh, shards, tmp_path, monkeypatch):
+    logged = {}
+    fake = SimpleNamespace(log=lambda values, step: logged.update({(k, step): v for k, v in values.items()}), finish=lambda: None)
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **_: fake))
+    folder = train_here(tmp_path, shards, max_iters=2, FP8_STATS_INTERVAL=2, USE_WANDB=True)
+    (record,), (done,) = records(folder, "fp8_stats"), records(folder, "done")
+    for layer, kinds in record["layers"].items():
+        for kind, numbers in kinds.items():
+            assert all(logged[f"fp8_stats/layers/{layer}/{kind}/{name}", 1] == value for name, value in numbers.items())
+    assert logged["done/val_losses/bf16", 1] == done["val_loss"] and ("train/loss", 0) in logged
 
 
 def test_off_is_off(fresh, shards, tmp_path):
