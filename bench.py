@@ -4,6 +4,7 @@ Compare runs side by side: loss curves, noise, speed and memory, as a table and 
     python bench.py speed                                   # precisions, wrappers, vocabularies, batches; train_orig.py
     python bench.py precision                               # the study: bf16 and each format, two seeds each, gaps and noise
     python bench.py ablation                                # NVFP4 without one of its four ingredients at a time
+    python bench.py emulation                               # speed of the emulated formats against bf16
     torchrun --standalone --nproc_per_node=2 bench.py wrappers --max_iters=77      # FSDP2, then DDP
     python bench.py report --out=results/mine out/a out/b   # the same table and plot from run folders that exist
 
@@ -37,6 +38,7 @@ COMPARISON = ["--total_batch_size=65536", "--warmup_iters=20", "--eval_interval=
 COMMON = {
     "precision": [*COMPARISON, "--preset=d12", "--max_iters=381"],
     "ablation": [*COMPARISON, "--n_layer=8", "--n_embd=256", "--n_head=2", "--vocab_size=50304", "--max_iters=77"],
+    "emulation": ["--total_batch_size=65536", "--max_iters=12", "--warmup_iters=4", "--eval_interval=0", "--eval_tokens=1", "--keep_checkpoints=0"],
     "wrappers": COMPARISON,
     "speed": ["--max_iters=24", "--warmup_iters=4", "--eval_interval=0", "--eval_tokens=1", "--keep_checkpoints=0"],
 }
@@ -70,6 +72,14 @@ VARIANTS = {
         "no 2-D weights": ["--USE_NVFP4=True", "last blocks in bf16", "--NVFP4_2D_WEIGHTS=False"],
         "no blocks in bf16": ["--USE_NVFP4=True"],
         "none of the four": ["--USE_NVFP4=True", "--NVFP4_HADAMARD=False", "--NVFP4_STOCHASTIC_ROUNDING=False", "--NVFP4_2D_WEIGHTS=False"],
+    },
+    "emulation": {
+        "bf16": ["--USE_FP8=False"],
+        "FP8 delayed": ["--USE_EMULATION=True", "--FP8_RECIPE=delayed"],
+        "FP8 current": ["--USE_EMULATION=True", "--FP8_RECIPE=current"],
+        "FP8 block": ["--USE_EMULATION=True", "--FP8_RECIPE=block"],
+        "MXFP8": ["--USE_EMULATION=True", "--FP8_RECIPE=mxfp8"],
+        "NVFP4": ["--USE_EMULATION=True", "--USE_NVFP4=True"],
     },
     "wrappers": {
         "FSDP2": ["--USE_FSDP2=True", "--seed=1"],

@@ -65,6 +65,15 @@ def test_ablation(fresh, shards, tmp_path, monkeypatch):
         assert rows[label]["losses"]["1"] != rows["NVFP4"]["losses"]["1"]
 
 
+def test_emulation_compares_speeds(fresh, shards, tmp_path):
+    """All formats emulated, the ratio to bf16 in the table."""
+    bench.main(["emulation", f"--out={tmp_path}/r", "--max_iters=3", "--warmup_iters=1", "--total_batch_size=256",
+                *small_flags(shards, tmp_path, "warmup_iters", "max_iters", "batch_size", "eval_tokens"), "--n_embd=128", "--batch_size=4"])
+    rows = json.loads((tmp_path / "r.json").read_text())["runs"]
+    assert [r["precision"] for r in rows] == ["bf16", "fp8-delayed", "fp8-current", "fp8-block", "fp8-mxfp8", "nvfp4"]
+    assert all(r["tok_per_sec"] > 0 for r in rows) and "| NVFP4 |" in (tmp_path / "r.md").read_text()
+
+
 def test_speed_with_two_ranks(shards, tmp_path):
     """Every variant of `speed` runs under torchrun, the wrappers and train_orig.py among them; the ratio is to the first."""
     flags = small_flags(shards, tmp_path, "warmup_iters", "max_iters", "eval_tokens")

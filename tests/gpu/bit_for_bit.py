@@ -107,7 +107,7 @@ def main():
     head = f"# Quantizers, bit for bit\n`python tests/gpu/bit_for_bit.py`, {datetime.date.today()}, {machine['device']}, {versions}"
     text = markdown(table, head)
     pathlib.Path(args.out + ".md").write_text(text)
-    pathlib.Path(args.out + ".json").write_text(json.dumps({" | ".join(k): v for k, v in table.items()}, indent=1))
+    pathlib.Path(args.out + ".json").write_text(json.dumps({" | ".join(k): v for k, v in table.items()}) + "\n")
     print(text)
 
 
