@@ -1036,3 +1036,37 @@ def test_compiled_kernels(name):
         results.append([y] + [p.grad for p in layer.parameters()])
     for a, b in zip(*results):  # compiled and eager norms sum in another order: a value may go to its neighbour
         assert relative(b, a) < 2e-3
+
+
+def test_random_numbers_are_uniform_and_independent():
+    """The hashed numbers of stochastic rounding: bits, mean and variance; neighbours, rows and calls without correlation."""
+    te.manual_seed(3)
+    a, b = te._uniform(torch.empty(512, 512)), te._uniform(torch.empty(512, 512))
+    n = a.numel()
+    assert a.dtype == torch.float32 and a.min() >= 0 and a.max() < 1
+    bits = (a * 2**24).int()
+    for k in range(24):
+        assert abs(((bits >> k) & 1).double().mean() - 0.5) < 5 * 0.5 / math.sqrt(n)
+    assert abs(a.double().mean() - 0.5) < 5 * math.sqrt(1 / 12 / n) and abs(a.double().var() - 1 / 12) < 1e-3
+    x = a.double() - 0.5
+    for other in (x.roll(1, 1), x.roll(1, 0), x.roll(16, 1), x.T, b.double() - 0.5):
+        assert abs((x * other).mean()) < 5 / 12 / math.sqrt(n)
+
+
+@pytest.mark.parametrize("quantize, inverse, of_inf", [
+    (lambda x: te.quantize_block_1d(x), lambda s: s, 1.0), (lambda x: te.quantize_block_2d(x), lambda s: s, 1.0),
+    (lambda x: te.quantize_mxfp8(x), te.e8m0_to_float, 2.0**127)], ids=["1x128", "128x128", "mxfp8"])
+def test_blocks_of_zeros_nan_and_inf(quantize, inverse, of_inf):
+    """A block of zeros stays zero. NaN stays one and does not touch its block's scale; inf saturates and does."""
+    x = torch.full((128, 256), 3.0).bfloat16()
+    x[:, :128] = 0
+    q, scale = quantize(x)
+    assert (q.float()[:, :128] == 0).all() and torch.isfinite(inverse(scale)).all()
+    clean = inverse(scale)[0, -1].item()
+    x[0, 200] = math.nan
+    q, scale = quantize(x)
+    assert q.float().isnan().nonzero().tolist() == [[0, 200]] and inverse(scale)[0, -1 if len(scale[0]) == 2 else 200 // 32] == clean
+    x[0, 200] = -math.inf
+    q, scale = quantize(x)
+    assert q.float()[0, 200] == -448 and inverse(scale)[0, -1 if len(scale[0]) == 2 else 200 // 32] == of_inf
+    assert not q.float().isnan().any()
