@@ -417,9 +417,10 @@ def plot_study(rows, noise, path):
     import matplotlib.pyplot as plt
     fig, (left, right) = plt.subplots(1, 2, figsize=(13, 5), layout="constrained")
     bf16 = {s: train.smooth(x) for r in rows if r["label"] == "bf16" for s, x in r["losses"].items()}
+    unit, label = (1e6, "million tokens") if rows[0]["tokens"] >= 2e6 else (1e3, "thousand tokens")
 
     def draw(ax, curves, row, color, skip):
-        at = [(i + 1) * row["config"]["total_batch_size"] / 1e6 for i in range(min(map(len, curves)))][skip:]
+        at = [(i + 1) * row["config"]["total_batch_size"] / unit for i in range(min(map(len, curves)))][skip:]
         across = list(zip(*curves))[skip:]
         ax.plot(at, [statistics.mean(x) for x in across], color=color, linewidth=1.5, label=row["label"])
         ax.fill_between(at, [min(x) for x in across], [max(x) for x in across], color=color, alpha=0.15, linewidth=0)
@@ -434,8 +435,8 @@ def plot_study(rows, noise, path):
     if noise is not None:
         right.axhspan(-noise, noise, color="gray", alpha=0.15, label="noise: bf16, other seeds")
     right.axhline(0, color="black", linewidth=1)
-    left.set(xlabel="million tokens", ylabel="train loss, smoothed", title="Loss: mean over seeds, and their spread")
-    right.set(xlabel="million tokens", ylabel="train loss minus bf16's, smoothed", title="Gap to bf16 of the same seed")
+    left.set(xlabel=label, ylabel="train loss, smoothed", title="Loss: mean over seeds, and their spread")
+    right.set(xlabel=label, ylabel="train loss minus bf16's, smoothed", title="Gap to bf16 of the same seed")
     for ax in (left, right):
         ax.grid(alpha=0.3)
         ax.legend(fontsize=8)
