@@ -10,7 +10,8 @@ Compare runs side by side: loss curves, noise, speed and memory, as a table and 
 
 All train by train.py's own run(), one after another in one process group; any flag of train.py can be given as --name=value.
 `precision`, `ablation` and `wrappers` take total_batch_size=65536 and 20 warm-up steps, so that a few million tokens are enough
-steps to mean something (on a CPU the first two take preset tiny's); `speed` takes 24 steps, of which the first 4 do not count. Under torchrun, `speed` compares the wrappers too.
+steps to mean something (on a CPU the first two take preset tiny's); `speed` takes 24 steps, of which the first 4 do not count.
+Under torchrun, `speed` compares the wrappers too.
 --out=PATH names the files to write (PATH.json, PATH.md, PATH.png).
 
 `precision` and `ablation` train from the same weights on the same tokens for each seed: --seeds=3 for three seeds of everything,
@@ -322,8 +323,9 @@ def train_study(mode, flags, seeds, labels):
     if missing:
         cfg, rate = next(iter(missing.values())), matmul_rate(procs.device)
         minutes = sum(flops.values()) / (rate * procs.world_size / 3) / 60
-        procs.print(f"{mode}: {len(missing)} runs to train ({len(plan) - len(missing)} are there) of {cfg.max_iters * cfg.total_batch_size / 1e6:.2f}M "
-                    f"tokens, {train.flops_per_token(cfg) / 1e9:.2f} GFLOP each: about {minutes:.0f} minutes at a third of the "
+        tokens = cfg.max_iters * cfg.total_batch_size / 1e6
+        procs.print(f"{mode}: {len(missing)} runs to train ({len(plan) - len(missing)} are there) of {tokens:.2f}M tokens, "
+                    f"{train.flops_per_token(cfg) / 1e9:.2f} GFLOP a token: about {minutes:.0f} minutes at a third of the "
                     f"{rate / 1e12:.2g} TFLOP/s measured here, without compilation"
                     + (f"; {len(emulated)} emulated ones counted three times" if emulated else ""))
     start, done = time.perf_counter(), 0

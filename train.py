@@ -300,8 +300,8 @@ def check_flags(cfg, world_size):
     """Refuse values that cannot work, each in one line with the remedy. Raises UserError (status 2)."""
     positive = ("n_layer n_embd n_head vocab_size block_size total_batch_size batch_size max_iters "
                 "loss_chunk_size eval_tokens log_interval FP8_AMAX_HISTORY norm_eps rope_base adam_eps").split()
-    not_negative = ("FP8_STATS_INTERVAL warmup_iters ckpt_interval keep_checkpoints eval_interval grad_clip logit_softcap min_lr_ratio muon_momentum_iters "
-                    "FP8_CALIBRATION_STEPS learning_rate learning_rate_embed learning_rate_head "
+    not_negative = ("warmup_iters ckpt_interval keep_checkpoints eval_interval grad_clip logit_softcap min_lr_ratio muon_momentum_iters "
+                    "FP8_CALIBRATION_STEPS FP8_STATS_INTERVAL learning_rate learning_rate_embed learning_rate_head "
                     "learning_rate_gain weight_decay weight_decay_embed weight_decay_head weight_decay_gain").split()
     for name in positive:
         if hasattr(cfg, name) and getattr(cfg, name) <= 0:

@@ -43,7 +43,7 @@ def test_precision_study(fresh, shards, tmp_path, capsys, monkeypatch):
             assert 0 < row["largest_gap"] < 0.5 and all(abs(row["val_in_format"][s] - row["val_losses"][s]) < 0.1 for s in "12")
     text, printed = (tmp_path / "t" / "r.md").read_text(), capsys.readouterr().out
     assert text in printed and f"{result['noise']:.4f}" in text and "python bench.py precision" in text
-    assert printed.index("12 runs to train (0 are there)") < printed.index("===== bf16, seed 1 =====") and "GFLOP each: about" in printed
+    assert printed.index("12 runs to train (0 are there)") < printed.index("===== bf16, seed 1 =====") and "GFLOP a token: about" in printed
     assert (tmp_path / "t" / "r.png").read_bytes()[:4] == b"\x89PNG"
 
     again = study("precision", shards, tmp_path, monkeypatch)
