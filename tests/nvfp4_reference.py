@@ -2,7 +2,7 @@
 
 On a GPU it is imported with TE. Without one, its source file is loaded alone, with stand-ins for the two base classes
 that it takes from TE's compiled part: TE_SOURCE names a checkout of TransformerEngine (2.20), or a folder that pip
-unpacked. Both tests/test_nvfp4_reference.py (CPU) and tests/gpu/test_nvfp4_reference.py run the comparisons below.
+unpacked. Both tests/test_nvfp4_reference.py (CPU) and tests/gpu/test_nvfp4_vs_te.py run the comparisons below.
 """
 
 import importlib.util
