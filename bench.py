@@ -2,14 +2,21 @@
 Compare runs side by side: loss curves, noise, speed and memory, as a table and a plot in results/.
 
     python bench.py speed                                   # precisions, wrappers, vocabularies, batches; train_orig.py
-    python bench.py precision --max_iters=77                # bf16 (two seeds), then each FP8 recipe, one after another
+    python bench.py precision                               # the study: bf16 and each format, two seeds each, gaps and noise
+    python bench.py ablation                                # NVFP4 without one of its four ingredients at a time
+    python bench.py emulation                               # speed of the emulated formats against bf16
     torchrun --standalone --nproc_per_node=2 bench.py wrappers --max_iters=77      # FSDP2, then DDP
     python bench.py report --out=results/mine out/a out/b   # the same table and plot from run folders that exist
 
 All train by train.py's own run(), one after another in one process group; any flag of train.py can be given as --name=value.
-`precision` and `wrappers` take total_batch_size=65536 and 20 warm-up steps, so that a few million tokens are enough steps to
-mean something; `speed` takes 24 steps, of which the first 4 do not count. Under torchrun, `speed` compares the wrappers too.
+`precision`, `ablation` and `wrappers` take total_batch_size=65536 and 20 warm-up steps, so that a few million tokens are enough
+steps to mean something (on a CPU the first two take preset tiny's); `speed` takes 24 steps, of which the first 4 do not count.
+Under torchrun, `speed` compares the wrappers too.
 --out=PATH names the files to write (PATH.json, PATH.md, PATH.png).
+
+`precision` and `ablation` train from the same weights on the same tokens for each seed: --seeds=3 for three seeds of everything,
+--seeds=2,1 for two of bf16 and one of each format; --formats="bf16,FP8 block" picks rows. They say what they will cost first. A
+run that is finished with the same flags, commit and device is taken as it is, so a study that was stopped goes on.
 """
 
 import datetime
@@ -20,6 +27,7 @@ import os
 import shlex
 import statistics
 import sys
+import time
 
 import torch
 import torch.distributed as dist
@@ -29,7 +37,9 @@ import train_orig
 
 COMPARISON = ["--total_batch_size=65536", "--warmup_iters=20", "--eval_interval=0", "--keep_checkpoints=0"]
 COMMON = {
-    "precision": COMPARISON,
+    "precision": [*COMPARISON, "--preset=d12", "--max_iters=381"],
+    "ablation": [*COMPARISON, "--n_layer=8", "--n_embd=256", "--n_head=2", "--vocab_size=50304", "--max_iters=77"],
+    "emulation": ["--total_batch_size=65536", "--max_iters=12", "--warmup_iters=4", "--eval_interval=0", "--eval_tokens=1", "--keep_checkpoints=0"],
     "wrappers": COMPARISON,
     "speed": ["--max_iters=24", "--warmup_iters=4", "--eval_interval=0", "--eval_tokens=1", "--keep_checkpoints=0"],
 }
@@ -48,11 +58,29 @@ VARIANTS = {
         "train_orig.py": ["train_orig.py"],
     },
     "precision": {
-        "bf16 seed 1": ["--USE_FP8=False", "--seed=1"],
-        "bf16 seed 2": ["--USE_FP8=False", "--seed=2"],
-        "FP8 delayed": ["--seed=1"],
-        "FP8 current": ["--FP8_RECIPE=current", "--seed=1"],
-        "FP8 block": ["--FP8_RECIPE=block", "--seed=1"],
+        "bf16": ["--USE_FP8=False", "--FP8_STATS_INTERVAL=0"],
+        "FP8 delayed": ["--FP8_RECIPE=delayed"],
+        "FP8 current": ["--FP8_RECIPE=current"],
+        "FP8 block": ["--FP8_RECIPE=block"],
+        "MXFP8": ["--FP8_RECIPE=mxfp8"],
+        "NVFP4": ["--USE_NVFP4=True", "last blocks in bf16"],
+    },
+    "ablation": {
+        "bf16": ["--USE_FP8=False", "--FP8_STATS_INTERVAL=0"],
+        "NVFP4": ["--USE_NVFP4=True", "last blocks in bf16"],
+        "no Hadamard": ["--USE_NVFP4=True", "last blocks in bf16", "--NVFP4_HADAMARD=False"],
+        "no stochastic rounding": ["--USE_NVFP4=True", "last blocks in bf16", "--NVFP4_STOCHASTIC_ROUNDING=False"],
+        "no 2-D weights": ["--USE_NVFP4=True", "last blocks in bf16", "--NVFP4_2D_WEIGHTS=False"],
+        "no blocks in bf16": ["--USE_NVFP4=True"],
+        "none of the four": ["--USE_NVFP4=True", "--NVFP4_HADAMARD=False", "--NVFP4_STOCHASTIC_ROUNDING=False", "--NVFP4_2D_WEIGHTS=False"],
+    },
+    "emulation": {
+        "bf16": ["--USE_FP8=False"],
+        "FP8 delayed": ["--USE_EMULATION=True", "--FP8_RECIPE=delayed"],
+        "FP8 current": ["--USE_EMULATION=True", "--FP8_RECIPE=current"],
+        "FP8 block": ["--USE_EMULATION=True", "--FP8_RECIPE=block"],
+        "MXFP8": ["--USE_EMULATION=True", "--FP8_RECIPE=mxfp8"],
+        "NVFP4": ["--USE_EMULATION=True", "--USE_NVFP4=True"],
     },
     "wrappers": {
         "FSDP2": ["--USE_FSDP2=True", "--seed=1"],
@@ -225,6 +253,229 @@ def report(runs, out, command):
     print("\n" + text, flush=True)
 
 
+# -----------------------------------------------------------------------------------------------------
+# The study of number formats: same weights, same tokens, several seeds
+
+ON_A_CPU = ["--preset=tiny", "--eval_interval=0", "--keep_checkpoints=0"]
+
+
+def plan_study(mode, flags, seeds, labels):
+    """{(label, seed): cfg} of all runs of a study, bf16 first, each with its share of blocks that stay in bf16.
+
+    seeds: how many of bf16, and how many of each format.
+    """
+    plan = {}
+    for label in labels:
+        extra = VARIANTS[mode][label]
+        for seed in range(1, seeds[label != "bf16"] + 1):
+            name = "-".join([mode, *label.lower().split(), f"seed{seed}"])
+            own = [f for f in extra if f.startswith("--")] + [f"--seed={seed}", f"--run_name={name}"]
+            common = COMMON[mode] if torch.cuda.is_available() else ON_A_CPU
+            cfg = train.parse_flags([*common, *flags, *own], train.__file__)
+            if "last blocks in bf16" in extra and "HIGH_PRECISION_LAYERS" not in cfg.explicit:
+                last = max(1, round(0.15 * cfg.n_layer))  # NVIDIA kept 10 of 62 blocks, most of them the last (arXiv 2509.25149)
+                cfg.HIGH_PRECISION_LAYERS = ",".join(f"blocks.{i}" for i in range(cfg.n_layer - last, cfg.n_layer))
+            plan[label, seed] = cfg
+    return plan
+
+
+def finished_run(cfg, machine):
+    """The folder of a run that was finished with these very flags, on this commit and device; None without one."""
+    wanted = {k: v for k, v in vars(cfg).items() if k not in ("explicit", "run_name", "out_dir")} | {k: machine[k] for k in ("device", "git_commit")}
+    for n in range(1, 100):
+        folder = os.path.join(cfg.out_dir, cfg.run_name if n == 1 else f"{cfg.run_name}-{n}")
+        if not os.path.isdir(folder):
+            return None
+        try:
+            config, _, _, done = read_run(folder)
+        except (train.UserError, ValueError):  # one that was broken off
+            continue
+        if done and all(config.get(k) == v for k, v in wanted.items()):
+            return folder
+
+
+def matmul_rate(device):
+    """FLOP/s of square matmuls as training makes them: bf16 on a GPU, fp32 on a CPU. The best of a few."""
+    n, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (512, torch.float32)
+    a, clock, best = torch.randn(n, n, device=device, dtype=dtype), train.Clock(device), 0.0
+    for _ in range(6):
+        begin = clock.mark()
+        a @ a
+        best = max(best, 2 * n ** 3 / clock.ms(begin, clock.mark()) * 1000)
+    return best
+
+
+def train_study(mode, flags, seeds, labels):
+    """Train what is missing of a study; returns ({(label, seed): run folder}, whether this is rank 0)."""
+    procs, plan = train.start_processes(), plan_study(mode, flags, seeds, labels)
+    machine = train.describe_machine(procs.device)
+    for cfg in plan.values():  # what is wrong should be known before the first run
+        train.check_flags(cfg, procs.world_size)
+        train.open_data(cfg, procs)
+    folders = procs.broadcast({key: finished_run(cfg, machine) for key, cfg in plan.items()} if procs.is_main else None)
+    missing = {key: cfg for key, cfg in plan.items() if not folders[key]}
+    flops, emulated = {}, set()
+    for key, cfg in missing.items():
+        precision = train.select_precision(cfg, procs.device)
+        if precision.emulated and precision.recipe is not None and procs.device.type == "cuda":
+            emulated.add(key)
+        flops[key] = train.flops_per_token(cfg) * cfg.max_iters * cfg.total_batch_size * (3 if key in emulated else 1)
+    if missing:
+        cfg, rate = next(iter(missing.values())), matmul_rate(procs.device)
+        minutes = sum(flops.values()) / (rate * procs.world_size / 3) / 60
+        tokens = cfg.max_iters * cfg.total_batch_size / 1e6
+        procs.print(f"{mode}: {len(missing)} runs to train ({len(plan) - len(missing)} are there) of {tokens:.2f}M tokens, "
+                    f"{train.flops_per_token(cfg) / 1e9:.2f} GFLOP a token: about {minutes:.0f} minutes at a third of the "
+                    f"{rate / 1e12:.2g} TFLOP/s measured here, without compilation"
+                    + (f"; {len(emulated)} emulated ones counted three times" if emulated else ""))
+    start, done = time.perf_counter(), 0
+    for key, cfg in missing.items():
+        procs.print(f"\n===== {key[0]}, seed {key[1]} =====")
+        try:
+            folders[key] = train.run(cfg, procs)
+        except train.UserError as error:  # a loss that is no longer finite, say: the others go on
+            del folders[key]
+            procs.print(f"{key[0]}, seed {key[1]} left out: {error}")
+        forget_last_run()
+        done += flops[key]
+        left = (time.perf_counter() - start) * (sum(flops.values()) / done - 1)
+        procs.print(f"{(time.perf_counter() - start) / 60:.1f} minutes so far, about {left / 60:.1f} left")
+    if not folders:
+        raise train.UserError("no run could be made with these flags (each says why above)")
+    return folders, procs.is_main
+
+
+def summarize_study(folders):
+    """(rows, noise, val noise): a row a format, with its runs' losses and their gaps to the bf16 run of the same seed.
+
+    Noise is the largest gap of smoothed train loss between two bf16 runs with other seeds, val noise that of val losses.
+    """
+    runs = {}
+    for (label, seed), folder in folders.items():
+        config, steps, val, done = read_run(folder)
+        losses = [r["loss"] for r in steps]
+        after = steps[config["warmup_iters"]:] or steps
+        runs[label, seed] = dict(config=config, losses=losses, warmup=config["warmup_iters"], val=done["val_losses"]["bf16"],
+                                 val_in_format=done["val_losses"].get(config["precision"]), seconds=done["train_seconds"],
+                                 tok_per_sec=statistics.median_high(r["tok_per_sec"] for r in after))
+    bf16 = {seed: run for (label, seed), run in runs.items() if label == "bf16"}
+    pairs = [(a, b) for s, a in bf16.items() for t, b in bf16.items() if s < t]
+    noise = max((largest_gap(a, b) or 0.0 for a, b in pairs), default=None)
+    val_noise = max((abs(a["val"] - b["val"]) for a, b in pairs), default=None)
+    rows = []
+    for label in dict.fromkeys(label for label, _ in runs):
+        own = {seed: run for (name, seed), run in runs.items() if name == label}
+        paired = {} if label == "bf16" else {s: r for s, r in own.items() if s in bf16}
+        config = next(iter(own.values()))["config"]
+        gaps = [r["val"] - bf16[s]["val"] for s, r in paired.items()]
+        rows.append(dict(
+            label=label, precision=config["precision"], emulated=config["emulated"] and config["precision"] != "bf16",
+            in_bf16=config["HIGH_PRECISION_LAYERS"], seeds=list(own), config=config,
+            tokens=config["max_iters"] * config["total_batch_size"], warmup=config["warmup_iters"],
+            losses={s: [round(x, 5) for x in r["losses"]] for s, r in own.items()},
+            val_losses={s: r["val"] for s, r in own.items()}, val_in_format={s: r["val_in_format"] for s, r in own.items()},
+            val_loss=statistics.mean(r["val"] for r in own.values()), gaps=gaps,
+            largest_gap=max((largest_gap(bf16[s], r) or 0.0 for s, r in paired.items()), default=None),
+            tok_per_sec=statistics.median(r["tok_per_sec"] for r in own.values()), seconds=sum(r["seconds"] for r in own.values())))
+    return rows, noise, val_noise
+
+
+def study_markdown(rows, noise, val_noise, command):
+    """The table, with device, date, model and command above it, and how to read it below."""
+    config = rows[0]["config"]
+    bf16 = next((r["val_loss"] for r in rows if r["label"] == "bf16"), None)
+    versions = ", ".join(f"{k} {v}" for k, v in config["versions"].items() if v)
+    lines = [
+        f"{datetime.date.today()}, {config['device']}, {versions}", "", f"    {command}", "",
+        f"{config['parameters'] / 1e6:.1f}M parameters ({config['n_layer']} layers, width {config['n_embd']}, vocabulary "
+        f"{config['vocab_size']:,}), {rows[0]['tokens'] / 1e6:.2f}M tokens of {config['dataset']}, {config['total_batch_size']:,} a step.", "",
+        "| format | by | seeds | val loss | gap to bf16 | in % | each seed's gap | largest gap in training | against noise | evaluated in the format | tokens/s |",
+        "|---|---|---|---|---|---|---|---|---|---|---|"]
+    for r in rows:
+        gap = statistics.mean(r["gaps"]) if r["gaps"] else None
+        formats = [b - r["val_losses"][s] for s, b in r["val_in_format"].items() if b is not None and r["label"] != "bf16"]
+        by = "emulated" if r["emulated"] else "hardware" if r["precision"] != "bf16" else ""
+        lines.append(" | ".join([
+            f"| {r['label']}", by, str(len(r["seeds"])), f"{r['val_loss']:.4f}", "" if gap is None else f"{gap:+.4f}",
+            "" if gap is None or not bf16 else f"{100 * gap / bf16:+.2f}%", ", ".join(f"{g:+.4f}" for g in r["gaps"]),
+            "" if r["largest_gap"] is None else f"{r['largest_gap']:.4f}",
+            "" if r["largest_gap"] is None or not noise else f"{r['largest_gap'] / noise:.1f}x",
+            f"{statistics.mean(formats):+.4f}" if formats else "", f"{r['tok_per_sec']:,.0f} |"]))
+    lines += ["", "Runs of one seed begin with the same weights and read the same tokens. Gaps are to the bf16 run of the same seed; val loss is "
+              "evaluated in bf16, and the last column but one says how much evaluating in the format itself adds. Largest gap: of smoothed train loss "
+              f"(exponential average, 0.9) after {rows[0]['warmup']} warm-up steps."]
+    if noise is not None:
+        lines.append(f"Noise, between bf16 runs with different seeds: {noise:.4f} in training (largest gap, smoothed), {val_noise:.4f} in val loss.")
+    kept = dict.fromkeys(r["in_bf16"] for r in rows if r["in_bf16"])
+    if kept:
+        lines.append(f"Kept in bf16 ({', '.join(r['label'] for r in rows if r['in_bf16'])}): {'; '.join(kept)}.")
+    return "\n".join(lines) + "\n"
+
+
+def plot_study(rows, noise, path):
+    """Loss curves, and each format's gap to bf16: the mean over seeds in bold, their spread as a band, noise in grey."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    fig, (left, right) = plt.subplots(1, 2, figsize=(13, 5), layout="constrained")
+    bf16 = {s: train.smooth(x) for r in rows if r["label"] == "bf16" for s, x in r["losses"].items()}
+    unit, label = (1e6, "million tokens") if rows[0]["tokens"] >= 2e6 else (1e3, "thousand tokens")
+
+    def draw(ax, curves, row, color, skip):
+        at = [(i + 1) * row["config"]["total_batch_size"] / unit for i in range(min(map(len, curves)))][skip:]
+        across = list(zip(*curves))[skip:]
+        ax.plot(at, [statistics.mean(x) for x in across], color=color, linewidth=1.5, label=row["label"])
+        ax.fill_between(at, [min(x) for x in across], [max(x) for x in across], color=color, alpha=0.15, linewidth=0)
+
+    for i, row in enumerate(rows):
+        color = "black" if row["label"] == "bf16" else f"C{i - 1}"
+        smooth = {s: train.smooth(x) for s, x in row["losses"].items()}
+        draw(left, list(smooth.values()), row, color, 0)
+        gaps = [[a - b for a, b in zip(curve, bf16[s])] for s, curve in smooth.items() if s in bf16]
+        if row["label"] != "bf16" and gaps:
+            draw(right, gaps, row, color, row["warmup"])
+    if noise is not None:
+        right.axhspan(-noise, noise, color="gray", alpha=0.15, label="noise: bf16, other seeds")
+    right.axhline(0, color="black", linewidth=1)
+    left.set(xlabel=label, ylabel="train loss, smoothed", title="Loss: mean over seeds, and their spread")
+    right.set(xlabel=label, ylabel="train loss minus bf16's, smoothed", title="Gap to bf16 of the same seed")
+    for ax in (left, right):
+        ax.grid(alpha=0.3)
+        ax.legend(fontsize=8)
+    fig.savefig(path, dpi=110)
+    plt.close(fig)
+
+
+def report_study(folders, out, command):
+    """Write out.json, out.md and out.png of a study's runs, and print the table."""
+    rows, noise, val_noise = summarize_study(folders)
+    text = study_markdown(rows, noise, val_noise, command)
+    os.makedirs(os.path.dirname(out) or ".", exist_ok=True)
+    with open(out + ".json", "w") as f:
+        json.dump(dict(date=str(datetime.date.today()), command=command, noise=noise, val_noise=val_noise, formats=rows), f, indent=1)
+    with open(out + ".md", "w") as f:
+        f.write(text)
+    try:
+        plot_study(rows, noise, out + ".png")
+    except ImportError:
+        print("no matplotlib: no plot")
+    print("\n" + text, flush=True)
+
+
+def study_options(mode, args):
+    """(seeds of bf16 and of formats, labels, the other arguments) from --seeds and --formats. Raises UserError."""
+    given = dict(a[2:].split("=", 1) for a in args if a.startswith(("--seeds=", "--formats=")))
+    seeds = given.get("seeds", "2").split(",")
+    if not (len(seeds) <= 2 and all(n.isdigit() and int(n) > 0 for n in seeds)):
+        raise train.UserError(f"--seeds takes a number of runs, or two (bf16, each format), not '{given['seeds']}'", 2)
+    labels = [name.strip() for name in given.get("formats", ",".join(VARIANTS[mode])).split(",")]
+    for label in labels:
+        if label not in VARIANTS[mode]:
+            raise train.UserError(f"--formats: {mode} has {', '.join(VARIANTS[mode])}, not '{label}'", 2)
+    rest = [a for a in args if not a.startswith(("--seeds=", "--formats="))]
+    return (int(seeds[0]), int(seeds[-1])), [label for label in VARIANTS[mode] if label in labels], rest
+
+
 def main(argv):
     mode, args = (argv[0], argv[1:]) if argv else ("", [])
     if mode in ("", "--help", "-h"):
@@ -238,6 +489,11 @@ def main(argv):
             raise train.UserError("report takes run folders, each as FOLDER or LABEL=FOLDER", 2)
         named = [a.split("=", 1) if "=" in a else (os.path.basename(a.rstrip("/")), a) for a in args]
         report(dict(named), out, command)
+    elif mode in ("precision", "ablation"):
+        seeds, labels, flags = study_options(mode, args)
+        folders, is_main = train_study(mode, flags, seeds, labels)
+        if is_main:
+            report_study(folders, out, command)
     elif mode in VARIANTS:
         folders, is_main = train_variants(mode, args)
         if is_main:

@@ -33,13 +33,17 @@ Each Linear layer runs three GEMMs. "rowwise" data is quantized in blocks along 
 
 For per-tensor scales and for square weight blocks the two are the same data.
 
-Under torch.compile the layers are traced whole (under delayed scaling they stay eager). Inductor then
-leaves out roundings to bf16 between fused operations, which moves single values to a neighbour;
-torch._inductor.config.emulate_precision_casts = True keeps them, and the results are those of eager.
+Each step between two matmuls (norm, activation, their gradients, quantizing, scaling a sum) is one
+function of tensors, marked @_kernel. Eager torch runs it as 10 to 60 passes over memory; after
+compile_kernels() each is a few kernels made by torch.compile, with the same results to the bit, but
+for norms and gelu. The layers may also be traced whole by a torch.compile around them (under delayed
+scaling they stay eager): then torch._inductor.config.emulate_precision_casts = True keeps the
+roundings to bf16 that inductor leaves out between fused operations.
 """
 
 import contextlib
 import dataclasses
+import functools
 import math
 import types
 import weakref
@@ -244,6 +248,45 @@ is_fp8_available = is_mxfp8_available = is_fp8_block_scaling_available = is_nvfp
 
 
 # ----------------------------------------------------------------------------------------------
+# Compilation
+# ----------------------------------------------------------------------------------------------
+
+_compiling = False
+
+
+def compile_kernels(on: bool = True) -> None:
+    """Whether functions marked @_kernel run through torch.compile from now on.
+
+    Stays off on GPUs before sm_89, for which Triton has no E4M3.
+    """
+    global _compiling
+    _compiling = on and not (torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9))
+
+
+def _kernel(function):
+    """Marks a function of tensors and constants that torch.compile may turn into few passes over memory."""
+    compiled = None
+
+    @functools.wraps(function)
+    def run(*args):
+        nonlocal compiled
+        if not _compiling or torch.compiler.is_compiling():
+            return function(*args)
+        if compiled is None:
+            # A version for each shape: four kinds of layers with three tensors each, and evaluation.
+            limits = torch._dynamo.config
+            limits.recompile_limit = max(64, limits.recompile_limit)
+            # Roundings and divisions as in eager mode. (The second option has another name since torch 2.11.)
+            known = torch._inductor.list_options()
+            wanted = ("emulate_precision_casts", "eager_numerics.division_rounding", "emulate_divison_rounding")
+            options = {name: True for name in wanted if name in known}
+            compiled = torch.compile(function, dynamic=False, fullgraph=True, options=options)
+        return compiled(*args)
+
+    return run
+
+
+# ----------------------------------------------------------------------------------------------
 # Random numbers for stochastic rounding
 # ----------------------------------------------------------------------------------------------
 
@@ -287,16 +330,32 @@ def _generator(device: torch.device) -> torch.Generator:
 # An operator of its own keeps the generator out of torch.compile's sight; the tag tells the compiler
 # that two calls are not interchangeable.
 @torch.library.custom_op(
-    "te_emulation::uniform", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,)
+    "te_emulation::draw_key", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,)
 )
-def _uniform(like: torch.Tensor) -> torch.Tensor:
-    """fp32 in [0, 1), of the shape and on the device of `like`."""
-    return torch.rand(like.shape, generator=_generator(like.device), device=like.device)
+def _draw_key(like: torch.Tensor) -> torch.Tensor:
+    """Two random int32 on the device of `like`, from its generator."""
+    return torch.randint(-(2**31), 2**31, (2,), generator=_generator(like.device), device=like.device).int()
 
 
-@_uniform.register_fake
+@_draw_key.register_fake
 def _(like):
-    return torch.empty(like.shape, device=like.device)
+    return torch.empty(2, dtype=torch.int32, device=like.device)
+
+
+def _uniform(like: torch.Tensor) -> torch.Tensor:
+    """fp32 multiples of 2^-24 in [0, 1), of the shape and on the device of `like`.
+
+    Only a key comes from the generator; the numbers are hashes of key and position (the 32-bit mix
+    "lowbias32", github.com/skeeto/hash-prospector), so a compiled quantizer makes them in registers.
+    """
+    key = _draw_key(like)
+    h = torch.arange(like.numel(), dtype=torch.int32, device=like.device).view(like.shape) ^ key[0]
+    # Multiplication wraps; >> keeps the sign, so its bits are masked off.
+    h = (h ^ ((h >> 16) & 0xFFFF)) * 0x7FEB352D
+    h = h ^ key[1]
+    h = (h ^ ((h >> 15) & 0x1FFFF)) * (0x846CA68B - 2**32)
+    h = h ^ ((h >> 16) & 0xFFFF)
+    return ((h >> 8) & 0xFFFFFF).float() * 2.0**-24
 
 
 # ----------------------------------------------------------------------------------------------
@@ -384,7 +443,7 @@ def _quantize_fp8_tiles(x, fp8_dtype, rows, cols):
     fp8_max = FP8_MAX[fp8_dtype]
     scale = compute_scale(_tile_amax(x, rows, cols), fp8_max, force_pow_2=True)
     q = _times_tile(x, scale, rows, cols).clamp(-fp8_max, fp8_max).to(fp8_dtype)
-    return q, 1.0 / scale
+    return q, _divide(1.0, scale)
 
 
 def float_to_e8m0(x: torch.Tensor) -> torch.Tensor:
@@ -425,11 +484,11 @@ def _quantize_mxfp8(x, fp8_dtype, dim):
     return q, e8m0
 
 
-def _e2m1_step(a: torch.Tensor) -> torch.Tensor:
-    """Distance between the E2M1 values (0, .5, 1, 1.5, 2, 3, 4, 6) around fp32 a >= 0."""
+def _e2m1_step(a: torch.Tensor) -> tuple:
+    """Distance between the E2M1 values (0, .5, 1, 1.5, 2, 3, 4, 6) around fp32 a >= 0, and its inverse."""
     # Half the power of two at or below, by masking the exponent field: .5 below 2, 1 below 4, else 2.
-    power = (a.clamp(1.0, E2M1_MAX).view(torch.int32) & 0x7F800000).view(torch.float32)
-    return power * 0.5
+    power = a.clamp(1.0, E2M1_MAX).view(torch.int32) & 0x7F800000
+    return power.view(torch.float32) * 0.5, (0x7F000000 - power).view(torch.float32) * 2.0
 
 
 def round_e2m1(x: torch.Tensor) -> torch.Tensor:
@@ -438,18 +497,18 @@ def round_e2m1(x: torch.Tensor) -> torch.Tensor:
     E2M1 has no NaN, so cvt.rn.satfinite.e2m1x2.f32 gives the largest value.
     """
     a = x.float().abs()
-    step = _e2m1_step(a)
+    step, inverse = _e2m1_step(a)
     # a/step is the code up to an even number, so torch's round-half-to-even is the format's.
-    q = (torch.round(a / step) * step).clamp(max=E2M1_MAX)
+    q = (torch.round(a * inverse) * step).clamp(max=E2M1_MAX)
     return torch.where(torch.isnan(x), E2M1_MAX, torch.copysign(q, x.float()))
 
 
 def stochastic_round_e2m1(x: torch.Tensor) -> torch.Tensor:
     """One of the two E2M1 neighbours in fp32, the nearer one more likely, so that the mean is x."""
     a = x.float().abs().clamp(max=E2M1_MAX)
-    step = _e2m1_step(a)
+    step, inverse = _e2m1_step(a)
     # fp32 rounding of a/step + u could carry a value on the grid to the next one; the minimum stops it.
-    ratio = a / step
+    ratio = a * inverse
     q = torch.minimum(torch.floor(ratio + _uniform(a)), torch.ceil(ratio)) * step
     return torch.where(torch.isnan(x), E2M1_MAX, torch.copysign(q, x.float()))
 
@@ -476,7 +535,7 @@ def quantize_nvfp4(x, dim: int = -1, two_d: bool = False, stochastic: bool = Fal
     encode = torch.where((amax == 0) | (encode == 0), 1.0, encode)
     scale = (tile_amax * (encode * (1.0 / E2M1_MAX))).clamp(max=448.0).to(torch.float8_e4m3fn)
     # The reciprocal of the scale as it was rounded; FP32_MAX for blocks whose scale rounds to 0.
-    tile_encode = (1.0 / (scale.float() * (1.0 / encode))).clamp(max=FP32_MAX)
+    tile_encode = _divide(1.0, scale.float() * _divide(1.0, encode)).clamp(max=FP32_MAX)
     scaled = _times_tile(x, tile_encode, rows, cols)
     values = stochastic_round_e2m1(scaled) if stochastic else round_e2m1(scaled)
     return NVFP4Tensor(values, scale, amax)
@@ -503,16 +562,71 @@ def hadamard_matrix(device) -> torch.Tensor:
 def hadamard_transform(x: torch.Tensor, dim: int = -1) -> torch.Tensor:
     """Random Hadamard transform of each 16 values along `dim` of x (M, N); result in x's dtype.
 
-    Sums in fp32 and rounds once to bf16, as TE does before it takes the amax and quantizes.
+    Sums in fp32 and rounds once to bf16, as TE does before it takes the amax and quantizes: what a
+    GPU's bf16 matmul does. (The matrix holds +-1/4, so no product is rounded.)
     """
     m, n = x.shape
-    h = hadamard_matrix(x.device)
+    dtype = x.dtype if x.is_cuda else torch.float32
+    h, blocks = hadamard_matrix(x.device).to(dtype), x.to(dtype)
     with torch.autocast(x.device.type, enabled=False):
         if dim in (-1, 1):
-            out = x.float().reshape(-1, NVFP4_BLOCK) @ h
+            out = blocks.reshape(-1, NVFP4_BLOCK) @ h
         else:
-            out = h.T @ x.float().reshape(m // NVFP4_BLOCK, NVFP4_BLOCK, n)
+            blocks = blocks.reshape(m // NVFP4_BLOCK, NVFP4_BLOCK, n)
+            out = torch.bmm(h.t().expand(len(blocks), -1, -1), blocks)
     return out.reshape(m, n).to(x.dtype)
+
+
+# What quantization_stats() gives, in this order.
+STATISTICS = ("amax", "scale", "saturated", "underflow", "error")
+
+
+@torch.no_grad()
+def quantization_stats(x, rcp, kind: str, scale=None) -> torch.Tensor:
+    """What a recipe's quantizer does to a tensor: fp32 (5,), the STATISTICS.
+
+    amax       largest magnitude
+    scale      what values are multiplied by before they are rounded; of block scales the median
+    saturated  share of the values that are not 0 which the format's range cuts off
+    underflow  share of the values that are not 0 which become 0
+    error      |quantized - x| / |x| in the Frobenius norm
+
+    Args:
+        x: (M, N), bf16 or fp32, quantized in blocks along the last dimension (as for the forward matmul, and
+            for the gradient of its input), without Hadamard transform.
+        rcp: a recipe of this module or of Transformer Engine.
+        kind: "input", "weight" or "gradient".
+        scale: the fp32 scalar that delayed scaling holds for this tensor; other recipes compute theirs.
+    """
+    hybrid = rcp.fp8_format.name == "HYBRID" and kind == "gradient"
+    fp8_dtype = torch.float8_e5m2 if hybrid else torch.float8_e4m3fn
+    # The middle between the largest value and what would follow it: above, rounding cannot have led there.
+    limit, rows, cols = 61440.0 if hybrid else 464.0, 1, x.shape[1]
+    if rcp.nvfp4():
+        two_d = kind == "weight" and not rcp.disable_2d_quantization
+        rows, cols, limit = NVFP4_BLOCK if two_d else 1, NVFP4_BLOCK, 7.0
+        q, block_scale, amax = quantize_nvfp4(x, -1, two_d, kind == "gradient" and not rcp.disable_stochastic_rounding)
+        decode = block_scale.float() * (amax / (E2M1_MAX * 448.0))
+    elif rcp.mxfp8():
+        cols = MXFP8_BLOCK
+        q, e8m0 = _quantize_mxfp8(x, fp8_dtype, -1)
+        decode = e8m0_to_float(e8m0)
+    elif rcp.float8_block_scaling():
+        rows, cols = FP8_BLOCK if kind == "weight" else 1, FP8_BLOCK
+        q, decode = _quantize_fp8_tiles(x, fp8_dtype, rows, cols)
+    else:
+        scale = compute_scale(compute_amax(x), FP8_MAX[fp8_dtype]) if scale is None else scale
+        q, decode, rows = quantize_fp8(x, scale, fp8_dtype), (1.0 / scale).reshape(1, 1), x.shape[0]
+    x, q = _tiles(x.float(), rows, cols), _tiles(q.float(), rows, cols)
+    tile_decode = decode[:, None, :, None]
+    magnitude, nonzero = x.abs(), x != 0
+    count = nonzero.sum().clamp(min=1)
+    saturated = ((magnitude > limit * tile_decode) & (tile_decode > 0)).sum() / count
+    underflow = ((q == 0) & nonzero).sum() / count
+    norm = torch.linalg.vector_norm(x)
+    error = torch.linalg.vector_norm(q * tile_decode - x) / torch.where(norm > 0, norm, 1.0)
+    used = torch.where(decode > 0, 1.0 / decode, math.nan)  # a block too small for a scale of its own has none
+    return torch.stack([magnitude.amax(), used.nanmedian(), saturated, underflow, error])
 
 
 # ----------------------------------------------------------------------------------------------
@@ -620,10 +734,9 @@ _state = _Global()
 
 
 class FP8GlobalStateManager:
-    """Of TE's class of this name, the two calls that train.py makes."""
+    """Of TE's class of this name, what train.py asks it."""
 
     is_fp8_enabled = staticmethod(lambda: _state.enabled)
-    reduce_and_update_fp8_tensors = staticmethod(lambda forward=True: _state.reduce_and_update(forward))
 
 
 quantization = types.SimpleNamespace(FP8GlobalStateManager=FP8GlobalStateManager)  # TE has it in a module of this name
@@ -728,6 +841,48 @@ class _Operand(NamedTuple):
     col_factor: Optional[torch.Tensor]
 
 
+@_kernel
+def _quantize_delayed(x, scale, fp8_dtype):
+    """x (M, N) by a given scale: bf16 values, their factor, and the amax for the history."""
+    return quantize_fp8(x, scale, fp8_dtype).to(torch.bfloat16), _divide(1.0, scale), compute_amax(x)
+
+
+@_kernel
+def _quantize_current(x, fp8_dtype):
+    """x (M, N) by the scale of its own amax: bf16 values and their factor."""
+    scale = compute_scale(compute_amax(x), FP8_MAX[fp8_dtype])
+    return quantize_fp8(x, scale, fp8_dtype).to(torch.bfloat16), _divide(1.0, scale)
+
+
+@_kernel
+def _quantize_rows(x, fp8_dtype):
+    return _dequantize(*quantize_block_1d(x, fp8_dtype, -1), 1, FP8_BLOCK)
+
+
+@_kernel
+def _quantize_columns(x, fp8_dtype):
+    return _dequantize(*quantize_block_1d(x, fp8_dtype, 0), FP8_BLOCK, 1)
+
+
+@_kernel
+def _quantize_squares(x, fp8_dtype):
+    return _dequantize(*quantize_block_2d(x, fp8_dtype), FP8_BLOCK, FP8_BLOCK)
+
+
+@_kernel
+def _quantize_mx(x, fp8_dtype, dim):
+    q, e8m0 = _quantize_mxfp8(x, fp8_dtype, dim)
+    return _dequantize(q, e8m0_to_float(e8m0), *_tile_shape(dim, MXFP8_BLOCK))
+
+
+@_kernel
+def _quantize_fp4(x, dim, two_d, stochastic):
+    """x (M, N): bf16 values times block scales, and the tensor's amax, which is their factor."""
+    q = quantize_nvfp4(x, dim, two_d, stochastic)
+    rows, cols = (NVFP4_BLOCK, NVFP4_BLOCK) if two_d else _tile_shape(dim, NVFP4_BLOCK)
+    return _dequantize(q.values, q.scale.float(), rows, cols), q.amax
+
+
 class _Pass:
     """What a forward pass and its backward need to know; holds no activations."""
 
@@ -779,52 +934,43 @@ class _Pass:
             _state.first_module = first  # evaluation inside a training region does not use it up
 
     def quantize(self, x, kind: str, gemm: int = 0) -> _Operand:
-        """x (M, N) in self.dtype (or fp32, see `fused`); kind "input", "weight" or "grad"."""
+        """x (M, N) in self.dtype (or fp32, see fused_dtype); kind "input", "weight" or "grad"."""
         rcp, forward = self.recipe, kind != "grad"
-        if rcp.float8_per_tensor_scaling():
-            fp8_dtype = rcp.fp8_dtype(forward)
-            if self.delayed:
-                state = self.fwd if forward else self.bwd
-                slot = gemm * 3 + (kind == "weight") if forward else gemm * 2
-                scale = (self.fwd_scale if forward else state.scale)[slot]
-                if self.record or not forward:
-                    with torch.no_grad():
-                        current = state.amax_history[0, slot]
-                        current.copy_(torch.maximum(current, compute_amax(x)))
-            else:
-                scale = compute_scale(compute_amax(x), FP8_MAX[fp8_dtype])
-            values, factor = quantize_fp8(x, scale, fp8_dtype).to(torch.bfloat16), 1.0 / scale
+        fp8_dtype = rcp.fp8_dtype(forward)
+        if self.delayed:
+            state = self.fwd if forward else self.bwd
+            slot = gemm * 3 + (kind == "weight") if forward else gemm * 2
+            scale = (self.fwd_scale if forward else state.scale)[slot]
+            values, factor, amax = _quantize_delayed(x, scale, fp8_dtype)
+            if self.record or not forward:
+                with torch.no_grad():
+                    current = state.amax_history[0, slot]
+                    current.copy_(torch.maximum(current, amax))
+            return _Operand(values, factor, values, factor)
+        if rcp.float8_current_scaling():
+            values, factor = _quantize_current(x, fp8_dtype)
             return _Operand(values, factor, values, factor)
         if rcp.float8_block_scaling():
-            fp8_dtype = rcp.fp8_dtype(forward)
             if kind == "weight":
-                values = _dequantize(*quantize_block_2d(x, fp8_dtype), FP8_BLOCK, FP8_BLOCK)
+                values = _quantize_squares(x, fp8_dtype)
                 return _Operand(values, None, values, None)
-            row = _dequantize(*quantize_block_1d(x, fp8_dtype, -1), 1, FP8_BLOCK)
-            col = _dequantize(*quantize_block_1d(x, fp8_dtype, 0), FP8_BLOCK, 1)
-            return _Operand(row, None, col, None)
+            return _Operand(_quantize_rows(x, fp8_dtype), None, _quantize_columns(x, fp8_dtype), None)
         if rcp.mxfp8():
-            values = []
-            for dim in (-1, 0):
-                q, e8m0 = _quantize_mxfp8(x, rcp.fp8_dtype(forward), dim)
-                values.append(_dequantize(q, e8m0_to_float(e8m0), *_tile_shape(dim, MXFP8_BLOCK)))
-            return _Operand(values[0], None, values[1], None)
+            return _Operand(_quantize_mx(x, fp8_dtype, -1), None, _quantize_mx(x, fp8_dtype, 0), None)
         two_d = kind == "weight" and not rcp.disable_2d_quantization
         stochastic = kind == "grad" and not rcp.disable_stochastic_rounding
-        q = quantize_nvfp4(x, -1, two_d, stochastic)
-        rows, cols = (NVFP4_BLOCK, NVFP4_BLOCK) if two_d else (1, NVFP4_BLOCK)
-        row = _dequantize(q.values, q.scale.float(), rows, cols)
+        row, row_amax = _quantize_fp4(x, -1, two_d, stochastic)
         if two_d:
-            return _Operand(row, q.amax, row, q.amax)
+            return _Operand(row, row_amax, row, row_amax)
         # The transform serves wgrad alone and cancels there: both operands are transformed along the
         # tokens. Weights are never transformed.
         if kind != "weight" and not rcp.disable_rht:
             x = hadamard_transform(x, 0)
-        t = quantize_nvfp4(x, 0, False, stochastic)
-        return _Operand(row, q.amax, _dequantize(t.values, t.scale.float(), NVFP4_BLOCK, 1), t.amax)
+        return _Operand(row, row_amax, *_quantize_fp4(x, 0, False, stochastic))
 
-    def fused(self, x32):
-        """The result of an fp32 norm, activation or its derivative, as the quantizer sees it.
+    @property
+    def fused_dtype(self):
+        """How the result of an fp32 norm, activation or its derivative reaches the quantizer.
 
         Delayed scaling's kernels are fused: they quantize, and take the amax, straight from fp32. In
         every other case the values are rounded to bf16 first: written to memory by a kernel of its
@@ -833,7 +979,7 @@ class _Pass:
         rmsnorm/rmsnorm_fwd_kernels.cuh, common/transpose/cast_transpose_fusion.cu and
         common/cast/mxfp8/quantize_mxfp8.cuh are them.
         """
-        return x32 if self.delayed else x32.to(self.dtype)
+        return torch.float32 if self.delayed else self.dtype
 
     def gemm(self, a, a_factor, b, b_factor, out_dtype=None):
         """a (M, K) @ b (K, N), both scaled by their factors after the fp32 sum, in out_dtype."""
@@ -878,7 +1024,12 @@ def _matmul(a, b, factor, out_dtype):
             out = torch.mm(a, b, out_dtype=torch.float32)
         else:
             out = a.float() @ b.float()
-        return (out if factor is None else out * factor).to(out_dtype)
+        return out.to(out_dtype) if factor is None else _scale_sum(out, factor, out_dtype)
+
+
+@_kernel
+def _scale_sum(out, factor, dtype):
+    return (out * factor).to(dtype)
 
 
 def _activation_dtype(module, x):
@@ -895,13 +1046,15 @@ def _activation_dtype(module, x):
     return x.dtype
 
 
-def _rmsnorm(x, weight, eps):
-    """fp32 norm of x (M, N) with gain (N,), both already cast to the activation dtype; also 1/rms (M, 1)."""
+@_kernel
+def _rmsnorm(x, weight, eps, dtype):
+    """Norm in fp32 of x (M, N) with gain (N,), both already cast to the activation dtype, in `dtype`; also 1/rms (M, 1)."""
     x = x.float()
     rsigma = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
-    return weight.float() * (rsigma * x), rsigma
+    return (weight.float() * (rsigma * x)).to(dtype), rsigma
 
 
+@_kernel
 def _rmsnorm_backward(dz, x, rsigma, weight, dtype):
     """dz, x (M, N); dx in dtype, dweight summed in fp32 and rounded to dtype, as TE's kernel does."""
     dz, y = dz.float(), x.float() * rsigma
@@ -934,6 +1087,18 @@ def _dgelu(x):
 _ACTIVATIONS = {"srelu": (_srelu, _dsrelu), "relu": (torch.relu, _drelu), "gelu": (_gelu, _dgelu)}
 
 
+@_kernel
+def _activate(z, name, dtype):
+    """The activation of fc1's output z (bf16), computed in fp32."""
+    return _ACTIVATIONS[name][0](z.float()).to(dtype)
+
+
+@_kernel
+def _activate_backward(da, z, name, dtype):
+    """The gradient of z from that of the activation, computed in fp32."""
+    return (da.float() * _ACTIVATIONS[name][1](z.float())).to(dtype)
+
+
 def _check_execution(rcp, dtype, *tensors):
     """Refuses what TE's kernels refuse: shapes that the format's blocks do not divide, dtypes."""
     rows, cols = 8, 16
@@ -957,7 +1122,7 @@ def _check_execution(rcp, dtype, *tensors):
 
 
 def _linear_forward(run, x, weight, operand, gemm):
-    """x @ weight^T for an input in bf16 (or fp32, see _Pass.fused). Returns y and what wgrad needs.
+    """x @ weight^T for an input in bf16 (or fp32, see _Pass.fused_dtype). Returns y and what wgrad needs.
 
     operand: the quantized weight, or None without quantization.
     """
@@ -969,7 +1134,7 @@ def _linear_forward(run, x, weight, operand, gemm):
 
 
 def _linear_backward(run, dy, x_col, x_factor, weight, w_col, w_factor, gemm, need_dx, need_dw):
-    """Gradients of x and weight from dy (T, N) in bf16 (or fp32, see _Pass.fused)."""
+    """Gradients of x and weight from dy (T, N) in bf16 (or fp32, see _Pass.fused_dtype)."""
     if run.recipe is None:
         dy = _Operand(dy, None, dy, None)
         w_col = weight.to(run.dtype)
@@ -990,9 +1155,7 @@ class _LinearFunction(torch.autograd.Function):
         h = x
         if norm_weight is not None:
             gain = norm_weight.to(run.dtype)
-            h, rsigma = _rmsnorm(x, gain, run.eps)
-            # Without quantization the norm's output is bf16. With it, see _Pass.fused.
-            h = h.to(run.dtype) if run.recipe is None else run.fused(h)
+            h, rsigma = _rmsnorm(x, gain, run.eps, run.fused_dtype)
         y, h_col, h_factor = _linear_forward(run, h, weight, operand, 0)
         w_col, w_factor = (None, None) if operand is None else (operand.col, operand.col_factor)
         # Without a norm the unquantized input is not needed again.
@@ -1026,12 +1189,9 @@ class _MLPFunction(torch.autograd.Function):
     def forward(ctx, x, norm_weight, fc1, fc2, run, operand1, operand2):
         x = x.to(run.dtype)
         quantized = run.recipe is not None
-        h, rsigma = _rmsnorm(x, norm_weight.to(run.dtype), run.eps)
-        h = run.fused(h) if quantized else h.to(run.dtype)
+        h, rsigma = _rmsnorm(x, norm_weight.to(run.dtype), run.eps, run.fused_dtype)
         z, h_col, h_factor = _linear_forward(run, h, fc1, operand1, 0)
-        # fc1's output is bf16; the activation is computed from it in fp32.
-        a = _ACTIVATIONS[run.activation][0](z.float())
-        a = run.fused(a) if quantized else a.to(run.dtype)
+        a = _activate(z, run.activation, run.fused_dtype)
         y, a_col, a_factor = _linear_forward(run, a, fc2, operand2, 1)
         w1, w1_factor = (operand1.col, operand1.col_factor) if quantized else (None, None)
         w2, w2_factor = (operand2.col, operand2.col_factor) if quantized else (None, None)
@@ -1053,9 +1213,7 @@ class _MLPFunction(torch.autograd.Function):
         da, dfc2 = _linear_backward(run, dy, a_col, a_factor, fc2, w2, w2_factor, 1, need_dz, need_fc2)
         dx = dnorm = dfc1 = None
         if need_dz:
-            # da is bf16; the derivative is applied in fp32.
-            dz = da.float() * _ACTIVATIONS[run.activation][1](z.float())
-            dz = run.fused(dz) if run.recipe is not None else dz.to(run.dtype)
+            dz = _activate_backward(da, z, run.activation, run.fused_dtype)
             dx, dfc1 = _linear_backward(
                 run, dz, h_col, h_factor, fc1, w1, w1_factor, 0, need_x or need_norm, need_fc1
             )
@@ -1073,10 +1231,10 @@ class _NormFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, eps, dtype):
         x = x.to(dtype)
-        y, rsigma = _rmsnorm(x, weight.to(dtype), eps)
+        y, rsigma = _rmsnorm(x, weight.to(dtype), eps, dtype)
         ctx.save_for_backward(x, weight, rsigma)
         ctx.dtype = dtype
-        return y.to(dtype)
+        return y
 
     @staticmethod
     def backward(ctx, dy):

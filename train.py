@@ -121,6 +121,8 @@ NVFP4_HADAMARD = True            # NVFP4: random Hadamard transform of what goes
 NVFP4_STOCHASTIC_ROUNDING = True # NVFP4: round gradients up or down at random, without bias
 NVFP4_2D_WEIGHTS = True          # NVFP4: one scale for each 16 x 16 of a weight; False: each 1 x 16
 HIGH_PRECISION_LAYERS = ""       # layers that stay in bf16: names or patterns, with commas: "blocks.0,blocks.*.attn.proj"
+EVAL_PRECISION = "bf16"          # matmuls of evaluations: "bf16", or "training": in the format of training; at the end both are made
+FP8_STATS_INTERVAL = 0           # steps between statistics of what quantizing does to each tensor; 0: none (fp8_stats.py)
 USE_EMULATION = "auto"           # "auto" (only where TE or the hardware is missing), True: te_emulation.py always
 
 # Parallelism
@@ -132,7 +134,7 @@ REDUCE_FP32 = True               # add gradients up over ranks in fp32; False: b
 # Speed and memory
 USE_TRITON = True                # on a GPU, blocks in bf16 or delayed FP8 run as our own Triton kernels around the matmuls
 USE_CUDA_GRAPHS = True           # on one GPU, launch these kernels' micro-batches as CUDA graphs, from the fourth step on
-USE_COMPILE = "auto"             # torch.compile for norms and RoPE where those kernels do not run; "auto": with a GPU
+USE_COMPILE = "auto"             # torch.compile for emulated formats, and norms and RoPE where those kernels do not run; "auto": with a GPU
 USE_FP8_HEAD = True              # with USE_FP8, the output head's matmuls in FP8 too, by current scaling
 USE_AC_LM_HEAD = False           # recompute logits in the backward pass; False: form their gradients in the forward pass
 USE_AC_BLOCKS = False            # recompute each block in the backward pass
@@ -179,6 +181,7 @@ CHOICES = {
     "preset": ("auto", *PRESETS),
     "FP8_RECIPE": ("delayed", "current", "block", "mxfp8"),
     "muon_impl": ("auto", "dion", "torch"),
+    "EVAL_PRECISION": ("bf16", "training"),
     "USE_EMULATION": ("auto", True),
 }
 
@@ -197,10 +200,10 @@ class UserError(Exception):
 # Reading the flags
 
 
-WHOLE_NUMBERS = set("""seed n_layer n_embd n_head vocab_size block_size total_batch_size batch_size max_iters warmup_iters
+WHOLE_NUMBERS = set("""FP8_STATS_INTERVAL seed n_layer n_embd n_head vocab_size block_size total_batch_size batch_size max_iters warmup_iters
     muon_momentum_iters FP8_MARGIN FP8_AMAX_HISTORY FP8_CALIBRATION_STEPS loss_chunk_size eval_interval eval_tokens
     log_interval ckpt_interval keep_checkpoints max_bad_steps zscore_window""".split())
-TEXTS = set("preset run_name out_dir resume dataset data_dir muon_impl FP8_RECIPE HIGH_PRECISION_LAYERS wandb_project".split())
+TEXTS = set("preset run_name out_dir resume dataset data_dir muon_impl FP8_RECIPE EVAL_PRECISION HIGH_PRECISION_LAYERS wandb_project".split())
 OR_AUTO = set("USE_FSDP2 USE_DDP USE_COMPILE USE_EMULATION".split())
 SWITCHES = re.compile(r"USE_|FSDP2_|REDUCE_|NVFP4_")  # True or False; what is left takes any number
 
@@ -313,8 +316,9 @@ def check_flags(cfg, world_size):
     positive = ("n_layer n_embd n_head vocab_size block_size total_batch_size batch_size max_iters "
                 "loss_chunk_size eval_tokens log_interval FP8_AMAX_HISTORY norm_eps rope_base adam_eps max_bad_steps zscore_window "
                 "rank_timeout").split()
-    not_negative = ("warmup_iters ckpt_interval ckpt_minutes keep_checkpoints skip_loss_zscore skip_grad_zscore eval_interval grad_clip logit_softcap min_lr_ratio muon_momentum_iters "
-                    "FP8_CALIBRATION_STEPS learning_rate learning_rate_embed learning_rate_head "
+    not_negative = ("warmup_iters ckpt_interval ckpt_minutes keep_checkpoints skip_loss_zscore skip_grad_zscore eval_interval grad_clip "
+                    "logit_softcap min_lr_ratio muon_momentum_iters FP8_CALIBRATION_STEPS FP8_STATS_INTERVAL "
+                    "learning_rate learning_rate_embed learning_rate_head "
                     "learning_rate_gain weight_decay weight_decay_embed weight_decay_head weight_decay_gain").split()
     for name in positive:
         if hasattr(cfg, name) and getattr(cfg, name) <= 0:
@@ -338,6 +342,8 @@ def check_flags(cfg, world_size):
             f"{world_size} x {cfg.batch_size} x {cfg.block_size} = {micro}; the nearest is --total_batch_size={nearest}", 2)
     if os.path.basename(cfg.run_name) != cfg.run_name or cfg.run_name in ("", ".", ".."):
         raise UserError(f"--run_name is a folder name without slashes, not '{cfg.run_name}'", 2)
+    if getattr(cfg, "FP8_STATS_INTERVAL", 0) and not (cfg.USE_FP8 or cfg.USE_NVFP4):
+        raise UserError("FP8_STATS_INTERVAL has nothing to look at in a bf16 run: set USE_FP8 or USE_NVFP4, or leave it at 0", 2)
 
 
 # =====================================================================================================
@@ -705,6 +711,17 @@ def keep_scales(model):
     live = list(fp8_state(model).values())
     kept = torch._foreach_mul(live, 1) if live else []  # one kernel for many, where clone() is one for each
     return lambda: torch._foreach_copy_(live, kept) if live else None
+
+
+@contextlib.contextmanager
+def scales_kept(model):
+    """Whatever quantizes inside leaves the delayed-scaling state as it was: Transformer Engine notes amaxes even without
+    gradients, and the next training step would count them."""
+    put_back = keep_scales(model)
+    try:
+        yield
+    finally:
+        put_back()
 
 
 # =====================================================================================================
@@ -2310,8 +2327,8 @@ def evaluate(model, ring, cfg, procs, autocast):
 
     Sequence s is tokens s*T ... s*T + T of the ring. Rank r takes sequences r, r + world_size, ...; where they do
     not fill a batch, rows without targets do, so that the result is the same for any world and batch size, and all
-    ranks make the same number of passes. `autocast()` is the context of a pass: bf16 leaves the amax history of
-    delayed scaling alone. `model` is the plain one: DDP has nothing to do without gradients.
+    ranks make the same number of passes. `autocast()` is the context of a pass: bf16 or the format of training.
+    `model` is the plain one: DDP has nothing to do without gradients.
     """
     T, sequences = cfg.block_size, cfg.eval_tokens // cfg.block_size
     per_pass = procs.world_size * cfg.batch_size
@@ -2450,8 +2467,8 @@ class RunLog:
         self.write_line(json.dumps(clean) + "\n")
         if self.wandb is not None:
             try:
-                values = {f"{record['kind']}/{k}": v for k, v in record.items() if k not in ("kind", "step")}
-                self.wandb.log(values, step=record["step"])
+                values = {k: v for k, v in record.items() if k not in ("kind", "step")}
+                self.wandb.log(dict(paths_of(values, record["kind"])), step=record["step"])
             except Exception as error:
                 print(f"wandb is off: {error}", flush=True)
                 self.wandb = None
@@ -2503,11 +2520,20 @@ class RunLog:
         except OSError as error:  # a full disk, a folder that was removed: the run goes on
             print(f"loss.png cannot be written: {error.strerror}", flush=True)
         plt.close(fig)
+        if any(r["kind"] == "fp8_stats" for r in self.records):
+            import fp8_stats
+            fp8_stats.plot(self.records, os.path.join(self.folder, "fp8_stats.png"))
 
     def close(self):
         self.file.close()
         if self.wandb is not None:
             self.wandb.finish()
+
+
+def paths_of(tree, prefix):
+    """The leaves of nested dicts as pairs ("prefix/key/key", value)."""
+    for key, value in tree.items():
+        yield from paths_of(value, f"{prefix}/{key}") if isinstance(value, dict) else [(f"{prefix}/{key}", value)]
 
 
 def smooth(values, beta=0.9):
@@ -2526,7 +2552,7 @@ class Progress:
         """train_seconds: of training before a resumed run's first step."""
         self.cfg, self.procs, self.log = cfg, procs, log
         self.flops, self.peak = flops_per_token(cfg), peak_flops(procs.device)
-        self.train_seconds, self.speeds, self.val_loss = train_seconds, [], float("nan")
+        self.train_seconds, self.speeds, self.val_loss, self.val_losses = train_seconds, [], float("nan"), None
         self.compile_seconds = None
 
     @property
@@ -2559,9 +2585,9 @@ class Progress:
         if not skipped and not math.isfinite(loss + norm):
             raise UserError(f"the loss at step {step} is {loss}, its gradient's norm {norm}: try a lower learning rate or a longer warm-up")
 
-    def val(self, step, val_loss):
-        """Log an evaluation after optimizer step `step`, and draw loss.png."""
-        self.val_loss = val_loss
+    def val(self, step, val_loss, val_losses=None):
+        """Log an evaluation after optimizer step `step`, and draw loss.png. val_losses: {name of each format: loss in it}."""
+        self.val_loss, self.val_losses = val_loss, val_losses
         if self.procs.is_main:
             self.log.write(dict(kind="val", step=step, tokens=(step + 1) * self.cfg.total_batch_size, val_loss=val_loss,
                                 train_seconds=self.train_seconds))
@@ -2574,10 +2600,13 @@ class Progress:
         if self.procs.is_main:
             tokens, memory = self.cfg.max_iters * self.cfg.total_batch_size, peak_memory_gb(self.procs.device)
             self.log.write(dict(kind="done", step=self.cfg.max_iters - 1, tokens=tokens, val_loss=self.val_loss,
+                                **({"val_losses": self.val_losses} if self.val_losses else {}),
                                 train_seconds=self.train_seconds, tok_per_sec_median=self.speed, peak_mem_gb=memory,
                                 compile_seconds=self.compile_seconds))
             self.log.close()
-            self.procs.print(f"\ndone: val loss {self.val_loss:.4f} after {tokens:,} tokens in {format_duration(self.train_seconds)} "
+            others = "".join(f", {loss:.4f} in {name}" for name, loss in list((self.val_losses or {}).items())[1:])
+            where = f" in {next(iter(self.val_losses))}{others}" if others else ""
+            self.procs.print(f"\ndone: val loss {self.val_loss:.4f}{where} after {tokens:,} tokens in {format_duration(self.train_seconds)} "
                              f"of training ({self.speed:,.0f} tokens/s, {memory:.1f} GB)\n"
                              f"run folder: {self.log.folder}  (loss.png: curves; log.jsonl: every step; config.json: all flags)\n"
                              f"next: bash run.sh --help lists the flags; python train_orig.py trains the plain reference")
@@ -2794,8 +2823,9 @@ def run(cfg, procs):
     precision = select_precision(cfg, device)
     use_compile = device.type == "cuda" if cfg.USE_COMPILE == "auto" else cfg.USE_COMPILE
     compiled = functools.cache(lambda f: torch.compile(f, dynamic=False)) if use_compile else (lambda f: f)
-    if hasattr(precision.te, "manual_seed"):
-        precision.te.manual_seed(cfg.seed + procs.rank)  # the emulation's stochastic rounding
+    if precision.emulated:
+        precision.te.compile_kernels(use_compile)
+        precision.te.manual_seed(cfg.seed + procs.rank)  # stochastic rounding
     model = GPT(cfg, precision.te, compiled, device)
     in_bf16 = keep_high_precision(model, cfg.HIGH_PRECISION_LAYERS, precision.te)
     n_params = sum(p.numel() for p in model.parameters())
@@ -2862,8 +2892,26 @@ def run(cfg, procs):
         """Whether this rank was told to stop, and, by the clock of rank 0 alone, whether a checkpoint is due."""
         return bool(stop.requested), procs.is_main and 0 < 60 * cfg.ckpt_minutes <= time.monotonic() - last_save
 
+    formats = ["bf16"] if precision.recipe is None else ["bf16", precision.name][::1 if cfg.EVAL_PRECISION == "bf16" else -1]
+
+    def evaluate_in(names):
+        """{name: val loss} with the block matmuls in each of these formats; delayed scaling's state stays as it is."""
+        with scales_kept(model):
+            return {name: evaluate(model, val_ring, cfg, procs, lambda: precision.autocast(procs, quantized=name != "bf16"))
+                    for name in names}
+
+    def watch_quantization(step):
+        """Log what the format does to each tensor of the next micro-batch (FP8_STATS_INTERVAL); training is not touched."""
+        import fp8_stats
+        start = time.perf_counter()
+        layers = fp8_stats.collect(model, *loader.peek(), precision.recipe, fp8_state(model), in_bf16, loader.loss_scale)
+        if log:
+            log.write(dict(kind="fp8_stats", step=step, tokens=(step + 1) * cfg.total_batch_size, format=precision.name,
+                           seconds=time.perf_counter() - start, layers=layers))
+
     def evaluate_after(step):
-        progress.val(step, evaluate(model, val_ring, cfg, procs, lambda: precision.autocast(procs, quantized=False)))
+        val_losses = evaluate_in(formats[:2 if step == cfg.max_iters - 1 else 1])
+        progress.val(step, val_losses[formats[0]], val_losses)
         gc.collect()
 
     def evaluation_due(step):
@@ -2897,13 +2945,16 @@ def run(cfg, procs):
         given_up = guard.in_a_row >= cfg.max_bad_steps
         evaluating = evaluation_due(step)
         saving = step == cfg.max_iters - 1 or told_to_stop or save_due or cfg.ckpt_interval and (step + 1) % cfg.ckpt_interval == 0
-        if evaluating or saving or given_up:
+        watching = cfg.FP8_STATS_INTERVAL and (step + 1) % cfg.FP8_STATS_INTERVAL == 0
+        if evaluating or saving or watching or given_up:
             finish(*pending)
             pending = None
         if given_up:
             checkpoints.finish(wait=True)  # one that is being written would be lost
             raise UserError(f"{guard.in_a_row} steps in a row were skipped, the last at step {step} ({skipped}): try a lower learning "
                             f"rate, a longer warm-up, other data; the newest checkpoint: {checkpoints.last or 'none'}")
+        if watching:
+            watch_quantization(step)
         if saving:
             save(step + 1)
             last_save = time.monotonic()

@@ -16,21 +16,62 @@ def small_flags(shards, out_dir, *without):
     return [f for f in flag_args(data_dir=shards, out_dir=out_dir) if f[2:].split("=")[0] not in own]
 
 
-def test_precision_writes_table_plot_and_noise(fresh, shards, tmp_path, capsys, monkeypatch):
-    """Five runs in one process: noise is the gap of the two bf16 seeds; the emulated FP8 runs really differ from bf16."""
-    monkeypatch.setitem(bench.COMMON, "precision", ["--total_batch_size=256", "--warmup_iters=2", "--eval_interval=0", "--keep_checkpoints=0"])
-    flags = small_flags(shards, tmp_path, "warmup_iters", "max_iters")
-    bench.main(["precision", f"--out={tmp_path}/t/r", "--max_iters=6", *flags, "--n_embd=128"])
-    result = json.loads((tmp_path / "t" / "r.json").read_text())
-    rows = {r["label"]: r for r in result["runs"]}
+def study(mode, shards, tmp_path, monkeypatch, *flags):
+    """A study with the small run's flags; returns what it wrote as JSON."""
+    monkeypatch.setattr(bench, "ON_A_CPU", ["--preset=tiny", "--total_batch_size=256", "--warmup_iters=2", "--eval_interval=0", "--keep_checkpoints=0"])
+    given = small_flags(shards, tmp_path, "warmup_iters", "max_iters", "batch_size")
+    bench.main([mode, f"--out={tmp_path}/t/r", "--max_iters=6", *given, "--n_embd=128", "--batch_size=4", *flags])
+    return json.loads((tmp_path / "t" / "r.json").read_text())
+
+
+def test_precision_study(fresh, shards, tmp_path, capsys, monkeypatch):
+    """Every format from the same weights as bf16, two seeds; noise is the gap of the two bf16 seeds. A second start finds all runs."""
+    result = study("precision", shards, tmp_path, monkeypatch)
+    rows = {r["label"]: r for r in result["formats"]}
     assert list(rows) == list(bench.VARIANTS["precision"])
-    assert [r["precision"] for r in rows.values()] == ["bf16", "bf16", "fp8-delayed", "fp8-current", "fp8-block"]
-    assert all(len(r["losses"]) == 6 and r["tok_per_sec"] > 0 and math.isfinite(r["val_loss"]) for r in rows.values())
-    assert result["noise"] == rows["bf16 seed 2"]["gap"] > 0
-    assert rows["FP8 delayed"]["gap"] > 0 and rows["bf16 seed 1"]["gap"] is None
-    text = (tmp_path / "t" / "r.md").read_text()
-    assert text in capsys.readouterr().out and f"{result['noise']:.4f}" in text and "python bench.py precision" in text
+    assert [r["precision"] for r in rows.values()] == ["bf16", "fp8-delayed", "fp8-current", "fp8-block", "fp8-mxfp8", "nvfp4"]
+    assert all(len(r["losses"]["1"]) == len(r["losses"]["2"]) == 6 and math.isfinite(r["val_loss"]) for r in rows.values())
+    first = {seed: {r["losses"][seed][0] for r in rows.values()} for seed in "12"}
+    assert all(len(losses) == 1 for losses in first.values()), "the head starts at zero: the first loss is that of the same tokens"
+    smooth = {seed: train.smooth(rows["bf16"]["losses"][seed])[2:] for seed in "12"}
+    assert result["noise"] == pytest.approx(max(abs(a - b) for a, b in zip(smooth["1"], smooth["2"])), abs=1e-4) and result["noise"] > 0
+    for label, row in rows.items():
+        assert row["gaps"] == [] if label == "bf16" else len(row["gaps"]) == 2
+        assert row["emulated"] == (label != "bf16") and row["in_bf16"] == ("blocks.1" if label == "NVFP4" else "")
+        if label != "bf16":
+            assert row["gaps"] == pytest.approx([row["val_losses"][s] - rows["bf16"]["val_losses"][s] for s in "12"])
+            assert 0 < row["largest_gap"] < 0.5 and all(abs(row["val_in_format"][s] - row["val_losses"][s]) < 0.1 for s in "12")
+    text, printed = (tmp_path / "t" / "r.md").read_text(), capsys.readouterr().out
+    assert text in printed and f"{result['noise']:.4f}" in text and "python bench.py precision" in text
+    assert printed.index("12 runs to train (0 are there)") < printed.index("===== bf16, seed 1 =====") and "GFLOP a token: about" in printed
     assert (tmp_path / "t" / "r.png").read_bytes()[:4] == b"\x89PNG"
+
+    again = study("precision", shards, tmp_path, monkeypatch)
+    assert "=====" not in capsys.readouterr().out and again["formats"] == result["formats"]
+    study("precision", shards, tmp_path, monkeypatch, "--formats=bf16", "--learning_rate=0.03")  # other flags: another run
+    assert "2 runs to train (0 are there)" in capsys.readouterr().out
+
+
+def test_ablation(fresh, shards, tmp_path, monkeypatch):
+    """Each row lacks one ingredient of NVFP4: its flags say so, and its losses differ from those of all four."""
+    result = study("ablation", shards, tmp_path, monkeypatch, "--seeds=2,1", "--max_iters=4")
+    rows = {r["label"]: r for r in result["formats"]}
+    assert list(rows) == list(bench.VARIANTS["ablation"]) and [len(r["seeds"]) for r in rows.values()] == [2] + [1] * 6
+    names = ("NVFP4_HADAMARD", "NVFP4_STOCHASTIC_ROUNDING", "NVFP4_2D_WEIGHTS")
+    has = {label: [r["config"][n] for n in names] + [r["in_bf16"] != ""] for label, r in rows.items()}
+    assert has["NVFP4"] == [True] * 4 and has["none of the four"] == [False] * 4
+    for i, label in enumerate(list(rows)[2:6]):
+        assert has[label] == [j != i for j in range(4)]
+        assert rows[label]["losses"]["1"] != rows["NVFP4"]["losses"]["1"]
+
+
+def test_emulation_compares_speeds(fresh, shards, tmp_path):
+    """All formats emulated, the ratio to bf16 in the table."""
+    bench.main(["emulation", f"--out={tmp_path}/r", "--max_iters=3", "--warmup_iters=1", "--total_batch_size=256",
+                *small_flags(shards, tmp_path, "warmup_iters", "max_iters", "batch_size", "eval_tokens"), "--n_embd=128", "--batch_size=4"])
+    rows = json.loads((tmp_path / "r.json").read_text())["runs"]
+    assert [r["precision"] for r in rows] == ["bf16", "fp8-delayed", "fp8-current", "fp8-block", "fp8-mxfp8", "nvfp4"]
+    assert all(r["tok_per_sec"] > 0 for r in rows) and "| NVFP4 |" in (tmp_path / "r.md").read_text()
 
 
 def test_speed_with_two_ranks(shards, tmp_path):
@@ -50,7 +91,8 @@ def test_speed_with_two_ranks(shards, tmp_path):
 
 @pytest.mark.parametrize("arguments, text", [
     (["nonsense"], "not 'nonsense'"), (["report"], "run folders"), (["report", "/no/such/run"], "/no/such/run"),
-    (["precision", "--bath_size=3"], "--batch_size"),
+    (["precision", "--bath_size=3"], "--batch_size"), (["precision", "--seeds=0"], "--seeds"), (["ablation", "--seeds=1,2,3"], "--seeds"),
+    (["precision", "--formats=FP9"], "FP8 delayed"), (["ablation", "--total_batch_size=100"], "total_batch_size=100"),
 ])
 def test_wrong_input_is_one_line(fresh, arguments, text):
     with pytest.raises(train.UserError, match=text) as error:

@@ -9,6 +9,7 @@ import itertools
 import math
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -1007,3 +1008,65 @@ def test_two_ranks_share_amaxes_under_ddp_and_fsdp2(tmp_path):
         for w in workers:
             w.kill()
     assert all(w.returncode == 0 and "fine" in out for w, out in zip(workers, outputs)), "\n".join(outputs)
+
+
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler on a CPU")
+@pytest.mark.parametrize("name", ["delayed", "nvfp4"])
+def test_compiled_kernels(name):
+    """compile_kernels(): quantizers, norm and their gradients go through torch.compile, inside checkpoints too."""
+    torch.manual_seed(2)
+    layer, rcp = te.LayerNormLinear(64, 64), RECIPES[name]()
+    with torch.no_grad():
+        layer.layer_norm_weight.fill_(2.0)
+    x, results = bf16(64, 64), []
+    torch._dynamo.reset()
+    for compiling in (False, True):
+        te.compile_kernels(compiling)
+        try:
+            te.manual_seed(0)
+            layer.fp8_meta = {"num_gemms": 1}
+            layer.zero_grad()
+            torch._dynamo.utils.counters.clear()
+            with torch.autocast("cpu", dtype=torch.bfloat16), te.autocast(recipe=rcp):
+                y = te.checkpoint(layer, x, use_reentrant=False) if compiling else layer(x)
+            y.float().square().mean().backward()
+        finally:
+            te.compile_kernels(False)
+        assert (torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 5) == compiling
+        results.append([y] + [p.grad for p in layer.parameters()])
+    for a, b in zip(*results):  # compiled and eager norms sum in another order: a value may go to its neighbour
+        assert relative(b, a) < 2e-3
+
+
+def test_random_numbers_are_uniform_and_independent():
+    """The hashed numbers of stochastic rounding: bits, mean and variance; neighbours, rows and calls without correlation."""
+    te.manual_seed(3)
+    a, b = te._uniform(torch.empty(512, 512)), te._uniform(torch.empty(512, 512))
+    n = a.numel()
+    assert a.dtype == torch.float32 and a.min() >= 0 and a.max() < 1
+    bits = (a * 2**24).int()
+    for k in range(24):
+        assert abs(((bits >> k) & 1).double().mean() - 0.5) < 5 * 0.5 / math.sqrt(n)
+    assert abs(a.double().mean() - 0.5) < 5 * math.sqrt(1 / 12 / n) and abs(a.double().var() - 1 / 12) < 1e-3
+    x = a.double() - 0.5
+    for other in (x.roll(1, 1), x.roll(1, 0), x.roll(16, 1), x.T, b.double() - 0.5):
+        assert abs((x * other).mean()) < 5 / 12 / math.sqrt(n)
+
+
+@pytest.mark.parametrize("quantize, inverse, of_inf", [
+    (lambda x: te.quantize_block_1d(x), lambda s: s, 1.0), (lambda x: te.quantize_block_2d(x), lambda s: s, 1.0),
+    (lambda x: te.quantize_mxfp8(x), te.e8m0_to_float, 2.0**127)], ids=["1x128", "128x128", "mxfp8"])
+def test_blocks_of_zeros_nan_and_inf(quantize, inverse, of_inf):
+    """A block of zeros stays zero. NaN stays one and does not touch its block's scale; inf saturates and does."""
+    x = torch.full((128, 256), 3.0).bfloat16()
+    x[:, :128] = 0
+    q, scale = quantize(x)
+    assert (q.float()[:, :128] == 0).all() and torch.isfinite(inverse(scale)).all()
+    clean = inverse(scale)[0, -1].item()
+    x[0, 200] = math.nan
+    q, scale = quantize(x)
+    assert q.float().isnan().nonzero().tolist() == [[0, 200]] and inverse(scale)[0, -1 if len(scale[0]) == 2 else 200 // 32] == clean
+    x[0, 200] = -math.inf
+    q, scale = quantize(x)
+    assert q.float()[0, 200] == -448 and inverse(scale)[0, -1 if len(scale[0]) == 2 else 200 // 32] == of_inf
+    assert not q.float().isnan().any()

@@ -1,11 +1,13 @@
-"""HIGH_PRECISION_LAYERS and NVFP4's switches: which layers quantize, and how."""
+"""HIGH_PRECISION_LAYERS, the recipes' switches and EVAL_PRECISION: which layers quantize, how, and when."""
+
+import contextlib
 
 import pytest
 import torch
 
 import te_emulation as te
 import train
-from helpers import losses, make_cfg, make_model, one_process, tokens_and_targets, train_here
+from helpers import losses, make_cfg, make_model, one_process, records, tokens_and_targets, train_here
 
 LAYERS = [f"blocks.{i}.{layer}" for i in range(2) for layer in ("attn.qkv", "attn.proj", "mlp")]
 
@@ -63,3 +65,69 @@ def test_profile(fresh, shards, tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     at = next(i for i, line in enumerate(lines) if line.startswith("profile of one step"))
     assert len([line for line in lines[at + 1:at + 11] if " ms " in line]) == 10
+
+
+# -----------------------------------------------------------------------------------------------------
+# Recipes' switches, each through a whole run
+
+
+@pytest.mark.parametrize("changes", [
+    dict(FP8_MARGIN=6), dict(FP8_AMAX_HISTORY=1), dict(USE_NVFP4=True, NVFP4_HADAMARD=False),
+    dict(USE_NVFP4=True, NVFP4_STOCHASTIC_ROUNDING=False), dict(USE_NVFP4=True, NVFP4_2D_WEIGHTS=False)], ids=str)
+def test_every_switch_changes_the_run(fresh, shards, tmp_path, changes):
+    common = dict(max_iters=4, n_embd=128)
+    base = {k: v for k, v in changes.items() if k == "USE_NVFP4"}
+    assert (losses(train_here(tmp_path / "a", shards, **common, **base)) != losses(train_here(tmp_path / "b", shards, **common, **changes))).any()
+
+
+def test_margin_and_history_reach_the_scales(fresh, shards, tmp_path):
+    """A margin of 2 divides every scale by 4; a history of one step forgets the larger amaxes before it."""
+    cfg = make_cfg(FP8_MARGIN=2, FP8_AMAX_HISTORY=3)
+    model, precision = make_model(cfg), train.select_precision(cfg, torch.device("cpu"))
+    with precision.autocast(one_process()):
+        model(*tokens_and_targets(cfg)).backward()
+    state = train.fp8_state(model)
+    history, scale = state["blocks.0.mlp.scaling_fwd.amax_history"], state["blocks.0.mlp.scaling_fwd.scale"]
+    assert len(history) == 3
+    used = history[-1] > 0
+    torch.testing.assert_close(scale[used], 448 / 4 / history[-1][used])
+
+
+# -----------------------------------------------------------------------------------------------------
+# Evaluation in bf16 or in the format of training
+
+
+@pytest.mark.parametrize("changes, name", [(dict(), "fp8-delayed"), (dict(FP8_RECIPE="current"), "fp8-current"),
+                                           (dict(USE_NVFP4=True, n_embd=128), "nvfp4")])
+def test_eval_precision(fresh, shards, tmp_path, capsys, changes, name):
+    """The flag chooses what evaluations in between say; the end reports both, and training is the same to the bit."""
+    runs = {p: train_here(tmp_path / p, shards, max_iters=4, eval_interval=2, EVAL_PRECISION=p, **changes) for p in ("bf16", "training")}
+    assert (losses(runs["bf16"]) == losses(runs["training"])).all()
+    printed = capsys.readouterr().out
+    for p, folder in runs.items():
+        vals, (done,) = records(folder, "val"), records(folder, "done")
+        first, other = ("bf16", name) if p == "bf16" else (name, "bf16")
+        assert list(done["val_losses"]) == [first, other] and done["val_loss"] == done["val_losses"][first] == vals[-1]["val_loss"]
+        assert 0 < abs(done["val_losses"]["bf16"] - done["val_losses"][name]) < 0.1
+        assert f"done: val loss {done['val_loss']:.4f} in {first}, {done['val_losses'][other]:.4f} in {other} after" in printed
+    a, b = (records(runs[p], "val")[0]["val_loss"] for p in ("bf16", "training"))
+    assert a != b
+
+
+def test_a_bf16_run_has_one_val_loss(fresh, shards, tmp_path):
+    (done,) = records(train_here(tmp_path, shards, max_iters=2, USE_FP8=False, EVAL_PRECISION="training"), "done")
+    assert done["val_losses"] == {"bf16": done["val_loss"]}
+
+
+def test_evaluation_in_the_format_of_training_leaves_the_scales_alone(fresh, shards):
+    """Without scales_kept() the amaxes of an evaluation would be counted by the next step."""
+    cfg = make_cfg()
+    model, precision = make_model(cfg), train.select_precision(cfg, torch.device("cpu"))
+    x, y = tokens_and_targets(cfg)
+    with precision.autocast(one_process()):
+        model(x, y).backward()
+    before = {k: v.clone() for k, v in train.fp8_state(model).items()}
+    for kept in (True, False):
+        with torch.no_grad(), train.scales_kept(model) if kept else contextlib.nullcontext(), precision.autocast(one_process()):
+            model(x, y)
+        assert all(torch.equal(v, before[k]) for k, v in train.fp8_state(model).items()) == kept

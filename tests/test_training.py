@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("fresh")
 TRAIN_KEYS = {"kind", "step", "tokens", "loss", "grad_norm", "lr_muon", "lr_embed", "lr_head", "momentum", "step_ms",
               "tok_per_sec", "mfu", "peak_mem_gb"}
 VAL_KEYS = {"kind", "step", "tokens", "val_loss", "train_seconds"}
-DONE_KEYS = {"kind", "step", "compile_seconds", "tokens", "val_loss", "train_seconds", "tok_per_sec_median", "peak_mem_gb"}
+DONE_KEYS = {"kind", "step", "compile_seconds", "tokens", "val_loss", "val_losses", "train_seconds", "tok_per_sec_median", "peak_mem_gb"}
 
 # The runs of two ranks: micro-batches of 4 sequences each, where the run of one process takes 8.
 TWO = dict(batch_size=4)
@@ -33,6 +33,8 @@ RANKS = {
     "ddp-bf16": TWO | dict(USE_FP8=False, USE_DDP=True, eval_interval=3),
     "ddp-fp8": TWO | dict(USE_DDP=True),
     "ddp-fp8-eval": TWO | dict(USE_DDP=True, eval_interval=1),
+    "ddp-fp8-stats": TWO | dict(USE_DDP=True, FP8_STATS_INTERVAL=3),
+    "fsdp2-fp8-stats": TWO | dict(USE_FSDP2=True, FP8_STATS_INTERVAL=3),
     "fsdp2-bf16": TWO | dict(USE_FP8=False, USE_FSDP2=True, eval_interval=3),
     "fsdp2-fp8": TWO | dict(USE_FSDP2=True),
     "fsdp2-fp8-eval": TWO | dict(USE_FSDP2=True, eval_interval=1),
@@ -472,6 +474,19 @@ def test_resharding_changes_nothing(two_ranks):
 def test_evaluation_does_not_touch_the_training_of_two_ranks(two_ranks, wrapper):
     assert np.array_equal(losses(two_ranks[f"{wrapper}-fp8-eval"]), losses(two_ranks[f"{wrapper}-fp8"]))
     assert val_losses(two_ranks[f"{wrapper}-fp8-eval"])[-1] == val_losses(two_ranks[f"{wrapper}-fp8"])[-1]
+
+
+def test_statistics_of_two_ranks(two_ranks):
+    """FP8_STATS_INTERVAL changes no loss; sharded or not, rank 0's micro-batch gives nearly the same numbers."""
+    found = {}
+    for wrapper in ("ddp", "fsdp2"):
+        assert (losses(two_ranks[f"{wrapper}-fp8"]) == losses(two_ranks[f"{wrapper}-fp8-stats"])).all()
+        found[wrapper] = records(two_ranks[f"{wrapper}-fp8-stats"], "fp8_stats")
+        assert [r["step"] for r in found[wrapper]] == [2, 5]
+    for a, b in zip(found["ddp"][0]["layers"].values(), found["fsdp2"][0]["layers"].values()):
+        for kind in a:
+            assert a[kind]["amax"] == pytest.approx(b[kind]["amax"], rel=0.1)
+            assert a[kind]["error"] == pytest.approx(b[kind]["error"], rel=0.3)
 
 
 def test_val_losses_of_two_ranks(one_rank, two_ranks):

@@ -219,6 +219,37 @@ def test_block_quantizer_bit_for_bit(te, dims, case, dtype, fp8):
           columns=(q._columnwise_data, col.t()), column_scales=(their_col_scale, col_scale))
 
 
+KERNELS = {
+    "delayed": lambda x, fp8: emulation._quantize_delayed(x, torch.full((), 37.3, device=DEVICE), fp8),
+    "current": emulation._quantize_current,
+    "block rows": emulation._quantize_rows,
+    "block columns": emulation._quantize_columns,
+    "block squares": emulation._quantize_squares,
+    "mxfp8 rows": lambda x, fp8: emulation._quantize_mx(x, fp8, -1),
+    "mxfp8 columns": lambda x, fp8: emulation._quantize_mx(x, fp8, 0),
+    "nvfp4 rows": lambda x, fp8: emulation._quantize_fp4(x, -1, False, False),
+    "nvfp4 columns, stochastic": lambda x, fp8: emulation._quantize_fp4(x, 0, False, True),
+    "nvfp4 squares": lambda x, fp8: emulation._quantize_fp4(x, -1, True, False),
+}
+
+
+@SOURCE
+@pytest.mark.parametrize("kernel", KERNELS)
+@torch.no_grad()
+def test_compiled_quantizers_give_the_same_bits(kernel, dtype):
+    """What torch.compile makes of the emulation's quantizers, against eager torch, random numbers included."""
+    for case in CASES:
+        x, results = values(case, E4M3, dtype), []
+        for compiling in (False, True):
+            emulation.compile_kernels(compiling)
+            emulation.manual_seed(1)
+            out = KERNELS[kernel](x, E4M3)
+            results.append([t.float() for t in (out if isinstance(out, tuple) else (out,))])
+        emulation.compile_kernels(False)
+        counts = [count_mismatches(a, b) for a, b in zip(*results)]
+        assert not any(counts), (case, counts)
+
+
 # ----------------------------------------------------------------------------------------- layers
 
 

@@ -50,7 +50,8 @@ def read_run(folder, text=""):
     steps = [r for r in records if r["kind"] == "train"]
     return SimpleNamespace(
         text=text, config=json.loads((folder / "config.json").read_text()), steps=steps, losses=[r["loss"] for r in steps],
-        norms=[r["grad_norm"] for r in steps], vals=[r for r in records if r["kind"] == "val"], done=records[-1])
+        norms=[r["grad_norm"] for r in steps], vals=[r for r in records if r["kind"] == "val"],
+        stats=[r for r in records if r["kind"] == "fp8_stats"], folder=folder, done=records[-1])
 
 
 @pytest.fixture(scope="module")
@@ -204,6 +205,41 @@ def test_evaluation_changes_no_training_loss(run):
     assert len(plain.vals) == 1 and len(evaluated.vals) == FLAGS["max_iters"] // 2
     check_same(plain, evaluated)
     assert abs(plain.done["val_loss"] - evaluated.done["val_loss"]) < SAME["loss"]
+
+
+@pytest.mark.parametrize("name", ["fp8-delayed", "fp8-block", "nvfp4"])
+def test_evaluation_in_the_format_of_training(run, name):
+    """EVAL_PRECISION=training: TE's amax history stays out of it, and both losses are reported."""
+    plain, evaluated = run(**PRECISIONS[name]), run(**PRECISIONS[name], eval_interval=2, EVAL_PRECISION="training")
+    check_same(plain, evaluated)
+    assert list(evaluated.done["val_losses"]) == [name, "bf16"] and list(plain.done["val_losses"]) == ["bf16", name]
+    assert 0 < abs(evaluated.done["val_losses"][name] - evaluated.done["val_losses"]["bf16"]) < 0.1
+
+
+def test_an_evaluation_restores_te_scales(te, procs):
+    """scales_kept() around a pass of TE's layers without gradients: history and scales are those of before, to the bit."""
+    parts = build(procs, **DELAYED)
+    batch = parts.loader.peek()
+    with parts.precision.autocast(procs):
+        parts.model(*batch).backward()
+    before = {k: v.clone() for k, v in train.fp8_state(parts.model).items()}
+    with torch.no_grad(), train.scales_kept(parts.model), parts.precision.autocast(procs):
+        parts.model(*batch)
+    after = train.fp8_state(parts.model)
+    assert before.keys() == after.keys() and all(torch.equal(after[k], v) for k, v in before.items())
+
+
+@pytest.mark.parametrize("name", ["fp8-delayed", "fp8-current", "fp8-block", "nvfp4"])
+def test_statistics(run, name):
+    """FP8_STATS_INTERVAL trains the same; with TE's recipes and scales every layer's numbers are in range; the picture is there."""
+    plain, watched = run(**PRECISIONS[name]), run(**PRECISIONS[name], FP8_STATS_INTERVAL=4)
+    check_same(plain, watched)
+    assert [r["step"] for r in watched.stats] == [3, 7] and (watched.folder / "fp8_stats.png").stat().st_size > 10_000
+    for layer, kinds in watched.stats[-1]["layers"].items():
+        for kind, numbers in kinds.items():
+            assert numbers["amax"] > 0 and numbers["scale"] > 0, (layer, kind)
+            assert numbers["saturated"] < 0.05 and 0.005 < numbers["error"] < (0.3 if name == "nvfp4" else 0.15), (layer, kind, numbers)
+    assert len(watched.stats[-1]["layers"]) == 4 * FLAGS["n_layer"]
 
 
 def build(procs, **flags):

@@ -1,0 +1,218 @@
+"""
+What quantizing does to the tensors of a run: train.py's FP8_STATS_INTERVAL.
+
+    python train.py --FP8_STATS_INTERVAL=50     # log.jsonl: kind "fp8_stats"; the picture: fp8_stats.png
+
+Every so many steps an extra forward and backward pass on the next micro-batch, off the clock, walks the blocks in plain
+bf16 operations, whatever library and kernels train them, and hands each operand of each matmul to
+te_emulation.quantization_stats() as it comes by. Weights, optimizers, data position, scales, amax history and random
+numbers stay as they are. Under DDP and FSDP2 all ranks make the pass on their own micro-batch, and rank 0's is logged.
+"""
+
+import math
+import os
+
+import torch
+import torch.nn.functional as F
+from torch.distributed.tensor import DTensor
+
+import te_emulation
+
+KINDS = ("input", "weight", "gradient")
+# Matmul -> where its layer keeps delayed scaling's state: (layer, slots of input and weight in scaling_fwd, slot in scaling_bwd)
+MATMULS = {"attn.qkv": ("attn.qkv", (0, 1), 0), "attn.proj": ("attn.proj", (0, 1), 0),
+           "mlp.fc1": ("mlp", (0, 1), 0), "mlp.fc2": ("mlp", (3, 4), 2)}
+
+# =====================================================================================================
+# The pass
+
+
+def whole(parameter):
+    """A parameter as a plain tensor; sharded ones are gathered, so all ranks must call."""
+    return (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter).detach()
+
+
+def multiply(a, b):
+    """a @ b of bf16 matrices, in bf16. A CPU multiplies in fp32, which is fast on every CPU."""
+    return a @ b if a.is_cuda else (a.float() @ b.float()).to(a.dtype)
+
+
+class WatchedMatmul(torch.autograd.Function):
+    """x (..., K) bf16 @ weight (N, K)^T; `see(kind, tensor)` is shown both, and the gradient of the result."""
+
+    @staticmethod
+    def forward(ctx, x, weight, see):
+        see("input", x)
+        see("weight", weight)
+        ctx.weight, ctx.see = weight.to(x.dtype), see
+        return multiply(x, ctx.weight.t())
+
+    @staticmethod
+    def backward(ctx, dy):
+        ctx.see("gradient", dy)
+        return multiply(dy, ctx.weight), None, None
+
+
+def rms_norm(x, eps, gain=None):
+    """RMSNorm over the last dimension in fp32, returned in bf16."""
+    y = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)
+    return (y if gain is None else y * gain).bfloat16()
+
+
+def block_forward(block, x, cos, sin, n_head, eps, see):
+    """A block of train.py's model on x (B, T, C) bf16; see(matmul, kind, tensor) is shown what its matmuls take."""
+    B, T, C = x.shape
+    attn, mlp = block.attn, block.mlp
+
+    def linear(h, weight, name):
+        return WatchedMatmul.apply(h, whole(weight), lambda kind, tensor: see(name, kind, tensor.flatten(0, -2)))
+
+    def rotate_and_norm(h):  # (B, T, H, D)
+        h1, h2 = h.float().chunk(2, dim=-1)
+        c, s = cos[:T, None, :], sin[:T, None, :]
+        return rms_norm(torch.cat((h1 * c - h2 * s, h1 * s + h2 * c), dim=-1), eps)
+
+    qkv = linear(rms_norm(x, eps, whole(attn.qkv.layer_norm_weight)), attn.qkv.weight, "attn.qkv")
+    q, k, v = qkv.view(B, T, 3, n_head, C // n_head).unbind(2)
+    q, k, v = (h.transpose(1, 2) for h in (rotate_and_norm(q), rotate_and_norm(k), v))
+    y = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(B, T, C)
+    x = x + linear(y, attn.proj.weight, "attn.proj")
+    z = linear(rms_norm(x, eps, whole(mlp.layer_norm_weight)), mlp.fc1_weight, "mlp.fc1")
+    return x + linear(torch.relu(z.float()).square().bfloat16(), mlp.fc2_weight, "mlp.fc2")
+
+
+def head_gradient(head, h, targets, loss_scale, chunk=4096):
+    """Gradient of loss_scale x summed cross-entropy for h (N, C) bf16, some tokens at a time."""
+    weight, gradients = whole(head.weight).to(h.dtype), []
+    for hc, tc in zip(h.split(chunk), targets.split(chunk)):
+        hc = hc.detach().requires_grad_()
+        logits = multiply(hc, weight.t()).float()
+        if head.softcap:
+            logits = head.softcap * torch.tanh(logits / head.softcap)
+        loss = F.cross_entropy(logits, tc, ignore_index=-1, reduction="sum") * loss_scale
+        gradients += torch.autograd.grad(loss, hc)
+    return torch.cat(gradients)
+
+
+def collect(model, x, y, recipe, scales, in_bf16, loss_scale):
+    """Statistics of one micro-batch: {"blocks.0.attn.qkv": {"input": {"amax": 3.1, ...}, "weight": ..., "gradient": ...}, ...}.
+
+    A block's inputs are kept from a first pass without gradients; then, from the last block to the first, each runs
+    again with them, so that no more than one block's activations exist at once.
+
+    Args:
+        model: train.py's GPT, plain, or sharded by FSDP2.
+        x, y: (B, T) token ids and targets.
+        recipe: of te_emulation.py or of Transformer Engine.
+        scales: train.fp8_state(model), for delayed scaling's live scales.
+        in_bf16: names of the layers that are not quantized; they have no statistics, {"blocks.0.attn.qkv": {}}.
+        loss_scale: what training multiplies a micro-batch's summed loss by.
+    Returns: numbers that are not finite as None.
+    """
+    cfg, seen = model.cfg, {}
+    random_state = te_emulation.get_rng_state()
+
+    def watch(block, matmul, kind, tensor):
+        layer, forward_slots, backward_slot = MATMULS[matmul]
+        if f"blocks.{block}.{layer}" in in_bf16:
+            return
+        scale = None
+        if recipe.delayed():
+            held, slot = ("scaling_bwd", backward_slot) if kind == "gradient" else ("scaling_fwd", forward_slots[kind == "weight"])
+            scale = scales[f"blocks.{block}.{layer}.{held}.scale"][slot]
+        seen[f"blocks.{block}.{matmul}", kind] = te_emulation.quantization_stats(tensor, recipe, kind, scale)
+
+    def run_block(i, h, see):
+        return block_forward(model.blocks[i], h, model.cos, model.sin, cfg.n_head, cfg.norm_eps, see)
+
+    with torch.no_grad():
+        inputs = [rms_norm(F.embedding(x.long(), whole(model.embed.weight)), cfg.norm_eps)]
+        for i in range(cfg.n_layer):
+            inputs.append(run_block(i, inputs[-1], lambda *_: None))
+    last = inputs.pop().requires_grad_()
+    h = rms_norm(last, cfg.norm_eps, whole(model.norm.weight))
+    gradient = head_gradient(model.head, h.detach().flatten(0, 1), y.flatten(), loss_scale).view_as(h)
+    (gradient,) = torch.autograd.grad(h, last, gradient)
+    for i in reversed(range(cfg.n_layer)):
+        h = inputs.pop().requires_grad_()
+        out = run_block(i, h, lambda *seen_by: watch(i, *seen_by))
+        (gradient,) = torch.autograd.grad(out, h, gradient)
+    te_emulation.set_rng_state(random_state)
+
+    layers = {}
+    if seen:
+        rows = torch.stack(list(seen.values())).tolist()  # waits for the GPU, once
+        for (layer, kind), row in zip(seen, rows):
+            numbers = [v if math.isfinite(v) else None for v in row]
+            layers.setdefault(layer, {})[kind] = dict(zip(te_emulation.STATISTICS, numbers))
+    names = [f"blocks.{i}.{m}" for i in range(cfg.n_layer) for m in MATMULS]
+    return {n: {k: layers[n][k] for k in KINDS} if n in layers else {} for n in names}
+
+
+# =====================================================================================================
+# The picture
+
+TITLES = {"amax": "largest magnitude (amax)", "scale": "scale", "saturated": "saturated, share of non-zero values",
+          "underflow": "become zero, share of non-zero values", "error": "relative quantization error"}
+FLOOR = 1e-6  # shares below are drawn as none
+
+
+def plot(records, path):
+    """Heat maps of a run's "fp8_stats" records: layers x steps, a panel for each statistic and kind of tensor."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    import numpy as np
+    from matplotlib.colors import LogNorm, Normalize
+    from matplotlib.ticker import NullFormatter
+
+    records = [r for r in records if r["kind"] == "fp8_stats" and any(r["layers"].values())]
+    if not records:
+        return
+    n_blocks = 1 + max(int(name.split(".")[1]) for r in records for name in r["layers"])
+    layers = [f"blocks.{i}.{m}" for m in MATMULS for i in range(n_blocks)]  # one band for each matmul
+    steps = [r["step"] + 1 for r in records]
+    stats = te_emulation.STATISTICS
+    fig, axes = plt.subplots(len(stats), len(KINDS), figsize=(13, 15), sharex=True, sharey=True, layout="constrained")
+    for row, stat in zip(axes, stats):
+        for ax, kind in zip(row, KINDS):
+            cells = [[r["layers"].get(n, {}).get(kind, {}).get(stat) for r in records] for n in layers]
+            grid = np.ma.masked_invalid(np.array(cells, dtype=float))
+            share = stat in ("saturated", "underflow")
+            cmap = matplotlib.colormaps["magma_r" if share else "viridis"].with_extremes(bad="0.88", under="white")
+            known = grid.compressed()
+            if share:
+                norm = LogNorm(FLOOR, 1.0)
+            elif stat == "error":
+                low, high = (known.min(), known.max()) if known.size and known.max() > 0 else (0, 1)
+                norm = Normalize(min(low, 0.8 * high), high)
+            else:
+                positive = known[known > 0]
+                low, high = (positive.min(), positive.max()) if positive.size else (1, 1)
+                norm = LogNorm(low, high if high > low else low * 10)
+                grid = np.ma.masked_less_equal(grid, 0)
+            image = ax.imshow(np.ma.maximum(grid, FLOOR / 2) if share else grid, aspect="auto", interpolation="nearest", cmap=cmap,
+                              norm=norm, extent=(-0.5, len(steps) - 0.5, len(layers) - 0.5, -0.5))
+            bar = fig.colorbar(image, ax=ax, pad=0.01, aspect=16, extend="min" if share else "neither")
+            bar.ax.tick_params(which="both", labelsize=7)
+            if share or (norm.vmin > 0 and norm.vmax > 30 * norm.vmin):  # whole powers of ten are enough
+                bar.ax.yaxis.set_minor_formatter(NullFormatter())
+            for band in range(1, len(MATMULS)):
+                ax.axhline(band * n_blocks - 0.5, color="0.35", linewidth=0.8)
+            ax.set_title(kind if stat == stats[0] else "", fontsize=12, fontweight="bold")
+            ax.tick_params(labelsize=8, left=False)
+            for side in ax.spines.values():
+                side.set_color("0.35")
+        row[0].set_ylabel(TITLES[stat], fontsize=9)
+    axes[0, 0].set_yticks([(i + 0.5) * n_blocks - 0.5 for i in range(len(MATMULS))], [m.split(".")[1] for m in MATMULS])
+    shown = sorted({round(i * (len(steps) - 1) / 5) for i in range(6)})
+    axes[0, 0].set_xticks(shown, [f"{steps[i]:,}" for i in shown])
+    for ax in axes[-1]:
+        ax.set_xlabel("optimizer steps", fontsize=9)
+    fig.suptitle(f"What {records[-1]['format']} does to the matmuls' operands\n"
+                 f"in each band block 0 is at the top, block {n_blocks - 1} at the bottom; grey: kept in bf16, or nothing to show",
+                 fontsize=11)
+    temporary = path + ".new"
+    fig.savefig(temporary, dpi=110, format="png")
+    os.replace(temporary, path)
+    plt.close(fig)
