@@ -1295,7 +1295,8 @@ def weight_operand(weight, scaling, first, cache):
     w = weight.detach()
     s = scaling(w)
     if s is not None:
-        made = quantize(w, s)
+        # Delayed scaling's scale moves on between micro-batches, while these values stay
+        made = quantize(w, s._replace(inverse=s.inverse.clone()))
     else:
         w = w.bfloat16() if w.is_cuda else w.bfloat16().float()  # a CPU multiplies these values in fp32
         made = w, w.t()
@@ -1994,7 +1995,8 @@ class Parallel:
                 # DDP knows torch's own hook by its name and refuses it without NCCL; gloo takes bf16 as well
                 self.module.register_comm_hook(procs.mesh.get_group(), lambda group, bucket: bf16_compress_hook(group, bucket))
         elif wrapper == "fsdp2":
-            policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16,
+            # Inputs stay as they are: RoPE's tables are fp32, all else is bf16 or whole numbers
+            policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, cast_forward_inputs=False,
                                           reduce_dtype=torch.float32 if cfg.REDUCE_FP32 else torch.bfloat16)
             for part in (model.embed, *model.blocks, model.head):
                 fully_shard(part, mesh=procs.mesh, mp_policy=policy, reshard_after_forward=cfg.FSDP2_RESHARD)

@@ -121,6 +121,17 @@ def test_weight_operand_is_made_once_a_step():
     assert first[0].data.float().abs().max() == 448
 
 
+def test_a_cached_weight_keeps_the_scale_it_was_quantized_by():
+    weight, cache, s = torch.nn.Parameter(randn(32, 16, dtype=torch.float32)), {}, scaling(100.0, E4M3)
+    rows, cols = train.weight_operand(weight, lambda w: s, True, cache)
+    s.scale.mul_(2), s.inverse.div_(2)  # in place, as delayed scaling does between micro-batches
+    again = train.weight_operand(weight, lambda w: s, False, cache)
+    assert again[0] is rows and again[1] is cols
+    for operand, shape in ((rows, (32, 16)), (cols, (16, 32))):
+        value = operand.data.float() * operand.inverse_scale
+        assert relative(value if shape == (32, 16) else value.t(), weight) < 0.04
+
+
 @pytest.mark.parametrize("softcap", [0.0, 15.0])
 @pytest.mark.parametrize("fp8", [False, True])
 def test_cross_entropy(softcap, fp8):
@@ -183,6 +194,27 @@ def test_first_part_of_a_block(fp8):
     assert torch.equal(leaves[0].grad, leaves[1].grad)
     if fp8:  # every tensor that is quantized tells its amax
         assert p.input.amax > 0 and p.grad.amax > 0
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_rope_and_qk_norm_in_place(together):
+    """Against the plain version; `together`: gradients that are parts of one tensor, as attention returns them."""
+    cos, sin = tables()
+    qkv, grads = randn(B, T, 3 * C), randn(B, T, 3, H, D, seed=1)
+    parts = grads.unbind(2) if together else [g.contiguous() for g in grads.unbind(2)]
+
+    def run(function):
+        leaf = qkv.clone().requires_grad_()
+        outputs = function(leaf * 1, cos, sin, H, 1e-6)  # * 1: what is overwritten must not be a leaf
+        torch.autograd.backward(outputs, [g.clone() for g in parts] if not together else grads.clone().unbind(2))
+        return outputs, leaf.grad
+
+    (plain, plain_grad), (fused, fused_grad) = run(train.rope_qk_norm), run(train.RopeQKNorm.apply)
+    for a, b in zip(fused, plain):
+        assert a.shape == (B, T, H, D) and relative(a, b) < 3e-3
+    assert relative(fused_grad, plain_grad) < 6e-3
+    # one tensor, strides as TE's bs3hd layout wants them
+    assert all(x.stride() == (T * 3 * C, 3 * C, D, 1) for x in fused) and [x.storage_offset() for x in fused] == [0, C, 2 * C]
 
 
 @pytest.mark.parametrize("fp8", [False, True])

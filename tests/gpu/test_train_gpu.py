@@ -119,6 +119,16 @@ def has_hardware(te, name):
     return ask is None or ask(return_reason=True)[0]
 
 
+@pytest.mark.parametrize("precision", [BF16, DELAYED], ids=["bf16", "delayed"])
+def test_fused_blocks_against_te_modules(run, precision):
+    """Eight steps of two micro-batches in our own kernels, launched one by one and as CUDA graphs, against TE's modules with a bf16
+    head. Weights are quantized in a step's first micro-batch and used in the second, when delayed scaling has moved on."""
+    modules = run(**precision, USE_TRITON=False, USE_FP8_HEAD=False)
+    check_same(run(**precision, USE_FP8_HEAD=False, USE_CUDA_GRAPHS=False), modules)
+    check_same(run(**precision, USE_CUDA_GRAPHS=False), modules)
+    check_same(run(**precision), modules)
+
+
 @pytest.mark.parametrize("name", PRECISIONS)
 def test_precisions_run_and_say_by_whom(te, run, name):
     """Formats of this GPU run with TE, others are EMULATED, and the table at the start says which."""

@@ -1,0 +1,8 @@
+"""train.py's Triton kernels on a GPU: the checks of tests/kernel_checks.py, at d20's width."""
+
+import pathlib
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+from kernel_checks import *  # noqa: E402, F403
