@@ -2592,7 +2592,7 @@ class Progress:
         self.val_loss, self.val_losses = val_loss, val_losses
         if self.procs.is_main:
             self.log.write(dict(kind="val", step=step, tokens=(step + 1) * self.cfg.total_batch_size, val_loss=val_loss,
-                                train_seconds=self.train_seconds))
+                                **({"val_losses": val_losses} if val_losses else {}), train_seconds=self.train_seconds))
             self.procs.print(f"step {step + 1}/{self.cfg.max_iters} | val loss {val_loss:.4f} over {self.cfg.eval_tokens:,} tokens | "
                              f"{format_duration(self.train_seconds)} of training")
             self.log.plot()
@@ -2920,8 +2920,9 @@ def run(cfg, procs):
         return step == cfg.max_iters - 1 or bool(cfg.eval_interval) and (step + 1) % cfg.eval_interval == 0
 
     # A run that was killed after a checkpoint may lack the evaluation that follows it
-    vals = {r["step"]: r["val_loss"] for r in log.records if r["kind"] == "val"} if log else {}  # rank 0 decides
-    progress.val_loss = vals.get(first_step - 1, progress.val_loss)
+    vals = {r["step"]: r for r in log.records if r["kind"] == "val"} if log else {}  # rank 0 decides
+    if first_step - 1 in vals:
+        progress.val_loss, progress.val_losses = vals[first_step - 1]["val_loss"], vals[first_step - 1].get("val_losses")
     lacking = evaluation_due(first_step - 1) and first_step - 1 not in vals and (first_step == cfg.max_iters or vals)
     if procs.broadcast(bool(first_step and lacking)):
         evaluate_after(first_step - 1)
