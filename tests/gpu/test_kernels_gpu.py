@@ -3,6 +3,9 @@
 import pathlib
 import sys
 
+import torch
+
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from kernel_checks import *  # noqa: E402, F403
+if torch.cuda.is_available():
+    from kernel_checks import *  # noqa: F403
