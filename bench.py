@@ -24,6 +24,7 @@ import gc
 import json
 import math
 import os
+import re
 import shlex
 import statistics
 import sys
@@ -53,6 +54,9 @@ VARIANTS = {
         "bf16, vocab 50,304": ["--USE_FP8=False", "--vocab_size=50304"],
         "FP8 delayed, a quarter of the batch": ["total_batch_size/4"],
         "FP8 delayed, half the micro-batch": ["batch_size/2"],
+        "FP8 delayed, head in bf16": ["--USE_FP8_HEAD=False"],
+        "FP8 delayed, no CUDA graphs": ["--USE_CUDA_GRAPHS=False"],
+        "FP8 delayed, TE's modules, head in bf16": ["--USE_TRITON=False", "--USE_FP8_HEAD=False"],
         "FP8 delayed, FSDP2": ["--USE_FSDP2=True"],
         "FP8 delayed, DDP": ["--USE_DDP=True"],
         "train_orig.py": ["train_orig.py"],
@@ -104,7 +108,7 @@ def train_variants(mode, flags):
     for label, extra in VARIANTS[mode].items():
         script = train_orig if "train_orig.py" in extra else train
         presets, choices = script.PRESETS, script.CHOICES
-        own = [f for f in extra if f.startswith("--")] + ["--run_name=" + "-".join(label.replace(",", "").split()).lower()]
+        own = [f for f in extra if f.startswith("--")] + ["--run_name=" + "-".join(re.sub(r"[^\w .-]", "", label).split()).lower()]
         given = flags
         if script is train_orig:  # it has fewer flags
             table = train.read_flag_table(script.__file__)

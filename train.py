@@ -134,7 +134,7 @@ REDUCE_FP32 = True               # add gradients up over ranks in fp32; False: b
 # Speed and memory
 USE_TRITON = True                # on a GPU, blocks in bf16 or delayed FP8 run as our own Triton kernels around the matmuls
 USE_CUDA_GRAPHS = True           # on one GPU, launch these kernels' micro-batches as CUDA graphs, from the fourth step on
-USE_COMPILE = "auto"             # torch.compile for emulated formats, and norms and RoPE where those kernels do not run; "auto": with a GPU
+USE_COMPILE = "auto"             # torch.compile for emulated formats, and norms and RoPE without those kernels; "auto": with a GPU; True: Dion's update too
 USE_FP8_HEAD = True              # with USE_FP8, the output head's matmuls in FP8 too, by current scaling
 USE_AC_LM_HEAD = False           # recompute logits in the backward pass; False: form their gradients in the forward pass
 USE_AC_BLOCKS = False            # recompute each block in the backward pass
@@ -1835,7 +1835,7 @@ class Optimizers:
 
         # Taken before Dion turns its groups' "lr" into device tensors
         self.base_lr = {g["name"]: g["lr"] for g in muon_groups + adam_groups}
-        # Compiling Dion's update takes half a minute of a first start, and saves milliseconds a step (results/NOTES.md)
+        # Dion compiles its update: half a minute of a first start, to save milliseconds a step (results/NOTES.md)
         self.compiled = cfg.USE_COMPILE is True
 
         Muon, why = dion_muon(cfg.muon_impl, procs.device)
