@@ -116,6 +116,7 @@ FP8_RECIPE = "delayed"           # "delayed", "current", "block", "mxfp8"
 FP8_MARGIN = 0                   # delayed: scale = fp8_max / amax / 2^margin
 FP8_AMAX_HISTORY = 1024          # delayed: micro-batches over which the largest amax counts
 FP8_CALIBRATION_STEPS = 3        # delayed: first steps preceded by a pass that only fills the amax history
+USE_FP8_HEAD = True              # the output head's matmuls in FP8 too, by current scaling, whatever the recipe
 USE_NVFP4 = False                # block matmuls in NVFP4 (takes the place of FP8)
 NVFP4_HADAMARD = True            # NVFP4: random Hadamard transform of what goes into weight gradients
 NVFP4_STOCHASTIC_ROUNDING = True # NVFP4: round gradients up or down at random, without bias
@@ -135,7 +136,6 @@ REDUCE_FP32 = True               # add gradients up over ranks in fp32; False: b
 USE_TRITON = True                # on a GPU, blocks in bf16 or delayed FP8 run as our own Triton kernels around the matmuls
 USE_CUDA_GRAPHS = True           # on one GPU, launch these kernels' micro-batches as CUDA graphs, from the fourth step on
 USE_COMPILE = "auto"             # torch.compile for emulated formats, and norms and RoPE without those kernels; "auto": with a GPU; True: Dion's update too
-USE_FP8_HEAD = True              # with USE_FP8, the output head's matmuls in FP8 too, by current scaling
 USE_AC_LM_HEAD = False           # recompute logits in the backward pass; False: form their gradients in the forward pass
 USE_AC_BLOCKS = False            # recompute each block in the backward pass
 USE_AC_ATTENTION = False         # recompute RoPE, QK norm and attention in the backward pass
