@@ -22,7 +22,6 @@ run that is finished with the same flags, commit and device is taken as it is, s
 import datetime
 import gc
 import json
-import math
 import os
 import re
 import shlex
@@ -162,7 +161,7 @@ def summarize(runs):
         config, steps, val, done = read_run(folder)
         after = steps[config["warmup_iters"]:] or steps
         mfus = [r["mfu"] for r in after if r["mfu"] is not None]
-        losses = [r["loss"] if r["loss"] is not None else math.nan for r in steps]
+        losses = [r["loss"] for r in steps]
         rows.append(dict(
             label=label, precision=config.get("precision", "bf16"), wrapper=config.get("wrapper"),
             gpus=config["world_size"], seed=config["seed"], parameters=config["parameters"], device=config["device"], versions=config["versions"],
@@ -172,7 +171,7 @@ def summarize(runs):
             tok_per_sec=statistics.median_high(r["tok_per_sec"] for r in after),
             mfu=statistics.median_high(mfus) if mfus else None,
             peak_mem_gb=max(r["peak_mem_gb"] for r in steps), train_seconds=done["train_seconds"] if done else None,
-            losses=[round(x, 5) for x in losses], grad_norms=[r["grad_norm"] for r in steps]))
+            losses=[None if x is None else round(x, 5) for x in losses], grad_norms=[r["grad_norm"] for r in steps]))
     # Gaps say something between runs of one model on the same tokens, which the first run's are
     alike = [r for r in rows if all(r[k] == rows[0][k] for k in ("parameters", "total_batch_size"))]
     for row in rows:
@@ -376,7 +375,7 @@ def summarize_study(folders):
             label=label, precision=config["precision"], emulated=config["emulated"] and config["precision"] != "bf16",
             in_bf16=config["HIGH_PRECISION_LAYERS"], seeds=list(own), config=config,
             tokens=config["max_iters"] * config["total_batch_size"], warmup=config["warmup_iters"],
-            losses={s: [round(x, 5) for x in r["losses"]] for s, r in own.items()},
+            losses={s: [None if x is None else round(x, 5) for x in r["losses"]] for s, r in own.items()},
             val_losses={s: r["val"] for s, r in own.items()}, val_in_format={s: r["val_in_format"] for s, r in own.items()},
             val_loss=statistics.mean(r["val"] for r in own.values()), gaps=gaps,
             largest_gap=max((largest_gap(bf16[s], r) or 0.0 for s, r in paired.items()), default=None),

@@ -4,7 +4,7 @@ What quantizing does to the tensors of a run: train.py's FP8_STATS_INTERVAL.
     python train.py --FP8_STATS_INTERVAL=50     # log.jsonl: kind "fp8_stats"; the picture: fp8_stats.png
 
 Every so many steps an extra forward and backward pass on the next micro-batch, off the clock, walks the blocks in plain
-bf16 operations, whatever library and kernels train them, and hands each operand of each matmul to
+bf16 operations, whatever library and kernels train them, and hands each operand of each of the blocks' matmuls to
 te_emulation.quantization_stats() as it comes by. Weights, optimizers, data position, scales, amax history and random
 numbers stay as they are. Under DDP and FSDP2 all ranks make the pass on their own micro-batch, and rank 0's is logged.
 """

@@ -201,11 +201,14 @@ if [ -z "$NNODES" ] && [ "$NPROC" -eq 1 ] && [ "$MAX_RESTARTS" -eq 0 ]; then
   exec "$py" "$@"
 fi
 [ "$MAX_RESTARTS" -eq 0 ] || set -- --max_restarts="$MAX_RESTARTS" "$@"
+# A name of its own lets a job that torchrun starts again know its run folder from those of other jobs.
+RDZV_ID=${RDZV_ID:-${SLURM_JOB_ID:+$SLURM_JOB_ID.${SLURM_STEP_ID:-0}}}
 if [ "${NNODES:-1}" -eq 1 ]; then
   set -- --standalone "$@"
 elif [ -n "$RDZV_ENDPOINT" ]; then
   set -- --nnodes="$NNODES" --rdzv_backend=c10d --rdzv_endpoint="$RDZV_ENDPOINT" --rdzv_id="${RDZV_ID:-nanogpt-fp8}" "$@"
 else
+  [ -z "$RDZV_ID" ] || set -- --rdzv_id="$RDZV_ID" "$@"
   set -- --nnodes="$NNODES" --node_rank="$NODE_RANK" --master_addr="$MASTER_ADDR" --master_port="${MASTER_PORT:-29500}" "$@"
 fi
 # torchrun would give each process one thread; share the cores out instead.

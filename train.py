@@ -111,7 +111,7 @@ grad_clip = 1.0                  # largest global gradient norm; 0 only measures
 USE_8BIT_ADAM = False            # bitsandbytes AdamW8bit for embedding and head (one GPU, unsharded)
 
 # Precision
-USE_FP8 = True                   # block matmuls in FP8; False: bf16
+USE_FP8 = True                   # matmuls of blocks (and head, below) in FP8; False: bf16
 FP8_RECIPE = "delayed"           # "delayed", "current", "block", "mxfp8"
 FP8_MARGIN = 0                   # delayed: scale = fp8_max / amax / 2^margin
 FP8_AMAX_HISTORY = 1024          # delayed: micro-batches over which the largest amax counts
@@ -124,7 +124,7 @@ NVFP4_2D_WEIGHTS = True          # NVFP4: one scale for each 16 x 16 of a weight
 HIGH_PRECISION_LAYERS = ""       # layers that stay in bf16: names or patterns, with commas: "blocks.0,blocks.*.attn.proj"
 EVAL_PRECISION = "bf16"          # matmuls of evaluations: "bf16", or "training": in the format of training; at the end both are made
 FP8_STATS_INTERVAL = 0           # steps between statistics of what quantizing does to each tensor; 0: none (fp8_stats.py)
-USE_EMULATION = "auto"           # "auto" (only where TE or the hardware is missing), True: te_emulation.py always
+USE_EMULATION = "auto"           # "auto" (only where TE or the hardware is missing), True: te_emulation.py always (not for the head)
 
 # Parallelism
 USE_FSDP2 = "auto"               # shard parameters, gradients and optimizer state over the ranks
@@ -133,7 +133,7 @@ FSDP2_RESHARD = False            # FSDP2: free a block's gathered weights after 
 REDUCE_FP32 = True               # add gradients up over ranks in fp32; False: bf16
 
 # Speed and memory
-USE_TRITON = True                # on a GPU, blocks in bf16 or delayed FP8 run as our own Triton kernels around the matmuls
+USE_TRITON = True                # on a GPU, blocks in bf16 or delayed FP8 run as our own Triton kernels around the matmuls (the loss does always)
 USE_CUDA_GRAPHS = True           # on one GPU, launch these kernels' micro-batches as CUDA graphs, from the fourth step on
 USE_COMPILE = "auto"             # torch.compile for emulated formats, and norms and RoPE without those kernels; "auto": with a GPU; True: Dion's update too
 USE_AC_LM_HEAD = False           # recompute logits in the backward pass; False: form their gradients in the forward pass
@@ -200,8 +200,8 @@ class UserError(Exception):
 # Reading the flags
 
 
-WHOLE_NUMBERS = set("""FP8_STATS_INTERVAL seed n_layer n_embd n_head vocab_size block_size total_batch_size batch_size max_iters warmup_iters
-    muon_momentum_iters FP8_MARGIN FP8_AMAX_HISTORY FP8_CALIBRATION_STEPS loss_chunk_size eval_interval eval_tokens
+WHOLE_NUMBERS = set("""seed n_layer n_embd n_head vocab_size block_size total_batch_size batch_size max_iters warmup_iters
+    muon_momentum_iters FP8_MARGIN FP8_AMAX_HISTORY FP8_CALIBRATION_STEPS FP8_STATS_INTERVAL loss_chunk_size eval_interval eval_tokens
     log_interval ckpt_interval keep_checkpoints max_bad_steps zscore_window""".split())
 TEXTS = set("preset run_name out_dir resume dataset data_dir muon_impl FP8_RECIPE EVAL_PRECISION HIGH_PRECISION_LAYERS wandb_project".split())
 OR_AUTO = set("USE_FSDP2 USE_DDP USE_COMPILE USE_EMULATION".split())
@@ -665,7 +665,7 @@ def keep_high_precision(model, patterns, te):
     with the last blocks in bf16 (arXiv 2509.25149). Raises UserError if a pattern matches nothing.
     """
     layers = [n for n, m in model.named_modules() if isinstance(m, (te.Linear, te.LayerNormLinear, te.LayerNormMLP))]
-    layers += ["head"] * model.fp8_head
+    layers.append("head")
     chosen = set()
     for pattern in filter(None, (p.strip() for p in patterns.split(","))):
         matched = [n for n in layers if fnmatch.fnmatchcase(n, pattern) or fnmatch.fnmatchcase(n, pattern + ".*")]
@@ -960,7 +960,8 @@ if triton is not None:
             return word
         kind: tl.constexpr = "e5m2x2" if E5M2 else "e4m3x2"
         return tl.inline_asm_elementwise(
-            "{ .reg .b16 lo, hi; cvt.rn.satfinite." + kind + ".f32 lo, $2, $1; cvt.rn.satfinite." + kind + ".f32 hi, $4, $3; mov.b32 $0, {lo, hi}; }",
+            "{ .reg .b16 lo, hi; cvt.rn.satfinite." + kind + ".f32 lo, $2, $1; "
+            "cvt.rn.satfinite." + kind + ".f32 hi, $4, $3; mov.b32 $0, {lo, hi}; }",
             "=r,f,f,f,f", [x0, x1, x2, x3], dtype=tl.uint32, is_pure=True, pack=1)
 
     @triton.jit
@@ -1184,7 +1185,7 @@ def use_kernels(x):
 
 
 class Fp8(NamedTuple):
-    """An FP8 matrix and the factor (one fp32 element) that its values must be multiplied by."""
+    """An FP8 matrix (its values in fp32 where it is emulated) and the factor, one fp32 element, that they must be multiplied by."""
 
     data: torch.Tensor
     inverse_scale: torch.Tensor
@@ -1266,7 +1267,11 @@ def quantize(x, s, colwise=True):
         return x, x.t()
     if x.is_cuda and te_gemm():
         q = (s.quantizer or te_quantizer(s, colwise))(x)
-        return Fp8(q._data.view(s.dtype), s.inverse), Fp8(q._transpose.view(s.dtype), s.inverse) if colwise else None
+        rows = Fp8(q._data.view(s.dtype), s.inverse)
+        if not colwise:
+            return rows, None
+        # Where matmuls take any layout (B200), TE makes no transpose
+        return rows, transposed(rows) if q._transpose is None else Fp8(q._transpose.view(s.dtype), s.inverse)
     top = torch.finfo(s.dtype).max
     q = (x.float() * s.scale).clamp_(-top, top).to(s.dtype)
     if s.amax is not None:
@@ -1651,7 +1656,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     def loss_and_grads(h, targets, operand, softcap, chunk):
         """Loss, its gradient for h (N, C) bf16, and for the weight (V, C) fp32."""
         s = current_scaling(h, torch.float8_e4m3fn) if isinstance(operand[0], Fp8) else None
-        g = s and Scaling(torch.full_like(s.scale, LOGIT_GRAD_SCALE), torch.full_like(s.scale, 1 / LOGIT_GRAD_SCALE), None, torch.float8_e5m2)
+        g = s and Scaling(torch.full_like(s.scale, LOGIT_GRAD_SCALE), torch.full_like(s.scale, 1 / LOGIT_GRAD_SCALE), None,
+                          torch.float8_e5m2)
         loss, dh, dw = torch.zeros((), device=h.device), torch.empty_like(h), None
         for hc, tc, dhc in zip(h.split(chunk), targets.split(chunk), dh.split(chunk)):
             h_rows, h_cols = quantize(hc, s)
@@ -1783,8 +1789,8 @@ class TorchMuon(torch.optim.Muon):
         self.load_buffers({p: m * (1 - momentum) for p, m in momenta.items()}, momentum)
 
 
-def dion_muon(choice, device):
-    """Dion's Muon class, or None and the reason why torch.optim.Muon takes its place."""
+def dion_muon(choice, device, compiled=True):
+    """Dion's Muon class, or None and the reason why torch.optim.Muon takes its place. compiled: whether its update is to be."""
     if choice == "torch":
         return None, "muon_impl=torch"
     why = ""
@@ -1792,7 +1798,8 @@ def dion_muon(choice, device):
         from dion import Muon
     except ImportError as error:
         why = f"Dion cannot be imported ({error})"
-    if not why and device.type == "cpu" and not any(map(shutil.which, filter(None, (os.environ.get("Cscale, fp8 and p.grad.scale"), "g++", "clang++")))):
+    compilers = filter(None, (os.environ.get("CXX"), "g++", "clang++"))
+    if not why and compiled and device.type == "cpu" and not any(map(shutil.which, compilers)):
         why = "Dion compiles its kernels and there is no C++ compiler"
     if why and choice == "dion":
         raise UserError(f"muon_impl=dion, but {why}: install requirements.txt, or --muon_impl=auto")
@@ -1838,7 +1845,7 @@ class Optimizers:
         # Dion compiles its update: half a minute of a first start, to save milliseconds a step (results/NOTES.md)
         self.compiled = cfg.USE_COMPILE is True
 
-        Muon, why = dion_muon(cfg.muon_impl, procs.device)
+        Muon, why = dion_muon(cfg.muon_impl, procs.device, self.compiled)
         if Muon is not None:
             torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)  # Dion's many shapes
             # Dion shares the work out: by the mesh where parameters are sharded, by the group where they are whole.
@@ -2003,8 +2010,8 @@ class Parallel:
             fully_shard(model, mesh=procs.mesh, mp_policy=policy, reshard_after_forward=False)
 
     def first_micro_batch(self, m):
-        """What TE is told of micro-batch m: it quantizes weights in a step's first one and keeps them for the others.
-        Not under FSDP2, where the whole weights come and go."""
+        """Whether micro-batch m is the step's first, which quantizes the weights for the others too.
+        None under FSDP2, where the whole weights come and go: each quantizes its own."""
         return None if self.wrapper == "fsdp2" else m == 0
 
     @contextlib.contextmanager
@@ -2151,7 +2158,7 @@ class Checkpoints:
         """first_step: what a resumed run goes on from; later checkpoints of its folder go, as their log lines did."""
         self.folder, self.keep, self.procs = os.path.join(folder, "ckpt"), cfg.keep_checkpoints, procs
         self.group = dist.new_group(backend="gloo")
-        self.pending = self.stager = None
+        self.pending = None
         if procs.is_main:  # what a killed run left half written or half deleted; what else lies there is none of ours
             for name in os.listdir(self.folder) if os.path.isdir(self.folder) else ():
                 path = os.path.join(self.folder, name)
@@ -2162,18 +2169,18 @@ class Checkpoints:
         dist.barrier(self.group)
         self.last = find_checkpoint(self.folder)
 
-    def make_stager(self):
+    @functools.cached_property
+    def stager(self):
         cuda = self.procs.device.type == "cuda"
-        self.stager = self.stager or dcp.staging.DefaultStager(dcp.staging.StagingOptions(
+        return dcp.staging.DefaultStager(dcp.staging.StagingOptions(
             use_pinned_memory=cuda, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=cuda))
 
-    def prepare(self, state):
+    def prepare(self, make_state):
         """Copy the state aside once before training is on the clock: on a GPU that allocates the pinned memory, which the stager keeps,
         without which a first save of 561M parameters held training up for 1.6 s on an H100."""
         if self.keep and self.procs.device.type == "cuda":
             try:
-                self.make_stager()
-                self.stager.stage(state)
+                self.stager.stage(make_state())
             except RuntimeError as error:  # too little memory: each save will say so, training goes on
                 self.procs.print(f"checkpoints: no pinned memory ({str(error).splitlines()[0]})")
 
@@ -2185,7 +2192,6 @@ class Checkpoints:
         self.finish(wait=True)  # of the checkpoint before, should it still be under way
         temporary = os.path.join(self.folder, f".writing_{step:06d}")
         try:
-            self.make_stager()
             future = dcp.async_save(make_state(), checkpoint_id=temporary, process_group=self.group, async_stager=self.stager)
             self.pending = step, meta, temporary, future
         except (Exception, CheckpointException) as error:
@@ -2226,7 +2232,7 @@ class Checkpoints:
 
     def close(self):
         self.finish(wait=True)
-        if self.stager is not None:
+        if "stager" in vars(self):
             self.stager.close()
         dist.barrier(self.group)  # ranks leave together, after rank 0 has named the last one
 
@@ -2236,13 +2242,16 @@ def folder_before_restart(cfg):
 
     config.json names the torchrun that a run belongs to; of several, the last one that was started.
     """
+    name = os.environ.get("TORCHELASTIC_RUN_ID")
+    if name in (None, "none", "nanogpt-fp8"):  # torchrun's and run.sh's defaults, which other runs have too
+        return None
     folders = glob.glob(os.path.join(glob.escape(cfg.out_dir), "*"))
     folders += filter(None, [run_folder_of(find_checkpoint(cfg.resume) or "")] if cfg.resume not in ("", "auto") else [])
     found = []
     for folder in folders:
         with contextlib.suppress(OSError, ValueError, KeyError), open(os.path.join(folder, "config.json"), encoding="utf-8") as f:
             config = json.load(f)
-            if config["torchrun"] == os.environ.get("TORCHELASTIC_RUN_ID"):
+            if config["torchrun"] == name:
                 found.append((config["started_at"], folder))
     return max(found)[1] if found else None
 
@@ -2263,7 +2272,8 @@ def checkpoint_to_resume(cfg, procs):
         runs += [f for f in glob.glob(glob.escape(runs[0]) + "-*") if re.fullmatch(re.escape(runs[0]) + r"-\d+", f)]
         found = [f for f in map(find_checkpoint, runs) if f]
         # gpt-2 may be the second run called gpt, or one that was called gpt-2
-        found = [f for f in found if run_folder_of(f) == os.path.abspath(runs[0]) or read_checkpoint(f)["flags"]["run_name"] == cfg.run_name]
+        found = [f for f in found if run_folder_of(f) == os.path.abspath(runs[0])
+                 or read_checkpoint(f)["flags"]["run_name"] == cfg.run_name]
         folder = max(found, key=saved_at, default=None)
     elif folder is None and cfg.resume:
         folder = find_checkpoint(cfg.resume)
@@ -2465,7 +2475,8 @@ class RunLog:
             with open(os.path.join(folder, "config.json"), "w") as f:
                 json.dump(config, f, indent=2)
         except OSError as error:
-            raise UserError(f"{folder}/config.json cannot be written ({error.strerror}): make room, or choose another --out_dir", one_rank=True)
+            raise UserError(f"{folder}/config.json cannot be written ({error.strerror}): make room, or choose another --out_dir",
+                            one_rank=True)
         self.file = open(path, "ab", buffering=0)  # unbuffered: what write() did not take is known
         if cfg.USE_WANDB:
             try:
@@ -2552,11 +2563,12 @@ def paths_of(tree, prefix):
 
 
 def smooth(values, beta=0.9):
-    """Exponential moving average with bias correction: a list as long as `values`."""
-    out, average = [], 0.0
-    for i, value in enumerate(values):
-        average = beta * average + (1 - beta) * value
-        out.append(average / (1 - beta ** (i + 1)))
+    """Exponential moving average with bias correction: a list as long as `values`; skipped steps' (None, not finite) do not count."""
+    out, average, weight = [], 0.0, 0.0
+    for value in values:
+        if value is not None and math.isfinite(value):
+            average, weight = beta * average + (1 - beta) * value, beta * weight + (1 - beta)
+        out.append(average / weight if weight else math.nan)
     return out
 
 
@@ -2605,7 +2617,7 @@ class Progress:
         self.val_loss, self.val_losses = val_loss, val_losses
         if self.procs.is_main:
             self.log.write(dict(kind="val", step=step, tokens=(step + 1) * self.cfg.total_batch_size, val_loss=val_loss,
-                                **({"val_losses": val_losses} if val_losses else {}), train_seconds=self.train_seconds))
+                                train_seconds=self.train_seconds, **({"val_losses": val_losses} if len(val_losses or ()) > 1 else {})))
             self.procs.print(f"step {step + 1}/{self.cfg.max_iters} | val loss {val_loss:.4f} over {self.cfg.eval_tokens:,} tokens | "
                              f"{format_duration(self.train_seconds)} of training")
             self.log.plot()
@@ -2820,6 +2832,11 @@ def calibrate(parallel, loader, optimizers, procs, precision):
 
 def run(cfg, procs):
     """Train by the flags from start to end; returns the run folder."""
+    with contextlib.ExitStack() as leaving:  # undoes what must be undone however the run ends: others may follow in this process
+        return run_within(cfg, procs, leaving)
+
+
+def run_within(cfg, procs, leaving):
     check_flags(cfg, procs.world_size)
     device = procs.device
     torch.manual_seed(cfg.seed)
@@ -2831,6 +2848,7 @@ def run(cfg, procs):
 
     # Data and checkpoint first: what is missing should be known before anything is built
     loader, val_ring = open_data(cfg, procs)
+    leaving.callback(loader.close)
     checkpoint, meta = checkpoint_to_resume(cfg, procs)
     first_step = meta["step"] if meta else 0
 
@@ -2882,7 +2900,8 @@ def run(cfg, procs):
                                    emulated=precision.emulated, optimizers=optimizers.description,
                                    parameters=n_params), first_step) if procs.is_main else None
     checkpoints, stop = Checkpoints(folder, cfg, procs, first_step), StopSignal()
-    checkpoints.prepare(training_state(model, optimizers, procs, precision.te))
+    leaving.callback(stop.close)
+    checkpoints.prepare(lambda: training_state(model, optimizers, procs, precision.te))
     clock, progress = Clock(device), Progress(cfg, procs, log, meta["train_seconds"] if meta else 0.0)
     clock.ms(clock.mark(), clock.mark())  # waits for the GPU
     progress.compile_seconds = time.perf_counter() - start
@@ -2890,6 +2909,8 @@ def run(cfg, procs):
     gc.collect()
     gc.freeze()
     gc.disable()  # collections would stall ranks at different times; below they run together
+    leaving.callback(gc.unfreeze)
+    leaving.callback(gc.enable)
 
     def finish(step, rates, loss, norm, skipped, begin, end):
         """Log a step that was launched before; waits until the GPU is done with it, not with what came after."""
@@ -2948,7 +2969,7 @@ def run(cfg, procs):
         if 0 < step < calibrations:
             # Head and output projections start at zero, so deeper gradients only appear step by step
             calibrate(parallel, loader, optimizers, procs, precision)
-        if cfg.USE_CUDA_GRAPHS and model.fused is not None and wrapper == "none" and step == first_step + 3:
+        if cfg.USE_CUDA_GRAPHS and model.fused is not None and wrapper == "none" and step == max(first_step + 3, calibrations):
             graphs = MicroBatchGraphs(parallel, loader, precision, procs)
         begin = clock.mark()
         profiled = cfg.USE_PROFILE and step == min(first_step + 5, cfg.max_iters - 1)
@@ -2982,17 +3003,15 @@ def run(cfg, procs):
         checkpoints.finish()
         if told_to_stop:
             break
-    loader.close()
     checkpoints.close()
     stop.close()
-    gc.unfreeze()
-    gc.enable()
     if not told_to_stop or step == cfg.max_iters - 1:
         progress.done()
     else:
         newest = procs.broadcast(checkpoints.last)
         if cfg.keep_checkpoints and (newest is None or steps_of(newest) != step + 1):
-            raise UserError(f"stopped by a signal after {step + 1} steps, but their checkpoint could not be written; the newest: {newest or 'none'}")
+            raise UserError(f"stopped by a signal after {step + 1} steps, but their checkpoint could not be written; "
+                            f"the newest: {newest or 'none'}")
         procs.print(f"\nstopped by a signal after {step + 1} steps; the same command with --resume=auto goes on from "
                     f"{newest or 'the start: no checkpoint was kept'}")
     if procs.local_rank == 0 and "ENDED_WELL" in os.environ:  # torchrun returns 1 where it was signalled: run.sh looks here
@@ -3060,7 +3079,8 @@ class Watch:
     def silent(self, seconds):
         """The ranks that gave no sign for so long, but for those that left in good order."""
         now = time.monotonic()
-        return [rank for rank, (value, since) in self.last.items() if value != b"left" and now - since > seconds and rank != self.procs.rank]
+        return [rank for rank, (value, since) in self.last.items()
+                if value != b"left" and now - since > seconds and rank != self.procs.rank]
 
     def obituary(self, seconds):
         """The line that names them; "" where nobody died."""

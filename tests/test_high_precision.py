@@ -20,6 +20,15 @@ def test_patterns(fresh, patterns, expected):
     assert train.keep_high_precision(make_model(), patterns, te) == expected
 
 
+def test_a_head_that_is_in_bf16_anyway_may_be_named(fresh):
+    """So one list of patterns serves all formats of a comparison."""
+    for flags in (dict(USE_FP8_HEAD=False), dict(USE_NVFP4=True)):
+        model = make_model(make_cfg(**flags))
+        assert train.keep_high_precision(model, "head", te) == ["head"] and not model.fp8_head
+    model = make_model(make_cfg())
+    assert model.fp8_head and train.keep_high_precision(model, "head", te) == ["head"] and not model.fp8_head
+
+
 @pytest.mark.parametrize("patterns", ["blocks.2", "block.1", "embed", "blocks.1,heads"])
 def test_a_pattern_that_matches_nothing_is_an_error(fresh, patterns):
     with pytest.raises(train.UserError, match=f"'{patterns.split(',')[-1]}' matches no layer.*blocks.0.attn.qkv") as error:

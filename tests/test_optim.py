@@ -411,6 +411,10 @@ def test_the_choice_of_muon(monkeypatch):
     with pytest.raises(train.UserError, match="compiler"):
         train.dion_muon("dion", CPU)
     assert train.dion_muon("auto", torch.device("cuda"))[0] is stub.Muon  # Triton needs no C++ compiler of ours
+    assert train.dion_muon("auto", CPU, compiled=False)[0] is stub.Muon  # and what is not compiled needs none
+    monkeypatch.setenv("CXX", "/opt/clang")
+    monkeypatch.setattr(shutil, "which", lambda name: name if name == "/opt/clang" else None)
+    assert train.dion_muon("auto", CPU)[0] is stub.Muon
 
     monkeypatch.setitem(sys.modules, "dion", None)
     muon, why = train.dion_muon("auto", CPU)

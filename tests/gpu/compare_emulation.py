@@ -56,7 +56,7 @@ import train  # noqa: E402  (before torch: it sets the allocator's options)
 import torch  # noqa: E402
 
 FLAGS = ("--preset=tiny --n_layer=4 --n_embd=256 --n_head=2 --vocab_size=50304 --block_size=256 --batch_size=16 "
-         "--total_batch_size=4096 --warmup_iters=10 --max_iters=10000 --muon_impl=torch --grad_clip=0 --USE_TRITON=False").split()
+         "--total_batch_size=4096 --warmup_iters=10 --max_iters=10000 --muon_impl=torch --grad_clip=0 --USE_TRITON=False --USE_FP8_HEAD=False").split()
 DRY_RUN = ["--batch_size=2", "--total_batch_size=512"]
 CONFIGS = {
     "bf16": ["--USE_FP8=False"],
