@@ -1992,7 +1992,7 @@ class Parallel:
     """The model under the chosen wrapper. `module` is what to call; `model` keeps the plain names."""
 
     def __init__(self, model, wrapper, cfg, procs):
-        self.model, self.module, self.wrapper = model, model, wrapper
+        self.model, self.module, self.wrapper, self.reshard = model, model, wrapper, cfg.FSDP2_RESHARD
         if wrapper == "ddp":
             # Buckets are views of the gradients: no second copy of them
             self.module = DistributedDataParallel(model, process_group=procs.mesh.get_group(), gradient_as_bucket_view=True,
@@ -2011,8 +2011,8 @@ class Parallel:
 
     def first_micro_batch(self, m):
         """Whether micro-batch m is the step's first, which quantizes the weights for the others too.
-        None under FSDP2, where the whole weights come and go: each quantizes its own."""
-        return None if self.wrapper == "fsdp2" else m == 0
+        None for TE's modules under FSDP2, which keep no quantized weights there: each micro-batch makes its own."""
+        return None if self.wrapper == "fsdp2" and self.model.fused is None else m == 0
 
     @contextlib.contextmanager
     def micro_batch(self, last):
@@ -2020,6 +2020,8 @@ class Parallel:
         if self.wrapper == "fsdp2":
             self.model.set_requires_gradient_sync(last)
             self.model.set_is_last_backward(last)
+            # Gathered weights serve all micro-batches of a step
+            self.model.set_reshard_after_backward(last or self.reshard)
         # Where nothing waits for a gradient, matmuls may add it onto .grad themselves
         self.model.in_place = "add" if self.wrapper == "none" or self.wrapper == "ddp" and not last else ""
         with self.module.no_sync() if self.wrapper == "ddp" and not last else contextlib.nullcontext():
