@@ -2901,8 +2901,7 @@ def run_within(cfg, procs, leaving):
                                    world_size=procs.world_size, wrapper=wrapper, precision=precision.name,
                                    emulated=precision.emulated, optimizers=optimizers.description,
                                    parameters=n_params), first_step) if procs.is_main else None
-    checkpoints, stop = Checkpoints(folder, cfg, procs, first_step), StopSignal()
-    leaving.callback(stop.close)
+    checkpoints, stop = Checkpoints(folder, cfg, procs, first_step), leaving.enter_context(StopSignal())
     checkpoints.prepare(lambda: training_state(model, optimizers, procs, precision.te))
     clock, progress = Clock(device), Progress(cfg, procs, log, meta["train_seconds"] if meta else 0.0)
     clock.ms(clock.mark(), clock.mark())  # waits for the GPU
@@ -3042,6 +3041,14 @@ class StopSignal:
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *_):
+        # Where another rank has died, torchrun's SIGTERM must not end this one before it has said so
+        if kind is None or issubclass(kind, UserError):
+            self.close()
+
 
 class Watch:
     """Signs of life among ranks: each counts in a store every second, and ends, naming it, when another's count stands still.
@@ -3059,8 +3066,10 @@ class Watch:
         self.store.wait(self.keys)
         self.last = {rank: (b"0", now) for rank in range(procs.world_size)}  # a rank's count, and since when
         self.heard = now  # when the store last answered
-        for target in (self.count, self.judge):  # two threads: a store on a machine that hangs does not answer at all
-            threading.Thread(target=target, daemon=True).start()
+        # Two threads: a store on a machine that hangs does not answer at all
+        self.threads = [threading.Thread(target=target, daemon=True) for target in (self.count, self.judge)]
+        for thread in self.threads:
+            thread.start()
 
     def count(self):
         number = 0
@@ -3096,8 +3105,10 @@ class Watch:
                 f"--resume=auto goes on from the newest checkpoint")
 
     def close(self):
-        """Leave in good order."""
+        """Leave in good order. A thread that is still inside the store's C++ when Python ends would abort the process."""
         self.leaving.set()
+        for thread in self.threads:
+            thread.join(timeout=5)
         if time.monotonic() - self.heard < 3:
             with contextlib.suppress(RuntimeError):
                 self.store.set(self.keys[self.procs.rank], "left")
@@ -3133,8 +3144,10 @@ def command_line(run, path, argv=None, presets=PRESETS, choices=CHOICES):
             raise
         obituary = ""
         if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):
-            time.sleep(5)  # a collective fails at once when a rank dies: a while later its silence says which
-            obituary = watch.obituary(4)
+            for _ in range(10):  # a collective fails at once when a rank dies: a while later its silence says which
+                time.sleep(1)
+                if obituary := watch.obituary(4):
+                    break
         end_now(f"{os.path.basename(path)}: error: {obituary}" if obituary else traceback.format_exc(), 1)
     finally:
         if watch:
