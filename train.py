@@ -2877,6 +2877,7 @@ def run_within(cfg, procs, leaving):
     rows = [
         ("device", f"{procs.world_size} x {machine['device']}, torch {torch.__version__}"),
         ("precision", f"{precision.name} {precision.reason}"),
+        *([("  head", "FP8 by current scaling" if model.fp8_head else "bf16")] if precision.recipe else []),
         *([("  in bf16", ", ".join(in_bf16))] if in_bf16 else []),
         ("wrapper", f"{wrapper} ({why_wrapper})"),
         ("optimizers", optimizers.description),
