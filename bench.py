@@ -240,20 +240,24 @@ def plot(rows, noise, path):
     plt.close(fig)
 
 
-def report(runs, out, command):
-    """Write out.json, out.md and out.png from run folders ({label: folder}), and print the table."""
-    rows, noise = summarize(runs)
-    text = markdown(rows, noise, command)
+def write_report(out, command, data, text, draw):
+    """Write out.json (data, with date and command), out.md (text) and, by draw(path), out.png; print the text."""
     os.makedirs(os.path.dirname(out) or ".", exist_ok=True)
     with open(out + ".json", "w") as f:
-        json.dump(dict(date=str(datetime.date.today()), command=command, noise=noise, runs=rows), f, indent=1)
+        json.dump(dict(date=str(datetime.date.today()), command=command, **data), f, indent=1)
     with open(out + ".md", "w") as f:
         f.write(text)
     try:
-        plot(rows, noise, out + ".png")
+        draw(out + ".png")
     except ImportError:
         print("no matplotlib: no plot")
     print("\n" + text, flush=True)
+
+
+def report(runs, out, command):
+    """Write out.json, out.md and out.png from run folders ({label: folder}), and print the table."""
+    rows, noise = summarize(runs)
+    write_report(out, command, dict(noise=noise, runs=rows), markdown(rows, noise, command), lambda path: plot(rows, noise, path))
 
 
 # -----------------------------------------------------------------------------------------------------
@@ -452,17 +456,8 @@ def plot_study(rows, noise, path):
 def report_study(folders, out, command):
     """Write out.json, out.md and out.png of a study's runs, and print the table."""
     rows, noise, val_noise = summarize_study(folders)
-    text = study_markdown(rows, noise, val_noise, command)
-    os.makedirs(os.path.dirname(out) or ".", exist_ok=True)
-    with open(out + ".json", "w") as f:
-        json.dump(dict(date=str(datetime.date.today()), command=command, noise=noise, val_noise=val_noise, formats=rows), f, indent=1)
-    with open(out + ".md", "w") as f:
-        f.write(text)
-    try:
-        plot_study(rows, noise, out + ".png")
-    except ImportError:
-        print("no matplotlib: no plot")
-    print("\n" + text, flush=True)
+    write_report(out, command, dict(noise=noise, val_noise=val_noise, formats=rows), study_markdown(rows, noise, val_noise, command),
+                 lambda path: plot_study(rows, noise, path))
 
 
 def study_options(mode, args):

@@ -6,7 +6,8 @@ What quantizing does to the tensors of a run: train.py's FP8_STATS_INTERVAL.
 Every so many steps an extra forward and backward pass on the next micro-batch, off the clock, walks the blocks in plain
 bf16 operations, whatever library and kernels train them, and hands each operand of each of the blocks' matmuls to
 te_emulation.quantization_stats() as it comes by. Weights, optimizers, data position, scales, amax history and random
-numbers stay as they are. Under DDP and FSDP2 all ranks make the pass on their own micro-batch, and rank 0's is logged.
+numbers stay as they are. The few functions that train.py has too are written out here: train.py runs as a script, and
+importing it would make a second one of everything in it. Under DDP and FSDP2 all ranks make the pass on their own micro-batch, and rank 0's is logged.
 """
 
 import math

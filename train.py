@@ -116,7 +116,7 @@ FP8_RECIPE = "delayed"           # "delayed", "current", "block", "mxfp8"
 FP8_MARGIN = 0                   # delayed: scale = fp8_max / amax / 2^margin
 FP8_AMAX_HISTORY = 1024          # delayed: micro-batches over which the largest amax counts
 FP8_CALIBRATION_STEPS = 3        # delayed: first steps preceded by a pass that only fills the amax history
-USE_FP8_HEAD = True              # the output head's matmuls in FP8 too, by current scaling, whatever the recipe
+USE_FP8_HEAD = True              # with USE_FP8, the output head's matmuls in FP8 too, by current scaling whatever the recipe
 USE_NVFP4 = False                # block matmuls in NVFP4 (takes the place of FP8)
 NVFP4_HADAMARD = True            # NVFP4: random Hadamard transform of what goes into weight gradients
 NVFP4_STOCHASTIC_ROUNDING = True # NVFP4: round gradients up or down at random, without bias
@@ -885,7 +885,7 @@ class GPT(nn.Module):
         Args:
             idx: (B, T) int32 token ids.
             targets: (B, T) int64, -1 where there is nothing to predict.
-            first: True in a step's first micro-batch, False in the others, so that TE quantizes each weight
+            first: True in a step's first micro-batch, False in the others, so that each weight is quantized
                 once a step; None: quantize anew.
         """
         fp8_head = self.fp8_head and self.te.quantization.FP8GlobalStateManager.is_fp8_enabled()
@@ -1847,7 +1847,8 @@ class Optimizers:
 
         Muon, why = dion_muon(cfg.muon_impl, procs.device, self.compiled)
         if Muon is not None:
-            torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)  # Dion's many shapes
+            if self.compiled:
+                torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)  # Dion's many shapes
             # Dion shares the work out: by the mesh where parameters are sharded, by the group where they are whole.
             mesh = procs.mesh if sharded else procs.mesh.get_group() if procs.world_size > 1 else None
             self.muon = Muon(muon_groups, mesh, nesterov=True, adjust_lr="spectral_norm", newton_schulz_func=polar_express)
@@ -2839,6 +2840,7 @@ def run(cfg, procs):
 
 
 def run_within(cfg, procs, leaving):
+    """run(); `leaving` takes what must be undone."""
     check_flags(cfg, procs.world_size)
     device = procs.device
     torch.manual_seed(cfg.seed)
@@ -2934,7 +2936,7 @@ def run_within(cfg, procs, leaving):
     formats = ["bf16"] if precision.recipe is None else ["bf16", precision.name][::1 if cfg.EVAL_PRECISION == "bf16" else -1]
 
     def evaluate_in(names):
-        """{name: val loss} with the block matmuls in each of these formats; delayed scaling's state stays as it is."""
+        """{name: val loss} with the matmuls in each of these formats; delayed scaling's state stays as it is."""
         with scales_kept(model):
             return {name: evaluate(model, val_ring, cfg, procs, lambda: precision.autocast(procs, quantized=name != "bf16"))
                     for name in names}
