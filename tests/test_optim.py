@@ -352,12 +352,32 @@ def test_one_step_of_the_model_against_the_reference():
 # Against Dion
 
 
+@pytest.mark.parametrize("shape", [(3, 64, 64), (2, 256, 64), (2, 64, 256), (256, 64)])
+def test_polar_express_against_dions(shape):
+    """The same polynomials in float64 are the measure: ours is about as near as Dion's own compiled, and no further than
+    that is uncompiled (on a CPU, where a batch of one takes another matmul)."""
+    pytest.importorskip("dion")
+    from dion import polar_express as dions
+    G = torch.randn(*shape, generator=torch.Generator().manual_seed(0)).bfloat16()
+    X = G.double() / (G.double().norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-6)
+    X = X.mT if shape[-2] > shape[-1] else X
+    for a, b, c in dions._POLAR_EXPRESS_COEFFS:
+        A = X @ X.mT
+        X = a * X + (b * A + c * (A @ A)) @ X
+    exact = X.mT if shape[-2] > shape[-1] else X
+    ours = train.polar_express(G)
+    assert ours.dtype == torch.bfloat16 and ours.shape == G.shape and relative(ours, exact) < 0.04
+    for stance, allowed in (("force_eager", 1.1), ("default", 1.5)):
+        with torch.compiler.set_stance(stance):
+            assert relative(ours, exact) < allowed * relative(dions.polar_express(G), exact), stance
+
+
 def test_torch_muon_against_dions():
     """One step, and five with a changing momentum and learning rate, through Optimizers in both implementations.
 
     Dion's Polar Express stops after five bf16 steps with singular values between 0.86 and 1.14; TorchMuon's lie within
     0.01 of 1. So updates of random gradients differ by about 10% of their norm, all of it in the singular values: brought to 1,
-    a first update differs by bf16 rounding, 3%. Momenta differ by fp32 rounding, AdamW's parameters not at all.
+    a first update differs by bf16 rounding, 2%. Momenta differ by fp32 rounding, AdamW's parameters not at all.
     """
     pytest.importorskip("dion")
     changes = dict(learning_rate=0.1, weight_decay=0.3, warmup_iters=3, max_iters=8, muon_momentum_iters=4)
@@ -370,7 +390,7 @@ def test_torch_muon_against_dions():
         path = [{n: p.detach().clone() for n, p in model.named_parameters()}]
         for step in range(5):
             optimizers.set_schedule(step)
-            random_grads(model, step)
+            random_grads(model, 50 + step)  # not 0: a singular value of 1e-5 has no sign that rounding would leave it
             optimizers.step()
             path.append({n: p.detach().clone() for n, p in model.named_parameters()})
         muon = optimizers.muon
@@ -386,7 +406,7 @@ def test_torch_muon_against_dions():
             assert relative(path[step][name] - start, dion_path[step][name] - start) < 0.13, (name, step)
         decayed = start * (1 - 0.1 / 3 * 0.3)
         for part, dion_part in zip(*((x[1][name] - decayed).chunk(3 if "qkv" in name else 1) for x in (path, dion_path))):
-            assert relative(polar(part), polar(dion_part)) < 0.03, name
+            assert relative(polar(part), polar(dion_part)) < 0.02, name
             assert dion_part.norm() == pytest.approx(part.norm().item(), rel=0.05)
         assert relative(momenta[name], dion_momenta[name]) < 1e-5
 
