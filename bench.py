@@ -12,6 +12,7 @@ All train by train.py's own run(), one after another in one process group; any f
 `precision`, `ablation` and `wrappers` take total_batch_size=65536 and 20 warm-up steps, so that a few million tokens are enough
 steps to mean something (on a CPU the first two take preset tiny's); `speed` takes 24 steps, of which the first 4 do not count.
 Under torchrun, `speed` compares the wrappers too.
+--rows="bf16; FP8 delayed" picks rows of the modes that compare speeds, as --formats does of the studies below.
 --out=PATH names the files to write (PATH.json, PATH.md, PATH.png).
 
 `precision` and `ablation` train from the same weights on the same tokens for each seed: --seeds=3 for three seeds of everything,
@@ -50,8 +51,8 @@ VARIANTS = {
         "FP8 block": ["--FP8_RECIPE=block"],
         "bf16": ["--USE_FP8=False"],
         "FP8 delayed, vocab 50,304": ["--vocab_size=50304"],
-        "bf16, vocab 50,304": ["--USE_FP8=False", "--vocab_size=50304"],
-        "FP8 delayed, a quarter of the batch": ["total_batch_size/4"],
+        "FP8 delayed, vocab 50,304, a quarter of the batch": ["--vocab_size=50304", "total_batch_size/4"],
+        "bf16, vocab 50,304, a quarter of the batch": ["--USE_FP8=False", "--vocab_size=50304", "total_batch_size/4"],
         "FP8 delayed, half the micro-batch": ["batch_size/2"],
         "FP8 delayed, head in bf16": ["--USE_FP8_HEAD=False"],
         "FP8 delayed, no CUDA graphs": ["--USE_CUDA_GRAPHS=False"],
@@ -101,10 +102,11 @@ def forget_last_run():
         torch.cuda.empty_cache()
 
 
-def train_variants(mode, flags):
-    """Train each variant of a mode in this process group; returns ({label: run folder}, whether this is rank 0)."""
+def train_variants(mode, flags, labels):
+    """Train these variants of a mode in this process group; returns ({label: run folder}, whether this is rank 0)."""
     procs, folders = train.start_processes(), {}
-    for label, extra in VARIANTS[mode].items():
+    for label in labels:
+        extra = VARIANTS[mode][label]
         script = train_orig if "train_orig.py" in extra else train
         presets, choices = script.PRESETS, script.CHOICES
         own = [f for f in extra if f.startswith("--")] + ["--run_name=" + "-".join(re.sub(r"[^\w .-]", "", label).split()).lower()]
@@ -460,18 +462,28 @@ def report_study(folders, out, command):
                  lambda path: plot_study(rows, noise, path))
 
 
+def take_options(args, *names):
+    """({name: value} of those --name=value among the arguments, the other arguments)."""
+    own = [a for a in args if a.startswith("--") and "=" in a and a[2:].split("=")[0] in names]
+    return dict(a[2:].split("=", 1) for a in own), [a for a in args if a not in own]
+
+
+def pick(mode, option, names):
+    """The labels of a mode with these names, all of them for None, in the mode's order. Raises UserError."""
+    names = [*VARIANTS[mode]] if names is None else [name.strip() for name in names]
+    for name in names:
+        if name not in VARIANTS[mode]:
+            raise train.UserError(f"--{option}: {mode} has {'; '.join(VARIANTS[mode])}, not '{name}'", 2)
+    return [label for label in VARIANTS[mode] if label in names]
+
+
 def study_options(mode, args):
     """(seeds of bf16 and of formats, labels, the other arguments) from --seeds and --formats. Raises UserError."""
-    given = dict(a[2:].split("=", 1) for a in args if a.startswith(("--seeds=", "--formats=")))
+    given, rest = take_options(args, "seeds", "formats")
     seeds = given.get("seeds", "2").split(",")
     if not (len(seeds) <= 2 and all(n.isdigit() and int(n) > 0 for n in seeds)):
         raise train.UserError(f"--seeds takes a number of runs, or two (bf16, each format), not '{given['seeds']}'", 2)
-    labels = [name.strip() for name in given.get("formats", ",".join(VARIANTS[mode])).split(",")]
-    for label in labels:
-        if label not in VARIANTS[mode]:
-            raise train.UserError(f"--formats: {mode} has {', '.join(VARIANTS[mode])}, not '{label}'", 2)
-    rest = [a for a in args if not a.startswith(("--seeds=", "--formats="))]
-    return (int(seeds[0]), int(seeds[-1])), [label for label in VARIANTS[mode] if label in labels], rest
+    return (int(seeds[0]), int(seeds[-1])), pick(mode, "formats", given["formats"].split(",") if "formats" in given else None), rest
 
 
 def main(argv):
@@ -493,7 +505,8 @@ def main(argv):
         if is_main:
             report_study(folders, out, command)
     elif mode in VARIANTS:
-        folders, is_main = train_variants(mode, args)
+        given, flags = take_options(args, "rows")
+        folders, is_main = train_variants(mode, flags, pick(mode, "rows", given["rows"].split(";") if "rows" in given else None))
         if is_main:
             report(folders, out, command)
     else:

@@ -66,11 +66,11 @@ def test_ablation(fresh, shards, tmp_path, monkeypatch):
 
 
 def test_emulation_compares_speeds(fresh, shards, tmp_path):
-    """All formats emulated, the ratio to bf16 in the table."""
-    bench.main(["emulation", f"--out={tmp_path}/r", "--max_iters=3", "--warmup_iters=1", "--total_batch_size=256",
+    """Formats emulated, as picked, in the mode's own order; the ratio to bf16 in the table."""
+    bench.main(["emulation", f"--out={tmp_path}/r", "--rows=NVFP4; bf16;FP8 current", "--max_iters=3", "--warmup_iters=1", "--total_batch_size=256",
                 *small_flags(shards, tmp_path, "warmup_iters", "max_iters", "batch_size", "eval_tokens"), "--n_embd=128", "--batch_size=4"])
     rows = json.loads((tmp_path / "r.json").read_text())["runs"]
-    assert [r["precision"] for r in rows] == ["bf16", "fp8-delayed", "fp8-current", "fp8-block", "fp8-mxfp8", "nvfp4"]
+    assert [r["precision"] for r in rows] == ["bf16", "fp8-current", "nvfp4"]
     assert all(r["tok_per_sec"] > 0 for r in rows) and "| NVFP4 |" in (tmp_path / "r.md").read_text()
 
 
@@ -84,7 +84,8 @@ def test_speed_with_two_ranks(shards, tmp_path):
     assert list(rows) == [label for label in bench.VARIANTS["speed"]], result.out[-2000:]
     assert rows["FP8 delayed, FSDP2"]["wrapper"] == "fsdp2" and rows["FP8 delayed, DDP"]["wrapper"] == "ddp"
     assert rows["FP8 delayed, vocab 50,304"]["vocab_size"] == 50304
-    assert rows["FP8 delayed, a quarter of the batch"]["total_batch_size"] == 256
+    quarters = [rows[f"{name}, vocab 50,304, a quarter of the batch"] for name in ("FP8 delayed", "bf16")]
+    assert all((r["total_batch_size"], r["vocab_size"]) == (256, 50304) for r in quarters)
     assert rows["FP8 delayed, half the micro-batch"]["batch_size"] == 2
     assert all(r["gpus"] == 2 and r["compile_seconds"] > 0 for r in rows.values())
 
@@ -92,7 +93,7 @@ def test_speed_with_two_ranks(shards, tmp_path):
 @pytest.mark.parametrize("arguments, text", [
     (["nonsense"], "not 'nonsense'"), (["report"], "run folders"), (["report", "/no/such/run"], "/no/such/run"),
     (["precision", "--bath_size=3"], "--batch_size"), (["precision", "--seeds=0"], "--seeds"), (["ablation", "--seeds=1,2,3"], "--seeds"),
-    (["precision", "--formats=FP9"], "FP8 delayed"), (["ablation", "--total_batch_size=100"], "total_batch_size=100"),
+    (["precision", "--formats=FP9"], "FP8 delayed"), (["speed", "--rows=bf16; FP9"], "--rows: speed has FP8 delayed; .*, not 'FP9'"), (["ablation", "--total_batch_size=100"], "total_batch_size=100"),
 ])
 def test_wrong_input_is_one_line(fresh, arguments, text):
     with pytest.raises(train.UserError, match=text) as error:
