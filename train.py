@@ -2174,9 +2174,8 @@ class Checkpoints:
 
     @functools.cached_property
     def stager(self):
-        cuda = self.procs.device.type == "cuda"
-        return dcp.staging.DefaultStager(dcp.staging.StagingOptions(
-            use_pinned_memory=cuda, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=cuda))
+        """What copies the state aside. On a GPU it keeps its pinned memory for the next time (DefaultStager of torch 2.11 works but once)."""
+        return dcp.staging.BlockingAsyncStager(cache_staged_state_dict=self.procs.device.type == "cuda")
 
     def prepare(self, make_state):
         """Copy the state aside once before training is on the clock: on a GPU that allocates the pinned memory, which the stager keeps,
@@ -2229,14 +2228,13 @@ class Checkpoints:
         text = (str(error).strip().splitlines() or [type(error).__name__])[-1]
         with contextlib.suppress(OSError):  # torch's writer does not say that a disk is full
             text += f" ({shutil.disk_usage(os.path.dirname(self.folder)).free / 1e9:.2f} GB free)"
+        vars(self).pop("stager", None)  # it may hold half a copy
         self.procs.print(f"checkpoint at step {step} failed, training goes on: {text}")
         if self.procs.is_main:
             shutil.rmtree(temporary, ignore_errors=True)
 
     def close(self):
         self.finish(wait=True)
-        if "stager" in vars(self):
-            self.stager.close()
         dist.barrier(self.group)  # ranks leave together, after rank 0 has named the last one
 
 

@@ -307,7 +307,8 @@ def test_a_run_that_is_killed_again_and_again(tmp_path, shards, quick):
     resumed = sum("resumed from" in output for output in outputs)
     assert resumed >= 15, resumed
     for life, output in zip(lives, outputs):
-        assert life["killed"] or life["code"] == 0, output[-3000:]
+        too_late = life["code"] == 2 and "has done 40 steps" in output  # the life before was killed between its last word and its end
+        assert life["killed"] or life["code"] == 0 or too_late, output[-3000:]
         assert "Traceback" not in output and "failed" not in output, output[-3000:]
     for run in {life["run"] for life in lives}:
         # Before its first checkpoint is there, a life starts afresh in a folder with a number: the last one is whole

@@ -63,12 +63,12 @@ def test_the_three_matmuls(reference, rht):
         assert relative(ours, theirs) < 3e-3, name
 
 
-@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("layer", [name for name in LAYERS if name != "LayerNormMLP"])
 def test_whole_layers(te, reference, layer):
-    """TE's own layers with the reference's quantizers: within a fraction of the effect that NVFP4 has on each tensor.
+    """TE's own layers with the reference's quantizers: within 0.1 of the effect that NVFP4 has on each tensor.
 
-    As for FP8 (test_te_vs_emulation.py): 0.1 where both sides quantize the same values, 0.4 in LayerNormMLP, whose second
-    matmul quantizes what the first one summed up.
+    Not LayerNormMLP: there TE 2.20 asks the reference to transpose a tensor that it quantized by rows alone, which the
+    reference does byte by byte, two values in each (NVFP4TensorRef._create_transpose), and its matmul then refuses the shape.
     """
     from transformer_engine.common.recipe import CustomRecipe
     theirs, ours = make_pair(te, LAYERS[layer])
@@ -80,5 +80,4 @@ def test_whole_layers(te, reference, layer):
     gaps = {n: relative(b[n], a[n]) for n in a}
     print(f"{layer}: " + ", ".join(f"{n} {gaps[n]:.4f} (effect {effect[n]:.4f})" for n in a))
     assert all(0.02 < e < 0.6 for e in effect.values()), f"NVFP4 was not on, or off the scale: {effect}"
-    limit = 0.4 if layer == "LayerNormMLP" else 0.1
-    assert all(gaps[n] < limit * effect[n] for n in a), (gaps, effect)
+    assert all(gaps[n] < 0.1 * effect[n] for n in a), (gaps, effect)

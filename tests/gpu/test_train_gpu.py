@@ -122,11 +122,23 @@ def has_hardware(te, name):
 @pytest.mark.parametrize("precision", [BF16, DELAYED], ids=["bf16", "delayed"])
 def test_fused_blocks_against_te_modules(run, precision):
     """Eight steps of two micro-batches in our own kernels, launched one by one and as CUDA graphs, against TE's modules with a bf16
-    head. Weights are quantized in a step's first micro-batch and used in the second, when delayed scaling has moved on."""
+    head. Weights are quantized in a step's first micro-batch and used in the second, when delayed scaling has moved on.
+    An FP8 head rounds what a bf16 head does not: 0.05 in loss."""
     modules = run(**precision, USE_TRITON=False, USE_FP8_HEAD=False)
     check_same(run(**precision, USE_FP8_HEAD=False, USE_CUDA_GRAPHS=False), modules)
-    check_same(run(**precision, USE_CUDA_GRAPHS=False), modules)
-    check_same(run(**precision), modules)
+    check_same(run(**precision, USE_CUDA_GRAPHS=False), modules, loss=0.05)
+    check_same(run(**precision), run(**precision, USE_CUDA_GRAPHS=False))
+
+
+def test_checkpoints_of_one_process(run):
+    """Three checkpoints of one run (torch 2.11's DefaultStager copies aside only once): all there, and a resumed run goes on the same."""
+    flags = DELAYED | dict(ckpt_interval=3, keep_checkpoints=3)
+    saved = run(**flags)
+    assert "failed" not in saved.text and saved.text.count("stood still") == 3
+    assert sorted(p.name for p in (saved.folder / "ckpt").iterdir()) == ["step_000003", "step_000006", "step_000008"]
+    resumed = run(**flags, resume=str(saved.folder / "ckpt" / "step_000006"))
+    gaps = [abs(a - b) for a, b in zip(saved.losses[6:], resumed.losses[-2:])]
+    assert "resumed from" in resumed.text and max(gaps) < SAME["loss"], gaps
 
 
 @pytest.mark.parametrize("name", PRECISIONS)
