@@ -100,6 +100,7 @@ def forget_last_run():
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
 
 
 def train_variants(mode, flags, labels):

@@ -29,6 +29,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -3055,12 +3056,19 @@ class Watch:
     """Signs of life among ranks: each counts in a store every second, and ends, naming it, when another's count stands still.
 
     Without it, a rank that died on another machine leaves the others waiting for NCCL's timeout, and unnamed. A thread
-    counts, not the training loop: ranks may compile, evaluate or save for as long as they like.
+    counts, not the training loop: ranks may compile, evaluate or save for as long as they like. After SIGTERM the wait is
+    short: torchrun sends one when a worker has died, and restarts nothing before the others are gone, or killed after 30 s.
     """
 
     def __init__(self, procs, timeout):
         """timeout: seconds without a sign after which a rank is taken for dead."""
         self.procs, self.timeout, self.leaving = procs, timeout, threading.Event()
+        self.signals = None
+        if threading.current_thread() is threading.main_thread():  # which may be stuck in a collective: Python's handlers wait, this does not
+            self.signals, wakeup = socket.socketpair()
+            self.signals.setblocking(False)
+            wakeup.setblocking(False)
+            signal.set_wakeup_fd(wakeup.detach(), warn_on_full_buffer=False)
         self.store = dist.PrefixStore("watch", connect_store())  # a connection of its own: others wait in theirs
         self.keys, now = [str(rank) for rank in range(procs.world_size)], time.monotonic()
         self.store.set(self.keys[procs.rank], "0")
@@ -3084,9 +3092,13 @@ class Watch:
                 self.heard = time.monotonic()
 
     def judge(self):
+        timeout = self.timeout
         while not self.leaving.wait(1):
-            if self.silent(self.timeout):
-                end_now(f"{os.path.basename(sys.argv[0])}: error: {self.obituary(self.timeout)}", 1)
+            with contextlib.suppress(BlockingIOError):
+                if self.signals and {signal.SIGTERM, signal.SIGINT} & {*self.signals.recv(64)}:
+                    timeout = min(timeout, 10.0)
+            if self.silent(timeout):
+                end_now(f"{os.path.basename(sys.argv[0])}: error: {self.obituary(timeout)}", 1)
 
     def silent(self, seconds):
         """The ranks that gave no sign for so long, but for those that left in good order."""
@@ -3110,6 +3122,9 @@ class Watch:
         self.leaving.set()
         for thread in self.threads:
             thread.join(timeout=5)
+        if self.signals:
+            os.close(signal.set_wakeup_fd(-1))
+            self.signals.close()
         if time.monotonic() - self.heard < 3:
             with contextlib.suppress(RuntimeError):
                 self.store.set(self.keys[self.procs.rank], "left")

@@ -386,6 +386,24 @@ def test_a_dead_rank_ends_the_other_and_is_named(tmp_path, shards, dead, number)
             process.wait()
 
 
+def test_a_signal_shortens_the_wait_for_a_dead_rank(tmp_path, shards):
+    """torchrun sends SIGTERM to the others when a worker has died: stuck in a collective, they must not wait out the timeout."""
+    first, second = two_ranks(tmp_path, shards, rank_timeout=90)
+    try:
+        wait_for_step(first)
+        second.send_signal(signal.SIGSTOP)
+        time.sleep(3)
+        first.send_signal(signal.SIGTERM)
+        begin = time.monotonic()
+        result = finish(first, timeout=60)
+        assert time.monotonic() - begin < 25
+        assert result.code == 1 and "no sign of life from rank 1 for 10 s" in result.err.splitlines()[-1], result.err
+    finally:
+        for process in (first, second):
+            process.kill()
+            process.wait()
+
+
 def test_an_error_on_one_rank_ends_both(tmp_path, shards):
     """A token id beyond the vocabulary, in what rank 1 alone reads: it says so, and rank 0 names it."""
     tokens = helpers.markov_tokens(6000, seed=1)
