@@ -11,13 +11,12 @@ Compare runs side by side: loss curves, noise, speed and memory, as a table and 
 All train by train.py's own run(), one after another in one process group; any flag of train.py can be given as --name=value.
 `precision`, `ablation` and `wrappers` take total_batch_size=65536 and 20 warm-up steps, so that a few million tokens are enough
 steps to mean something (on a CPU the first two take preset tiny's); `speed` takes 24 steps, of which the first 4 do not count.
-Under torchrun, `speed` compares the wrappers too.
 --rows="bf16; FP8 delayed" picks rows of the modes that compare speeds, as --formats does of the studies below.
---out=PATH names the files to write (PATH.json, PATH.md, PATH.png).
+--out=PATH names the files to write (PATH.json, PATH.md, PATH.png). Ctrl-C and SIGTERM end all: of a study, what is finished stays.
 
 `precision` and `ablation` train from the same weights on the same tokens for each seed: --seeds=3 for three seeds of everything,
 --seeds=2,1 for two of bf16 and one of each format; --formats="bf16,FP8 block" picks rows. They say what they will cost first. A
-run that is finished with the same flags, commit and device is taken as it is, so a study that was stopped goes on.
+run that is finished with the same flags, code and device is taken as it is, so a study that was stopped goes on.
 """
 
 import datetime
@@ -103,6 +102,28 @@ def forget_last_run():
         torch.cuda.reset_peak_memory_stats()
 
 
+def train_one(script, cfg, procs, label):
+    """script.run(cfg): its run folder, or None where it could not be trained, which is said: the others go on.
+
+    Raises UserError if it was stopped by a signal, which train.py takes for a good end.
+    """
+    folder = None
+    try:
+        folder = script.run(cfg, procs)
+    except train.UserError as error:  # a batch that this number of ranks does not divide, a loss that is no longer finite
+        if error.one_rank:
+            raise
+        procs.print(f"{label} left out: {error}")
+    except torch.OutOfMemoryError:
+        if procs.world_size > 1:  # the other ranks may have had enough
+            raise
+        procs.print(f"{label} left out: the GPU's memory is too small")
+    forget_last_run()
+    if folder and not procs.broadcast(procs.is_main and any(r["kind"] == "done" for r in train.read_log(folder))):
+        raise train.UserError(f"stopped by a signal in {label}; what was finished before is in {cfg.out_dir}")
+    return folder
+
+
 def train_variants(mode, flags, labels):
     """Train these variants of a mode in this process group; returns ({label: run folder}, whether this is rank 0)."""
     procs, folders = train.start_processes(), {}
@@ -122,11 +143,8 @@ def train_variants(mode, flags, labels):
                 key, by = name.split("/")
                 setattr(cfg, key, max(1, getattr(cfg, key) // int(by)))
         procs.print(f"\n===== {label} =====")
-        try:
-            folders[label] = script.run(cfg, procs)
-        except train.UserError as error:  # a batch that this number of ranks does not divide, say: the others go on
-            procs.print(f"{label} left out: {error}")
-        forget_last_run()
+        if folder := train_one(script, cfg, procs, label):
+            folders[label] = folder
     if not folders:
         raise train.UserError("no run could be made with these flags (each says why above)")
     return folders, procs.is_main
@@ -154,7 +172,7 @@ def largest_gap(a, b):
 
 
 def summarize(runs):
-    """One row a run ({label: folder}), with gaps to the first run; and the noise, if two runs are bf16 with other seeds.
+    """One row a run ({label: folder}), with gaps to the first run (no val loss of a sequence or so, which `speed` makes); and the noise, if two runs are bf16 with other seeds.
 
     Noise is the largest gap of smoothed loss between two bf16 runs with different seeds on the same tokens. Speed is
     the median over the steps after the warm-up.
@@ -170,7 +188,8 @@ def summarize(runs):
             gpus=config["world_size"], seed=config["seed"], parameters=config["parameters"], device=config["device"], versions=config["versions"],
             vocab_size=config["vocab_size"], total_batch_size=config["total_batch_size"], batch_size=config["batch_size"],
             warmup=config["warmup_iters"], compile_seconds=(done or {}).get("compile_seconds"),
-            tokens=steps[-1]["tokens"], train_loss=train.smooth(losses)[-1], val_loss=val[-1]["val_loss"] if val else None,
+            tokens=steps[-1]["tokens"], train_loss=train.smooth(losses)[-1],
+            val_loss=val[-1]["val_loss"] if val and config["eval_tokens"] > config["world_size"] * config["block_size"] else None,
             tok_per_sec=statistics.median_high(r["tok_per_sec"] for r in after),
             mfu=statistics.median_high(mfus) if mfus else None,
             peak_mem_gb=max(r["peak_mem_gb"] for r in steps), train_seconds=done["train_seconds"] if done else None,
@@ -204,7 +223,8 @@ def markdown(rows, noise, command):
             f"{r['tok_per_sec'] / base['tok_per_sec']:.2f} | " + (f"{100 * r['mfu']:.1f}%" if r["mfu"] else "")
             + f" | {r['peak_mem_gb']:.1f} | " + (f"{r['compile_seconds']:.0f}" if r["compile_seconds"] is not None else "") + " |")
     lines += ["", "Train loss is smoothed (exponential average, 0.9). Largest gap: of smoothed train loss to the first run, after "
-              f"{base['warmup']} warm-up steps. Speed: median over the steps after the warm-up, optimizer included."]
+              f"{base['warmup']} warm-up steps. Speed: median over the steps after the warm-up, optimizer included. "
+              "Compile: with calibration and pinned memory; a process's first run compiles for those after it."]
     if noise is not None:
         lines.append(f"Noise, the largest gap between two bf16 runs with different seeds: {noise:.4f}.")
     return "\n".join(lines) + "\n"
@@ -290,8 +310,8 @@ def plan_study(mode, flags, seeds, labels):
 
 
 def finished_run(cfg, machine):
-    """The folder of a run that was finished with these very flags, on this commit and device; None without one."""
-    wanted = {k: v for k, v in vars(cfg).items() if k not in ("explicit", "run_name", "out_dir")} | {k: machine[k] for k in ("device", "git_commit")}
+    """The folder of a run that was finished with these very flags, by this code and on this device; None without one."""
+    wanted = {k: v for k, v in vars(cfg).items() if k not in ("explicit", "run_name", "out_dir")} | {k: machine[k] for k in ("device", "code")}
     for n in range(1, 100):
         folder = os.path.join(cfg.out_dir, cfg.run_name if n == 1 else f"{cfg.run_name}-{n}")
         if not os.path.isdir(folder):
@@ -341,15 +361,11 @@ def train_study(mode, flags, seeds, labels):
     start, done = time.perf_counter(), 0
     for key, cfg in missing.items():
         procs.print(f"\n===== {key[0]}, seed {key[1]} =====")
-        try:
-            folders[key] = train.run(cfg, procs)
-        except train.UserError as error:  # a loss that is no longer finite, say: the others go on
-            del folders[key]
-            procs.print(f"{key[0]}, seed {key[1]} left out: {error}")
-        forget_last_run()
+        folders[key] = train_one(train, cfg, procs, f"{key[0]}, seed {key[1]}")
         done += flops[key]
         left = (time.perf_counter() - start) * (sum(flops.values()) / done - 1)
         procs.print(f"{(time.perf_counter() - start) / 60:.1f} minutes so far, about {left / 60:.1f} left")
+    folders = {key: folder for key, folder in folders.items() if folder}
     if not folders:
         raise train.UserError("no run could be made with these flags (each says why above)")
     return folders, procs.is_main
@@ -494,7 +510,10 @@ def main(argv):
         return
     out = next((a[len("--out="):] for a in args if a.startswith("--out=")), os.path.join("results", mode))
     args = [a for a in args if not a.startswith("--out=")]
-    command = "python bench.py " + shlex.join(argv)
+    start = f"torchrun --nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}" if "LOCAL_WORLD_SIZE" in os.environ else "python"
+    command = f"{start} bench.py {shlex.join(argv)}"
+    if any(a.startswith("--log_interval=") and a != "--log_interval=1" for a in args):
+        raise train.UserError("comparisons need every step's record: leave --log_interval at 1", 2)
     if mode == "report":
         if not args or any(a.startswith("-") for a in args):
             raise train.UserError("report takes run folders, each as FOLDER or LABEL=FOLDER", 2)

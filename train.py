@@ -19,6 +19,7 @@ import fnmatch
 import functools
 import gc
 import glob
+import hashlib
 import itertools
 import json
 import math
@@ -116,7 +117,7 @@ USE_FP8 = True                   # matmuls of blocks (and head, below) in FP8; F
 FP8_RECIPE = "delayed"           # "delayed", "current", "block", "mxfp8"
 FP8_MARGIN = 0                   # delayed: scale = fp8_max / amax / 2^margin
 FP8_AMAX_HISTORY = 1024          # delayed: micro-batches over which the largest amax counts
-FP8_CALIBRATION_STEPS = 3        # delayed: first steps preceded by a pass that only fills the amax history
+FP8_CALIBRATION_STEPS = 3        # delayed: first steps preceded by a pass that only fills the amax history; at least 1
 USE_FP8_HEAD = True              # with USE_FP8, the output head's matmuls in FP8 too, by current scaling whatever the recipe
 USE_NVFP4 = False                # block matmuls in NVFP4 (takes the place of FP8)
 NVFP4_HADAMARD = True            # NVFP4: random Hadamard transform of what goes into weight gradients
@@ -206,7 +207,7 @@ WHOLE_NUMBERS = set("""seed n_layer n_embd n_head vocab_size block_size total_ba
     log_interval ckpt_interval keep_checkpoints max_bad_steps zscore_window""".split())
 TEXTS = set("preset run_name out_dir resume dataset data_dir muon_impl FP8_RECIPE EVAL_PRECISION HIGH_PRECISION_LAYERS wandb_project".split())
 OR_AUTO = set("USE_FSDP2 USE_DDP USE_COMPILE USE_EMULATION".split())
-SWITCHES = re.compile(r"USE_|FSDP2_|REDUCE_|NVFP4_")  # True or False; what is left takes any number
+SWITCHES = re.compile(r"USE_|FSDP2_|REDUCE_|NVFP4_")  # True or False; the other flags of this file take any number
 
 
 def read_flag_table(path):
@@ -226,29 +227,33 @@ def read_flag_table(path):
                 value = eval(m[2], {"__builtins__": {}})  # this file's own text: 2**19 or 2 * 1700 may stand there
             except Exception:
                 raise UserError(f"{os.path.basename(path)}: the value of flag {m[1]} cannot be read: {m[2]}", 2)
-            table[m[1]] = (parse_value(m[1], repr(value) if not isinstance(value, str) else value), m[3] or "", group)
+            table[m[1]] = (parse_value(m[1], repr(value) if not isinstance(value, str) else value, value), m[3] or "", group)
         elif inside and (m := re.match(r"# (\w.*)", line)):
             group = m[1]
     return table
 
 
-def parse_value(name, text):
-    """Turn the text of --name=text into a value of the flag's type; raises UserError."""
+def parse_value(name, text, default):
+    """Turn the text of --name=text into a value of the flag's type; raises UserError.
+
+    The type goes by the name, since defaults are edited (USE_FSDP2 = True still takes "auto"); that of a flag which is in none of
+    the lists above goes by its default.
+    """
     try:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         value = {"true": True, "false": False}.get(text.lower(), text)
     number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if name in TEXTS:
-        kind, ok, value = "text", True, text
-    elif name in OR_AUTO:
+    if name in OR_AUTO:
         kind, ok = "auto, True or False", value == "auto" or isinstance(value, bool)
-    elif SWITCHES.match(name):
+    elif name in TEXTS or isinstance(default, str) and not (SWITCHES.match(name) or name in WHOLE_NUMBERS):
+        kind, ok, value = "text", True, text
+    elif SWITCHES.match(name) or isinstance(default, bool):
         kind, ok = "True or False", isinstance(value, bool)
     elif name in WHOLE_NUMBERS:
         kind, ok = "a whole number", number and isinstance(value, int)
     else:
-        kind, ok, value = "a number", number, float(value) if number else value
+        kind, ok, value = "a number", number, float(value) if number and isinstance(default, float) else value
     if not ok:
         raise UserError(f"--{name} takes {kind}, not '{text}'", 2)
     return value
@@ -281,7 +286,7 @@ def parse_flags(argv, path, presets=PRESETS, choices=CHOICES, has_gpu=None):
             by_lower = {n.lower(): n for n in table}
             near = difflib.get_close_matches(name.lower().replace("-", "_"), by_lower, 1, 0.0)[0]
             raise UserError(f"no flag --{name}; the nearest is --{by_lower[near]} (--help lists all)", 2)
-        given[name] = parse_value(name, text)
+        given[name] = parse_value(name, text, table[name][0])
     flags = {name: default for name, (default, _, _) in table.items()}
     if presets:
         chosen = given.get("preset", flags["preset"])
@@ -316,11 +321,14 @@ def check_flags(cfg, world_size):
     """Refuse values that cannot work, each in one line with the remedy. Raises UserError (status 2)."""
     positive = ("n_layer n_embd n_head vocab_size block_size total_batch_size batch_size max_iters "
                 "loss_chunk_size eval_tokens log_interval FP8_AMAX_HISTORY norm_eps rope_base adam_eps max_bad_steps zscore_window "
-                "rank_timeout").split()
+                "rank_timeout FP8_CALIBRATION_STEPS").split()
     not_negative = ("warmup_iters ckpt_interval ckpt_minutes keep_checkpoints skip_loss_zscore skip_grad_zscore eval_interval grad_clip "
-                    "logit_softcap min_lr_ratio muon_momentum_iters FP8_CALIBRATION_STEPS FP8_STATS_INTERVAL "
+                    "logit_softcap min_lr_ratio muon_momentum_iters FP8_STATS_INTERVAL "
                     "learning_rate learning_rate_embed learning_rate_head "
                     "learning_rate_gain weight_decay weight_decay_embed weight_decay_head weight_decay_gain").split()
+    for name in positive + not_negative:
+        if isinstance(getattr(cfg, name, 0), str):  # edited in the file
+            raise UserError(f"--{name} takes a number, not '{getattr(cfg, name)}'", 2)
     for name in positive:
         if hasattr(cfg, name) and getattr(cfg, name) <= 0:
             raise UserError(f"--{name} must be above 0, not {getattr(cfg, name)}", 2)
@@ -929,7 +937,8 @@ def flops_per_token(cfg):
 
 
 # -----------------------------------------------------------------------------------------------------
-# Our own kernels (Triton): all that lies between the matmuls of a block, each in one pass over memory.
+# Kernels in Triton, which a first reading may skip: Block.forward without `fused` is the same mathematics, and "Fused blocks" below
+# puts these together. All that lies between the matmuls of a block, each in one pass over memory.
 # N = B * T tokens ("rows"), C = n_embd. Where FP8 is true they write E4M3 or E5M2 (by the type of the output), values times
 # `scale`, and raise `amax`, the largest |value| so far, for delayed scaling's next scale. *_cols is the transpose, which
 # Hopper's FP8 matmuls want when they sum over tokens.
@@ -1031,6 +1040,7 @@ if triton is not None:
 
     @triton.jit
     def relu2_backward_row(da, u, du, scale, m, k, M, K, FP8: tl.constexpr):
+        """Tokens m (every fourth of the program's, as as_word() wants them) and columns k: writes du; returns it and relu(u)^2."""
         at, mask = m.to(tl.int64)[:, None] * K + k[None, :], (m < M)[:, None] & (k < K)[None, :]
         v = tl.maximum(tl.load(u + at, mask=mask, other=0.0).to(tl.float32), 0.0)
         d = tl.load(da + at, mask=mask, other=0.0).to(tl.float32) * 2.0 * v
@@ -1076,6 +1086,7 @@ if triton is not None:
     @triton.jit
     def rope_qk_norm_backward_row(grad, qkv, cos, sin, rstd, out, scale, n, head, N, T, heads, C3, FP8: tl.constexpr,
                                   HALF: tl.constexpr):
+        """One head of tokens n, every fourth of the program's: writes the gradient; returns its two halves."""
         d, mask = tl.arange(0, HALF), (n < N)[:, None]
         at = n.to(tl.int64)[:, None] * C3 + head * (2 * HALF) + d[None, :]
         g1 = tl.load(grad + at, mask=mask, other=0.0).to(tl.float32)
@@ -1153,6 +1164,7 @@ if triton is not None:
 
     @triton.jit
     def cross_entropy_gradient_row(logits, targets, lse, out, n, c, N, V, softcap, scale, CAP: tl.constexpr, FP8: tl.constexpr):
+        """Tokens n, every fourth of the program's, and words c of the vocabulary: writes the gradient of logits and returns it."""
         at, mask = n.to(tl.int64)[:, None] * V + c[None, :], (n < N)[:, None] & (c < V)[None, :]
         z, t = softcapped(tl.load(logits + at, mask=mask, other=0.0).to(tl.float32), softcap, CAP)
         target = tl.load(targets + n, mask=n < N, other=-1)[:, None]
@@ -1178,6 +1190,10 @@ if triton is not None:
         if FP8:
             across, mask = c.to(tl.int64)[:, None] * (N // 4) + quad[None, :], (c < V)[:, None] & (4 * quad < N)[None, :]
             tl.store(cols + across, tl.trans(as_word(g0, g1, g2, g3, scale, True)), mask=mask)
+
+
+# -----------------------------------------------------------------------------------------------------
+# Fused blocks: the block's two halves as autograd functions, cuBLAS's matmuls with these kernels between them
 
 
 def use_kernels(x):
@@ -1980,7 +1996,7 @@ def choose_wrapper(cfg, procs, parameters):
         return "ddp", f"{n} ranks, USE_FSDP2=False"
     if ddp is False:
         return "fsdp2", f"{n} ranks, USE_DDP=False"
-    # fp32 weights, gradients, DDP's buckets share the gradients, up to two moments: 16 bytes a parameter
+    # fp32 weight, fp32 gradient (DDP's buckets are views of it), up to two fp32 moments: 16 bytes a parameter
     state_gb = 16 * parameters / 1e9
     if procs.device.type != "cuda":
         return "ddp", f"{n} ranks on CPUs"
@@ -2198,6 +2214,7 @@ class Checkpoints:
             future = dcp.async_save(make_state(), checkpoint_id=temporary, process_group=self.group, async_stager=self.stager)
             self.pending = step, meta, temporary, future
         except (Exception, CheckpointException) as error:
+            vars(self).pop("stager", None)  # it may hold half a copy
             self.failed(step, temporary, error)
         return time.perf_counter() - start
 
@@ -2229,7 +2246,6 @@ class Checkpoints:
         text = (str(error).strip().splitlines() or [type(error).__name__])[-1]
         with contextlib.suppress(OSError):  # torch's writer does not say that a disk is full
             text += f" ({shutil.disk_usage(os.path.dirname(self.folder)).free / 1e9:.2f} GB free)"
-        vars(self).pop("stager", None)  # it may hold half a copy
         self.procs.print(f"checkpoint at step {step} failed, training goes on: {text}")
         if self.procs.is_main:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -2279,9 +2295,9 @@ def checkpoint_to_resume(cfg, procs):
         folder = max(found, key=saved_at, default=None)
     elif folder is None and cfg.resume:
         folder = find_checkpoint(cfg.resume)
-        if folder is None:
-            raise UserError(f"--resume={cfg.resume}: there is no complete checkpoint at or below it", 2)
     folder = procs.broadcast(folder)
+    if folder is None and cfg.resume not in ("", "auto"):
+        raise UserError(f"--resume={cfg.resume}: there is no complete checkpoint at or below it", 2)
     if folder is None:
         procs.print(f"resume={cfg.resume or 'auto (after a restart)'}: {before or os.path.join(cfg.out_dir, cfg.run_name)} has no "
                     f"complete checkpoint, starting afresh")
@@ -2406,7 +2422,7 @@ def peak_memory_gb(device):
 
 
 def describe_machine(device):
-    """What config.json keeps of the machine: device, versions, git commit."""
+    """What config.json keeps of machine and code: device, versions, git commit, a hash of the source (commits do not see edits)."""
     from importlib.metadata import PackageNotFoundError, version
     versions = {"python": platform.python_version()}
     for package in ("torch", "transformer-engine", "dion", "numpy"):
@@ -2417,7 +2433,9 @@ def describe_machine(device):
     git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True,
                          cwd=os.path.dirname(os.path.abspath(__file__)) or ".") if shutil.which("git") else None
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({platform.machine()}, {os.cpu_count()} cores)"
-    return dict(device=name, versions=versions, git_commit=git.stdout.strip() or None if git else None)
+    sources = [os.path.abspath(__file__), os.path.join(os.path.dirname(os.path.abspath(__file__)), "te_emulation.py")]
+    code = hashlib.sha256(b"".join(open(f, "rb").read() for f in sources if os.path.exists(f))).hexdigest()
+    return dict(device=name, versions=versions, git_commit=git.stdout.strip() or None if git else None, code=code[:16])
 
 
 def make_run_folder(out_dir, run_name):
@@ -2430,7 +2448,7 @@ def make_run_folder(out_dir, run_name):
         except FileExistsError:
             continue
         except OSError as error:
-            raise UserError(f"cannot make the run folder {folder} ({error.strerror}): choose another --out_dir")
+            raise UserError(f"cannot make the run folder {folder} ({error.strerror}): choose another --out_dir", one_rank=True)
 
 
 def data_rows(cfg, procs, loader, val_ring):
@@ -2855,7 +2873,7 @@ def run_within(cfg, procs, leaving):
     checkpoint, meta = checkpoint_to_resume(cfg, procs)
     first_step = meta["step"] if meta else 0
 
-    # Model. The wrapper is chosen by the parameter count, which the flags give.
+    # Model
     precision = select_precision(cfg, device)
     use_compile = device.type == "cuda" if cfg.USE_COMPILE == "auto" else cfg.USE_COMPILE
     compiled = functools.cache(lambda f: torch.compile(f, dynamic=False)) if use_compile else (lambda f: f)
@@ -2996,7 +3014,7 @@ def run_within(cfg, procs, leaving):
                             f"rate, a longer warm-up, other data; the newest checkpoint: {checkpoints.last or 'none'}")
         if watching:
             watch_quantization(step)
-        if saving:
+        if saving:  # first: an evaluation leaves FSDP2's weights gathered, in bf16
             save(step + 1)
             last_save = time.monotonic()
         if evaluating:

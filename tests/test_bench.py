@@ -1,11 +1,16 @@
 """bench.py: comparison runs, the noise and gaps it reports, and its errors."""
 
+import contextlib
 import json
 import math
+import os
+import signal
 
 import pytest
+import torch
 
 import bench
+import helpers
 import train
 from helpers import finish, flag_args, start, start_torchrun, ROOT
 
@@ -90,8 +95,29 @@ def test_speed_with_two_ranks(shards, tmp_path):
     assert all(r["gpus"] == 2 and r["compile_seconds"] > 0 for r in rows.values())
 
 
+def test_what_is_left_out_and_what_ends_all(fresh, shards, tmp_path, monkeypatch, capsys):
+    """A run without enough memory is left out; a signal ends the study in one line, and the next start goes on from what is finished."""
+    trained, real = [], train.run
+
+    def run(cfg, procs):
+        trained.append(cfg.run_name)
+        if "current" in cfg.run_name and trained.count(cfg.run_name) == 1:
+            raise torch.OutOfMemoryError("none left")
+        with helpers.before_step(2, lambda: os.kill(os.getpid(), signal.SIGTERM)) if "block" in cfg.run_name else contextlib.nullcontext():
+            return real(cfg, procs)
+
+    monkeypatch.setattr(train, "run", run)
+    flags = ["--seeds=1", "--formats=bf16,FP8 current,FP8 block"]
+    with pytest.raises(train.UserError, match="stopped by a signal in FP8 block, seed 1"):
+        study("precision", shards, tmp_path, monkeypatch, *flags)
+    assert "FP8 current, seed 1 left out" in capsys.readouterr().out
+    result = study("precision", shards, tmp_path, monkeypatch, "--seeds=1", "--formats=bf16,FP8 current")
+    assert [r["label"] for r in result["formats"]] == ["bf16", "FP8 current"]
+    assert [name.split("-")[1] for name in trained] == ["bf16", "fp8", "fp8", "fp8"]  # bf16 once
+
+
 @pytest.mark.parametrize("arguments, text", [
-    (["nonsense"], "not 'nonsense'"), (["report"], "run folders"), (["report", "/no/such/run"], "/no/such/run"),
+    (["speed", "--log_interval=2"], "--log_interval"), (["nonsense"], "not 'nonsense'"), (["report"], "run folders"), (["report", "/no/such/run"], "/no/such/run"),
     (["precision", "--bath_size=3"], "--batch_size"), (["precision", "--seeds=0"], "--seeds"), (["ablation", "--seeds=1,2,3"], "--seeds"),
     (["precision", "--formats=FP9"], "FP8 delayed"), (["speed", "--rows=bf16; FP9"], "--rows: speed has FP8 delayed; .*, not 'FP9'"), (["ablation", "--total_batch_size=100"], "total_batch_size=100"),
 ])

@@ -202,7 +202,19 @@ def test_an_auto_flag_edited_to_true_can_be_set_back_to_auto(tmp_path):
     assert module.parse_flags(["--USE_COMPILE=auto"], path, has_gpu=False).USE_COMPILE == "auto"
 
 
-@pytest.mark.parametrize("edit", [dict(max_iters="2 * 1700"), dict(USE_FP8="true"), dict(n_layer='"six"')])
+def test_a_flag_that_somebody_adds_takes_what_its_default_is(tmp_path):
+    """In no list of types: text, switch or number by the default."""
+    added = '1337\nmy_count = 3  # a\nmy_share = 0.5  # b\nmy_text = "x"  # c\nmy_switch = False '
+    module, path = edited_copy(tmp_path, seed=added)
+    cfg = module.parse_flags([], path, has_gpu=False)
+    assert (cfg.my_count, cfg.my_share, cfg.my_text, cfg.my_switch) == (3, 0.5, "x", False) and type(cfg.my_count) is int
+    cfg = module.parse_flags(["--my_count=4", "--my_share=1", "--my_text=7", "--my_switch=true"], path, has_gpu=False)
+    assert (cfg.my_count, cfg.my_share, cfg.my_text, cfg.my_switch) == (4, 1.0, "7", True)
+    with pytest.raises(module.UserError, match="--my_switch takes True or False"):
+        module.parse_flags(["--my_switch=3"], path, has_gpu=False)
+
+
+@pytest.mark.parametrize("edit", [dict(max_iters="2 * 1700"), dict(weight_decay='"much"'), dict(USE_FP8="true"), dict(n_layer='"six"')])
 def test_an_edit_that_cannot_work_is_one_line_that_names_the_flag(tmp_path, edit):
     """An expression counts as cannot-work only if it is refused: evaluating it would be fine too."""
     try:
@@ -211,6 +223,7 @@ def test_an_edit_that_cannot_work_is_one_line_that_names_the_flag(tmp_path, edit
         return  # `true` fails when Python reads the file: clear enough, and before our code runs
     try:
         cfg = module.parse_flags(["--preset=d20"], path, has_gpu=False)
+        module.check_flags(cfg, 1)
     except module.UserError as error:
         assert next(iter(edit)) in str(error)
     else:
