@@ -560,7 +560,7 @@ def number(kind, low, high, what, open_low=False):
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not (low < value if open_low else low <= value) or not value <= high or math.isinf(value):
+        if not (low < value if open_low else low <= value) or not value <= high or value == math.inf:
             raise argparse.ArgumentTypeError(f"takes {what}, not '{text}'")
         return value
 
@@ -575,7 +575,7 @@ def parse_arguments(argv):
     add("--ckpt", default="out", metavar="PATH", help="a checkpoint, a run folder, or a folder of runs, of which the "
         "newest checkpoint counts (default: out)")
     add("--prompt", metavar="TEXT", help='the beginning, or FILE:path (default: "The")')
-    add("--num_samples", type=count, default=1, metavar="N", help="continuations of the prompt, made at once (default 1)")
+    add("--num_samples", type=number(int, 1, 4096, "a whole number from 1 to 4096"), default=1, metavar="N", help="continuations of the prompt, made at once (default 1)")
     add("--max_new_tokens", type=count, metavar="N", help=f"(default: {DEFAULT_NEW_TOKENS}, or what fits into block_size)")
     add("--temperature", type=number(float, 0, math.inf, "a number of at least 0"), default=Choice.temperature, metavar="X",
         help="0: always the likeliest token (default %(default)s)")

@@ -15,6 +15,7 @@ import ast
 import contextlib
 import datetime
 import difflib
+import fcntl
 import fnmatch
 import functools
 import gc
@@ -37,7 +38,9 @@ import sys
 import threading
 import time
 import traceback
+import zlib
 from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -241,7 +244,8 @@ def parse_value(name, text, default):
     """
     try:
         value = ast.literal_eval(text)
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        float(value) if isinstance(value, int) else 0  # a number of 400 digits is none
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError, OverflowError):
         value = {"true": True, "false": False}.get(text.lower(), text)
     number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     if name in OR_AUTO:
@@ -335,6 +339,8 @@ def check_flags(cfg, world_size):
     for name in not_negative:
         if hasattr(cfg, name) and getattr(cfg, name) < 0:
             raise UserError(f"--{name} must not be negative, but is {getattr(cfg, name)}", 2)
+    if getattr(cfg, "rank_timeout", 5) < 5:
+        raise UserError(f"--rank_timeout must be at least 5 (signs of life come every second), not {cfg.rank_timeout}", 2)
     for name in ("muon_momentum_start", "muon_momentum", "adam_beta1", "adam_beta2"):
         if hasattr(cfg, name) and not 0 <= getattr(cfg, name) < 1:
             raise UserError(f"--{name} must be at least 0 and below 1, not {getattr(cfg, name)}", 2)
@@ -2157,8 +2163,12 @@ def load_tensors(folder, state, no_dist=False):
     try:
         dcp.load(state, checkpoint_id=folder, no_dist=no_dist)
     except (Exception, CheckpointException) as error:
-        text = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(f"checkpoint {folder} cannot be loaded: {text[-1]}", one_rank=True)
+        raise UserError(f"checkpoint {folder} cannot be loaded: {last_line(error)}", one_rank=True)
+
+
+def last_line(error):
+    """What an exception says, in one line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
 
 
 def load_weights(folder, tensors):
@@ -2169,23 +2179,26 @@ def load_weights(folder, tensors):
 class Checkpoints:
     """Saves to <run folder>/ckpt/step_NNNNNN while training goes on, and keeps the newest few.
 
-    torch.distributed.checkpoint copies the tensors aside (to pinned memory on a GPU), and a thread writes them over a
-    gloo group of its own. The folder has a temporary name until everything is on disk, meta.json last. A write that
+    The tensors are copied aside (to pinned memory on a GPU), and a thread writes them by torch.distributed.checkpoint, over
+    a gloo group of its own. The folder has a temporary name until everything is on disk, meta.json last. A write that
     fails is reported, and training goes on.
     """
 
     def __init__(self, folder, cfg, procs, first_step=0):
         """first_step: what a resumed run goes on from; later checkpoints of its folder go, as their log lines did."""
         self.folder, self.keep, self.procs = os.path.join(folder, "ckpt"), cfg.keep_checkpoints, procs
-        self.group = dist.new_group(backend="gloo")
-        self.pending = None
+        self.group, self.writer = dist.new_group(backend="gloo"), ThreadPoolExecutor(1)
+        self.pending, dropped = None, []
         if procs.is_main:  # what a killed run left half written or half deleted; what else lies there is none of ours
             for name in os.listdir(self.folder) if os.path.isdir(self.folder) else ():
                 path = os.path.join(self.folder, name)
                 m = re.fullmatch(r"(step|\.writing|\.replaced)_(\d+)", name)
                 whole = m and m[1] == "step" and os.path.isfile(os.path.join(path, "meta.json"))
                 if m and (not whole or 0 < first_step < int(m[2])):
-                    shutil.rmtree(path, ignore_errors=True)
+                    dropped += [name] if whole else []
+                    self.delete(path)
+        if dropped:
+            procs.print(f"resume: goes on from step {first_step}; what came after it is deleted: {', '.join(sorted(dropped))}")
         dist.barrier(self.group)
         self.last = find_checkpoint(self.folder)
 
@@ -2204,18 +2217,34 @@ class Checkpoints:
                 self.procs.print(f"checkpoints: no pinned memory ({str(error).splitlines()[0]})")
 
     def save(self, step, make_state, meta):
-        """Start a checkpoint of make_state() after `step` optimizer steps; returns the seconds that training stood still."""
+        """Start a checkpoint of make_state() after `step` optimizer steps; returns the seconds that training stood still.
+
+        Weights that are not finite are no checkpoint: nothing could go on from it, and it would drive out one that is good.
+        """
         if not self.keep:
             return 0.0
         start = time.perf_counter()
         self.finish(wait=True)  # of the checkpoint before, should it still be under way
         temporary = os.path.join(self.folder, f".writing_{step:06d}")
+        state, error, errors = None, None, [None] * self.procs.world_size
         try:
-            future = dcp.async_save(make_state(), checkpoint_id=temporary, process_group=self.group, async_stager=self.stager)
-            self.pending = step, meta, temporary, future
-        except (Exception, CheckpointException) as error:
+            self.writer.submit(int).result()  # its thread, which may not start
+            state = make_state()
+            weights = [p.to_local() if isinstance(p, DTensor) else p for p in state["model"].values()]
+            largest = torch.stack([torch.linalg.vector_norm(p, ord=math.inf) for p in weights if p.numel()] or [torch.zeros(())])
+            if not largest.isfinite().all():
+                raise ValueError("the weights are not finite")
+            state = self.stager.stage(state)
+        except Exception as e:
             vars(self).pop("stager", None)  # it may hold half a copy
-            self.failed(step, temporary, error)
+            error = last_line(e)
+        # A rank that fails alone must not leave the others waiting for it in their write
+        dist.all_gather_object(errors, error, self.group)
+        if any(errors):
+            rank = next(i for i, text in enumerate(errors) if text)
+            self.failed(step, temporary, errors[rank] + (f" (rank {rank})" if len(errors) > 1 else ""))
+        else:
+            self.pending = step, meta, temporary, self.writer.submit(dcp.save, state, checkpoint_id=temporary, process_group=self.group)
         return time.perf_counter() - start
 
     def finish(self, wait=False):
@@ -2234,16 +2263,23 @@ class Checkpoints:
                 if os.path.exists(final):  # from before the run was resumed at an earlier step
                     os.rename(final, os.path.join(self.folder, f".replaced_{step:06d}"))
                 os.rename(temporary, final)
-                shutil.rmtree(os.path.join(self.folder, f".replaced_{step:06d}"), ignore_errors=True)
+                ckpt = os.open(self.folder, os.O_RDONLY)
+                os.fsync(ckpt)  # the name is on disk before an older checkpoint goes
+                os.close(ckpt)
                 self.last = final
+                self.delete(os.path.join(self.folder, f".replaced_{step:06d}"))
                 for old in [f for f in complete_checkpoints(self.folder) if f != final][:-self.keep + 1 or None]:
-                    os.remove(os.path.join(old, "meta.json"))  # half deleted, it must not count
-                    shutil.rmtree(old, ignore_errors=True)
+                    self.delete(old)
         except (Exception, CheckpointException) as error:
-            self.failed(step, temporary, error)
+            self.failed(step, temporary, last_line(error))
 
-    def failed(self, step, temporary, error):
-        text = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+    def delete(self, folder):
+        """meta.json first: half deleted, a checkpoint must not count."""
+        with contextlib.suppress(OSError):
+            os.remove(os.path.join(folder, "meta.json"))
+        shutil.rmtree(folder, ignore_errors=True)
+
+    def failed(self, step, temporary, text):
         with contextlib.suppress(OSError):  # torch's writer does not say that a disk is full
             text += f" ({shutil.disk_usage(os.path.dirname(self.folder)).free / 1e9:.2f} GB free)"
         self.procs.print(f"checkpoint at step {step} failed, training goes on: {text}")
@@ -2252,6 +2288,7 @@ class Checkpoints:
 
     def close(self):
         self.finish(wait=True)
+        self.writer.shutdown()
         dist.barrier(self.group)  # ranks leave together, after rank 0 has named the last one
 
 
@@ -2316,13 +2353,32 @@ def checkpoint_to_resume(cfg, procs):
     for name, (was, now) in changed.items():
         if name not in ("resume", "out_dir", "run_name"):
             procs.print(f"resume: {name} was {was}, is now {now}")
+    if run_folder and "run_name" in changed:  # it goes on in its own folder, where --resume=auto will look for its own name
+        cfg.run_name = changed["run_name"][0]
+        if "run_name" in cfg.explicit:
+            procs.print(f"resume: goes on in {run_folder}; --run_name={changed['run_name'][1]} has no effect")
     return folder, meta
+
+
+def data_mark(ring, tokens):
+    """What tells whether a checkpoint's data are still there: the size of the shards, and a checksum of the last 4,096 of
+    `tokens` tokens read."""
+    first = max(0, tokens - 4096)
+    return dict(tokens=ring.total, crc32=zlib.crc32(ring.read(first, tokens - first).tobytes()))
+
+
+def check_data(folder, meta, ring):
+    """Refuse shards that are not those of a checkpoint; more of them are fine. Raises UserError."""
+    was, now = meta.get("data"), data_mark(ring, meta["tokens"])
+    if was and was["crc32"] != now["crc32"]:
+        raise UserError(f"{folder} was trained on other data: {was['tokens']:,} tokens with checksum {was['crc32']:08x} before its position, where "
+                        f"{os.path.dirname(ring.paths[0])} has {now['tokens']:,} with {now['crc32']:08x}: bring those shards back", 2)
 
 
 def restore(folder, meta, model, optimizers, loader, procs, te):
     """Put a checkpoint's state back into model, optimizers, loader, scales and generators.
 
-    Scales come back if the checkpoint has them, generators if the world size is the same; returns whether scales did.
+    Scales come back if the checkpoint has them, generators if the world size is the same; returns whether all scales did.
     """
     try:
         saved = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
@@ -2357,7 +2413,7 @@ def restore(folder, meta, model, optimizers, loader, procs, te):
     if own.get("rng"):
         set_random_state(own["rng"][str(procs.rank)], procs, te)
     loader.load_state_dict(meta["loader"])
-    return bool(scales)
+    return scales.keys() == live.keys()
 
 
 # =====================================================================================================
@@ -2365,13 +2421,13 @@ def restore(folder, meta, model, optimizers, loader, procs, te):
 
 
 @torch.no_grad()
-def evaluate(model, ring, cfg, procs, autocast):
+def evaluate(model, ring, cfg, procs, autocast, meanwhile=lambda: None):
     """Mean loss of `model` over the first eval_tokens of the val shards, all ranks taking part.
 
     Sequence s is tokens s*T ... s*T + T of the ring. Rank r takes sequences r, r + world_size, ...; where they do
     not fill a batch, rows without targets do, so that the result is the same for any world and batch size, and all
     ranks make the same number of passes. `autocast()` is the context of a pass: bf16 or the format of training.
-    `model` is the plain one: DDP has nothing to do without gradients.
+    `model` is the plain one: DDP has nothing to do without gradients. meanwhile() is called after each pass.
     """
     T, sequences = cfg.block_size, cfg.eval_tokens // cfg.block_size
     per_pass = procs.world_size * cfg.batch_size
@@ -2389,6 +2445,7 @@ def evaluate(model, ring, cfg, procs, autocast):
             loss = model(x.to(procs.device), y.to(procs.device))
         total += torch.tensor([0.0, float((y >= 0).sum())], dtype=torch.float64).to(procs.device)
         total[0] += loss.double()
+        meanwhile()
     model.train()
     procs.sum(total)
     return (total[0] / total[1]).item()
@@ -2451,6 +2508,12 @@ def make_run_folder(out_dir, run_name):
             raise UserError(f"cannot make the run folder {folder} ({error.strerror}): choose another --out_dir", one_rank=True)
 
 
+def remove_if_empty(folder):
+    """Of a run that failed before it wrote anything."""
+    with contextlib.suppress(OSError):
+        os.rmdir(folder)
+
+
 def data_rows(cfg, procs, loader, val_ring):
     """Rows of the start-up table on data, batch and length: [(name, text)]."""
     ring, tokens = loader.ring, cfg.max_iters * cfg.total_batch_size
@@ -2470,12 +2533,15 @@ def format_duration(seconds):
 
 
 def read_log(folder):
-    """The records of a run folder's log.jsonl; a killed run may have left half a line at its end."""
-    path = os.path.join(folder, "log.jsonl")
+    """The records of a run folder's log.jsonl, without lines that are none: a killed run or a crashed machine may have left some."""
+    path, records = os.path.join(folder, "log.jsonl"), []
     if not os.path.exists(path):
         return []
-    with open(path, encoding="utf-8") as f:
-        return [json.loads(line) for line in f if line.endswith("}\n")]
+    with open(path, encoding="utf-8", errors="replace") as f:
+        for line in f:
+            with contextlib.suppress(ValueError):
+                records += [json.loads(line)] if line.endswith("}\n") else []
+    return records
 
 
 class RunLog:
@@ -2485,19 +2551,27 @@ class RunLog:
         """first_step: the step a resumed run goes on with; records of that step and later ones are dropped."""
         self.folder, self.wandb, self.records, self.unwritten = folder, None, [], b""
         path = os.path.join(folder, "log.jsonl")
-        if first_step and os.path.exists(path):
-            self.records = [r for r in read_log(folder) if r["kind"] != "done" and r["step"] < first_step]
-            with open(path + ".new", "w", encoding="utf-8") as f:
-                f.writelines(json.dumps(r) + "\n" for r in self.records)
-            os.replace(path + ".new", path)
         config = {k: v for k, v in vars(cfg).items() if k != "explicit"} | extra
+        self.lock = os.open(folder, os.O_RDONLY)  # of this process, however it ends
         try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self.lock)
+            raise UserError(f"another process is training in {folder}: wait for its end, or choose another --run_name", one_rank=True)
+        except OSError:
+            pass  # a file system without locks
+        try:
+            if first_step and os.path.exists(path):
+                self.records = [r for r in read_log(folder) if r["kind"] != "done" and r["step"] < first_step]
+                with open(path + ".new", "w", encoding="utf-8") as f:
+                    f.writelines(json.dumps(r) + "\n" for r in self.records)
+                os.replace(path + ".new", path)
             with open(os.path.join(folder, "config.json"), "w") as f:
                 json.dump(config, f, indent=2)
+            self.file = open(path, "ab", buffering=0)  # unbuffered: what write() did not take is known
         except OSError as error:
-            raise UserError(f"{folder}/config.json cannot be written ({error.strerror}): make room, or choose another --out_dir",
-                            one_rank=True)
-        self.file = open(path, "ab", buffering=0)  # unbuffered: what write() did not take is known
+            os.close(self.lock)
+            raise UserError(f"{folder} cannot be written ({error.strerror}): make room, or choose another --out_dir", one_rank=True)
         if cfg.USE_WANDB:
             try:
                 import wandb
@@ -2571,9 +2645,13 @@ class RunLog:
             fp8_stats.plot(self.records, os.path.join(self.folder, "fp8_stats.png"))
 
     def close(self):
-        self.file.close()
-        if self.wandb is not None:
-            self.wandb.finish()
+        """Where a run ends, well or not: once is enough."""
+        if self.lock is not None:
+            self.file.close()
+            os.close(self.lock)
+            self.lock = None
+            if self.wandb is not None:
+                self.wandb.finish()
 
 
 def paths_of(tree, prefix):
@@ -2764,6 +2842,11 @@ class Guard:
         self.windows = {name: deque(state["windows"].get(name, ()), cfg.zscore_window) for name in self.limits}
         self.in_a_row = state["in_a_row"]  # skipped steps up to now
 
+    @property
+    def content(self):
+        """Whether the last step was taken. Only then is a checkpoint due: from weights that no step fits, none could go on."""
+        return not self.in_a_row
+
     def state_dict(self):
         return dict(in_a_row=self.in_a_row, windows={name: list(window) for name, window in self.windows.items()})
 
@@ -2872,6 +2955,8 @@ def run_within(cfg, procs, leaving):
     leaving.callback(loader.close)
     checkpoint, meta = checkpoint_to_resume(cfg, procs)
     first_step = meta["step"] if meta else 0
+    if meta:
+        check_data(checkpoint, meta, loader.ring)
 
     # Model
     precision = select_precision(cfg, device)
@@ -2891,7 +2976,9 @@ def run_within(cfg, procs, leaving):
 
     # What is about to run, in one table
     folder = run_folder_of(checkpoint) if checkpoint else None
-    folder = folder or procs.broadcast(make_run_folder(cfg.out_dir, cfg.run_name) if procs.is_main else None)
+    if not folder:
+        folder = procs.broadcast(make_run_folder(cfg.out_dir, cfg.run_name) if procs.is_main else None)
+        leaving.callback(remove_if_empty, folder)
     machine = describe_machine(device)
     rows = [
         ("device", f"{procs.world_size} x {machine['device']}, torch {torch.__version__}"),
@@ -2921,6 +3008,8 @@ def run_within(cfg, procs, leaving):
                                    world_size=procs.world_size, wrapper=wrapper, precision=precision.name,
                                    emulated=precision.emulated, optimizers=optimizers.description,
                                    parameters=n_params), first_step) if procs.is_main else None
+    if log:
+        leaving.callback(log.close)
     checkpoints, stop = Checkpoints(folder, cfg, procs, first_step), leaving.enter_context(StopSignal())
     checkpoints.prepare(lambda: training_state(model, optimizers, procs, precision.te))
     clock, progress = Clock(device), Progress(cfg, procs, log, meta["train_seconds"] if meta else 0.0)
@@ -2941,6 +3030,7 @@ def run_within(cfg, procs, leaving):
         """Start a checkpoint after so many optimizer steps."""
         pause = checkpoints.save(steps, lambda: training_state(model, optimizers, procs, precision.te), dict(
             step=steps, tokens=steps * cfg.total_batch_size, world_size=procs.world_size, loader=loader.state_dict(),
+            data=data_mark(loader.ring, steps * cfg.total_batch_size),
             train_seconds=progress.train_seconds, parameters=n_params, versions=machine["versions"], **optimizers.meta,
             guard=guard.state_dict(), saved_at=time.time(), flags={k: v for k, v in vars(cfg).items() if k != "explicit"}))
         if cfg.keep_checkpoints:
@@ -2955,7 +3045,7 @@ def run_within(cfg, procs, leaving):
     def evaluate_in(names):
         """{name: val loss} with the matmuls in each of these formats; delayed scaling's state stays as it is."""
         with scales_kept(model):
-            return {name: evaluate(model, val_ring, cfg, procs, lambda: precision.autocast(procs, quantized=name != "bf16"))
+            return {name: evaluate(model, val_ring, cfg, procs, lambda: precision.autocast(procs, quantized=name != "bf16"), checkpoints.finish)
                     for name in names}
 
     def watch_quantization(step):
@@ -3003,7 +3093,8 @@ def run_within(cfg, procs, leaving):
         pending = step, rates, loss, norm, skipped, begin, end
         given_up = guard.in_a_row >= cfg.max_bad_steps
         evaluating = evaluation_due(step)
-        saving = step == cfg.max_iters - 1 or told_to_stop or save_due or cfg.ckpt_interval and (step + 1) % cfg.ckpt_interval == 0
+        due = save_due or cfg.ckpt_interval and (step + 1) % cfg.ckpt_interval == 0
+        saving = step == cfg.max_iters - 1 or told_to_stop or due and guard.content
         watching = cfg.FP8_STATS_INTERVAL and (step + 1) % cfg.FP8_STATS_INTERVAL == 0
         if evaluating or saving or watching or given_up:
             finish(*pending)
@@ -3025,7 +3116,6 @@ def run_within(cfg, procs, leaving):
         if told_to_stop:
             break
     checkpoints.close()
-    stop.close()
     if not told_to_stop or step == cfg.max_iters - 1:
         progress.done()
     else:

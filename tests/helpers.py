@@ -243,7 +243,8 @@ POISONS = ("a loss of nan", "an inf inside", "a gradient of inf")
 @contextlib.contextmanager
 def poisoned(how, *steps, factor=float("nan")):
     """Something that is not finite in train.run()'s steps of these numbers, counted from where it starts: the loss (times
-    `factor`), the activations after the first block, or one gradient."""
+    `factor`), the activations after the first block, or one gradient. Checkpoints are written after such steps too, which
+    shows what they left behind."""
     count, train_step = itertools.count(), train.train_step
 
     def spied(parallel, loader, *rest):
@@ -264,7 +265,7 @@ def poisoned(how, *steps, factor=float("nan")):
             if hook:
                 hook.remove()
 
-    with mock.patch.object(train, "train_step", spied):
+    with mock.patch.object(train, "train_step", spied), mock.patch.object(train.Guard, "content", True):
         yield
 
 

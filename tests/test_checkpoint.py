@@ -6,6 +6,7 @@ and those that are killed in many: both are forked from one that has imported ev
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import pathlib
@@ -14,6 +15,7 @@ import resource
 import shutil
 import signal
 import textwrap
+import time
 from types import SimpleNamespace
 from unittest import mock
 
@@ -334,7 +336,7 @@ RANKS = {
     "fsdp2-nvfp4": (FSDP2 | NVFP4, None, 0), "fsdp2-nvfp4-resumed": (FSDP2 | NVFP4, "fsdp2-nvfp4", 2),
     "one-to-fsdp2": (FSDP2, "one", 3), "one-to-ddp": (DDP, "one", 3), "one-to-ddp-unscaled": (DDP, "one", 3), "fsdp2-to-ddp": (DDP, "fsdp2-fp8", 3),
     "fsdp2-poisoned": (FSDP2, None, 0), "ddp-poisoned": (DDP, None, 0),
-    "minutes": (FSDP2 | dict(ckpt_interval=0), None, 0),
+    "minutes": (FSDP2 | dict(ckpt_interval=0), None, 0), "one-fails": (FSDP2 | dict(ckpt_interval=2), None, 0),
     "stopped": (FSDP2 | dict(ckpt_interval=0), None, 0), "stopped-resumed": (FSDP2, "stopped", 2),
 }
 WORKER = textwrap.dedent("""
@@ -365,6 +367,11 @@ WORKER = textwrap.dedent("""
             stopper = helpers.before_step(1, lambda: os.kill(os.getpid(), signal.SIGTERM))
         if "poisoned" in name and procs.rank == 1:
             stopper = helpers.poisoned("an inf inside", 3)
+        elif "poisoned" in name:
+            stopper = mock.patch.object(train.Guard, "content", True)
+        if name == "one-fails" and procs.rank == 1:  # once, and rank 0 knows nothing of it
+            stage = mock.Mock(side_effect=[RuntimeError("no memory"), mock.DEFAULT, mock.DEFAULT], wraps=torch.distributed.checkpoint.staging.BlockingAsyncStager().stage)
+            stopper = mock.patch.object(torch.distributed.checkpoint.staging.BlockingAsyncStager, "stage", stage)
         if "unscaled" in name:  # what comes of gradients whose scales do not follow the world size
             stopper = mock.patch.object(train, "read_checkpoint", lambda path, read=train.read_checkpoint: read(path) | dict(world_size=2))
         if name == "minutes":  # clocks that do not agree
@@ -397,6 +404,7 @@ def two_ranks(tmp_path_factory, shards, one_rank):
     assert result.code == 0, result.err[-4000:]
     runs = {name: SimpleNamespace(folder=folder / "out" / name, **torch.load(folder / "out" / f"{name}.pt")) for name in RANKS}
     assert not any(run.error for run in runs.values()), {name: run.error for name, run in runs.items()}
+    runs["one-fails"].output = result.out
     return runs
 
 
@@ -431,6 +439,16 @@ def test_the_clock_of_rank_0_decides_for_all(two_ranks):
     run = two_ranks["minutes"]
     assert in_ckpt(run.folder) == [f"step_{s:06d}" for s in range(1, 7)]
     assert learned(run.folder) == learned(two_ranks["fsdp2-fp8"].folder)
+
+
+def test_a_checkpoint_that_fails_on_one_rank_fails_on_all(two_ranks):
+    """Neither waits for the other, later ones are whole."""
+    run, whole = two_ranks["one-fails"], two_ranks["fsdp2-fp8"]
+    lines = [line for line in run.output.splitlines() if "failed, training goes on" in line]
+    assert len(lines) == 1 and lines[0].startswith("checkpoint at step 2 failed, training goes on: no memory (rank 1)"), lines
+    assert in_ckpt(run.folder) == ["step_000004", "step_000006"] and learned(run.folder) == learned(whole.folder)
+    for step in (4, 6):
+        assert same_tensors(read_weights(run.folder / "ckpt" / f"step_{step:06d}", whole.saved[step]), whole.saved[step])
 
 
 # Largest gap of any later loss to the run that was left, in nats. FSDP2 gathers weights rounded to bf16, and FP8 rounds them
@@ -532,6 +550,91 @@ def test_flags_that_can_change_are_said(tmp_path, shards, capsys, one_rank):
     assert json.loads((folder / "config.json").read_text())["learning_rate"] == 0.01
     # The last checkpoint says the flags as they are now
     assert train.read_checkpoint(str(folder / "ckpt" / "step_000006"))["flags"]["learning_rate"] == 0.01
+
+
+def test_other_data_are_refused(tmp_path, shards, capsys, one_rank):
+    """Other tokens under the same names, before the checkpoint's position; one more shard after the others is fine."""
+    folder = copy_of_run(one_rank["fp8"].folder, tmp_path / "r", 3)
+    other = shutil.copytree(shards, tmp_path / "data")
+    helpers.write_shard(other / "synthetic" / "s_train_000009.bin", helpers.markov_tokens(500, seed=9))
+    train_here(tmp_path, other, resume=folder, **RUN | dict(max_iters=4))
+    shard = min((other / "synthetic").glob("*_train_*"))
+    tokens = np.fromfile(shard, dtype=np.uint16)
+    tokens[512:] = tokens[512:][::-1]
+    tokens.tofile(shard)
+    refused(capsys, tmp_path, other, 2, "was trained on other data", other, resume=folder, **RUN)
+
+
+def test_going_back_says_what_it_deletes_and_no_half_deleted_one_counts(tmp_path, shards, capsys, one_rank):
+    folder = copy_of_run(one_rank["fp8"].folder, tmp_path / "r", 5)
+    copy_of_run(one_rank["fp8"].folder, tmp_path / "early", 2)
+    shutil.copytree(tmp_path / "early" / "ckpt" / "step_000002", folder / "ckpt" / "step_000002")
+    with mock.patch.object(train.shutil, "rmtree", lambda path, **_: (pathlib.Path(path) / ".metadata").unlink()):  # killed in the midst
+        with mock.patch.object(train.dist, "barrier", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+            train_here(tmp_path, shards, resume=folder / "ckpt" / "step_000002", **RUN)
+    assert "resume: goes on from step 2; what came after it is deleted: step_000005" in capsys.readouterr().out
+    assert train.find_checkpoint(str(folder)).endswith("step_000002")
+
+
+def test_a_checkpoint_that_is_on_disk_counts_before_the_evaluation_ends(tmp_path, shards):
+    seen = []
+
+    def evaluate(*args, do=train.evaluate):
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline and not list(tmp_path.glob("r/ckpt/step_000002")):
+            do(*args)
+        seen.append(in_ckpt(tmp_path / "r"))
+        return do(*args)
+
+    with mock.patch.object(train, "evaluate", evaluate):
+        train_here(tmp_path, shards, run_name="r", **RUN | dict(max_iters=2, ckpt_interval=0, eval_interval=0))
+    assert seen[0] == ["step_000002"]
+
+
+def test_layers_without_scales_are_calibrated(tmp_path, shards, one_rank):
+    """A layer that was in bf16 has none: at scale 1 its gradients would all be 0 in E5M2 for a step."""
+    folder = train_here(tmp_path, shards, run_name="r", **RUN | dict(max_iters=3, HIGH_PRECISION_LAYERS="blocks.1"))
+    scales = {}
+
+    def train_step(parallel, *rest, do=train.train_step):
+        scales.update({name: float(s.flatten()[0]) for name, s in train.fp8_state(parallel.model).items() if name.endswith("scaling_bwd.scale")})
+        return do(parallel, *rest)
+
+    with mock.patch.object(train, "train_step", train_step):
+        train_here(tmp_path, shards, resume=folder, **RUN | dict(max_iters=4))
+    assert any("blocks.1" in name for name in scales) and min(scales.values()) > 1, scales
+
+
+def test_a_path_goes_on_under_its_own_name(tmp_path, shards, capsys, one_rank):
+    folder = copy_of_run(one_rank["fp8"].folder, tmp_path / "fp8", 3)
+    train_here(tmp_path, shards, resume=folder, run_name="other", **RUN | dict(max_iters=4))
+    assert f"resume: goes on in {folder}; --run_name=other has no effect" in capsys.readouterr().out
+    assert train_here(tmp_path, shards, resume="auto", run_name="fp8", **RUN | dict(max_iters=5)) == folder
+
+
+def test_two_processes_do_not_share_a_run_folder(tmp_path, shards, capsys, one_rank):
+    folder = copy_of_run(one_rank["fp8"].folder, tmp_path / "r", 3)
+    held = os.open(folder, os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    refused(capsys, tmp_path, shards, 1, "another process is training in", resume=folder, **RUN)
+    os.close(held)
+    train_here(tmp_path, shards, resume=folder, **RUN | dict(max_iters=4))
+
+
+def test_lines_that_are_none_do_not_stop_a_resume(tmp_path, shards, one_rank):
+    """As a machine that lost its power may leave them."""
+    folder = copy_of_run(one_rank["fp8"].folder, tmp_path / "r", 3)
+    with open(folder / "log.jsonl", "ab") as f:
+        f.write(b'\0\0\0}\n{"kind": "tra')
+    train_here(tmp_path, shards, resume=folder, **RUN)
+    assert learned(folder) == learned(one_rank["fp8"].folder)
+
+
+def test_a_damaged_checkpoint_that_was_moved_leaves_no_run_folder(tmp_path, shards, capsys, one_rank):
+    moved = shutil.copytree(one_rank["fp8"].folder / "ckpt" / "step_000004", tmp_path / "moved")
+    next(moved.glob("*.distcp")).write_bytes(b"")
+    refused(capsys, tmp_path / "out", shards, 1, "cannot be loaded", run_name="new", resume=moved, **RUN)
+    assert not list((tmp_path / "out").glob("*"))
 
 
 @pytest.mark.parametrize("source,changes", [
@@ -663,17 +766,19 @@ def test_a_checkpoint_at_the_end_and_at_intervals(tmp_path, shards, capsys):
 
 def failing_writes(how, patch):
     """Make the first checkpoint of a run fail; returns a word of the reason."""
-    async_save, calls = train.dcp.async_save, []
+    save, calls = train.dcp.save, []
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def first_fails(*args, **kwargs):
+    def full_at_first(*args, **kwargs):  # a disk that takes 50 kB of a file, and later more
         calls.append(1)
-        if how == "async_save":
-            if len(calls) == 1:
-                raise RuntimeError("no thread could be started")
-        else:  # a disk that takes 50 kB of a file, and later more
-            resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limit[1]) if len(calls) == 1 else limit)
-        return async_save(*args, **kwargs)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limit[1]) if len(calls) == 1 else limit)
+        return save(*args, **kwargs)
+
+    def no_thread_at_first(self, *args, submit=train.ThreadPoolExecutor.submit, **kwargs):
+        calls.append(1)
+        if len(calls) == 1:
+            raise RuntimeError("can't start new thread")
+        return submit(self, *args, **kwargs)
 
     def fsync_fails(descriptor, fsync=os.fsync):
         if descriptor not in calls:
@@ -691,12 +796,14 @@ def failing_writes(how, patch):
     elif how == "meta.json":  # all but the last file could be written
         patch.setattr(train.json, "dump", lambda value, f, dump=json.dump, **k: dump(value, f, **k) if not f.name.endswith(
             "000002/meta.json") else f.write("{") and fsync_fails(-1))
+    elif how == "no thread":
+        patch.setattr(train.ThreadPoolExecutor, "submit", no_thread_at_first)
     else:
-        patch.setattr(train.dcp, "async_save", first_fails)
-    return {"async_save": "no thread could be started", "file size": "", "a file in the way": "", "meta.json": "No space left"}[how]
+        patch.setattr(train.dcp, "save", full_at_first)
+    return {"no thread": "can't start new thread", "file size": "", "a file in the way": "", "meta.json": "No space left"}[how]
 
 
-@pytest.mark.parametrize("how", ["async_save", "file size", "meta.json", "a file in the way"])
+@pytest.mark.parametrize("how", ["no thread", "file size", "meta.json", "a file in the way"])
 def test_a_write_that_fails_is_said_and_training_goes_on(tmp_path, shards, capsys, monkeypatch, one_rank, how):
     """The checkpoint after 2 steps fails, that after 4 works, but where a file takes the folder's place; nothing half
     written stays."""

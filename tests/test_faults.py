@@ -333,10 +333,31 @@ def test_a_stop_whose_checkpoint_cannot_be_written_is_a_failure(tmp_path, shards
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    with before_step(3, lambda: (os.kill(os.getpid(), signal.SIGTERM), setattr(train.dcp, "async_save", full))), \
-            mock.patch.object(train.dcp, "async_save", train.dcp.async_save):
+    with before_step(3, lambda: (os.kill(os.getpid(), signal.SIGTERM), setattr(train.dcp, "save", full))), \
+            mock.patch.object(train.dcp, "save", train.dcp.save):
         fails_in_one_line(capsys, 1, "stopped by a signal after 4 steps", "could not be written", f"the newest: {tmp_path}/r/ckpt/step_000003",
                           out_dir=tmp_path, data_dir=shards, run_name="r", **RUN)
+
+
+def test_no_checkpoint_while_steps_are_skipped(tmp_path, shards, capsys):
+    """Of weights that are not finite, nor of others that no step fits: they would drive out the good ones, and the error at
+    the end names one from which training goes on."""
+    run = dict(out_dir=tmp_path, data_dir=shards, run_name="r", **RUN | dict(keep_checkpoints=1, ckpt_interval=1))
+    folder, train_step = train_here(**run | dict(max_iters=3)), train.train_step
+
+    def spoiled(parallel, *rest):  # the weights overflow in a step whose gradients were finite
+        result = train_step(parallel, *rest)
+        parallel.model.head.weight.data[0, 0] = torch.inf
+        return result
+
+    with mock.patch.object(train, "train_step", spoiled), \
+            mock.patch.object(train.Checkpoints, "failed", autospec=True, side_effect=train.Checkpoints.failed) as failed:
+        fails_in_one_line(capsys, 1, "4 steps in a row were skipped", f"the newest checkpoint: {folder}/ckpt/step_000003",
+                          **run | dict(max_iters=30, resume="auto", max_bad_steps=4))
+    assert [(call.args[1], call.args[3]) for call in failed.call_args_list] == [(4, "the weights are not finite")]
+    assert in_ckpt(folder) == ["step_000003"]
+    train_here(**run | dict(max_iters=6, resume="auto"))
+    assert in_ckpt(folder) == ["step_000006"] and np.isfinite(losses(folder)).all()
 
 
 # -----------------------------------------------------------------------------------------------------

@@ -236,6 +236,7 @@ def test_an_edit_that_cannot_work_is_one_line_that_names_the_flag(tmp_path, edit
 
 @pytest.mark.parametrize("changes,words", [
     (dict(batch_size=0), "batch_size"), (dict(n_layer=-1), "n_layer"), (dict(learning_rate=-0.1), "learning_rate"),
+    (dict(rank_timeout=1.0), "rank_timeout"), (dict(FP8_CALIBRATION_STEPS=0), "FP8_CALIBRATION_STEPS"),
     (dict(warmup_iters=-1), "warmup_iters"), (dict(muon_momentum=1.0), "muon_momentum"), (dict(adam_beta2=1.0), "adam_beta2"),
     (dict(n_head=3), "--n_head="), (dict(n_embd=66, n_head=2), "head size"), (dict(run_name="a/b"), "run_name"),
     (dict(run_name=""), "run_name"), (dict(run_name=".."), "run_name"), (dict(log_interval=0), "log_interval"),
