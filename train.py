@@ -2271,7 +2271,10 @@ class Checkpoints:
                 for old in [f for f in complete_checkpoints(self.folder) if f != final][:-self.keep + 1 or None]:
                     self.delete(old)
         except (Exception, CheckpointException) as error:
-            self.failed(step, temporary, last_line(error))
+            text = last_line(error)
+            with contextlib.suppress(OSError):  # torch's writer does not say that a disk is full
+                text += f" ({shutil.disk_usage(os.path.dirname(self.folder)).free / 1e9:.2f} GB free)"
+            self.failed(step, temporary, text)
 
     def delete(self, folder):
         """meta.json first: half deleted, a checkpoint must not count."""
@@ -2280,8 +2283,6 @@ class Checkpoints:
         shutil.rmtree(folder, ignore_errors=True)
 
     def failed(self, step, temporary, text):
-        with contextlib.suppress(OSError):  # torch's writer does not say that a disk is full
-            text += f" ({shutil.disk_usage(os.path.dirname(self.folder)).free / 1e9:.2f} GB free)"
         self.procs.print(f"checkpoint at step {step} failed, training goes on: {text}")
         if self.procs.is_main:
             shutil.rmtree(temporary, ignore_errors=True)
