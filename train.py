@@ -2554,13 +2554,18 @@ class RunLog:
         path = os.path.join(folder, "log.jsonl")
         config = {k: v for k, v in vars(cfg).items() if k != "explicit"} | extra
         self.lock = os.open(folder, os.O_RDONLY)  # of this process, however it ends
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(self.lock)
-            raise UserError(f"another process is training in {folder}: wait for its end, or choose another --run_name", one_rank=True)
-        except OSError:
-            pass  # a file system without locks
+        for seconds_left in (4, 3, 2, 1, 0):  # one that was killed just now may take a while to be gone
+            try:
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if seconds_left:
+                    time.sleep(1)
+                    continue
+                os.close(self.lock)
+                raise UserError(f"another process is training in {folder}: wait for its end, or choose another --run_name", one_rank=True)
+            except OSError:
+                pass  # a file system without locks
+            break
         try:
             if first_step and os.path.exists(path):
                 self.records = [r for r in read_log(folder) if r["kind"] != "done" and r["step"] < first_step]
