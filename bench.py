@@ -16,7 +16,8 @@ steps to mean something (on a CPU the first two take preset tiny's); `speed` tak
 
 `precision` and `ablation` train from the same weights on the same tokens for each seed: --seeds=3 for three seeds of everything,
 --seeds=2,1 for two of bf16 and one of each format; --formats="bf16,FP8 block" picks rows. They say what they will cost first. A
-run that is finished with the same flags, code and device is taken as it is, so a study that was stopped goes on.
+run that is finished with the same flags, code and device is taken as it is, so a study that was stopped goes on;
+and with several GPUs, each can train some of the --formats, and a last start with all of them makes the table.
 """
 
 import datetime
