@@ -1612,6 +1612,9 @@ def softcap_cross_entropy(logits, targets, softcap):
     return ((torch.logsumexp(z, dim=1) - picked) * (targets >= 0)).sum()
 
 
+LOGIT_GRAD_SCALE = 2.0 ** 15  # gradients of logits are within [-1, 1] by nature: a fixed power of two serves E5M2
+
+
 def softcap_cross_entropy_and_grad(logits, targets, softcap, s=None):
     """The summed loss as above, and its gradient for the logits before the softcap as matmul operands, (N, V) and (V, N).
 
@@ -1646,9 +1649,6 @@ def cross_entropy_kernels(logits, targets, softcap):
     loss, lse = torch.empty(2, N, dtype=torch.float32, device=logits.device)
     cross_entropy_loss[(N,)](logits, targets, loss, lse, V, softcap or 1.0, softcap > 0, 2048, num_warps=8)
     return loss.sum(), lse
-
-
-LOGIT_GRAD_SCALE = 2.0 ** 15  # gradients of logits are within [-1, 1] by nature: a fixed power of two serves E5M2
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
@@ -3048,12 +3048,6 @@ def run_within(cfg, procs, leaving):
 
     formats = ["bf16"] if precision.recipe is None else ["bf16", precision.name][::1 if cfg.EVAL_PRECISION == "bf16" else -1]
 
-    def evaluate_in(names):
-        """{name: val loss} with the matmuls in each of these formats; delayed scaling's state stays as it is."""
-        with scales_kept(model):
-            return {name: evaluate(model, val_ring, cfg, procs, lambda: precision.autocast(procs, quantized=name != "bf16"), checkpoints.finish)
-                    for name in names}
-
     def watch_quantization(step):
         """Log what the format does to each tensor of the next micro-batch (FP8_STATS_INTERVAL); training is not touched."""
         import fp8_stats
@@ -3064,7 +3058,10 @@ def run_within(cfg, procs, leaving):
                            seconds=time.perf_counter() - start, layers=layers))
 
     def evaluate_after(step):
-        val_losses = evaluate_in(formats[:2 if step == cfg.max_iters - 1 else 1])
+        """Val loss with the matmuls in one format, after the last step in both; delayed scaling's state stays as it is."""
+        with scales_kept(model):
+            val_losses = {name: evaluate(model, val_ring, cfg, procs, lambda: precision.autocast(procs, quantized=name != "bf16"), checkpoints.finish)
+                          for name in formats[:2 if step == cfg.max_iters - 1 else 1]}
         progress.val(step, val_losses[formats[0]], val_losses)
         gc.collect()
 
