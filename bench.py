@@ -173,9 +173,9 @@ def largest_gap(a, b):
 
 
 def summarize(runs):
-    """One row a run ({label: folder}), with gaps to the first run (no val loss of a sequence or so, which `speed` makes); and the noise, if two runs are bf16 with other seeds.
+    """One row a run ({label: folder}), with gaps to the first run; and the noise, if two runs are bf16 with other seeds.
 
-    Noise is the largest gap of smoothed loss between two bf16 runs with different seeds on the same tokens. Speed is
+    A val loss over one sequence a rank, which is what `speed` evaluates, is left out. Noise is the largest gap of smoothed loss between two bf16 runs with different seeds on the same tokens. Speed is
     the median over the steps after the warm-up.
     """
     rows = []

@@ -1044,9 +1044,9 @@ if triton is not None:
         else:
             tl.store(a + at, v.to(tl.bfloat16), mask=at < n)
 
+    # The *_row functions take every fourth token of a program, as as_word() wants them, write the gradient and return it
     @triton.jit
     def relu2_backward_row(da, u, du, scale, m, k, M, K, FP8: tl.constexpr):
-        """Tokens m (every fourth of the program's, as as_word() wants them) and columns k: writes du; returns it and relu(u)^2."""
         at, mask = m.to(tl.int64)[:, None] * K + k[None, :], (m < M)[:, None] & (k < K)[None, :]
         v = tl.maximum(tl.load(u + at, mask=mask, other=0.0).to(tl.float32), 0.0)
         d = tl.load(da + at, mask=mask, other=0.0).to(tl.float32) * 2.0 * v
@@ -1092,7 +1092,6 @@ if triton is not None:
     @triton.jit
     def rope_qk_norm_backward_row(grad, qkv, cos, sin, rstd, out, scale, n, head, N, T, heads, C3, FP8: tl.constexpr,
                                   HALF: tl.constexpr):
-        """One head of tokens n, every fourth of the program's: writes the gradient; returns its two halves."""
         d, mask = tl.arange(0, HALF), (n < N)[:, None]
         at = n.to(tl.int64)[:, None] * C3 + head * (2 * HALF) + d[None, :]
         g1 = tl.load(grad + at, mask=mask, other=0.0).to(tl.float32)
@@ -1170,7 +1169,6 @@ if triton is not None:
 
     @triton.jit
     def cross_entropy_gradient_row(logits, targets, lse, out, n, c, N, V, softcap, scale, CAP: tl.constexpr, FP8: tl.constexpr):
-        """Tokens n, every fourth of the program's, and words c of the vocabulary: writes the gradient of logits and returns it."""
         at, mask = n.to(tl.int64)[:, None] * V + c[None, :], (n < N)[:, None] & (c < V)[None, :]
         z, t = softcapped(tl.load(logits + at, mask=mask, other=0.0).to(tl.float32), softcap, CAP)
         target = tl.load(targets + n, mask=n < N, other=-1)[:, None]
@@ -2214,7 +2212,7 @@ class Checkpoints:
             try:
                 self.stager.stage(make_state())
             except RuntimeError as error:  # too little memory: each save will say so, training goes on
-                self.procs.print(f"checkpoints: no pinned memory ({str(error).splitlines()[0]})")
+                self.procs.print(f"checkpoints: no pinned memory ({last_line(error)})")
 
     def save(self, step, make_state, meta):
         """Start a checkpoint of make_state() after `step` optimizer steps; returns the seconds that training stood still.
@@ -2362,14 +2360,15 @@ def checkpoint_to_resume(cfg, procs):
 
 
 def data_mark(ring, tokens):
-    """What tells whether a checkpoint's data are still there: the size of the shards, and a checksum of the last 4,096 of
-    `tokens` tokens read."""
+    """What tells whether a checkpoint's data are still there: the size of the shards, and a checksum of the last 4,096 tokens
+    of the first `tokens` of the ring."""
     first = max(0, tokens - 4096)
     return dict(tokens=ring.total, crc32=zlib.crc32(ring.read(first, tokens - first).tobytes()))
 
 
 def check_data(folder, meta, ring):
-    """Refuse shards that are not those of a checkpoint; more of them are fine. Raises UserError."""
+    """Refuse shards that are not those of a checkpoint. More of them are fine until a run has come round to the first again.
+    Raises UserError."""
     was, now = meta.get("data"), data_mark(ring, meta["tokens"])
     if was and was["crc32"] != now["crc32"]:
         raise UserError(f"{folder} was trained on other data: {was['tokens']:,} tokens with checksum {was['crc32']:08x} before its position, where "
@@ -2545,6 +2544,23 @@ def read_log(folder):
     return records
 
 
+def lock_folder(folder):
+    """Keep other processes from training in a run folder until this one ends, however it does, or closes what is returned."""
+    lock = os.open(folder, os.O_RDONLY)
+    for seconds_left in (4, 3, 2, 1, 0):  # one that was killed just now may take a while to be gone
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if seconds_left:
+                time.sleep(1)
+                continue
+            os.close(lock)
+            raise UserError(f"another process is training in {folder}: wait for its end, or choose another --run_name", one_rank=True)
+        except OSError:
+            pass  # a file system without locks
+        return lock
+
+
 class RunLog:
     """The run folder's log.jsonl, config.json and loss.png, the console, and wandb. Only rank 0 has one that writes."""
 
@@ -2553,19 +2569,7 @@ class RunLog:
         self.folder, self.wandb, self.records, self.unwritten = folder, None, [], b""
         path = os.path.join(folder, "log.jsonl")
         config = {k: v for k, v in vars(cfg).items() if k != "explicit"} | extra
-        self.lock = os.open(folder, os.O_RDONLY)  # of this process, however it ends
-        for seconds_left in (4, 3, 2, 1, 0):  # one that was killed just now may take a while to be gone
-            try:
-                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if seconds_left:
-                    time.sleep(1)
-                    continue
-                os.close(self.lock)
-                raise UserError(f"another process is training in {folder}: wait for its end, or choose another --run_name", one_rank=True)
-            except OSError:
-                pass  # a file system without locks
-            break
+        self.lock = lock_folder(folder)
         try:
             if first_step and os.path.exists(path):
                 self.records = [r for r in read_log(folder) if r["kind"] != "done" and r["step"] < first_step]
@@ -2709,7 +2713,7 @@ class Progress:
                                 **rates, step_ms=ms, tok_per_sec=speed, mfu=mfu, peak_mem_gb=memory,
                                 **({"skipped": skipped} if skipped else {})))
             lr = rates["lr_embed"] if rates["lr_muon"] is None else rates["lr_muon"]
-            eta = (n - 1 - step) * cfg.total_batch_size / self.speed
+            eta = (n - 1 - step) * cfg.total_batch_size / statistics.median(self.speeds[-100:])  # not all: this is on the steps' path
             self.procs.print(f"step {step + 1:>{len(str(n))}}/{n} | loss {loss:7.4f} | norm {norm:8.2e} | lr {lr:.2e} | "
                              f"{ms:7.1f} ms | {speed:,.0f} tok/s | " + (f"MFU {100 * mfu:4.1f}% | " if mfu else "")
                              + f"{memory:.1f} GB | ETA {format_duration(eta)}" + (f" | SKIPPED: {skipped}" if skipped else ""))
