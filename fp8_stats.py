@@ -3,7 +3,7 @@ What quantizing does to the tensors of a run: train.py's FP8_STATS_INTERVAL.
 
     python train.py --FP8_STATS_INTERVAL=50     # log.jsonl: kind "fp8_stats"; the picture: fp8_stats.png
 
-Every so many steps an extra forward and backward pass on the next micro-batch, off the clock, walks the blocks in plain
+Every so many steps an extra forward and backward pass on the first tokens of the next micro-batch, off the clock, walks the blocks in plain
 bf16 operations, whatever library and kernels train them, and hands each operand of each of the blocks' matmuls to
 te_emulation.quantization_stats() as it comes by. Weights, optimizers, data position, scales, amax history and random
 numbers stay as they are. The few functions that train.py has too are written out here: train.py runs as a script, and
@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 import te_emulation
 
 KINDS = ("input", "weight", "gradient")
+TOKENS = 4096  # of the micro-batch, in whole sequences: more change the numbers little, and take their time
 # Matmul -> where its layer keeps delayed scaling's state: (layer, slots of input and weight in scaling_fwd, slot in scaling_bwd)
 MATMULS = {"attn.qkv": ("attn.qkv", (0, 1), 0), "attn.proj": ("attn.proj", (0, 1), 0),
            "mlp.fc1": ("mlp", (0, 1), 0), "mlp.fc2": ("mlp", (3, 4), 2)}
@@ -103,7 +104,7 @@ def collect(model, x, y, recipe, scales, in_bf16, loss_scale):
 
     Args:
         model: train.py's GPT, plain, or sharded by FSDP2.
-        x, y: (B, T) token ids and targets.
+        x, y: (B, T) token ids and targets; the first sequences are looked at, up to TOKENS tokens, and at least one.
         recipe: of te_emulation.py or of Transformer Engine.
         scales: train.fp8_state(model), for delayed scaling's live scales.
         in_bf16: names of the layers that are not quantized; they have no statistics, {"blocks.0.attn.qkv": {}}.
@@ -111,6 +112,7 @@ def collect(model, x, y, recipe, scales, in_bf16, loss_scale):
     Returns: numbers that are not finite as None.
     """
     cfg, seen = model.cfg, {}
+    x, y = (t[:max(1, TOKENS // t.shape[1])] for t in (x, y))
     random_state = te_emulation.get_rng_state()
 
     def watch(block, matmul, kind, tensor):

@@ -142,6 +142,20 @@ def test_live_scales_and_layers_in_bf16(fresh):
     assert all(p.grad is not None for p in model.parameters())  # and not touched: they are those of the loop above
 
 
+def test_some_sequences_of_a_large_micro_batch_are_enough(fresh, monkeypatch):
+    cfg = make_cfg()
+    model, (x, y) = make_model(cfg), tokens_and_targets(cfg)
+
+    def collect(*batch):
+        return fp8_stats.collect(model, *batch, R.Float8CurrentScaling(), {}, [], 0.01)
+
+    whole = collect(x, y)
+    monkeypatch.setattr(fp8_stats, "TOKENS", 2 * x.shape[1] + 1)
+    assert collect(x, y) == collect(x[:2], y[:2]) != whole
+    monkeypatch.setattr(fp8_stats, "TOKENS", 1)
+    assert collect(x, y) == collect(x[:1], y[:1])
+
+
 # -----------------------------------------------------------------------------------------------------
 # Runs
 
