@@ -455,7 +455,7 @@ def plot_study(rows, noise, path):
         ax.fill_between(at, [min(x) for x in across], [max(x) for x in across], color=color, alpha=0.15, linewidth=0)
 
     for i, row in enumerate(rows):
-        color = "black" if row["label"] == "bf16" else f"C{i - 1}"
+        color = "black" if row["label"] == "bf16" else f"C{i % 10}"
         smooth = {s: train.smooth(x) for s, x in row["losses"].items()}
         draw(left, list(smooth.values()), row, color, 0)
         gaps = [[a - b for a, b in zip(curve, bf16[s])] for s, curve in smooth.items() if s in bf16]
