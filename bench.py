@@ -439,36 +439,42 @@ def study_markdown(rows, noise, val_noise, command):
     return "\n".join(lines) + "\n"
 
 
-def plot_study(rows, noise, path):
-    """Loss curves, and each format's gap to bf16: the mean over seeds in bold, their spread as a band, noise in grey."""
+def plot_study(rows, noise, val_noise, path):
+    """Loss curves; each format's gap to bf16 in training (the mean over seeds, their spread as a band, noise in grey), and in val loss."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    fig, (left, right) = plt.subplots(1, 2, figsize=(13, 5), layout="constrained")
+    fig, (left, middle, right) = plt.subplots(1, 3, figsize=(16, 5), layout="constrained", width_ratios=(4, 6, 4))
     bf16 = {s: train.smooth(x) for r in rows if r["label"] == "bf16" for s, x in r["losses"].items()}
     unit, label = (1e6, "million tokens") if rows[0]["tokens"] >= 2e6 else (1e3, "thousand tokens")
 
-    def draw(ax, curves, row, color, skip):
-        at = [(i + 1) * row["config"]["total_batch_size"] / unit for i in range(min(map(len, curves)))][skip:]
-        across = list(zip(*curves))[skip:]
+    def draw(ax, curves, row, color):
+        at = [(i + 1) * row["config"]["total_batch_size"] / unit for i in range(min(map(len, curves)))][row["warmup"]:]
+        across = list(zip(*curves))[row["warmup"]:]
         ax.plot(at, [statistics.mean(x) for x in across], color=color, linewidth=1.5, label=row["label"])
         ax.fill_between(at, [min(x) for x in across], [max(x) for x in across], color=color, alpha=0.15, linewidth=0)
 
     for i, row in enumerate(rows):
         color = "black" if row["label"] == "bf16" else f"C{i % 10}"
         smooth = {s: train.smooth(x) for s, x in row["losses"].items()}
-        draw(left, list(smooth.values()), row, color, 0)
+        draw(left, list(smooth.values()), row, color)
         gaps = [[a - b for a, b in zip(curve, bf16[s])] for s, curve in smooth.items() if s in bf16]
         if row["label"] != "bf16" and gaps:
-            draw(right, gaps, row, color, row["warmup"])
+            draw(middle, gaps, row, color)
+            right.plot(row["gaps"], [i] * len(gaps), "o", color=color, alpha=0.7)
     if noise is not None:
-        right.axhspan(-noise, noise, color="gray", alpha=0.15, label="noise: bf16, other seeds")
-    right.axhline(0, color="black", linewidth=1)
-    left.set(xlabel=label, ylabel="train loss, smoothed", title="Loss: mean over seeds, and their spread")
-    right.set(xlabel=label, ylabel="train loss minus bf16's, smoothed", title="Gap to bf16 of the same seed")
-    for ax in (left, right):
+        for ax, span, by in ((middle, middle.axhspan, noise), (right, right.axvspan, val_noise)):
+            span(-by, by, color="gray", alpha=0.15, label="noise: bf16, other seeds")
+            ax.legend(fontsize=8)
+    middle.axhline(0, color="black", linewidth=1)
+    right.axvline(0, color="black", linewidth=1)
+    left.legend(fontsize=8)
+    left.set(xlabel=label, ylabel="train loss, smoothed", title="Loss after warm-up")
+    middle.set(xlabel=label, ylabel="train loss minus bf16's, smoothed", title="In training: gap to bf16 of the same seed")
+    right.set(xlabel="val loss minus bf16's", title="At the end: gap in val loss, each seed", ylim=(len(rows) - 0.5, -0.5))
+    right.set_yticks([i for i, r in enumerate(rows) if r["gaps"]], [r["label"] for r in rows if r["gaps"]])
+    for ax in (left, middle, right):
         ax.grid(alpha=0.3)
-        ax.legend(fontsize=8)
     fig.savefig(path, dpi=110)
     plt.close(fig)
 
@@ -477,7 +483,7 @@ def report_study(folders, out, command):
     """Write out.json, out.md and out.png of a study's runs, and print the table."""
     rows, noise, val_noise = summarize_study(folders)
     write_report(out, command, dict(noise=noise, val_noise=val_noise, formats=rows), study_markdown(rows, noise, val_noise, command),
-                 lambda path: plot_study(rows, noise, path))
+                 lambda path: plot_study(rows, noise, val_noise, path))
 
 
 def take_options(args, *names):
