@@ -113,7 +113,10 @@ def test_what_is_left_out_and_what_ends_all(fresh, shards, tmp_path, monkeypatch
     assert "FP8 current, seed 1 left out" in capsys.readouterr().out
     result = study("precision", shards, tmp_path, monkeypatch, "--seeds=1", "--formats=bf16,FP8 current")
     assert [r["label"] for r in result["formats"]] == ["bf16", "FP8 current"]
-    assert [name.split("-")[1] for name in trained] == ["bf16", "fp8", "fp8", "fp8"]  # bf16 once
+    (tmp_path / "t" / "r.png").unlink()
+    (row,) = study("precision", shards, tmp_path, monkeypatch, "--seeds=1", "--formats=FP8 current")["formats"]  # a part, for another start to finish
+    assert row["gaps"] == [] and row["largest_gap"] is None and (tmp_path / "t" / "r.png").exists()
+    assert [name.split("-")[1] for name in trained] == ["bf16", "fp8", "fp8", "fp8"]  # each once, but for what failed
 
 
 @pytest.mark.parametrize("arguments, text", [
