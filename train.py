@@ -3270,11 +3270,19 @@ def command_line(run, path, argv=None, presets=PRESETS, choices=CHOICES):
         if watch and error.one_rank:
             end_now("", error.status)
         raise SystemExit(error.status)
+    except torch.OutOfMemoryError:
+        less = [f"--batch_size={cfg.batch_size // 2}"] * (cfg.batch_size > 1) + ["--USE_AC_BLOCKS=True"] * (not getattr(cfg, "USE_AC_BLOCKS", True))
+        message = (f"{os.path.basename(path)}: error: the GPU of rank {procs.rank} has too little memory for batch_size={cfg.batch_size}"
+                   + (f"; the same training takes less with {' or '.join(less)}" if less else ""))
+        if watch:
+            end_now(message, 1)
+        print(message, file=sys.stderr, flush=True)
+        raise SystemExit(1)
     except Exception as error:
         if not watch:
             raise
         obituary = ""
-        if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):
+        if isinstance(error, RuntimeError):
             for _ in range(10):  # a collective fails at once when a rank dies: a while later its silence says which
                 time.sleep(1)
                 if obituary := watch.obituary(4):

@@ -436,6 +436,18 @@ def test_an_error_on_one_rank_ends_both(tmp_path, shards):
     assert_one_error_line(finish(first, timeout=60), 1, "no sign of life from rank 1")
 
 
+def test_too_little_memory_is_one_line(tmp_path, shards, fresh, monkeypatch, capsys):
+    """In training; the run folder stays as it is, and what would need less is named."""
+    def step(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(train, "train_step", step)
+    with pytest.raises(SystemExit) as error:
+        train_here(tmp_path, shards, batch_size=4)
+    line = capsys.readouterr().err
+    assert error.value.code == 1 and line.count("\n") == 1 and "--batch_size=2 or --USE_AC_BLOCKS=True" in line
+
+
 def test_slow_ranks_are_not_missed(tmp_path, shards):
     """Rank 1 takes longer than the timeout for an evaluation, and rank 0 for the end, when rank 1 has left."""
     (tmp_path / "slow.py").write_text(f"import os, sys, time\nsys.path.insert(0, {str(ROOT)!r})\nimport train\n" + """
