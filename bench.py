@@ -8,7 +8,7 @@ Compare runs side by side: loss curves, noise, speed and memory, as a table and 
     torchrun --standalone --nproc_per_node=2 bench.py wrappers --max_iters=77      # FSDP2, then DDP
     python bench.py report --out=results/mine out/a out/b   # the same table and plot from run folders that exist
 
-All train by train.py's own run(), one after another in one process group; any flag of train.py can be given as --name=value.
+All train by train.py's own run() (train_orig.py by its), one after another in one process group; any flag of train.py can be given as --name=value.
 `precision`, `ablation` and `wrappers` take total_batch_size=65536 and 20 warm-up steps, so that a few million tokens are enough
 steps to mean something (on a CPU the first two take preset tiny's); `speed` takes 24 steps, of which the first 4 do not count.
 --rows="bf16; FP8 delayed" picks rows of the modes that compare speeds, as --formats does of the studies below.
