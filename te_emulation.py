@@ -605,7 +605,9 @@ def quantization_stats(x, rcp, kind: str, scale=None) -> torch.Tensor:
     if rcp.nvfp4():
         two_d = kind == "weight" and not rcp.disable_2d_quantization
         rows, cols, limit = NVFP4_BLOCK if two_d else 1, NVFP4_BLOCK, 7.0
-        q, block_scale, amax = quantize_nvfp4(x, -1, two_d, kind == "gradient" and not rcp.disable_stochastic_rounding)
+        stochastic = kind == "gradient" and not rcp.disable_stochastic_rounding
+        limit = E2M1_MAX if stochastic else limit  # above 6 there is no second neighbour
+        q, block_scale, amax = quantize_nvfp4(x, -1, two_d, stochastic)
         decode = block_scale.float() * (amax / (E2M1_MAX * 448.0))
     elif rcp.mxfp8():
         cols = MXFP8_BLOCK
@@ -622,7 +624,7 @@ def quantization_stats(x, rcp, kind: str, scale=None) -> torch.Tensor:
     magnitude, nonzero = x.abs(), x != 0
     count = nonzero.sum().clamp(min=1)
     saturated = ((magnitude > limit * tile_decode) & (tile_decode > 0)).sum() / count
-    underflow = ((q == 0) & nonzero).sum() / count
+    underflow = ((q * tile_decode == 0) & nonzero).sum() / count  # NVFP4's block scales can be 0 themselves
     norm = torch.linalg.vector_norm(x)
     error = torch.linalg.vector_norm(q * tile_decode - x) / torch.where(norm > 0, norm, 1.0)
     used = torch.where(decode > 0, 1.0 / decode, math.nan)  # a block too small for a scale of its own has none

@@ -339,6 +339,8 @@ def check_flags(cfg, world_size):
     for name in not_negative:
         if hasattr(cfg, name) and getattr(cfg, name) < 0:
             raise UserError(f"--{name} must not be negative, but is {getattr(cfg, name)}", 2)
+    if getattr(cfg, "zscore_window", 1) > 1_000_000:
+        raise UserError(f"--zscore_window must be at most 1,000,000 steps, not {cfg.zscore_window}", 2)
     if getattr(cfg, "rank_timeout", 5) < 5:
         raise UserError(f"--rank_timeout must be at least 5 (signs of life come every second), not {cfg.rank_timeout}", 2)
     for name in ("muon_momentum_start", "muon_momentum", "adam_beta1", "adam_beta2"):
@@ -614,6 +616,13 @@ class Precision:
         with torch.autocast(procs.device.type, dtype=torch.bfloat16), \
                 self.te.autocast(enabled=enabled, recipe=self.recipe if enabled else None, amax_reduction_group=group):
             yield
+
+
+def idle_flags(cfg, name):
+    """["NVFP4_HADAMARD=False", ...]: flags that were set for another format than this run's, "fp8-delayed" or another."""
+    of_format = {"fp8-delayed": ("FP8_MARGIN", "FP8_AMAX_HISTORY", "FP8_CALIBRATION_STEPS"),
+                 "nvfp4": ("NVFP4_HADAMARD", "NVFP4_STOCHASTIC_ROUNDING", "NVFP4_2D_WEIGHTS")}
+    return [f"{flag}={getattr(cfg, flag)}" for other, flags in of_format.items() if other != name for flag in flags if flag in cfg.explicit]
 
 
 def select_precision(cfg, device):
@@ -2119,6 +2128,16 @@ def complete_checkpoints(folder):
     return sorted((f for f in found if re.fullmatch(r"step_\d+", os.path.basename(f))), key=steps_of)
 
 
+def give_up_later_checkpoints(run_folder, first_step):
+    """Where a run goes back to an earlier step: no checkpoint after it counts any more. The newest is the first, so that a kill in
+    between leaves one whose log lines are there up to it."""
+    later = [f for f in complete_checkpoints(os.path.join(run_folder, "ckpt")) if steps_of(f) > first_step]
+    if later:
+        print(f"resume: goes on from step {first_step}; what came after it is deleted: {', '.join(map(os.path.basename, later))}", flush=True)
+    for folder in reversed(later):
+        os.remove(os.path.join(folder, "meta.json"))
+
+
 def saved_at(checkpoint):
     """When a checkpoint was saved, as it says itself (copying it changes every time stamp): seconds; 0 if it is damaged."""
     try:
@@ -2150,7 +2169,13 @@ def read_checkpoint(folder):
     try:
         with open(os.path.join(folder, "meta.json"), encoding="utf-8") as f:
             meta = json.load(f)
-            meta["step"], meta["flags"].items(), meta["loader"]  # what another file would not have
+            named = re.fullmatch(r"step_(\d+)", os.path.basename(os.path.abspath(folder)))
+            for key, fits in (("flags", lambda v: isinstance(v, dict)), ("tokens", lambda v: isinstance(v, int) and v > 0),
+                              ("step", lambda v: isinstance(v, int) and v > 0 and (not named or v == int(named[1]))),
+                              ("world_size", lambda v: isinstance(v, int) and v > 0), ("train_seconds", lambda v: isinstance(v, (int, float))),
+                              ("loader", lambda v: all(isinstance(v[k], int) for k in ("step", "micro_batch")))):
+                if not fits(meta[key]):
+                    raise ValueError(f"its {key} is {meta[key]!r}")
             return meta
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{folder} is no complete checkpoint ({error!r}): name a folder step_NNNNNN, a run folder, or leave it out")
@@ -2182,21 +2207,14 @@ class Checkpoints:
     fails is reported, and training goes on.
     """
 
-    def __init__(self, folder, cfg, procs, first_step=0):
-        """first_step: what a resumed run goes on from; later checkpoints of its folder go, as their log lines did."""
+    def __init__(self, folder, cfg, procs):
         self.folder, self.keep, self.procs = os.path.join(folder, "ckpt"), cfg.keep_checkpoints, procs
-        self.group, self.writer = dist.new_group(backend="gloo"), ThreadPoolExecutor(1)
-        self.pending, dropped = None, []
-        if procs.is_main:  # what a killed run left half written or half deleted; what else lies there is none of ours
+        self.group, self.writer, self.pending = dist.new_group(backend="gloo"), ThreadPoolExecutor(1), None
+        if procs.is_main:  # what is half written or half deleted; what else lies there is none of ours
             for name in os.listdir(self.folder) if os.path.isdir(self.folder) else ():
                 path = os.path.join(self.folder, name)
-                m = re.fullmatch(r"(step|\.writing|\.replaced)_(\d+)", name)
-                whole = m and m[1] == "step" and os.path.isfile(os.path.join(path, "meta.json"))
-                if m and (not whole or 0 < first_step < int(m[2])):
-                    dropped += [name] if whole else []
+                if re.fullmatch(r"(step|\.writing|\.replaced)_\d+", name) and not (name[0] == "s" and os.path.isfile(os.path.join(path, "meta.json"))):
                     self.delete(path)
-        if dropped:
-            procs.print(f"resume: goes on from step {first_step}; what came after it is deleted: {', '.join(sorted(dropped))}")
         dist.barrier(self.group)
         self.last = find_checkpoint(self.folder)
 
@@ -2303,10 +2321,10 @@ def folder_before_restart(cfg):
     folders += filter(None, [run_folder_of(find_checkpoint(cfg.resume) or "")] if cfg.resume not in ("", "auto") else [])
     found = []
     for folder in folders:
-        with contextlib.suppress(OSError, ValueError, KeyError), open(os.path.join(folder, "config.json"), encoding="utf-8") as f:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError), open(os.path.join(folder, "config.json"), encoding="utf-8") as f:
             config = json.load(f)
             if config["torchrun"] == name:
-                found.append((config["started_at"], folder))
+                found.append((float(config["started_at"]), folder))
     return max(found)[1] if found else None
 
 
@@ -2505,7 +2523,7 @@ def make_run_folder(out_dir, run_name):
         except FileExistsError:
             continue
         except OSError as error:
-            raise UserError(f"cannot make the run folder {folder} ({error.strerror}): choose another --out_dir", one_rank=True)
+            raise UserError(f"cannot make the run folder {folder} ({error.strerror}): choose another --out_dir or --run_name", one_rank=True)
 
 
 def remove_if_empty(folder):
@@ -2533,14 +2551,17 @@ def format_duration(seconds):
 
 
 def read_log(folder):
-    """The records of a run folder's log.jsonl, without lines that are none: a killed run or a crashed machine may have left some."""
+    """The records of a run folder's log.jsonl, without lines that are none: a killed run or a crashed machine may have left some.
+    A record has a kind and a step."""
     path, records = os.path.join(folder, "log.jsonl"), []
     if not os.path.exists(path):
         return []
     with open(path, encoding="utf-8", errors="replace") as f:
         for line in f:
             with contextlib.suppress(ValueError):
-                records += [json.loads(line)] if line.endswith("}\n") else []
+                record = json.loads(line) if line.endswith("}\n") else None
+                if isinstance(record, dict) and isinstance(record.get("kind"), str) and isinstance(record.get("step"), int):
+                    records.append(record)
     return records
 
 
@@ -2569,16 +2590,16 @@ class RunLog:
         self.folder, self.wandb, self.records, self.unwritten = folder, None, [], b""
         path = os.path.join(folder, "log.jsonl")
         config = {k: v for k, v in vars(cfg).items() if k != "explicit"} | extra
-        self.lock = lock_folder(folder)
+        self.lock, self.config = lock_folder(folder), config
         try:
+            if first_step:
+                give_up_later_checkpoints(folder, first_step)
             if first_step and os.path.exists(path):
                 self.records = [r for r in read_log(folder) if r["kind"] != "done" and r["step"] < first_step]
                 with open(path + ".new", "w", encoding="utf-8") as f:
-                    f.writelines(json.dumps(r) + "\n" for r in self.records)
+                    f.writelines(self.line(r) for r in self.records)
                 os.replace(path + ".new", path)
-            with open(os.path.join(folder, "config.json"), "w") as f:
-                json.dump(config, f, indent=2)
-            self.file = open(path, "ab", buffering=0)  # unbuffered: what write() did not take is known
+            self.open_files()
         except OSError as error:
             os.close(self.lock)
             raise UserError(f"{folder} cannot be written ({error.strerror}): make room, or choose another --out_dir", one_rank=True)
@@ -2589,12 +2610,21 @@ class RunLog:
             except Exception as error:  # no wandb, no network, no login: the run goes on
                 print(f"wandb is off: {str(error).splitlines()[0] if str(error) else type(error).__name__}", flush=True)
 
+    def open_files(self):
+        """Write config.json, and open log.jsonl to append to."""
+        with open(os.path.join(self.folder, "config.json"), "w") as f:
+            json.dump(self.config, f, indent=2)
+        self.file = open(os.path.join(self.folder, "log.jsonl"), "ab", buffering=0)  # unbuffered: what write() did not take is known
+
+    @staticmethod
+    def line(record):
+        """A record as a line of log.jsonl. JSON has no NaN: a loss that is none is written as null."""
+        return json.dumps({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}) + "\n"
+
     def write(self, record):
         """Append one record (a dict with `kind`) to log.jsonl and wandb."""
         self.records.append(record)
-        # JSON has no NaN: a loss that is none is written as null
-        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-        self.write_line(json.dumps(clean) + "\n")
+        self.write_line(self.line(record))
         if self.wandb is not None:
             try:
                 values = {k: v for k, v in record.items() if k not in ("kind", "step")}
@@ -2607,6 +2637,14 @@ class RunLog:
         """Append to log.jsonl; where that fails (a full disk), say so and try again with the next line."""
         new, self.unwritten = not self.unwritten, self.unwritten + line.encode()
         try:
+            if os.fstat(self.file.fileno()).st_nlink == 0:  # deleted while we wrote to it
+                os.makedirs(self.folder, exist_ok=True)
+                self.file.close()
+                os.close(self.lock)
+                self.lock = lock_folder(self.folder)
+                self.open_files()
+                self.unwritten = "".join(map(self.line, self.records)).encode()
+                print("log.jsonl was deleted: it and config.json are written anew", flush=True)
             self.unwritten = self.unwritten[self.file.write(self.unwritten):]
             if not self.unwritten:
                 return
@@ -2617,13 +2655,19 @@ class RunLog:
             print(f"log.jsonl cannot be written, training goes on: {reason}", flush=True)
 
     def plot(self):
-        """Draw loss.png: training loss (thin, and smoothed) and val loss over tokens."""
+        """Draw loss.png and, with FP8_STATS_INTERVAL, fp8_stats.png. No picture is worth a run."""
         try:
-            import matplotlib
-            matplotlib.use("Agg")
-            import matplotlib.pyplot as plt
+            self.draw()
         except ImportError:
-            return
+            pass
+        except Exception as error:  # a full disk, a removed folder, a font
+            print(f"the run's pictures cannot be drawn: {getattr(error, 'strerror', None) or last_line(error)}", flush=True)
+
+    def draw(self):
+        """loss.png: training loss (thin, and smoothed) and val loss over tokens."""
+        import matplotlib
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
         train = [r for r in self.records if r["kind"] == "train" and r["loss"] is not None and math.isfinite(r["loss"])]
         val = [r for r in self.records if r["kind"] == "val" and r["val_loss"] is not None]
         fig, ax = plt.subplots(figsize=(8, 4.5))
@@ -2639,16 +2683,14 @@ class RunLog:
                     markersize=4, label="val loss")
             ax.annotate(f"{val[-1]['val_loss']:.3f}", (val[-1]["tokens"] / unit, val[-1]["val_loss"]),
                         textcoords="offset points", xytext=(0, 8), ha="center", color="tab:orange")
-        ax.set(xlabel=label, ylabel="cross-entropy (nats per token)", title=os.path.basename(self.folder))
+        ax.set(xlabel=label, ylabel="cross-entropy (nats per token)")
+        ax.set_title(os.path.basename(self.folder), parse_math=False)
         ax.grid(alpha=0.3)
         ax.legend()
         fig.tight_layout()
         temporary = os.path.join(self.folder, ".loss.png")
-        try:
-            fig.savefig(temporary, dpi=120, format="png")
-            os.replace(temporary, os.path.join(self.folder, "loss.png"))
-        except OSError as error:  # a full disk, a folder that was removed: the run goes on
-            print(f"loss.png cannot be written: {error.strerror}", flush=True)
+        fig.savefig(temporary, dpi=120, format="png")
+        os.replace(temporary, os.path.join(self.folder, "loss.png"))
         plt.close(fig)
         if any(r["kind"] == "fp8_stats" for r in self.records):
             import fp8_stats
@@ -2995,6 +3037,7 @@ def run_within(cfg, procs, leaving):
         ("precision", f"{precision.name} {precision.reason}"),
         *([("  head", "FP8 by current scaling" if model.fp8_head else "bf16")] if precision.recipe else []),
         *([("  in bf16", ", ".join(in_bf16))] if in_bf16 else []),
+        *([("  without effect", ", ".join(idle))] if (idle := idle_flags(cfg, precision.name)) else []),
         ("wrapper", f"{wrapper} ({why_wrapper})"),
         ("optimizers", optimizers.description),
         ("parameters", f"{n_params:,}"),
@@ -3020,7 +3063,7 @@ def run_within(cfg, procs, leaving):
                                    parameters=n_params), first_step) if procs.is_main else None
     if log:
         leaving.callback(log.close)
-    checkpoints, stop = Checkpoints(folder, cfg, procs, first_step), leaving.enter_context(StopSignal())
+    checkpoints, stop = Checkpoints(folder, cfg, procs), leaving.enter_context(StopSignal())
     checkpoints.prepare(lambda: training_state(model, optimizers, procs, precision.te))
     clock, progress = Clock(device), Progress(cfg, procs, log, meta["train_seconds"] if meta else 0.0)
     clock.ms(clock.mark(), clock.mark())  # waits for the GPU
@@ -3076,7 +3119,7 @@ def run_within(cfg, procs, leaving):
     vals = {r["step"]: r for r in log.records if r["kind"] == "val"} if log else {}  # rank 0 decides
     if first_step - 1 in vals:
         progress.val_loss, progress.val_losses = vals[first_step - 1]["val_loss"], vals[first_step - 1].get("val_losses")
-    lacking = evaluation_due(first_step - 1) and first_step - 1 not in vals and (first_step == cfg.max_iters or vals)
+    lacking = evaluation_due(first_step - 1) and first_step - 1 not in vals and (first_step == cfg.max_iters or log and log.records)
     if procs.broadcast(bool(first_step and lacking)):
         evaluate_after(first_step - 1)
 
@@ -3252,6 +3295,15 @@ def end_now(message, status):
     os._exit(status)
 
 
+def too_little_memory(error, cfg, procs):
+    """What to do about an error, if it is for want of memory; else ""."""
+    if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(error):
+        return ""
+    less = [f"--batch_size={cfg.batch_size // 2}"] * (cfg.batch_size > 1) + ["--USE_AC_BLOCKS=True"] * (not getattr(cfg, "USE_AC_BLOCKS", True))
+    return (f"rank {procs.rank} has too little {'GPU ' if procs.device.type == 'cuda' else ''}memory for this model and batch_size={cfg.batch_size}"
+            + (f"; the same training takes less with {' or '.join(less)}" if less else ""))
+
+
 def command_line(run, path, argv=None, presets=PRESETS, choices=CHOICES):
     """What a script does when it is started: parse flags, run(cfg, processes), and end wrong input with one line.
 
@@ -3270,24 +3322,24 @@ def command_line(run, path, argv=None, presets=PRESETS, choices=CHOICES):
         if watch and error.one_rank:
             end_now("", error.status)
         raise SystemExit(error.status)
-    except torch.OutOfMemoryError:
-        less = [f"--batch_size={cfg.batch_size // 2}"] * (cfg.batch_size > 1) + ["--USE_AC_BLOCKS=True"] * (not getattr(cfg, "USE_AC_BLOCKS", True))
-        message = (f"{os.path.basename(path)}: error: the GPU of rank {procs.rank} has too little memory for batch_size={cfg.batch_size}"
-                   + (f"; the same training takes less with {' or '.join(less)}" if less else ""))
+    except KeyboardInterrupt:  # before training, which takes it as a wish, or a second one
+        print(f"{os.path.basename(path)}: stopped by Ctrl-C", file=sys.stderr, flush=True)
         if watch:
-            end_now(message, 1)
-        print(message, file=sys.stderr, flush=True)
-        raise SystemExit(1)
+            end_now("", 130)
+        raise SystemExit(130)
     except Exception as error:
+        why = too_little_memory(error, cfg, procs)
+        if not watch and why:
+            print(f"{os.path.basename(path)}: error: {why}", file=sys.stderr, flush=True)
+            raise SystemExit(1)
         if not watch:
             raise
-        obituary = ""
-        if isinstance(error, RuntimeError):
+        if not why and isinstance(error, RuntimeError):
             for _ in range(10):  # a collective fails at once when a rank dies: a while later its silence says which
                 time.sleep(1)
-                if obituary := watch.obituary(4):
+                if why := watch.obituary(4):
                     break
-        end_now(f"{os.path.basename(path)}: error: {obituary}" if obituary else traceback.format_exc(), 1)
+        end_now(f"{os.path.basename(path)}: error: {why}" if why else traceback.format_exc(), 1)
     finally:
         if watch:
             watch.close()

@@ -570,10 +570,29 @@ def test_going_back_says_what_it_deletes_and_no_half_deleted_one_counts(tmp_path
     copy_of_run(one_rank["fp8"].folder, tmp_path / "early", 2)
     shutil.copytree(tmp_path / "early" / "ckpt" / "step_000002", folder / "ckpt" / "step_000002")
     with mock.patch.object(train.shutil, "rmtree", lambda path, **_: (pathlib.Path(path) / ".metadata").unlink()):  # killed in the midst
-        with mock.patch.object(train.dist, "barrier", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+        with mock.patch.object(train.dist, "barrier", side_effect=Killed), pytest.raises(Killed):
             train_here(tmp_path, shards, resume=folder / "ckpt" / "step_000002", **RUN)
     assert "resume: goes on from step 2; what came after it is deleted: step_000005" in capsys.readouterr().out
     assert train.find_checkpoint(str(folder)).endswith("step_000002")
+
+
+@pytest.mark.parametrize("gone", range(4))
+def test_killed_while_it_goes_back(tmp_path, shards, one_rank, gone):
+    """After none to all of the later checkpoints are given up: the next start goes on from one that the log reaches."""
+    folder, removed = copy_of_run(one_rank["fp8"].folder, tmp_path / "r", 2, 4, 5, 6), []
+
+    def remove(path, do=os.remove):
+        if len(removed) == gone:
+            raise Killed
+        removed.append(do(path))
+
+    with mock.patch.object(train.os, "remove", remove), mock.patch.object(train.os, "replace", lambda *_: kill()), pytest.raises(Killed), \
+            mock.patch.object(train, "lock_folder", lambda path: os.open(path, os.O_RDONLY)):  # a process that is killed holds no lock
+        train_here(tmp_path, shards, resume=folder / "ckpt" / "step_000002", **RUN)
+    assert [os.path.basename(f) for f in train.complete_checkpoints(str(folder / "ckpt"))] == [f"step_{n:06d}" for n in (2, 4, 5, 6)][:4 - gone]
+    train_here(tmp_path, shards, run_name="r", resume="auto", **RUN | dict(max_iters=7))
+    steps = [r["step"] for r in records(folder, "train")]
+    assert steps == list(range(7)), steps
 
 
 def test_a_checkpoint_that_is_on_disk_counts_before_the_evaluation_ends(tmp_path, shards):
@@ -622,10 +641,10 @@ def test_two_processes_do_not_share_a_run_folder(tmp_path, shards, capsys, one_r
 
 
 def test_lines_that_are_none_do_not_stop_a_resume(tmp_path, shards, one_rank):
-    """As a machine that lost its power may leave them."""
+    """As a machine that lost its power, or a hand, may leave them."""
     folder = copy_of_run(one_rank["fp8"].folder, tmp_path / "r", 3)
     with open(folder / "log.jsonl", "ab") as f:
-        f.write(b'\0\0\0}\n{"kind": "tra')
+        f.write(b'\0\0\0}\n{}\n{"kind": "train"}\n{"kind": "train", "step": "1"}\n{"kind": "tra')
     train_here(tmp_path, shards, resume=folder, **RUN)
     assert learned(folder) == learned(one_rank["fp8"].folder)
 
@@ -708,7 +727,9 @@ def touch_checkpoint(folder, when=None):
     """A folder that counts as a checkpoint saved at `when`, or one that does not; its time stamp is that of this test."""
     folder.mkdir(parents=True)
     if when is not None:
-        (folder / "meta.json").write_text(json.dumps(dict(step=0, flags={}, loader={}, saved_at=when)))
+        step = int("".join(filter(str.isdigit, folder.name)) or 1)
+        (folder / "meta.json").write_text(json.dumps(dict(
+            step=step, tokens=step, world_size=1, train_seconds=1.0, flags={}, loader=dict(step=step, micro_batch=0), saved_at=when)))
     return str(folder)
 
 
@@ -845,11 +866,15 @@ def damage(folder, how):
     elif how == "another index":
         (folder / ".metadata").write_bytes(pickle.dumps({"not": "ours"}))
     else:
-        (folder / "meta.json").write_text({"half meta": '{"step": 4, "fla', "empty meta": "{}", "listed meta": "[]"}[how])
+        (folder / "meta.json").write_text({"half meta": '{"step": 4, "fla', "empty meta": "{}", "listed meta": "[]"}.get(how) or json.dumps(
+            json.loads((folder / "meta.json").read_text()) | ODD_META[how]))
+
+
+ODD_META = {f"meta {key}": {key: value} for key, value in (("step", 5), ("tokens", "9"), ("world_size", 0), ("loader", {}), ("train_seconds", None))}
 
 
 @pytest.mark.parametrize("how", ["truncated data", "start of the data", "empty data", "no data", "truncated index", "no index", "another index",
-                                 "half meta", "empty meta", "listed meta"])
+                                 "half meta", "empty meta", "listed meta", *ODD_META])
 def test_a_damaged_checkpoint_is_refused_in_one_line(tmp_path, shards, capsys, one_rank, how):
     """And its run folder stays as it was."""
     folder = copy_of_run(one_rank["fp8"].folder, tmp_path / "r", 4)

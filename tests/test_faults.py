@@ -263,6 +263,20 @@ def test_a_run_killed_after_its_last_checkpoint_is_finished(tmp_path, shards, ca
     fails_in_one_line(capsys, 2, "has done 6 steps, and max_iters is 6", out_dir=tmp_path, data_dir=shards, resume="auto", **changes)
 
 
+def test_a_run_killed_in_its_first_evaluation_gets_it(tmp_path, shards, whole):
+    def evaluate(*args):
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline and "step_000003" not in in_ckpt(tmp_path / "r"):
+            args[-1]()  # gives a checkpoint that is on disk its name
+        kill()
+
+    with mock.patch.object(train, "evaluate", evaluate), pytest.raises(Killed):
+        train_here(tmp_path, shards, run_name="r", **RUN)
+    assert in_ckpt(tmp_path / "r")[-1] == "step_000003" and not records(tmp_path / "r", "val")
+    train_here(tmp_path, shards, run_name="r", resume="auto", **RUN)
+    assert learned(tmp_path / "r") == learned(whole.folder) and [r["step"] for r in records(tmp_path / "r", "val")] == [2, 5]
+
+
 def test_started_again_by_torchrun(tmp_path, shards, monkeypatch, capsys, whole):
     """--max-restarts: the run goes on in its own folder though `resume` was not given, and though a finished run has
     its name and a newer one too; a run of another torchrun does not."""
@@ -275,6 +289,9 @@ def test_started_again_by_torchrun(tmp_path, shards, monkeypatch, capsys, whole)
     train_here(tmp_path, shards, run_name="r", **RUN)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "mine")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    for name, text in (("not ours", "[]"), ("half", '{"torchrun": "mine"}')):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(text)
     before = {name: (tmp_path / name / "log.jsonl").read_bytes() for name in ("r", "r-3")}
     assert train_here(tmp_path, shards, run_name="r", **RUN) == tmp_path / "r-2"
     assert learned(tmp_path / "r-2") == learned(whole.folder)
@@ -292,13 +309,30 @@ def test_started_again_by_torchrun(tmp_path, shards, monkeypatch, capsys, whole)
 
 
 def test_a_folder_that_vanishes(tmp_path, shards, capsys, whole):
-    """Training goes on to its end, and later checkpoints are there again."""
+    """It is said, training goes on to its end, and log, config and later checkpoints are there again."""
     with before_step(3, lambda: shutil.rmtree(tmp_path / "r")):
         train_here(tmp_path, shards, run_name="r", **RUN)
     out = capsys.readouterr().out
     assert "done: val loss" in out
     assert train.find_checkpoint(str(tmp_path / "r")) == str(tmp_path / "r" / "ckpt" / "step_000006")
     assert f"{records(whole.folder, 'val')[-1]['val_loss']:.4f}" in out
+    assert out.count("log.jsonl was deleted: it and config.json are written anew") == 1
+    assert learned(tmp_path / "r") == learned(whole.folder)
+    fails_in_one_line(capsys, 2, "has done 6 steps", out_dir=tmp_path, data_dir=shards, run_name="r", resume="auto", **RUN)
+
+
+def test_pictures_do_not_end_a_run(tmp_path, capsys):
+    """A run name that matplotlib would take for mathematics, and whatever else goes wrong in a drawing."""
+    log = train.RunLog(str(tmp_path), helpers.make_cfg(), {})
+    log.folder = str(tmp_path / "a$_$b")
+    os.makedirs(log.folder)
+    log.write(dict(kind="train", step=0, loss=2.0, tokens=9))
+    log.plot()
+    assert (tmp_path / "a$_$b" / "loss.png").stat().st_size > 999
+    log.write(dict(kind="train", step=1))
+    log.plot()
+    assert capsys.readouterr().out == "the run's pictures cannot be drawn: 'loss'\n"
+    log.close()
 
 
 def test_a_log_that_cannot_be_written_for_a_while(tmp_path, capsys):
@@ -319,6 +353,9 @@ def test_a_log_that_cannot_be_written_for_a_while(tmp_path, capsys):
 
         def close(self):
             self.file.close()
+
+        def fileno(self):
+            return self.file.fileno()
 
     log.file = Disk(log.file)
     for step in range(6):
@@ -446,6 +483,15 @@ def test_too_little_memory_is_one_line(tmp_path, shards, fresh, monkeypatch, cap
         train_here(tmp_path, shards, batch_size=4)
     line = capsys.readouterr().err
     assert error.value.code == 1 and line.count("\n") == 1 and "--batch_size=2 or --USE_AC_BLOCKS=True" in line
+    fails_in_one_line(capsys, 1, "rank 0 has too little memory", out_dir=tmp_path, data_dir=shards, n_embd=10**9, n_head=10**7)
+
+
+def test_ctrl_c_before_training_is_one_line(tmp_path, shards, fresh, monkeypatch, capsys):
+    monkeypatch.setattr(train, "calibrate", mock.Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(SystemExit) as error:
+        train_here(tmp_path, shards)
+    assert error.value.code == 130 and capsys.readouterr().err == f"{os.path.basename(TRAIN)}: stopped by Ctrl-C\n"
+    assert not list(tmp_path.iterdir())
 
 
 def test_slow_ranks_are_not_missed(tmp_path, shards):

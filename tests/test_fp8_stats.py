@@ -55,10 +55,13 @@ def test_scales_from_the_tensor_itself_saturate_nothing(rcp, kind, error):
     """Errors of a normal distribution in each format; stochastic rounding (NVFP4's gradients) is the larger one."""
     x = torch.randn(256, 256, generator=torch.Generator().manual_seed(0)).bfloat16()
     got = stats(x, rcp, kind)
-    assert got["saturated"] == 0 and got["underflow"] < 0.2 and got["amax"] == x.abs().max()
+    # Stochastic rounding has no neighbour above 6, and a block's scale is rounded, down as often as up
+    assert got["saturated"] == 0 or rcp.nvfp4() and kind == "gradient" and got["saturated"] < 1 / 16
+    assert got["underflow"] < 0.2 and got["amax"] == x.abs().max()
     assert 0.6 * error < got["error"] < error
     spread = torch.cat([x, x * 1e-6])
     assert stats(spread, R.Float8CurrentScaling())["underflow"] > 0.4 and stats(spread, R.MXFP8BlockScaling())["underflow"] < 0.01
+    assert stats(spread, R.NVFP4BlockScaling())["underflow"] > 0.5  # where the scale of the block itself becomes 0
 
 
 @pytest.mark.parametrize("rcp", [R.DelayedScaling(), R.Float8CurrentScaling(), R.Float8BlockScaling(), R.MXFP8BlockScaling(), R.NVFP4BlockScaling()],

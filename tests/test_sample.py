@@ -8,6 +8,7 @@ import pathlib
 import subprocess
 import sys
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -43,12 +44,14 @@ def train_logits(model, tokens):
         return model(tokens.int())
 
 
-def save(model, folder, step=7):
+def save(model, folder):
     """A checkpoint as train.py lays it out, without training first."""
+    step = int(folder.name.removeprefix("step_"))
     folder.parent.mkdir(parents=True)
     dcp.save({"model": {name: p.detach() for name, p in model.named_parameters()}}, checkpoint_id=str(folder), no_dist=True)
     flags = {name: value for name, value in vars(model.cfg).items() if name != "explicit"}
-    (folder / "meta.json").write_text(json.dumps(dict(step=step, tokens=256 * step, loader={}, flags=flags)))
+    (folder / "meta.json").write_text(json.dumps(dict(
+        step=step, tokens=256 * step, loader=dict(step=step, micro_batch=0), flags=flags, world_size=1, train_seconds=1.0)))
     return folder
 
 
@@ -475,6 +478,8 @@ def test_a_run_of_train_py_can_be_sampled(shards, tmp_path, capsys, tokenizer):
     (["--tempreature=1"], 2, ["--tempreature=1"]),
     (["--push_to_hub=me/gpt"], 2, ["--export"]),
     (["--export="], 2, ["--export"]),
+    (["--export=x", "--push_to_hub="], 2, ["OWNER/NAME"]),
+    (["--export=x", "--push_to_hub=my name/x"], 2, ["OWNER/NAME"]),
     (["--interactive", "--prompt=a"], 2, ["--prompt"]),
     (["--interactive", "--export=x"], 2, ["--export"]),
     (["--prompt=" + "word " * 80], 2, ["82 tokens", "block_size is 64"]),
@@ -569,6 +574,10 @@ def test_export_in_bf16_and_never_over_other_files(tmp_path, out_dir, tokenizer,
     result = main_here(capsys, f"--ckpt={out_dir}", f"--export={folder}")
     assert result.code == 2 and "not empty" in result.err
     assert before == sorted((f.name, f.stat().st_mtime_ns) for f in folder.iterdir())
+    with mock.patch.object(torch_file, "save_file", side_effect=OSError(28, "No space left on device")):
+        result = main_here(capsys, f"--ckpt={out_dir}", f"--export={tmp_path}/again")
+    assert result.code == 1 and "No space left on device; make room" in result.err
+    assert main_here(capsys, f"--ckpt={out_dir}", f"--export={tmp_path}/again").code == 0  # the same command, when there is
     (tmp_path / "file").write_text("")
     result = main_here(capsys, f"--ckpt={out_dir}", f"--export={tmp_path}/file")
     assert result.code == 1 and result.err.splitlines()[-1].startswith("sample.py: error: --export=")

@@ -43,6 +43,8 @@ def count_fp8(te):
         "blocks of 1x128": lambda *a: tests.test_block_quantizer_bit_for_bit(a[0], 1, *a[1:]),
         "blocks of 128x128": lambda *a: tests.test_block_quantizer_bit_for_bit(a[0], 2, *a[1:]),
     }
+    if te.is_mxfp8_available():
+        quantizers["MXFP8, 1x32"] = tests.test_mxfp8_quantizer_bit_for_bit
     for quantizer, compare in quantizers.items():
         for fmt, fp8 in (("E4M3", tests.E4M3), ("E5M2", tests.E5M2)):
             for source, dtype in SOURCES.items():
@@ -74,7 +76,7 @@ Differences, all in NVFP4 against the reference, where TE's CUDA kernels do as t
 - Hadamard: a bf16 matmul of 16 terms, whose fp32 sums may be taken in another order; a sum in another last bit can move
   the amax, and with it all scales. (A CPU's bf16 matmul also takes subnormal products for 0: those cases are left out.)
 NaNs of either sign count as equal. The reference has no stochastic rounding: tests/test_emulation.py shows that it only
-ever gives one of the two neighbours, without bias.
+ever gives one of the two neighbours, without bias. MXFP8 is compared where the GPU has it (B200).
 """
 
 
