@@ -8,7 +8,7 @@ import pytest
 
 import helpers
 import train
-from helpers import TRAIN, edited_copy, finish, make_cfg, one_process, start
+from helpers import TRAIN, edited_copy, finish, make_cfg, one_process, start, train_here
 
 pytestmark = pytest.mark.usefixtures("fresh")
 TABLE = train.read_flag_table(TRAIN)
@@ -341,3 +341,11 @@ def test_as_a_script(tmp_path, shards):
     helpers.assert_one_error_line(results["data"], 1, "nowhere", "prepare.py", "--data_dir")
     assert (results["bare"].code, results["bare"].out, results["bare"].err) == (0, "", "")
     assert not list(tmp_path.iterdir())
+
+
+def test_flags_without_effect_are_named(fresh, shards, tmp_path, capsys):
+    """Set for another format than this run's: said in the table at the start."""
+    train_here(tmp_path, shards, max_iters=1, warmup_iters=1, FP8_RECIPE="current", FP8_MARGIN=1, NVFP4_HADAMARD=False)
+    assert "  without effect   FP8_MARGIN=1, NVFP4_HADAMARD=False\n" in capsys.readouterr().out
+    train_here(tmp_path, shards, max_iters=1, warmup_iters=1, FP8_MARGIN=1)
+    assert "without effect" not in capsys.readouterr().out

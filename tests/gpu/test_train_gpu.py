@@ -141,6 +141,18 @@ def test_checkpoints_of_one_process(run):
     assert "resumed from" in resumed.text and max(gaps) < SAME["loss"], gaps
 
 
+@pytest.mark.parametrize("emulated_first", [True, False], ids=["emulation-to-te", "te-to-emulation"])
+def test_resumed_by_the_other_library(run, emulated_first):
+    """Four steps by one, four more by the other from its checkpoint: the losses of eight by the other, within the noise of both."""
+    def flags(emulated):
+        return DELAYED | dict(USE_EMULATION=emulated or "auto", USE_FP8_HEAD=False, USE_TRITON=False)
+
+    saved = run(**flags(emulated_first), ckpt_interval=4, keep_checkpoints=3)
+    resumed = run(**flags(not emulated_first), resume=str(saved.folder / "ckpt" / "step_000004"))
+    gaps = [abs(a - b) for a, b in zip(saved.losses[4:], resumed.losses[-4:])]
+    assert "resumed from" in resumed.text and max(gaps) < 2 * SAME["loss"], gaps
+
+
 @pytest.mark.parametrize("name", PRECISIONS)
 def test_precisions_run_and_say_by_whom(te, run, name):
     """Formats of this GPU run with TE, others are EMULATED, and the table at the start says which."""
