@@ -346,6 +346,7 @@ def test_as_a_script(tmp_path, shards):
 def test_flags_without_effect_are_named(fresh, shards, tmp_path, capsys):
     """Set for another format than this run's: said in the table at the start."""
     train_here(tmp_path, shards, max_iters=1, warmup_iters=1, FP8_RECIPE="current", FP8_MARGIN=1, NVFP4_HADAMARD=False)
-    assert "  without effect   FP8_MARGIN=1, NVFP4_HADAMARD=False\n" in capsys.readouterr().out
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "without effect" in line]
+    assert {"FP8_MARGIN=1", "NVFP4_HADAMARD=False"} <= set(line.replace(",", "").split()) and "FP8_RECIPE" not in line
     train_here(tmp_path, shards, max_iters=1, warmup_iters=1, FP8_MARGIN=1)
     assert "without effect" not in capsys.readouterr().out
