@@ -463,12 +463,13 @@ def plot_study(rows, noise, val_noise, path):
             draw(middle, gaps, row, color)
             right.plot(row["gaps"], [i] * len(gaps), "o", color=color, alpha=0.7)
     if noise is not None:
-        for ax, span, by in ((middle, middle.axhspan, noise), (right, right.axvspan, val_noise)):
+        for span, by in ((middle.axhspan, noise), (right.axvspan, val_noise)):
             span(-by, by, color="gray", alpha=0.15, label="noise: bf16, other seeds")
+    for ax in (left, middle, right):
+        if ax.get_legend_handles_labels()[0]:
             ax.legend(fontsize=8)
     middle.axhline(0, color="black", linewidth=1)
     right.axvline(0, color="black", linewidth=1)
-    left.legend(fontsize=8)
     left.set(xlabel=label, ylabel="train loss, smoothed", title="Loss after warm-up")
     middle.set(xlabel=label, ylabel="train loss minus bf16's, smoothed", title="In training: gap to bf16 of the same seed")
     right.set(xlabel="val loss minus bf16's", title="At the end: gap in val loss, each seed", ylim=(len(rows) - 0.5, -0.5))
