@@ -516,8 +516,8 @@ def export(folder, shape, weights, meta, dtype=torch.float32, name=None):
         shutil.copyfile(os.path.join(data, "encoder.json"), os.path.join(folder, "vocab.json"))
         shutil.copyfile(os.path.join(data, "vocab.bpe"), os.path.join(folder, "merges.txt"))
         tensors = hf_weights(weights, shape, dtype)
-        card = MODEL_CARD.format(name=name or os.path.basename(os.path.abspath(folder)), step=meta.get("step", 0),
-                                 tokens=meta.get("tokens", 0), parameters=sum(w.numel() for w in tensors.values()))
+        card = MODEL_CARD.format(name=name or os.path.basename(os.path.abspath(folder)), step=meta["step"],
+                                 tokens=meta["tokens"], parameters=sum(w.numel() for w in tensors.values()))
         with open(os.path.join(folder, "README.md"), "w", encoding="utf-8") as f:
             f.write(card)
         # The weights last, and under their name only when they are whole
@@ -669,7 +669,7 @@ def run(args):
     if text is not None:
         check_prompt(text)  # before the checkpoint is read
     shape, weights, meta, folder = load_checkpoint(args.ckpt)
-    print(f"checkpoint: {folder}, step {meta.get('step', 0):,}, {meta.get('tokens', 0):,} tokens", file=sys.stderr, flush=True)
+    print(f"checkpoint: {folder}, step {meta['step']:,}, {meta['tokens']:,} tokens", file=sys.stderr, flush=True)
     if args.export is not None:
         dtype = torch.float32 if args.dtype == "auto" else getattr(torch, args.dtype)
         export(args.export, shape, weights, meta, dtype, args.push_to_hub)

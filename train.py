@@ -620,9 +620,10 @@ class Precision:
 
 def idle_flags(cfg, name):
     """["NVFP4_HADAMARD=False", ...]: flags that were set for another format than this run's, "fp8-delayed" or another."""
-    of_format = {"fp8-delayed": ("FP8_MARGIN", "FP8_AMAX_HISTORY", "FP8_CALIBRATION_STEPS"),
+    of_format = {"fp8-": ("FP8_RECIPE", "USE_FP8_HEAD"), "fp8-delayed": ("FP8_MARGIN", "FP8_AMAX_HISTORY", "FP8_CALIBRATION_STEPS"),
                  "nvfp4": ("NVFP4_HADAMARD", "NVFP4_STOCHASTIC_ROUNDING", "NVFP4_2D_WEIGHTS")}
-    return [f"{flag}={getattr(cfg, flag)}" for other, flags in of_format.items() if other != name for flag in flags if flag in cfg.explicit]
+    return [f"{flag}={getattr(cfg, flag)}" for format_, flags in of_format.items() if not name.startswith(format_)
+            for flag in flags if flag in cfg.explicit]
 
 
 def select_precision(cfg, device):
@@ -2213,7 +2214,8 @@ class Checkpoints:
         if procs.is_main:  # what is half written or half deleted; what else lies there is none of ours
             for name in os.listdir(self.folder) if os.path.isdir(self.folder) else ():
                 path = os.path.join(self.folder, name)
-                if re.fullmatch(r"(step|\.writing|\.replaced)_\d+", name) and not (name[0] == "s" and os.path.isfile(os.path.join(path, "meta.json"))):
+                whole = name.startswith("step_") and os.path.isfile(os.path.join(path, "meta.json"))
+                if re.fullmatch(r"(step|\.writing|\.replaced)_\d+", name) and not whole:
                     self.delete(path)
         dist.barrier(self.group)
         self.last = find_checkpoint(self.folder)
@@ -2594,10 +2596,9 @@ class RunLog:
         try:
             if first_step:
                 give_up_later_checkpoints(folder, first_step)
-            if first_step and os.path.exists(path):
                 self.records = [r for r in read_log(folder) if r["kind"] != "done" and r["step"] < first_step]
                 with open(path + ".new", "w", encoding="utf-8") as f:
-                    f.writelines(self.line(r) for r in self.records)
+                    f.writelines(map(self.line, self.records))
                 os.replace(path + ".new", path)
             self.open_files()
         except OSError as error:
@@ -2639,10 +2640,12 @@ class RunLog:
         try:
             if os.fstat(self.file.fileno()).st_nlink == 0:  # deleted while we wrote to it
                 os.makedirs(self.folder, exist_ok=True)
-                self.file.close()
+                deleted = self.file
+                self.open_files()  # may fail: then the next line tries again
+                deleted.close()
+                lock = lock_folder(self.folder)
                 os.close(self.lock)
-                self.lock = lock_folder(self.folder)
-                self.open_files()
+                self.lock = lock
                 self.unwritten = "".join(map(self.line, self.records)).encode()
                 print("log.jsonl was deleted: it and config.json are written anew", flush=True)
             self.unwritten = self.unwritten[self.file.write(self.unwritten):]
@@ -3310,7 +3313,14 @@ def command_line(run, path, argv=None, presets=PRESETS, choices=CHOICES):
     Exit status: 0, or what the UserError says (1 or 2). Of several ranks, one that fails alone ends at once, and so do
     those that it leaves behind.
     """
-    watch = None
+    watch, script = None, os.path.basename(path)
+
+    def leave(text, status):
+        if watch:
+            end_now(text, status)
+        print(text, file=sys.stderr, flush=True)
+        raise SystemExit(status)
+
     try:
         cfg = parse_flags(sys.argv[1:] if argv is None else argv, os.path.abspath(path), presets, choices)
         procs = start_processes()
@@ -3318,28 +3328,22 @@ def command_line(run, path, argv=None, presets=PRESETS, choices=CHOICES):
         return run(cfg, procs)
     except UserError as error:
         if os.environ.get("RANK", "0") == "0" or error.one_rank:
-            print(f"{os.path.basename(path)}: error: {error}", file=sys.stderr, flush=True)
+            print(f"{script}: error: {error}", file=sys.stderr, flush=True)
         if watch and error.one_rank:
             end_now("", error.status)
         raise SystemExit(error.status)
     except KeyboardInterrupt:  # before training, which takes it as a wish, or a second one
-        print(f"{os.path.basename(path)}: stopped by Ctrl-C", file=sys.stderr, flush=True)
-        if watch:
-            end_now("", 130)
-        raise SystemExit(130)
+        leave(f"{script}: stopped by Ctrl-C", 130)
     except Exception as error:
         why = too_little_memory(error, cfg, procs)
-        if not watch and why:
-            print(f"{os.path.basename(path)}: error: {why}", file=sys.stderr, flush=True)
-            raise SystemExit(1)
-        if not watch:
+        if not watch and not why:
             raise
         if not why and isinstance(error, RuntimeError):
             for _ in range(10):  # a collective fails at once when a rank dies: a while later its silence says which
                 time.sleep(1)
                 if why := watch.obituary(4):
                     break
-        end_now(f"{os.path.basename(path)}: error: {why}" if why else traceback.format_exc(), 1)
+        leave(f"{script}: error: {why}" if why else traceback.format_exc(), 1)
     finally:
         if watch:
             watch.close()

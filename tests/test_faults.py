@@ -321,6 +321,23 @@ def test_a_folder_that_vanishes(tmp_path, shards, capsys, whole):
     fails_in_one_line(capsys, 2, "has done 6 steps", out_dir=tmp_path, data_dir=shards, run_name="r", resume="auto", **RUN)
 
 
+def test_a_deleted_log_that_cannot_be_written_anew_at_once(tmp_path, capsys):
+    """A file where the folder was: said once; when it is gone, all records are there."""
+    (tmp_path / "r").mkdir()
+    log = train.RunLog(str(tmp_path / "r"), helpers.make_cfg(), {})
+    log.write(dict(kind="train", step=0))
+    shutil.rmtree(tmp_path / "r")
+    (tmp_path / "r").write_text("")
+    log.write(dict(kind="train", step=1))
+    log.write(dict(kind="train", step=2))
+    (tmp_path / "r").unlink()
+    log.write(dict(kind="train", step=3))
+    log.close()
+    assert records(tmp_path / "r") == [dict(kind="train", step=step) for step in range(4)] and (tmp_path / "r" / "config.json").exists()
+    out = capsys.readouterr().out
+    assert out.count("cannot be written, training goes on") == 1 and out.count("written anew") == 1
+
+
 def test_pictures_do_not_end_a_run(tmp_path, capsys):
     """A run name that matplotlib would take for mathematics, and whatever else goes wrong in a drawing."""
     log = train.RunLog(str(tmp_path), helpers.make_cfg(), {})
@@ -483,7 +500,9 @@ def test_too_little_memory_is_one_line(tmp_path, shards, fresh, monkeypatch, cap
         train_here(tmp_path, shards, batch_size=4)
     line = capsys.readouterr().err
     assert error.value.code == 1 and line.count("\n") == 1 and "--batch_size=2 or --USE_AC_BLOCKS=True" in line
-    fails_in_one_line(capsys, 1, "rank 0 has too little memory", out_dir=tmp_path, data_dir=shards, n_embd=10**9, n_head=10**7)
+    monkeypatch.setattr(train, "GPT", mock.Mock(side_effect=RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 4096 bytes.")))
+    fails_in_one_line(capsys, 1, "rank 0 has too little memory", out_dir=tmp_path, data_dir=shards)
 
 
 def test_ctrl_c_before_training_is_one_line(tmp_path, shards, fresh, monkeypatch, capsys):
