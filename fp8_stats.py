@@ -4,12 +4,13 @@ What quantizing does to the tensors of a run: train.py's FP8_STATS_INTERVAL.
     python train.py --FP8_STATS_INTERVAL=50     # log.jsonl: kind "fp8_stats"; the picture: fp8_stats.png
 
 Every so many steps an extra forward and backward pass on the first tokens of the next micro-batch, off the clock, walks the blocks in plain
-bf16 operations, whatever library and kernels train them, and hands each operand of each of the blocks' matmuls to
-te_emulation.quantization_stats() as it comes by. Weights, optimizers, data position, scales, amax history and random
+bf16 operations, whatever library and kernels train them, and hands each operand of the blocks' and of an FP8 head's
+matmuls to te_emulation.quantization_stats() as it comes by. Weights, optimizers, data position, scales, amax history and random
 numbers stay as they are. The few functions that train.py has too are written out here: train.py runs as a script, and
 importing it would make a second one of everything in it. Under DDP and FSDP2 all ranks make the pass on their own micro-batch, and rank 0's is logged.
 """
 
+import itertools
 import math
 import os
 
@@ -20,7 +21,7 @@ from torch.distributed.tensor import DTensor
 import te_emulation
 
 KINDS = ("input", "weight", "gradient")
-TOKENS = 4096  # of the micro-batch, in whole sequences: more change the numbers little, and take their time
+TOKENS, HEAD_TOKENS = 4096, 1024  # of the micro-batch, in whole sequences: more change the numbers little, and take their time. Of logits fewer: V for each
 # Matmul -> where its layer keeps delayed scaling's state: (layer, slots of input and weight in scaling_fwd, slot in scaling_bwd)
 MATMULS = {"attn.qkv": ("attn.qkv", (0, 1), 0), "attn.proj": ("attn.proj", (0, 1), 0),
            "mlp.fc1": ("mlp", (0, 1), 0), "mlp.fc2": ("mlp", (3, 4), 2)}
@@ -83,21 +84,30 @@ def block_forward(block, x, cos, sin, n_head, eps, see):
     return x + linear(torch.relu(z.float()).square().bfloat16(), mlp.fc2_weight, "mlp.fc2")
 
 
-def head_gradient(head, h, targets, loss_scale, chunk=4096):
-    """Gradient of loss_scale x summed cross-entropy for h (N, C) bf16, some tokens at a time."""
-    weight, gradients = whole(head.weight).to(h.dtype), []
-    for hc, tc in zip(h.split(chunk), targets.split(chunk)):
-        hc = hc.detach().requires_grad_()
-        logits = multiply(hc, weight.t()).float()
-        if head.softcap:
-            logits = head.softcap * torch.tanh(logits / head.softcap)
-        loss = F.cross_entropy(logits, tc, ignore_index=-1, reduction="sum") * loss_scale
-        gradients += torch.autograd.grad(loss, hc)
+def head_gradient(head, h, targets, loss_scale, see):
+    """Gradient of loss_scale x summed cross-entropy for h (N, C) bf16, HEAD_TOKENS at a time.
+
+    see(kind, tensor) is shown h, the weight, and the gradient of the first logits, fp32.
+    """
+    weight, gradients = whole(head.weight), []
+    see("input", h)
+    see("weight", weight)
+    weight = weight.to(h.dtype)
+    for hc, tc in zip(h.split(HEAD_TOKENS), targets.split(HEAD_TOKENS)):
+        logits = multiply(hc, weight.t()).float().requires_grad_()
+        capped = head.softcap * torch.tanh(logits / head.softcap) if head.softcap else logits
+        loss = F.cross_entropy(capped, tc, ignore_index=-1, reduction="sum") * loss_scale
+        (gradient,) = torch.autograd.grad(loss, logits)
+        if not gradients:
+            see("gradient", gradient)
+        gradients.append(multiply(gradient.to(h.dtype), weight))
     return torch.cat(gradients)
 
 
-def collect(model, x, y, recipe, scales, in_bf16, loss_scale):
+def collect(model, x, y, recipe, scales, in_bf16, loss_scale, logit_scale=None):
     """Statistics of one micro-batch: {"blocks.0.attn.qkv": {"input": {"amax": 3.1, ...}, "weight": ..., "gradient": ...}, ...}.
+
+    Gradients are those of the mean loss of a step, the head's too, which training multiplies by loss_scale only after its matmuls.
 
     A block's inputs are kept from a first pass without gradients; then, from the last block to the first, each runs
     again with them, so that no more than one block's activations exist at once.
@@ -109,6 +119,7 @@ def collect(model, x, y, recipe, scales, in_bf16, loss_scale):
         scales: train.fp8_state(model), for delayed scaling's live scales.
         in_bf16: names of the layers that are not quantized; they have no statistics, {"blocks.0.attn.qkv": {}}.
         loss_scale: what training multiplies a micro-batch's summed loss by.
+        logit_scale: of an FP8 head, the scale of the summed loss's gradients; None: the head is in bf16, and has no statistics.
     Returns: numbers that are not finite as None.
     """
     cfg, seen = model.cfg, {}
@@ -125,6 +136,11 @@ def collect(model, x, y, recipe, scales, in_bf16, loss_scale):
             scale = scales[f"blocks.{block}.{layer}.{held}.scale"][slot]
         seen[f"blocks.{block}.{matmul}", kind] = te_emulation.quantization_stats(tensor, recipe, kind, scale)
 
+    def watch_head(kind, tensor):
+        if logit_scale is not None:
+            scale = torch.tensor(logit_scale / loss_scale, device=tensor.device) if kind == "gradient" else None
+            seen["head", kind] = te_emulation.quantization_stats(tensor, te_emulation.recipe.Float8CurrentScaling(), kind, scale)
+
     def run_block(i, h, see):
         return block_forward(model.blocks[i], h, model.cos, model.sin, cfg.n_head, cfg.norm_eps, see)
 
@@ -134,7 +150,7 @@ def collect(model, x, y, recipe, scales, in_bf16, loss_scale):
             inputs.append(run_block(i, inputs[-1], lambda *_: None))
     last = inputs.pop().requires_grad_()
     h = rms_norm(last, cfg.norm_eps, whole(model.norm.weight))
-    gradient = head_gradient(model.head, h.detach().flatten(0, 1), y.flatten(), loss_scale).view_as(h)
+    gradient = head_gradient(model.head, h.detach().flatten(0, 1), y.flatten(), loss_scale, watch_head).view_as(h)
     (gradient,) = torch.autograd.grad(h, last, gradient)
     for i in reversed(range(cfg.n_layer)):
         h = inputs.pop().requires_grad_()
@@ -148,7 +164,7 @@ def collect(model, x, y, recipe, scales, in_bf16, loss_scale):
         for (layer, kind), row in zip(seen, rows):
             numbers = [v if math.isfinite(v) else None for v in row]
             layers.setdefault(layer, {})[kind] = dict(zip(te_emulation.STATISTICS, numbers))
-    names = [f"blocks.{i}.{m}" for i in range(cfg.n_layer) for m in MATMULS]
+    names = [f"blocks.{i}.{m}" for i in range(cfg.n_layer) for m in MATMULS] + ["head"]
     return {n: {k: layers[n][k] for k in KINDS} if n in layers else {} for n in names}
 
 
@@ -172,8 +188,11 @@ def plot(records, path):
     records = [r for r in records if r["kind"] == "fp8_stats" and any(r["layers"].values())]
     if not records:
         return
-    n_blocks = 1 + max(int(name.split(".")[1]) for r in records for name in r["layers"])
-    layers = [f"blocks.{i}.{m}" for m in MATMULS for i in range(n_blocks)]  # one band for each matmul
+    n_blocks = 1 + max(int(name.split(".")[1]) for r in records for name in r["layers"] if name != "head")
+    bands = [[f"blocks.{i}.{m}" for i in range(n_blocks)] for m in MATMULS]  # one for each matmul
+    if any(r["layers"].get("head") for r in records):
+        bands.append(["head"] * max(1, n_blocks // 4))  # drawn higher than it is, to be seen
+    layers, ends = sum(bands, []), list(itertools.accumulate(map(len, bands)))
     steps = [r["step"] + 1 for r in records]
     stats = te_emulation.STATISTICS
     fig, axes = plt.subplots(len(stats), len(KINDS), figsize=(13, 15), sharex=True, sharey=True, layout="constrained")
@@ -200,14 +219,14 @@ def plot(records, path):
             bar.ax.tick_params(which="both", labelsize=7)
             if share or (norm.vmin > 0 and norm.vmax > 30 * norm.vmin):  # whole powers of ten are enough
                 bar.ax.yaxis.set_minor_formatter(NullFormatter())
-            for band in range(1, len(MATMULS)):
-                ax.axhline(band * n_blocks - 0.5, color="0.35", linewidth=0.8)
+            for end in ends[:-1]:
+                ax.axhline(end - 0.5, color="0.35", linewidth=0.8)
             ax.set_title(kind if stat == stats[0] else "", fontsize=12, fontweight="bold")
             ax.tick_params(labelsize=8, left=False)
             for side in ax.spines.values():
                 side.set_color("0.35")
         row[0].set_ylabel(TITLES[stat], fontsize=9)
-    axes[0, 0].set_yticks([(i + 0.5) * n_blocks - 0.5 for i in range(len(MATMULS))], [m.split(".")[1] for m in MATMULS])
+    axes[0, 0].set_yticks([end - len(band) / 2 - 0.5 for end, band in zip(ends, bands)], [band[0].split(".")[-1] for band in bands])
     shown = sorted({round(i * (len(steps) - 1) / 5) for i in range(6)})
     axes[0, 0].set_xticks(shown, [f"{steps[i]:,}" for i in shown])
     for ax in axes[-1]:

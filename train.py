@@ -3102,7 +3102,8 @@ def run_within(cfg, procs, leaving):
         """Log what the format does to each tensor of the next micro-batch (FP8_STATS_INTERVAL); training is not touched."""
         import fp8_stats
         start = time.perf_counter()
-        layers = fp8_stats.collect(model, *loader.peek(), precision.recipe, fp8_state(model), in_bf16, loader.loss_scale)
+        layers = fp8_stats.collect(model, *loader.peek(), precision.recipe, fp8_state(model), in_bf16, loader.loss_scale,
+                                   LOGIT_GRAD_SCALE if model.fp8_head else None)
         if log:
             log.write(dict(kind="fp8_stats", step=step, tokens=(step + 1) * cfg.total_batch_size, format=precision.name,
                            seconds=time.perf_counter() - start, layers=layers))

@@ -17,7 +17,8 @@ import train
 from helpers import losses, make_cfg, make_model, one_process, records, relative, tokens_and_targets, train_here
 
 R = te.recipe
-LAYERS = [f"blocks.{i}.{m}" for i in range(2) for m in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")]
+BLOCKS = [f"blocks.{i}.{m}" for i in range(2) for m in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")]
+LAYERS = [*BLOCKS, "head"]
 
 
 def stats(x, rcp, kind="input", scale=None):
@@ -86,7 +87,7 @@ def test_the_pass_sees_what_training_sees(fresh):
     precision = train.select_precision(cfg, torch.device("cpu"))
     want, got = {}, {}
     forward, backward = te._linear_forward, te._linear_backward
-    matmuls, last_first = iter(LAYERS), iter([LAYERS[4 * b + m] for b in (1, 0) for m in (3, 2, 1, 0)])
+    matmuls, last_first = iter(BLOCKS), iter([BLOCKS[4 * b + m] for b in (1, 0) for m in (3, 2, 1, 0)])
 
     def spied_forward(run, h, weight, *rest):
         name = next(matmuls)
@@ -102,14 +103,14 @@ def test_the_pass_sees_what_training_sees(fresh):
             loss = model(x, y) * 0.01
         loss.backward()
 
-    order = iter([(LAYERS[4 * b + m], k) for b in (1, 0) for m in range(4) for k in ("input", "weight")])
+    order = iter([(BLOCKS[4 * b + m], k) for b in (1, 0) for m in range(4) for k in ("input", "weight")])
 
     def spied_stats(tensor, rcp, kind, scale):
         name = next(order)[0] if kind != "gradient" else next(reverse)
         got[name, kind] = tensor
         return torch.zeros(5)
 
-    reverse = iter([LAYERS[4 * b + m] for b in (1, 0) for m in (3, 2, 1, 0)])
+    reverse = iter([BLOCKS[4 * b + m] for b in (1, 0) for m in (3, 2, 1, 0)])
     with mock.patch.object(te, "quantization_stats", spied_stats):
         result = fp8_stats.collect(model, x, y, R.Float8CurrentScaling(), {}, [], 0.01)
     assert list(result) == LAYERS and want.keys() == got.keys()
@@ -130,7 +131,7 @@ def test_live_scales_and_layers_in_bf16(fresh):
     state = train.fp8_state(model)
     before = {k: v.clone() for k, v in state.items()}
     result = fp8_stats.collect(model, x, y, precision.recipe, state, in_bf16, 0.01)
-    assert list(result) == LAYERS and [n for n in LAYERS if not result[n]] == ["blocks.1.attn.qkv", "blocks.1.attn.proj"]
+    assert list(result) == LAYERS and [n for n in LAYERS if not result[n]] == ["blocks.1.attn.qkv", "blocks.1.attn.proj", "head"]
     for name, kind, key, slot in (("attn.qkv", "input", "scaling_fwd", 0), ("attn.qkv", "weight", "scaling_fwd", 1),
                                   ("attn.proj", "gradient", "scaling_bwd", 0), ("mlp.fc1", "weight", "scaling_fwd", 1),
                                   ("mlp.fc2", "input", "scaling_fwd", 3), ("mlp.fc2", "weight", "scaling_fwd", 4),
@@ -143,6 +144,32 @@ def test_live_scales_and_layers_in_bf16(fresh):
         assert numbers["saturated"] < 1e-3 and 0.01 < numbers["error"] < 0.08
     assert all(torch.equal(v, before[k]) for k, v in train.fp8_state(model).items())
     assert all(p.grad is not None for p in model.parameters())  # and not touched: they are those of the loop above
+
+
+def test_the_head(fresh):
+    """An FP8 head's statistics are those of the tensors that training quantizes, with its scales."""
+    cfg = make_cfg(logit_softcap=2.0, loss_chunk_size=1024)  # one chunk
+    model, (x, y) = make_model(cfg), tokens_and_targets(cfg)
+    torch.nn.init.normal_(model.head.weight, std=0.1)  # from zero: all gradients would be alike
+    y.view(-1)[:3] = -1
+    precision, quantize, seen = train.select_precision(cfg, torch.device("cpu")), train.quantize, []
+
+    def spied(tensor, s, **rest):
+        seen.append((tensor.detach().clone(), s))
+        return quantize(tensor, s, **rest)
+
+    with mock.patch.object(train, "quantize", spied), precision.autocast(one_process()):
+        model(x, y)
+    (weight, _), (h, _), (gradient, s), *_ = seen
+    assert s.dtype == torch.float8_e5m2 and gradient.shape[1] == cfg.vocab_size
+    rcp, loss_scale = R.Float8CurrentScaling(), 0.01
+    want = {"input": stats(h, rcp), "weight": stats(weight, rcp),
+            "gradient": stats(gradient.float() * loss_scale, rcp, "gradient", s.scale / loss_scale)}
+    got = fp8_stats.collect(model, x, y, precision.recipe, train.fp8_state(model), [], loss_scale, train.LOGIT_GRAD_SCALE)["head"]
+    assert list(got) == list(fp8_stats.KINDS) and got["weight"] == pytest.approx(want["weight"], rel=1e-5)
+    for kind in ("input", "gradient"):
+        assert got[kind] == pytest.approx(want[kind], rel=0.05, abs=1e-4), kind
+    assert got["gradient"]["scale"] == pytest.approx(2.0 ** 15 / loss_scale) and got["gradient"]["amax"] <= loss_scale
 
 
 def test_some_sequences_of_a_large_micro_batch_are_enough(fresh, monkeypatch):
@@ -163,9 +190,10 @@ def test_some_sequences_of_a_large_micro_batch_are_enough(fresh, monkeypatch):
 # Runs
 
 
-@pytest.mark.parametrize("changes", [dict(), dict(USE_NVFP4=True, n_embd=128, batch_size=4), dict(FP8_RECIPE="mxfp8", HIGH_PRECISION_LAYERS="blocks.1")],
-                         ids=["delayed", "nvfp4", "mxfp8"])
-def test_a_run_with_statistics_trains_the_same(fresh, shards, tmp_path, changes):
+@pytest.mark.parametrize("changes, watched_layers", [
+    (dict(), 9), (dict(USE_NVFP4=True, n_embd=128, batch_size=4), 8), (dict(FP8_RECIPE="mxfp8", HIGH_PRECISION_LAYERS="blocks.1"), 5),
+    (dict(HIGH_PRECISION_LAYERS="head"), 8), (dict(USE_FP8_HEAD=False), 8)], ids=["delayed", "nvfp4", "mxfp8", "bf16-head", "no-fp8-head"])
+def test_a_run_with_statistics_trains_the_same(fresh, shards, tmp_path, changes, watched_layers):
     """To the bit, with stochastic rounding too; the records come every so many steps, in order, and the picture is drawn."""
     off = train_here(tmp_path / "off", shards, max_iters=5, **changes)
     on = train_here(tmp_path / "on", shards, max_iters=5, FP8_STATS_INTERVAL=2, **changes)
@@ -176,7 +204,7 @@ def test_a_run_with_statistics_trains_the_same(fresh, shards, tmp_path, changes)
     assert [r["step"] for r in found] == [1, 3] and all(r["seconds"] > 0 for r in found)
     for r in found:
         watched = [layer for layer in r["layers"].values() if layer]
-        assert list(r["layers"]) == LAYERS and len(watched) == (4 if "HIGH_PRECISION_LAYERS" in changes else 8)
+        assert list(r["layers"]) == LAYERS and len(watched) == watched_layers
         for layer in watched:
             assert list(layer) == list(fp8_stats.KINDS) and all(list(numbers) == list(te.STATISTICS) for numbers in layer.values())
             assert all(0 <= n[s] <= 1 for n in layer.values() for s in ("saturated", "underflow"))
