@@ -273,7 +273,8 @@ def test_statistics(run, name):
         for kind, numbers in kinds.items():
             assert numbers["amax"] > 0 and numbers["scale"] > 0, (layer, kind)
             assert numbers["saturated"] < 0.05 and 0.005 < numbers["error"] < (0.3 if name == "nvfp4" else 0.15), (layer, kind, numbers)
-    assert len(watched.stats[-1]["layers"]) == 4 * FLAGS["n_layer"]
+    assert len(watched.stats[-1]["layers"]) == 4 * FLAGS["n_layer"] + 1
+    assert bool(watched.stats[-1]["layers"]["head"]) == (name != "nvfp4")
 
 
 def build(procs, **flags):
