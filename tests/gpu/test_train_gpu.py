@@ -272,7 +272,9 @@ def test_statistics(run, name):
     for layer, kinds in watched.stats[-1]["layers"].items():
         for kind, numbers in kinds.items():
             assert numbers["amax"] > 0 and numbers["scale"] > 0, (layer, kind)
-            assert numbers["saturated"] < 0.05 and 0.005 < numbers["error"] < (0.3 if name == "nvfp4" else 0.15), (layer, kind, numbers)
+            # Of 16 values in an NVFP4 block one may be above its scale, which is rounded; zeros are not counted
+            saturated, error = (0.1, 0.3) if name == "nvfp4" else (0.05, 0.15)
+            assert numbers["saturated"] < saturated and 0.005 < numbers["error"] < error, (layer, kind, numbers)
     assert len(watched.stats[-1]["layers"]) == 4 * FLAGS["n_layer"] + 1
     assert bool(watched.stats[-1]["layers"]["head"]) == (name != "nvfp4")
 
