@@ -473,6 +473,7 @@ def plot_study(rows, noise, val_noise, path):
     left.set(xlabel=label, ylabel="train loss, smoothed", title="Loss after warm-up")
     middle.set(xlabel=label, ylabel="train loss minus bf16's, smoothed", title="In training: gap to bf16 of the same seed")
     right.set(xlabel="val loss minus bf16's", title="At the end: gap in val loss, each seed", ylim=(len(rows) - 0.5, -0.5))
+    right.locator_params(axis="x", nbins=6)
     right.set_yticks([i for i, r in enumerate(rows) if r["gaps"]], [r["label"] for r in rows if r["gaps"]])
     for ax in (left, middle, right):
         ax.grid(alpha=0.3)
