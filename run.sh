@@ -218,7 +218,20 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > NPROC ? cores / NPROC : 1))
 # torchrun, of this python, in a process group of its own: it hears of a signal once, from here, also where the terminal
 # or Slurm signals the whole group. It passes the signal on and returns 1 whatever the workers made of it, so they leave a
 # file when they have ended well: all ranks were still there then, and the last checkpoint is on disk.
-# From torch 2.12 on it leaves them as many seconds to end as this variable says; before, 30.
+# A failed worker has said why in one line, so torchrun's tracebacks are left out, and the status is the worker's.
+launch='
+import sys
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.run import main
+try:
+    main()
+except ChildFailedError as error:
+    sys.exit(max(1, error.get_first_failure()[1].exitcode))
+except SignalException:
+    sys.exit(1)
+'
+# From torch 2.12 on torchrun leaves workers as many seconds to end as this variable says; before, 30.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
 ended_well=$(mktemp -d)/yes
 trap 'rm -rf -- "${ended_well%/yes}"' EXIT
@@ -226,7 +239,7 @@ signalled=''
 pass_on() { signalled=$1 && kill "-$1" "$torchrun" 2>/dev/null || true; }
 trap 'pass_on TERM' TERM HUP && trap 'pass_on INT' INT
 set -m
-ENDED_WELL=$ended_well "$py" -m torch.distributed.run --nproc_per_node="$NPROC" "$@" </dev/null &
+ENDED_WELL=$ended_well "$py" -c "$launch" --nproc_per_node="$NPROC" "$@" </dev/null &
 set +m
 torchrun=$! status=0
 wait "$torchrun" || status=$?

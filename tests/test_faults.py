@@ -554,6 +554,13 @@ def workers(process):
 needs_proc = pytest.mark.skipif(not os.path.exists("/proc/self/environ"), reason="no /proc")
 
 
+def test_wrong_input_under_run_sh_with_two_processes(tmp_path, shards):
+    """One line, the worker's status, no traceback of torchrun's."""
+    result = finish(run_sh(tmp_path, *flag_args(data_dir=shards, out_dir=tmp_path / "out", **QUICK | dict(total_batch_size=1000)), NPROC="2"), timeout=120)
+    assert result.code == 2 and "Traceback" not in result.err, result.err
+    assert sum("train.py: error:" in line for line in result.err.splitlines()) == 1 and "total_batch_size" in result.err
+
+
 @needs_proc
 def test_run_sh_with_two_processes(tmp_path, shards):
     """Side by side: SIGTERM to run.sh alone, status 0 and a checkpoint; a rank killed without restarts, status 1 and its name;
@@ -584,7 +591,8 @@ def test_run_sh_with_two_processes(tmp_path, shards):
     steps = int(stop.out.split("stopped by a signal after ")[1].split()[0])
     assert in_ckpt(out / "stop")[-1] == f"step_{steps:06d}" and "training ended well after SIGTERM" in stop.err
     assert die.code == 1 and "stopped by a signal" not in die.out
-    assert "no sign of life from rank 1" in die.err and "rank      : 1 (local_rank: 1)" in die.err  # ours, and torchrun's
+    assert "no sign of life from rank 1" in die.err and "(exitcode: -9) local_rank: 1" in die.err  # ours, and torchrun's
+    assert not any("Traceback" in r.err for r in results.values())
     assert again.code == 0, again.err
     assert "resumed from" in again.out and str(out / "again-2") in again.out
     log = records(out / "again-2")

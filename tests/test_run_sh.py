@@ -24,7 +24,7 @@ case "$*" in
     touch "$(dirname "$0")/../left-by-pip"
     if [ -n "${HANG:-}" ] && grep -q "^$HANG" "$part"; then sleep 60 & echo $! >"$LOG.pid"; wait; fi
     if [ -n "${FAIL:-}" ] && grep -q "^$FAIL" "$part"; then echo "ERROR: no route to host" >&2; exit 1; fi ;;
-  '-m torch.distributed.run '*)
+  '-c '*'from torch.distributed.run import main'*)
     log "torchrun ${*:3} OMP=${OMP_NUM_THREADS:-}"
     end() { log "torchrun got $1"; kill $!; [ -z "${SAFE:-}" ] || touch "$ENDED_WELL"; exit 1; }
     if [ -n "${TRAIN_WAITS:-}" ]; then trap 'end TERM' TERM; trap 'end INT' INT; sleep 60 & wait; fi
