@@ -21,7 +21,8 @@ from torch.distributed.tensor import DTensor
 import te_emulation
 
 KINDS = ("input", "weight", "gradient")
-TOKENS, HEAD_TOKENS = 4096, 1024  # of the micro-batch, in whole sequences: more change the numbers little, and take their time. Of logits fewer: V for each
+TOKENS = 4096       # of the micro-batch, in whole sequences: more change the numbers little, and take their time
+HEAD_TOKENS = 1024  # the first of them, whose logits' gradients are looked at: each has as many as there are words
 # Matmul -> where its layer keeps delayed scaling's state: (layer, slots of input and weight in scaling_fwd, slot in scaling_bwd)
 MATMULS = {"attn.qkv": ("attn.qkv", (0, 1), 0), "attn.proj": ("attn.proj", (0, 1), 0),
            "mlp.fc1": ("mlp", (0, 1), 0), "mlp.fc2": ("mlp", (3, 4), 2)}
@@ -232,7 +233,7 @@ def plot(records, path):
     for ax in axes[-1]:
         ax.set_xlabel("optimizer steps", fontsize=9)
     fig.suptitle(f"What {records[-1]['format']} does to the matmuls' operands\n"
-                 f"in each band block 0 is at the top, block {n_blocks - 1} at the bottom; grey: kept in bf16, or nothing to show",
+                 f"in the bands of the blocks' matmuls block 0 is at the top, block {n_blocks - 1} at the bottom; grey: kept in bf16, or nothing to show",
                  fontsize=11)
     temporary = path + ".new"
     fig.savefig(temporary, dpi=110, format="png")
