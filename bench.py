@@ -34,6 +34,10 @@ import torch
 import torch.distributed as dist
 
 import train
+from nanofp8.config import UserError, read_flag_table
+from nanofp8.machine import Clock, describe_machine
+from nanofp8.procs import start_processes
+from nanofp8.runlog import read_log, smooth
 import train_orig
 
 COMPARISON = ["--total_batch_size=65536", "--warmup_iters=20", "--eval_interval=0", "--keep_checkpoints=0"]
@@ -111,7 +115,7 @@ def train_one(script, cfg, procs, label):
     folder = None
     try:
         folder = script.run(cfg, procs)
-    except train.UserError as error:  # a batch that this number of ranks does not divide, a loss that is no longer finite
+    except UserError as error:  # a batch that this number of ranks does not divide, a loss that is no longer finite
         if error.one_rank:
             raise
         procs.print(f"{label} left out: {error}")
@@ -120,25 +124,24 @@ def train_one(script, cfg, procs, label):
             raise
         procs.print(f"{label} left out: the GPU's memory is too small")
     forget_last_run()
-    if folder and not procs.broadcast(procs.is_main and any(r["kind"] == "done" for r in train.read_log(folder))):
-        raise train.UserError(f"stopped by a signal in {label}; what was finished before is in {cfg.out_dir}")
+    if folder and not procs.broadcast(procs.is_main and any(r["kind"] == "done" for r in read_log(folder))):
+        raise UserError(f"stopped by a signal in {label}; what was finished before is in {cfg.out_dir}")
     return folder
 
 
 def train_variants(mode, flags, labels):
     """Train these variants of a mode in this process group; returns ({label: run folder}, whether this is rank 0)."""
-    procs, folders = train.start_processes(), {}
+    procs, folders = start_processes(), {}
     for label in labels:
         extra = VARIANTS[mode][label]
         script = train_orig if "train_orig.py" in extra else train
-        presets, choices = script.PRESETS, script.CHOICES
         own = [f for f in extra if f.startswith("--")] + ["--run_name=" + "-".join(re.sub(r"[^\w .-]", "", label).split()).lower()]
         given = flags
         if script is train_orig:  # it has fewer flags
-            table = train.read_flag_table(script.__file__)
+            table = read_flag_table(script.__file__)
             given = [f for f in flags if f[2:].split("=")[0] in table and not f.startswith("--batch_size")]
         common = [f for f in COMMON[mode] if script is train or not f.startswith("--keep_checkpoints")]
-        cfg = train.parse_flags([*common, *given, *own], os.path.abspath(script.__file__), presets, choices)
+        cfg = script.read_flags([*common, *given, *own])
         for name in ("total_batch_size/4", "batch_size/2"):
             if name in extra:
                 key, by = name.split("/")
@@ -147,7 +150,7 @@ def train_variants(mode, flags, labels):
         if folder := train_one(script, cfg, procs, label):
             folders[label] = folder
     if not folders:
-        raise train.UserError("no run could be made with these flags (each says why above)")
+        raise UserError("no run could be made with these flags (each says why above)")
     return folders, procs.is_main
 
 
@@ -159,16 +162,16 @@ def read_run(folder):
         with open(os.path.join(folder, "log.jsonl")) as f:
             records = [json.loads(line) for line in f]
     except OSError as error:
-        raise train.UserError(f"{folder} is no run folder of train.py: {error.strerror} ({error.filename})", 2)
+        raise UserError(f"{folder} is no run folder of train.py: {error.strerror} ({error.filename})", 2)
     kinds = {k: [r for r in records if r["kind"] == k] for k in ("train", "val", "done")}
     if not kinds["train"]:
-        raise train.UserError(f"{folder}/log.jsonl holds no training step yet", 2)
+        raise UserError(f"{folder}/log.jsonl holds no training step yet", 2)
     return config, kinds["train"], kinds["val"], (kinds["done"] or [None])[-1]
 
 
 def largest_gap(a, b):
     """Largest |difference| of two rows' smoothed losses after the warm-up, at steps both have; None without any."""
-    gaps = [abs(x - y) for x, y in zip(train.smooth(a["losses"]), train.smooth(b["losses"]))][a["warmup"]:]
+    gaps = [abs(x - y) for x, y in zip(smooth(a["losses"]), smooth(b["losses"]))][a["warmup"]:]
     return max(gaps) if gaps else None
 
 
@@ -189,7 +192,7 @@ def summarize(runs):
             gpus=config["world_size"], seed=config["seed"], parameters=config["parameters"], device=config["device"], versions=config["versions"],
             vocab_size=config["vocab_size"], total_batch_size=config["total_batch_size"], batch_size=config["batch_size"],
             warmup=config["warmup_iters"], compile_seconds=(done or {}).get("compile_seconds"),
-            tokens=steps[-1]["tokens"], train_loss=train.smooth(losses)[-1],
+            tokens=steps[-1]["tokens"], train_loss=smooth(losses)[-1],
             val_loss=val[-1]["val_loss"] if val and config["eval_tokens"] > config["world_size"] * config["block_size"] else None,
             tok_per_sec=statistics.median_high(r["tok_per_sec"] for r in after),
             mfu=statistics.median_high(mfus) if mfus else None,
@@ -238,7 +241,7 @@ def plot(rows, noise, path):
     import matplotlib.pyplot as plt
     compared = [r for r in rows if r["gap"] is not None]
     fig, axes = plt.subplots(1, 2 if compared else 1, figsize=(12 if compared else 7, 4.5), squeeze=False)
-    curves = {r["label"]: train.smooth(r["losses"]) for r in rows}
+    curves = {r["label"]: smooth(r["losses"]) for r in rows}
     colors = {r["label"]: f"C{i % 10}" for i, r in enumerate(rows)}
 
     def tokens(r, n):
@@ -302,7 +305,7 @@ def plan_study(mode, flags, seeds, labels):
             name = "-".join([mode, *label.lower().split(), f"seed{seed}"])
             own = [f for f in extra if f.startswith("--")] + [f"--seed={seed}", f"--run_name={name}"]
             common = COMMON[mode] if torch.cuda.is_available() else ON_A_CPU
-            cfg = train.parse_flags([*common, *flags, *own], train.__file__)
+            cfg = train.read_flags([*common, *flags, *own])
             if "last blocks in bf16" in extra and "HIGH_PRECISION_LAYERS" not in cfg.explicit:
                 last = max(1, round(0.15 * cfg.n_layer))  # NVIDIA kept 10 of 62 blocks, most of them the last (arXiv 2509.25149)
                 cfg.HIGH_PRECISION_LAYERS = ",".join(f"blocks.{i}" for i in range(cfg.n_layer - last, cfg.n_layer))
@@ -319,7 +322,7 @@ def finished_run(cfg, machine):
             return None
         try:
             config, _, _, done = read_run(folder)
-        except (train.UserError, ValueError):  # one that was broken off
+        except (UserError, ValueError):  # one that was broken off
             continue
         if done and all(config.get(k) == v for k, v in wanted.items()):
             return folder
@@ -328,7 +331,7 @@ def finished_run(cfg, machine):
 def matmul_rate(device):
     """FLOP/s of square matmuls as training makes them: bf16 on a GPU, fp32 on a CPU. The best of a few."""
     n, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (512, torch.float32)
-    a, clock, best = torch.randn(n, n, device=device, dtype=dtype), train.Clock(device), 0.0
+    a, clock, best = torch.randn(n, n, device=device, dtype=dtype), Clock(device), 0.0
     for _ in range(6):
         begin = clock.mark()
         a @ a
@@ -338,8 +341,8 @@ def matmul_rate(device):
 
 def train_study(mode, flags, seeds, labels):
     """Train what is missing of a study; returns ({(label, seed): run folder}, whether this is rank 0)."""
-    procs, plan = train.start_processes(), plan_study(mode, flags, seeds, labels)
-    machine = train.describe_machine(procs.device)
+    procs, plan = start_processes(), plan_study(mode, flags, seeds, labels)
+    machine = describe_machine(procs.device)
     for cfg in plan.values():  # what is wrong should be known before the first run
         train.check_flags(cfg, procs.world_size)
         train.open_data(cfg, procs)
@@ -368,7 +371,7 @@ def train_study(mode, flags, seeds, labels):
         procs.print(f"{(time.perf_counter() - start) / 60:.1f} minutes so far, about {left / 60:.1f} left")
     folders = {key: folder for key, folder in folders.items() if folder}
     if not folders:
-        raise train.UserError("no run could be made with these flags (each says why above)")
+        raise UserError("no run could be made with these flags (each says why above)")
     return folders, procs.is_main
 
 
@@ -445,7 +448,7 @@ def plot_study(rows, noise, val_noise, path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     fig, (left, middle, right) = plt.subplots(1, 3, figsize=(16, 5), layout="constrained", width_ratios=(4, 6, 4))
-    bf16 = {s: train.smooth(x) for r in rows if r["label"] == "bf16" for s, x in r["losses"].items()}
+    bf16 = {s: smooth(x) for r in rows if r["label"] == "bf16" for s, x in r["losses"].items()}
     unit, label = (1e6, "million tokens") if rows[0]["tokens"] >= 2e6 else (1e3, "thousand tokens")
 
     def draw(ax, curves, row, color):
@@ -456,9 +459,9 @@ def plot_study(rows, noise, val_noise, path):
 
     for i, row in enumerate(rows):
         color = "black" if row["label"] == "bf16" else f"C{i % 10}"
-        smooth = {s: train.smooth(x) for s, x in row["losses"].items()}
-        draw(left, list(smooth.values()), row, color)
-        gaps = [[a - b for a, b in zip(curve, bf16[s])] for s, curve in smooth.items() if s in bf16]
+        smoothed = {s: smooth(x) for s, x in row["losses"].items()}
+        draw(left, list(smoothed.values()), row, color)
+        gaps = [[a - b for a, b in zip(curve, bf16[s])] for s, curve in smoothed.items() if s in bf16]
         if row["label"] != "bf16" and gaps:
             draw(middle, gaps, row, color)
             right.plot(row["gaps"], [i] * len(gaps), "o", color=color, alpha=0.7)
@@ -499,7 +502,7 @@ def pick(mode, option, names):
     names = [*VARIANTS[mode]] if names is None else [name.strip() for name in names]
     for name in names:
         if name not in VARIANTS[mode]:
-            raise train.UserError(f"--{option}: {mode} has {'; '.join(VARIANTS[mode])}, not '{name}'", 2)
+            raise UserError(f"--{option}: {mode} has {'; '.join(VARIANTS[mode])}, not '{name}'", 2)
     return [label for label in VARIANTS[mode] if label in names]
 
 
@@ -508,7 +511,7 @@ def study_options(mode, args):
     given, rest = take_options(args, "seeds", "formats")
     seeds = given.get("seeds", "2").split(",")
     if not (len(seeds) <= 2 and all(n.isdigit() and int(n) > 0 for n in seeds)):
-        raise train.UserError(f"--seeds takes a number of runs, or two (bf16, each format), not '{given['seeds']}'", 2)
+        raise UserError(f"--seeds takes a number of runs, or two (bf16, each format), not '{given['seeds']}'", 2)
     return (int(seeds[0]), int(seeds[-1])), pick(mode, "formats", given["formats"].split(",") if "formats" in given else None), rest
 
 
@@ -522,10 +525,10 @@ def main(argv):
     start = f"torchrun --nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}" if "LOCAL_WORLD_SIZE" in os.environ else "python"
     command = f"{start} bench.py {shlex.join(argv)}"
     if any(a.startswith("--log_interval=") and a != "--log_interval=1" for a in args):
-        raise train.UserError("comparisons need every step's record: leave --log_interval at 1", 2)
+        raise UserError("comparisons need every step's record: leave --log_interval at 1", 2)
     if mode == "report":
         if not args or any(a.startswith("-") for a in args):
-            raise train.UserError("report takes run folders, each as FOLDER or LABEL=FOLDER", 2)
+            raise UserError("report takes run folders, each as FOLDER or LABEL=FOLDER", 2)
         named = [a.split("=", 1) if "=" in a else (os.path.basename(a.rstrip("/")), a) for a in args]
         report(dict(named), out, command)
     elif mode in ("precision", "ablation"):
@@ -539,13 +542,13 @@ def main(argv):
         if is_main:
             report(folders, out, command)
     else:
-        raise train.UserError(f"bench.py does {', '.join((*VARIANTS, 'report'))}, not '{mode}'", 2)
+        raise UserError(f"bench.py does {', '.join((*VARIANTS, 'report'))}, not '{mode}'", 2)
 
 
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except train.UserError as error:
+    except UserError as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"bench.py: error: {error}", file=sys.stderr)
         raise SystemExit(error.status)

@@ -33,8 +33,9 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 
-import train
-from train import EOT, UserError
+from nanofp8.checkpoint import find_checkpoint, load_weights, read_checkpoint
+from nanofp8.config import UserError
+from nanofp8.shards import EOT
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 GPT2_VOCAB = 50257  # token ids from here on are only there to round the vocabulary up: never sampled
@@ -96,11 +97,11 @@ def load_checkpoint(path):
 
     Raises UserError if there is none, or it cannot be read.
     """
-    folder = train.find_checkpoint(path)
+    folder = find_checkpoint(path)
     if folder is None:
         what = "holds no complete checkpoint" if os.path.exists(path) else "does not exist"
         raise UserError(f"--ckpt={path}: {what}; train first (bash run.sh), or name a checkpoint, a run folder or an out_dir")
-    meta = train.read_checkpoint(folder)
+    meta = read_checkpoint(folder)
     try:
         shape = Shape.of(meta["flags"])
         weights = {name: torch.empty(size) for name, size in weight_shapes(shape).items()}
@@ -108,7 +109,7 @@ def load_checkpoint(path):
         raise UserError(f"checkpoint {folder}: its meta.json does not describe a model ({type(error).__name__}: {error})")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that there is no process group: this is one process
-        train.load_weights(folder, weights)
+        load_weights(folder, weights)
     return shape, fold_gains(weights, shape), meta, folder
 
 

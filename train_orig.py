@@ -13,17 +13,22 @@ loss, optimizer, precision and loop are its own.
 
 import contextlib
 import math
+import os
 import time
 
 from train import (  # before torch: it sets the allocator's environment variable
-    Progress, RunLog, check_flags, clip_gradients, command_line, data_rows, describe_machine, evaluate, lr_factor,
-    make_run_folder, open_data,
+    check_flags, clip_gradients, data_rows, evaluate, flops_per_token, lr_factor, open_data,
 )
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
+
+from nanofp8.config import parse_flags
+from nanofp8.machine import describe_machine
+from nanofp8.procs import command_line
+from nanofp8.runlog import Progress, RunLog, make_run_folder
 
 # =====================================================================================================
 # Flags. Edit here, or give --name=value. Values here are those of preset "d20"; a flag that is edited
@@ -244,7 +249,7 @@ def run(cfg, procs):
     loss.backward()
     optimizer.zero_grad(set_to_none=True)
     loss.item()  # waits for the GPU
-    progress = Progress(cfg, procs, log)
+    progress = Progress(cfg, procs, log, flops_per_token(cfg))
     progress.compile_seconds = time.perf_counter() - start
     procs.print(f"ready after {progress.compile_seconds:.1f} s of compiling\n")
 
@@ -262,6 +267,11 @@ def run(cfg, procs):
     loader.close()
     progress.done()
     return folder
+
+
+def read_flags(argv, has_gpu=None):
+    """This script's flags from a command line; has_gpu: what preset "auto" goes by."""
+    return parse_flags(argv, os.path.abspath(__file__), PRESETS, CHOICES, has_gpu)
 
 
 def main(argv=None):

@@ -18,7 +18,7 @@ import pytest  # noqa: E402
 @pytest.fixture
 def fresh(monkeypatch):
     """Seeds, the emulation's state, no GPU and no torchrun around: the same start for every test in this process."""
-    import te_emulation
+    from nanofp8 import te_emulation
     import torch
     import torch.distributed as dist
 

@@ -15,9 +15,14 @@ from unittest import mock
 
 import numpy as np
 import torch
+from torch.distributed.tensor import DTensor
 
-import te_emulation as te
+from nanofp8 import te_emulation as te
 import train
+from nanofp8.checkpoint import Checkpoints
+from nanofp8.faults import Guard
+from nanofp8.procs import Processes
+from nanofp8.runlog import RunLog
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TRAIN = str(ROOT / "train.py")
@@ -39,11 +44,11 @@ def flag_args(**changes):
 
 def make_cfg(**changes):
     """SMALL with changes, as train.py resolves it."""
-    return train.parse_flags(flag_args(**changes), TRAIN, has_gpu=False)
+    return train.read_flags(flag_args(**changes), has_gpu=False)
 
 
 def one_process(rank=0, world_size=1):
-    return train.Processes(rank, rank, world_size, CPU, None)
+    return Processes(rank, rank, world_size, CPU, None)
 
 
 def make_model(cfg=None, zeros=False, seed=0, **changes):
@@ -130,7 +135,7 @@ def train_here(out_dir, data_dir, **changes):
     """A whole run of train.py in this process, but for loss.png, which takes longer than the training; returns its run
     folder. Needs the fixture `fresh`."""
     te._state.__init__()
-    with mock.patch.object(train.RunLog, "plot", lambda self: None):
+    with mock.patch.object(RunLog, "plot", lambda self: None):
         return pathlib.Path(train.main(flag_args(out_dir=out_dir, data_dir=data_dir, **changes)))
 
 
@@ -200,14 +205,14 @@ def copy_of_run(folder, to, *steps):
 
 def whole(tensor):
     """A copy of a tensor, gathered if it is sharded (all ranks must call)."""
-    return (tensor.full_tensor() if isinstance(tensor, train.DTensor) else tensor).detach().clone()
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
 
 
 @contextlib.contextmanager
 def parameters_seen():
     """Whole parameters as training hands them to checkpoints and as a resumed run finds them, before and after:
     .saved = {step: {name: tensor}}, .restored = {name: tensor}."""
-    seen, save, restore = SimpleNamespace(saved={}, restored={}), train.Checkpoints.save, train.restore
+    seen, save, restore = SimpleNamespace(saved={}, restored={}), Checkpoints.save, train.restore
 
     def spied_save(self, step, make_state, meta):
         state = make_state()
@@ -219,7 +224,7 @@ def parameters_seen():
         seen.restored = {name: whole(p) for name, p in model.named_parameters()}
         return result
 
-    with mock.patch.object(train.Checkpoints, "save", spied_save), mock.patch.object(train, "restore", spied_restore):
+    with mock.patch.object(Checkpoints, "save", spied_save), mock.patch.object(train, "restore", spied_restore):
         yield seen
 
 
@@ -265,7 +270,7 @@ def poisoned(how, *steps, factor=float("nan")):
             if hook:
                 hook.remove()
 
-    with mock.patch.object(train, "train_step", spied), mock.patch.object(train.Guard, "content", True):
+    with mock.patch.object(train, "train_step", spied), mock.patch.object(Guard, "content", True):
         yield
 
 

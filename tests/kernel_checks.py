@@ -6,7 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import train
+from nanofp8.fused import FusedMLP, FusedQKV, RopeQKNorm, Scaling, add_norm, add_norm_grad, current_scaling, quantize, transposed, weight_gradient, weight_operand
+from nanofp8.loss import LOGIT_GRAD_SCALE, softcap_cross_entropy, softcap_cross_entropy_and_grad
+from nanofp8.plain import rope_qk_norm
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 if not torch.cuda.is_available():
@@ -35,7 +37,7 @@ def randn(*shape, seed=0, dtype=torch.bfloat16):
 
 def scaling(scale, dtype):
     scale = torch.full((1,), float(scale), device=DEVICE)
-    return train.Scaling(scale, 1 / scale, torch.zeros(1, device=DEVICE), dtype)
+    return Scaling(scale, 1 / scale, torch.zeros(1, device=DEVICE), dtype)
 
 
 def cast(x, s):
@@ -69,7 +71,7 @@ def test_add_norm_and_its_gradient(add, fp8):
     x, delta, dy, residual = (randn(N, C, seed=i) for i in range(4))
     gain = 1 + 0.1 * randn(C, seed=5, dtype=torch.float32)
     s = scaling(250.0, E4M3) if fp8 else None
-    stream, y, rstd = train.add_norm(x, delta if add else None, gain, 1e-6, s)
+    stream, y, rstd = add_norm(x, delta if add else None, gain, 1e-6, s)
     reference = (x.float() + delta.float()).bfloat16() if add else x
     leaf, g = reference.float().requires_grad_(), gain.clone().requires_grad_()
     expected = norm_reference(leaf, g)
@@ -80,11 +82,11 @@ def test_add_norm_and_its_gradient(add, fp8):
         assert (y.data.float() == 448).any()  # the scale is one that saturates some
     else:
         assert relative(y, expected) < 3e-3
-    dx, dgain = train.add_norm_grad(dy, stream, gain, rstd, residual if add else None)
+    dx, dgain = add_norm_grad(dy, stream, gain, rstd, residual if add else None)
     expected.backward(dy.float())
     assert relative(dx, leaf.grad + (residual.float() if add else 0)) < 4e-3
     assert relative(dgain, g.grad) < 1e-4
-    y_cols = train.transposed(y)
+    y_cols = transposed(y)
     assert torch.equal((y_cols.data if fp8 else y_cols).t().float(), (y.data if fp8 else y).float())
 
 
@@ -95,13 +97,13 @@ def test_quantize(shape, dtype, source):
     x = randn(*shape, dtype=source)
     x[0, :4] = torch.tensor([0.0, 1e9, -1e9, float("nan")])
     s = scaling(64.0, dtype)
-    rows, cols = train.quantize(x, s)
+    rows, cols = quantize(x, s)
     expected = cast(x, s)
     assert torch.equal(rows.data.float().nan_to_num(nan=12345.0), expected.float().nan_to_num(nan=12345.0))
     assert torch.equal(cols.data.float().nan_to_num(nan=12345.0), rows.data.t().float().nan_to_num(nan=12345.0))
     if DEVICE == "cuda":  # plain torch has NaN for the amax
         assert s.amax.item() == torch.tensor(1e9).to(source).item()
-    only_rows, nothing = train.quantize(x, s, colwise=False)
+    only_rows, nothing = quantize(x, s, colwise=False)
     assert nothing is None and torch.equal(only_rows.data.view(torch.uint8), rows.data.view(torch.uint8))
 
 
@@ -111,21 +113,21 @@ def test_weight_operand_is_made_once_a_step():
 
     def by_amax(w):
         calls.append(1)
-        return train.current_scaling(w, E4M3)
+        return current_scaling(w, E4M3)
 
-    first = train.weight_operand(weight, by_amax, True, cache)
-    assert train.weight_operand(weight, by_amax, False, cache) is first and len(calls) == 1
-    assert train.weight_operand(weight, by_amax, True, cache) is not first
-    train.weight_operand(weight, by_amax, None, {})
+    first = weight_operand(weight, by_amax, True, cache)
+    assert weight_operand(weight, by_amax, False, cache) is first and len(calls) == 1
+    assert weight_operand(weight, by_amax, True, cache) is not first
+    weight_operand(weight, by_amax, None, {})
     assert len(calls) == 3
     assert first[0].data.float().abs().max() == 448
 
 
 def test_a_cached_weight_keeps_the_scale_it_was_quantized_by():
     weight, cache, s = torch.nn.Parameter(randn(32, 16, dtype=torch.float32)), {}, scaling(100.0, E4M3)
-    rows, cols = train.weight_operand(weight, lambda w: s, True, cache)
+    rows, cols = weight_operand(weight, lambda w: s, True, cache)
     s.scale.mul_(2), s.inverse.div_(2)  # in place, as delayed scaling does between micro-batches
-    again = train.weight_operand(weight, lambda w: s, False, cache)
+    again = weight_operand(weight, lambda w: s, False, cache)
     assert again[0] is rows and again[1] is cols
     for operand, shape in ((rows, (32, 16)), (cols, (16, 32))):
         value = operand.data.float() * operand.inverse_scale
@@ -143,9 +145,9 @@ def test_cross_entropy(softcap, fp8):
     z = softcap * torch.tanh(leaf / softcap) if softcap else leaf
     expected = torch.nn.functional.cross_entropy(z, targets, ignore_index=-1, reduction="sum")
     expected.backward()
-    assert relative(train.softcap_cross_entropy(logits, targets, softcap), expected) < 1e-5
-    s = scaling(train.LOGIT_GRAD_SCALE, E5M2) if fp8 else None
-    loss, (rows, cols) = train.softcap_cross_entropy_and_grad(logits.clone(), targets, softcap, s)
+    assert relative(softcap_cross_entropy(logits, targets, softcap), expected) < 1e-5
+    s = scaling(LOGIT_GRAD_SCALE, E5M2) if fp8 else None
+    loss, (rows, cols) = softcap_cross_entropy_and_grad(logits.clone(), targets, softcap, s)
     assert relative(loss, expected) < 1e-5
     if fp8:
         assert near(rows.data, cast(leaf.grad, s), 0.02) and torch.equal(cols.data.t().float(), rows.data.float())
@@ -166,7 +168,7 @@ def reference_qkv(x, delta, gain, weight, cos, sin):
     return stream, turn(q), turn(k), v
 
 
-FUSED = SimpleNamespace(in_place="", operand=lambda weight, s: train.weight_operand(weight, lambda w: s, None, {}))
+FUSED = SimpleNamespace(in_place="", operand=lambda weight, s: weight_operand(weight, lambda w: s, None, {}))
 
 
 @pytest.mark.parametrize("fp8", [False, True])
@@ -181,7 +183,7 @@ def test_first_part_of_a_block(fp8):
     called = []
     p = SimpleNamespace(fused=FUSED, eps=1e-6, n_head=H, cos=cos, sin=sin, last=lambda: called.append(1),
                         input=E(90, E4M3), grad=E(2000, E5M2), weight=E(400, E4M3))
-    outputs = train.FusedQKV.apply(*leaves, p)
+    outputs = FusedQKV.apply(*leaves, p)
     torch.autograd.backward(outputs, [g.to(o.dtype) for g, o in zip(grads, outputs)])
     plain = [t.float().clone().requires_grad_() for t in (x, delta, gain, weight)]
     expected = reference_qkv(*plain, cos, sin)
@@ -209,7 +211,7 @@ def test_rope_and_qk_norm_in_place(together):
         torch.autograd.backward(outputs, [g.clone() for g in parts] if not together else grads.clone().unbind(2))
         return outputs, leaf.grad
 
-    (plain, plain_grad), (fused, fused_grad) = run(train.rope_qk_norm), run(train.RopeQKNorm.apply)
+    (plain, plain_grad), (fused, fused_grad) = run(rope_qk_norm), run(RopeQKNorm.apply)
     for a, b in zip(fused, plain):
         assert a.shape == (B, T, H, D) and relative(a, b) < 3e-3
     assert relative(fused_grad, plain_grad) < 6e-3
@@ -227,7 +229,7 @@ def test_second_part_of_a_block(fp8):
     E = (lambda scale, t: scaling(scale, t)) if fp8 else (lambda *_: None)
     p = SimpleNamespace(fused=FUSED, eps=1e-6, o=E(90, E4M3), d_proj=E(1000, E5M2), proj=E(400, E4M3), input=E(90, E4M3),
                         d_u=E(500, E5M2), a=E(8, E4M3), d_out=E(5000, E5M2), fc1=E(400, E4M3), fc2=E(400, E4M3))
-    outputs = train.FusedMLP.apply(*leaves, p)
+    outputs = FusedMLP.apply(*leaves, p)
     torch.autograd.backward(outputs, [g.to(out.dtype) for g, out in zip(grads, outputs)])
     plain = [t.float().clone().requires_grad_() for t in (o, x, proj, gain, fc1, fc2)]
     po, px, pproj, pgain, pfc1, pfc2 = plain
@@ -247,10 +249,10 @@ def test_weight_gradients_in_place():
     weight = torch.nn.Parameter(torch.zeros(2 * C, C, device=DEVICE))
     expected = dy.t().float() @ x.float()
     weight.grad = torch.ones_like(weight)
-    assert train.weight_gradient(dy.t(), x.t(), weight, "add") is None
+    assert weight_gradient(dy.t(), x.t(), weight, "add") is None
     assert relative(weight.grad, 1 + expected) < 1e-4
-    assert train.weight_gradient(dy.t(), x.t(), weight, "write") is None
+    assert weight_gradient(dy.t(), x.t(), weight, "write") is None
     assert relative(weight.grad, expected) < 1e-4
-    assert relative(train.weight_gradient(dy.t(), x.t(), weight, ""), expected) < 1e-4
+    assert relative(weight_gradient(dy.t(), x.t(), weight, ""), expected) < 1e-4
     weight.grad = None
-    assert relative(train.weight_gradient(dy.t(), x.t(), weight, "add"), expected) < 1e-4
+    assert relative(weight_gradient(dy.t(), x.t(), weight, "add"), expected) < 1e-4

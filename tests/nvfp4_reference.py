@@ -14,7 +14,7 @@ from unittest import mock
 
 import torch
 
-import te_emulation as te
+from nanofp8 import te_emulation as te
 
 CASES = ("normal", "binades", "gradients", "outliers", "zeros", "all zeros", "ties", "tiny", "subnormal", "huge", "every bf16", "inf")
 # The transform is a bf16 matmul in the reference. On a CPU that takes subnormal products for 0, so nothing is to be learnt there.

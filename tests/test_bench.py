@@ -12,6 +12,8 @@ import torch
 import bench
 import helpers
 import train
+from nanofp8.config import UserError
+from nanofp8.runlog import smooth
 from helpers import finish, flag_args, start, start_torchrun, ROOT
 
 
@@ -38,8 +40,8 @@ def test_precision_study(fresh, shards, tmp_path, capsys, monkeypatch):
     assert all(len(r["losses"]["1"]) == len(r["losses"]["2"]) == 6 and math.isfinite(r["val_loss"]) for r in rows.values())
     first = {seed: {r["losses"][seed][0] for r in rows.values()} for seed in "12"}
     assert all(len(losses) == 1 for losses in first.values()), "the head starts at zero: the first loss is that of the same tokens"
-    smooth = {seed: train.smooth(rows["bf16"]["losses"][seed])[2:] for seed in "12"}
-    assert result["noise"] == pytest.approx(max(abs(a - b) for a, b in zip(smooth["1"], smooth["2"])), abs=1e-4) and result["noise"] > 0
+    smoothed = {seed: smooth(rows["bf16"]["losses"][seed])[2:] for seed in "12"}
+    assert result["noise"] == pytest.approx(max(abs(a - b) for a, b in zip(smoothed["1"], smoothed["2"])), abs=1e-4) and result["noise"] > 0
     for label, row in rows.items():
         assert row["gaps"] == [] if label == "bf16" else len(row["gaps"]) == 2
         assert row["emulated"] == (label != "bf16") and row["in_bf16"] == ("blocks.1" if label == "NVFP4" else "")
@@ -108,7 +110,7 @@ def test_what_is_left_out_and_what_ends_all(fresh, shards, tmp_path, monkeypatch
 
     monkeypatch.setattr(train, "run", run)
     flags = ["--seeds=1", "--formats=bf16,FP8 current,FP8 block"]
-    with pytest.raises(train.UserError, match="stopped by a signal in FP8 block, seed 1"):
+    with pytest.raises(UserError, match="stopped by a signal in FP8 block, seed 1"):
         study("precision", shards, tmp_path, monkeypatch, *flags)
     assert "FP8 current, seed 1 left out" in capsys.readouterr().out
     result = study("precision", shards, tmp_path, monkeypatch, "--seeds=1", "--formats=bf16,FP8 current")
@@ -125,7 +127,7 @@ def test_what_is_left_out_and_what_ends_all(fresh, shards, tmp_path, monkeypatch
     (["precision", "--formats=FP9"], "FP8 delayed"), (["speed", "--rows=bf16; FP9"], "--rows: speed has FP8 delayed; .*, not 'FP9'"), (["ablation", "--total_batch_size=100"], "total_batch_size=100"),
 ])
 def test_wrong_input_is_one_line(fresh, arguments, text):
-    with pytest.raises(train.UserError, match=text) as error:
+    with pytest.raises(UserError, match=text) as error:
         bench.main(arguments)
     assert error.value.status == 2 and "\n" not in str(error.value)
 

@@ -16,15 +16,23 @@ import shutil
 import signal
 import textwrap
 import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 
 import helpers
 import train
+from nanofp8.checkpoint import Checkpoints, complete_checkpoints, find_checkpoint, load_tensors, load_weights, read_checkpoint, restore
+from nanofp8.config import UserError
+from nanofp8.muon import TorchMuon
+from nanofp8.precision import fp8_state
+from nanofp8.runlog import make_run_folder
 from helpers import ROOT, TRAIN, assert_one_error_line, before_step, copy_of_run, finish, flag_args, in_ckpt, learned
 from helpers import losses, parameters_seen, records, same_tensors, start, train_here
 
@@ -54,7 +62,7 @@ def one_rank(tmp_path_factory, shards):
 def read_weights(folder, like):
     """load_weights() into new tensors of the names, shapes and dtypes of `like`."""
     tensors = {name: torch.full_like(p, torch.nan) for name, p in like.items()}
-    train.load_weights(str(folder), tensors)
+    load_weights(str(folder), tensors)
     return tensors
 
 
@@ -130,15 +138,15 @@ def test_a_checkpoint_is_complete_and_plain(one_rank):
     run = one_rank["fp8"]
     assert in_ckpt(run.folder) == [f"step_{s:06d}" for s in range(1, 7)]
     folder = run.folder / "ckpt" / "step_000004"
-    meta = train.read_checkpoint(str(folder))
+    meta = read_checkpoint(str(folder))
     assert meta["step"] == 4 and meta["tokens"] == 4 * 256 and meta["world_size"] == 1
     assert meta["loader"] == {"step": 4, "micro_batch": 0} and meta["parameters"] == 164160
     assert meta["flags"]["n_embd"] == 64 and meta["muon"] == "torch"
     assert same_tensors(read_weights(folder, run.saved[4]), run.saved[4])
-    with pytest.raises(train.UserError, match="cannot be loaded.*no_such"):
-        train.load_weights(str(folder), {"no_such.weight": torch.zeros(2)})
-    with pytest.raises(train.UserError, match="cannot be loaded"):
-        train.load_weights(str(folder), {"head.weight": torch.zeros(3, 3)})
+    with pytest.raises(UserError, match="cannot be loaded.*no_such"):
+        load_weights(str(folder), {"no_such.weight": torch.zeros(2)})
+    with pytest.raises(UserError, match="cannot be loaded"):
+        load_weights(str(folder), {"head.weight": torch.zeros(3, 3)})
 
 
 # -----------------------------------------------------------------------------------------------------
@@ -228,7 +236,9 @@ KILLER = textwrap.dedent("""
     sys.path[:0] = [{root!r}, {tests!r}]
     import helpers, torch, train
     import torch.utils.serialization
-    train.RunLog.plot = lambda self: None
+    from nanofp8.checkpoint import load_weights, read_checkpoint
+    from nanofp8.runlog import RunLog
+    RunLog.plot = lambda self: None
     spec = json.load(open(sys.argv[1]))
     saved = torch.load(spec["saved"])
     assert len(os.listdir("/proc/self/task")) == 1, "fork() with threads around"
@@ -236,9 +246,9 @@ KILLER = textwrap.dedent("""
     def check_all(folder):
         for path in glob.glob(folder + "/ckpt/step_*"):
             if os.path.exists(path + "/meta.json"):
-                step = train.read_checkpoint(path)["step"]
+                step = read_checkpoint(path)["step"]
                 found = {{name: torch.full_like(p, torch.nan) for name, p in saved[step].items()}}
-                train.load_weights(path, found)
+                load_weights(path, found)
                 assert helpers.same_tensors(found, saved[step]), path
 
     def live(name, output):
@@ -344,14 +354,19 @@ WORKER = textwrap.dedent("""
     sys.path[:0] = [{root!r}, {tests!r}]
     from unittest import mock
     import helpers, torch, train
-    import te_emulation as te
-    train.RunLog.plot = lambda self: None
+    import torch.distributed as dist
+    from nanofp8 import te_emulation as te
+    from nanofp8.checkpoint import read_checkpoint
+    from nanofp8.faults import Guard
+    from nanofp8.procs import start_processes
+    from nanofp8.runlog import RunLog
+    RunLog.plot = lambda self: None
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]), WORLD_SIZE="2")
     other = os.fork()
     os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(int(other == 0))
-    procs = train.start_processes()
+    procs = start_processes()
     spec = json.load(open(sys.argv[1]))
     out = pathlib.Path(spec["out"])
     for name, (changes, source, step) in spec["runs"].items():
@@ -361,19 +376,19 @@ WORKER = textwrap.dedent("""
                 helpers.copy_of_run(spec["one"] if source == "one" else out / source, out / name, step)
             procs.broadcast(None)
             changes["resume"] = str(out / name)
-        cfg = train.parse_flags(helpers.flag_args(run_name=name, out_dir=out, data_dir=spec["data"], **changes), helpers.TRAIN, has_gpu=False)
+        cfg = train.read_flags(helpers.flag_args(run_name=name, out_dir=out, data_dir=spec["data"], **changes), has_gpu=False)
         stopper = contextlib.nullcontext()
         if name == "stopped" and procs.rank == 1:  # and rank 0 knows nothing of it
             stopper = helpers.before_step(1, lambda: os.kill(os.getpid(), signal.SIGTERM))
         if "poisoned" in name and procs.rank == 1:
             stopper = helpers.poisoned("an inf inside", 3)
         elif "poisoned" in name:
-            stopper = mock.patch.object(train.Guard, "content", True)
+            stopper = mock.patch.object(Guard, "content", True)
         if name == "one-fails" and procs.rank == 1:  # once, and rank 0 knows nothing of it
             stage = mock.Mock(side_effect=[RuntimeError("no memory"), mock.DEFAULT, mock.DEFAULT], wraps=torch.distributed.checkpoint.staging.BlockingAsyncStager().stage)
             stopper = mock.patch.object(torch.distributed.checkpoint.staging.BlockingAsyncStager, "stage", stage)
         if "unscaled" in name:  # what comes of gradients whose scales do not follow the world size
-            stopper = mock.patch.object(train, "read_checkpoint", lambda path, read=train.read_checkpoint: read(path) | dict(world_size=2))
+            stopper = mock.patch("nanofp8.checkpoint.read_checkpoint", lambda path, read=read_checkpoint: read(path) | dict(world_size=2))
         if name == "minutes":  # clocks that do not agree
             cfg.ckpt_minutes = 1e-9 if procs.is_main else 1e9
         error = None
@@ -386,7 +401,7 @@ WORKER = textwrap.dedent("""
             torch.save(dict(saved=seen.saved, restored=seen.restored, error=error), out / (name + ".pt"))
         gc.unfreeze()
         gc.collect()
-    train.dist.destroy_process_group()
+    dist.destroy_process_group()
     if other:
         sys.exit(os.waitpid(other, 0)[1] >> 8)
 """)
@@ -509,11 +524,11 @@ def test_the_gradient_scales_follow_the_world_size(tmp_path, shards, one_rank, t
     loader, optimizers = train.open_data(cfg, procs)[0], train.Optimizers(model, cfg, procs, sharded=False)
     train.calibrate(train.Parallel(model, "none", cfg, procs), loader, optimizers, procs, precision)
     optimizers.warm_up(model)
-    assert train.restore(str(folder), train.read_checkpoint(str(folder)), model, optimizers, loader, procs, precision.te)
-    saved = {name: torch.empty_like(t) for name, t in train.fp8_state(model).items()}
-    train.load_tensors(str(folder), {"fp8": saved}, no_dist=True)
+    assert restore(str(folder), read_checkpoint(str(folder)), model, optimizers, loader, procs, precision.te)
+    saved = {name: torch.empty_like(t) for name, t in fp8_state(model).items()}
+    load_tensors(str(folder), {"fp8": saved}, no_dist=True)
     assert len(saved) == 24
-    for name, live in train.fp8_state(model).items():
+    for name, live in fp8_state(model).items():
         factor = 1.0 if "scaling_fwd" in name else 2.0 if name.endswith("scale") else 0.5
         assert torch.equal(live, saved[name] * factor), name
     assert loader.state_dict() == {"step": 3, "micro_batch": 0}
@@ -549,7 +564,7 @@ def test_flags_that_can_change_are_said(tmp_path, shards, capsys, one_rank):
     assert [r["step"] for r in records(folder, "val")] == [2, 3, 5]
     assert json.loads((folder / "config.json").read_text())["learning_rate"] == 0.01
     # The last checkpoint says the flags as they are now
-    assert train.read_checkpoint(str(folder / "ckpt" / "step_000006"))["flags"]["learning_rate"] == 0.01
+    assert read_checkpoint(str(folder / "ckpt" / "step_000006"))["flags"]["learning_rate"] == 0.01
 
 
 def test_other_data_are_refused(tmp_path, shards, capsys, one_rank):
@@ -569,11 +584,11 @@ def test_going_back_says_what_it_deletes_and_no_half_deleted_one_counts(tmp_path
     folder = copy_of_run(one_rank["fp8"].folder, tmp_path / "r", 5)
     copy_of_run(one_rank["fp8"].folder, tmp_path / "early", 2)
     shutil.copytree(tmp_path / "early" / "ckpt" / "step_000002", folder / "ckpt" / "step_000002")
-    with mock.patch.object(train.shutil, "rmtree", lambda path, **_: (pathlib.Path(path) / ".metadata").unlink()):  # killed in the midst
-        with mock.patch.object(train.dist, "barrier", side_effect=Killed), pytest.raises(Killed):
+    with mock.patch.object(shutil, "rmtree", lambda path, **_: (pathlib.Path(path) / ".metadata").unlink()):  # killed in the midst
+        with mock.patch.object(dist, "barrier", side_effect=Killed), pytest.raises(Killed):
             train_here(tmp_path, shards, resume=folder / "ckpt" / "step_000002", **RUN)
     assert "resume: goes on from step 2; what came after it is deleted: step_000005" in capsys.readouterr().out
-    assert train.find_checkpoint(str(folder)).endswith("step_000002")
+    assert find_checkpoint(str(folder)).endswith("step_000002")
 
 
 @pytest.mark.parametrize("gone", range(4))
@@ -586,10 +601,10 @@ def test_killed_while_it_goes_back(tmp_path, shards, one_rank, gone):
             raise Killed
         removed.append(do(path))
 
-    with mock.patch.object(train.os, "remove", remove), mock.patch.object(train.os, "replace", lambda *_: kill()), pytest.raises(Killed), \
-            mock.patch.object(train, "lock_folder", lambda path: os.open(path, os.O_RDONLY)):  # a process that is killed holds no lock
+    with mock.patch.object(os, "remove", remove), mock.patch.object(os, "replace", lambda *_: kill()), pytest.raises(Killed), \
+            mock.patch("nanofp8.runlog.lock_folder", lambda path: os.open(path, os.O_RDONLY)):  # a process that is killed holds no lock
         train_here(tmp_path, shards, resume=folder / "ckpt" / "step_000002", **RUN)
-    assert [os.path.basename(f) for f in train.complete_checkpoints(str(folder / "ckpt"))] == [f"step_{n:06d}" for n in (2, 4, 5, 6)][:4 - gone]
+    assert [os.path.basename(f) for f in complete_checkpoints(str(folder / "ckpt"))] == [f"step_{n:06d}" for n in (2, 4, 5, 6)][:4 - gone]
     train_here(tmp_path, shards, run_name="r", resume="auto", **RUN | dict(max_iters=7))
     steps = [r["step"] for r in records(folder, "train")]
     assert steps == list(range(7)), steps
@@ -616,7 +631,7 @@ def test_layers_without_scales_are_calibrated(tmp_path, shards, one_rank):
     scales = {}
 
     def train_step(parallel, *rest, do=train.train_step):
-        scales.update({name: float(s.flatten()[0]) for name, s in train.fp8_state(parallel.model).items() if name.endswith("scaling_bwd.scale")})
+        scales.update({name: float(s.flatten()[0]) for name, s in fp8_state(parallel.model).items() if name.endswith("scaling_bwd.scale")})
         return do(parallel, *rest)
 
     with mock.patch.object(train, "train_step", train_step):
@@ -736,7 +751,7 @@ def touch_checkpoint(folder, when=None):
 def test_find_checkpoint(tmp_path):
     """At a checkpoint, a run folder and a folder of runs; only what has meta.json counts, and nothing by another name. In a
     run the most steps count, by number; among runs the time that each says of itself: no time stamp of a file."""
-    assert train.find_checkpoint(str(tmp_path / "none")) is None and train.find_checkpoint(str(tmp_path)) is None
+    assert find_checkpoint(str(tmp_path / "none")) is None and find_checkpoint(str(tmp_path)) is None
     run = tmp_path / "a [1]"
     newest = touch_checkpoint(run / "ckpt" / "step_1000000", 200)
     first = touch_checkpoint(run / "ckpt" / "step_000001", 300)  # as if the clock had been set back
@@ -748,11 +763,11 @@ def test_find_checkpoint(tmp_path):
     touch_checkpoint(tmp_path / "b" / "step", 300)
     damaged = touch_checkpoint(tmp_path / "c" / "ckpt" / "step_000001", 400)
     pathlib.Path(damaged, "meta.json").write_text('{"step')
-    assert train.find_checkpoint(first) == first and train.find_checkpoint(damaged) == damaged
-    assert train.find_checkpoint(str(run)) == newest == train.find_checkpoint(str(run / "ckpt"))
-    assert train.find_checkpoint(str(tmp_path / "b")) == other
-    assert train.find_checkpoint(str(tmp_path)) == newest
-    assert train.complete_checkpoints(str(run / "ckpt")) == [first, str(run / "ckpt" / "step_999750"), newest]
+    assert find_checkpoint(first) == first and find_checkpoint(damaged) == damaged
+    assert find_checkpoint(str(run)) == newest == find_checkpoint(str(run / "ckpt"))
+    assert find_checkpoint(str(tmp_path / "b")) == other
+    assert find_checkpoint(str(tmp_path)) == newest
+    assert complete_checkpoints(str(run / "ckpt")) == [first, str(run / "ckpt" / "step_999750"), newest]
 
 
 # -----------------------------------------------------------------------------------------------------
@@ -787,7 +802,7 @@ def test_a_checkpoint_at_the_end_and_at_intervals(tmp_path, shards, capsys):
 
 def failing_writes(how, patch):
     """Make the first checkpoint of a run fail; returns a word of the reason."""
-    save, calls = train.dcp.save, []
+    save, calls = dcp.save, []
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def full_at_first(*args, **kwargs):  # a disk that takes 50 kB of a file, and later more
@@ -795,7 +810,7 @@ def failing_writes(how, patch):
         resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limit[1]) if len(calls) == 1 else limit)
         return save(*args, **kwargs)
 
-    def no_thread_at_first(self, *args, submit=train.ThreadPoolExecutor.submit, **kwargs):
+    def no_thread_at_first(self, *args, submit=ThreadPoolExecutor.submit, **kwargs):
         calls.append(1)
         if len(calls) == 1:
             raise RuntimeError("can't start new thread")
@@ -807,7 +822,7 @@ def failing_writes(how, patch):
             raise OSError(errno.ENOSPC, "No space left on device")
         return fsync(descriptor)
 
-    def blocked(*args, make=train.make_run_folder):
+    def blocked(*args, make=make_run_folder):
         folder = make(*args)
         pathlib.Path(folder, "ckpt").write_text("a file where the folder should be")
         return folder
@@ -815,12 +830,12 @@ def failing_writes(how, patch):
     if how == "a file in the way":
         patch.setattr(train, "make_run_folder", blocked)
     elif how == "meta.json":  # all but the last file could be written
-        patch.setattr(train.json, "dump", lambda value, f, dump=json.dump, **k: dump(value, f, **k) if not f.name.endswith(
+        patch.setattr(json, "dump", lambda value, f, dump=json.dump, **k: dump(value, f, **k) if not f.name.endswith(
             "000002/meta.json") else f.write("{") and fsync_fails(-1))
     elif how == "no thread":
-        patch.setattr(train.ThreadPoolExecutor, "submit", no_thread_at_first)
+        patch.setattr(ThreadPoolExecutor, "submit", no_thread_at_first)
     else:
-        patch.setattr(train.dcp, "save", full_at_first)
+        patch.setattr(dcp, "save", full_at_first)
     return {"no thread": "can't start new thread", "file size": "", "a file in the way": "", "meta.json": "No space left"}[how]
 
 
@@ -884,10 +899,10 @@ def test_a_damaged_checkpoint_is_refused_in_one_line(tmp_path, shards, capsys, o
     assert len(error) < 600
     assert (folder / "log.jsonl").read_bytes() == before
     if how == "truncated data":  # the model's part may lie in the half that is left: then it is whole, to the bit
-        with contextlib.suppress(train.UserError):
+        with contextlib.suppress(UserError):
             assert same_tensors(read_weights(folder / "ckpt" / "step_000004", one_rank["fp8"].saved[4]), one_rank["fp8"].saved[4])
     elif "meta" not in how:
-        with pytest.raises(train.UserError, match="step_000004 cannot be loaded"):
+        with pytest.raises(UserError, match="step_000004 cannot be loaded"):
             read_weights(folder / "ckpt" / "step_000004", one_rank["fp8"].saved[4])
 
 
@@ -906,10 +921,10 @@ def test_muon_state_goes_from_one_implementation_to_the_other(tmp_path, shards, 
 
     def seen(optimizers, model):
         muon = optimizers.muon
-        state = muon.momentum() if isinstance(muon, train.TorchMuon) else {p: s["momentum"] for p, s in muon.state.items()}
+        state = muon.momentum() if isinstance(muon, TorchMuon) else {p: s["momentum"] for p, s in muon.state.items()}
         return {n: helpers.whole(state[p]) for n, p in model.named_parameters() if p in state}
 
-    def save(self, step, make_state, meta, save=train.Checkpoints.save):
+    def save(self, step, make_state, meta, save=Checkpoints.save):
         cells = dict(zip(make_state.__code__.co_freevars, (c.cell_contents for c in make_state.__closure__)))
         momenta[step] = seen(cells["optimizers"], cells["model"])
         return save(self, step, make_state, meta)
@@ -919,7 +934,7 @@ def test_muon_state_goes_from_one_implementation_to_the_other(tmp_path, shards, 
         momenta["restored"] = seen(optimizers, model)
         return result
 
-    with mock.patch.object(train.Checkpoints, "save", save):
+    with mock.patch.object(Checkpoints, "save", save):
         original = train_here(tmp_path, shards, run_name="b", muon_impl=source, **run)
     with mock.patch.object(train, "restore", restore):
         train_here(tmp_path, shards, resume=folder, muon_impl=target, **run)

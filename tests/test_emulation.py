@@ -23,7 +23,7 @@ import torch.nn.functional as F
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import te_emulation as te  # noqa: E402
+from nanofp8 import te_emulation as te  # noqa: E402
 
 torch.set_num_threads(1)
 R = te.recipe
@@ -926,7 +926,7 @@ WORKER = textwrap.dedent(
     """
     import sys, torch, torch.distributed as dist
     sys.path.insert(0, {root!r})
-    import te_emulation as te
+    from nanofp8 import te_emulation as te
 
     torch.set_num_threads(1)
     rank = int(sys.argv[1])

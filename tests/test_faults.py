@@ -16,9 +16,14 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 
 import helpers
 import train
+from nanofp8.checkpoint import Checkpoints, find_checkpoint, read_checkpoint, steps_of
+from nanofp8.faults import Guard
+from nanofp8.precision import fp8_state, keep_scales
+from nanofp8.runlog import Progress, RunLog
 from helpers import ROOT, TRAIN, assert_one_error_line, before_step, finish, flag_args, in_ckpt, learned, losses, poisoned
 from helpers import records, script_env, start, train_here, write_shard
 
@@ -44,14 +49,14 @@ def flat(tree, prefix=""):
 
 def saved_states(run):
     """What run() saves: {step: {name: tensor}} of model, optimizers and scales (not the random state), and its meta."""
-    states, metas, save = {}, {}, train.Checkpoints.save
+    states, metas, save = {}, {}, Checkpoints.save
 
     def spied(self, step, make_state, meta):
         states[step] = flat({k: v for k, v in make_state().items() if k != "rng"})
         metas[step] = meta
         return save(self, step, make_state, meta)
 
-    with mock.patch.object(train.Checkpoints, "save", spied):
+    with mock.patch.object(Checkpoints, "save", spied):
         return run(), states, metas
 
 
@@ -99,7 +104,7 @@ def test_a_step_that_is_not_finite_leaves_no_trace(tmp_path, shards, capsys, who
 @pytest.mark.parametrize("remedy", [True, False])
 def test_without_its_remedy_one_step_would_flush_gradients_to_zero(tmp_path, shards, remedy):
     """Gradients of order 1e28, whose norm overflows: their amax would rule the scales until it leaves the history."""
-    keep = train.keep_scales if remedy else lambda model: lambda: None
+    keep = keep_scales if remedy else lambda model: lambda: None
     with poisoned("a loss of nan", 3, factor=1e30), mock.patch.object(train, "keep_scales", keep):
         folder, states, _ = saved_states(lambda: train_here(tmp_path, shards, **RUN))
     assert records(folder, "train")[3]["skipped"] == "gradient not finite"
@@ -113,10 +118,10 @@ def test_calibration_on_what_is_not_finite_leaves_the_scales(tmp_path, shards):
     loader, optimizers = train.open_data(cfg, procs)[0], train.Optimizers(model, cfg, procs, sharded=False)
     parallel = train.Parallel(model, "none", cfg, procs)
     train.calibrate(parallel, loader, optimizers, procs, precision)
-    before = flat(train.fp8_state(model))
+    before = flat(fp8_state(model))
     loader.loss_scale *= np.inf
     train.calibrate(parallel, loader, optimizers, procs, precision)
-    assert helpers.same_tensors(flat(train.fp8_state(model)), before)
+    assert helpers.same_tensors(flat(fp8_state(model)), before)
     assert all(p.grad is None for p in model.parameters())
 
 
@@ -144,7 +149,7 @@ def test_too_many_in_a_row_end_the_run(tmp_path, shards, capsys, whole):
                           f"the newest checkpoint: {tmp_path}/r/ckpt/step_000004", **go())
     log = records(tmp_path / "r", "train")
     assert [bool(r.get("skipped")) for r in log] == [False, True, False, True, True]
-    assert train.read_checkpoint(str(tmp_path / "r" / "ckpt" / "step_000004"))["guard"]["in_a_row"] == 1
+    assert read_checkpoint(str(tmp_path / "r" / "ckpt" / "step_000004"))["guard"]["in_a_row"] == 1
     with poisoned("a loss of nan", 0):  # again in the first step after the checkpoint
         fails_in_one_line(capsys, 1, "2 steps in a row", "step 4", **go(resume="auto"))
     assert train_here(**go(resume="auto")) == tmp_path / "r"
@@ -162,7 +167,7 @@ def test_too_many_in_a_row_end_the_run(tmp_path, shards, capsys, whole):
 
 
 def guard(**changes):
-    return train.Guard(helpers.make_cfg(**dict(skip_loss_zscore=3.0, skip_grad_zscore=3.0, zscore_window=4) | changes))
+    return Guard(helpers.make_cfg(**dict(skip_loss_zscore=3.0, skip_grad_zscore=3.0, zscore_window=4) | changes))
 
 
 def test_a_spike_is_one_by_the_window():
@@ -203,7 +208,7 @@ def test_a_guard_goes_on_from_its_state():
     a = guard()
     for value in (1.5, 2.5, 1.7, 2.5, 99.0):
         a.judge(value, value)
-    b = train.Guard(helpers.make_cfg(skip_loss_zscore=3.0, skip_grad_zscore=3.0, zscore_window=4), json.loads(json.dumps(a.state_dict())))
+    b = Guard(helpers.make_cfg(skip_loss_zscore=3.0, skip_grad_zscore=3.0, zscore_window=4), json.loads(json.dumps(a.state_dict())))
     assert b.state_dict() == a.state_dict() and b.in_a_row == 1 and a.judge(7.0, 2.0) == b.judge(7.0, 2.0) != ""
 
 
@@ -220,7 +225,7 @@ def test_a_spike_is_skipped_and_a_resumed_run_knows_the_window(tmp_path, shards)
     assert log[4]["loss"] > 40 and helpers.same_tensors(states[5], states[4])
     with before_step(3, kill), pytest.raises(Killed):
         train_here(tmp_path, shards, run_name="r", **RUN | SPIKES)
-    done = train.steps_of(train.find_checkpoint(str(tmp_path / "r")))  # 2, or 3 where the last one was whole in time
+    done = steps_of(find_checkpoint(str(tmp_path / "r")))  # 2, or 3 where the last one was whole in time
     with poisoned("a loss of nan", 4 - done, factor=10.0):
         train_here(tmp_path, shards, run_name="r", resume="auto", **RUN | SPIKES)
     assert learned(tmp_path / "r") == learned(want)
@@ -246,7 +251,7 @@ def test_a_run_killed_after_its_last_checkpoint_is_finished(tmp_path, shards, ca
     changes = RUN | dict(run_name="r")
     with pytest.raises(Killed):
         if where == "before done":
-            with mock.patch.object(train.Progress, "done", kill):
+            with mock.patch.object(Progress, "done", kill):
                 train_here(tmp_path, shards, **changes)
         else:  # a signal in the last step: the checkpoint goes first
             evaluations = []
@@ -314,7 +319,7 @@ def test_a_folder_that_vanishes(tmp_path, shards, capsys, whole):
         train_here(tmp_path, shards, run_name="r", **RUN)
     out = capsys.readouterr().out
     assert "done: val loss" in out
-    assert train.find_checkpoint(str(tmp_path / "r")) == str(tmp_path / "r" / "ckpt" / "step_000006")
+    assert find_checkpoint(str(tmp_path / "r")) == str(tmp_path / "r" / "ckpt" / "step_000006")
     assert f"{records(whole.folder, 'val')[-1]['val_loss']:.4f}" in out
     assert out.count("log.jsonl was deleted: it and config.json are written anew") == 1
     assert learned(tmp_path / "r") == learned(whole.folder)
@@ -324,7 +329,7 @@ def test_a_folder_that_vanishes(tmp_path, shards, capsys, whole):
 def test_a_deleted_log_that_cannot_be_written_anew_at_once(tmp_path, capsys):
     """A file where the folder was: said once; when it is gone, all records are there."""
     (tmp_path / "r").mkdir()
-    log = train.RunLog(str(tmp_path / "r"), helpers.make_cfg(), {})
+    log = RunLog(str(tmp_path / "r"), helpers.make_cfg(), {})
     log.write(dict(kind="train", step=0))
     shutil.rmtree(tmp_path / "r")
     (tmp_path / "r").write_text("")
@@ -340,7 +345,7 @@ def test_a_deleted_log_that_cannot_be_written_anew_at_once(tmp_path, capsys):
 
 def test_pictures_do_not_end_a_run(tmp_path, capsys):
     """A run name that matplotlib would take for mathematics, and whatever else goes wrong in a drawing."""
-    log = train.RunLog(str(tmp_path), helpers.make_cfg(), {})
+    log = RunLog(str(tmp_path), helpers.make_cfg(), {})
     log.folder = str(tmp_path / "a$_$b")
     os.makedirs(log.folder)
     log.write(dict(kind="train", step=0, loss=2.0, tokens=9))
@@ -354,7 +359,7 @@ def test_pictures_do_not_end_a_run(tmp_path, capsys):
 
 def test_a_log_that_cannot_be_written_for_a_while(tmp_path, capsys):
     """It is said once, nothing is lost, and no line is broken."""
-    log = train.RunLog(str(tmp_path), helpers.make_cfg(), {})
+    log = RunLog(str(tmp_path), helpers.make_cfg(), {})
     full = [False]
 
     class Disk:
@@ -387,8 +392,8 @@ def test_a_stop_whose_checkpoint_cannot_be_written_is_a_failure(tmp_path, shards
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    with before_step(3, lambda: (os.kill(os.getpid(), signal.SIGTERM), setattr(train.dcp, "save", full))), \
-            mock.patch.object(train.dcp, "save", train.dcp.save):
+    with before_step(3, lambda: (os.kill(os.getpid(), signal.SIGTERM), setattr(dcp, "save", full))), \
+            mock.patch.object(dcp, "save", dcp.save):
         fails_in_one_line(capsys, 1, "stopped by a signal after 4 steps", "could not be written", f"the newest: {tmp_path}/r/ckpt/step_000003",
                           out_dir=tmp_path, data_dir=shards, run_name="r", **RUN)
 
@@ -405,7 +410,7 @@ def test_no_checkpoint_while_steps_are_skipped(tmp_path, shards, capsys):
         return result
 
     with mock.patch.object(train, "train_step", spoiled), \
-            mock.patch.object(train.Checkpoints, "failed", autospec=True, side_effect=train.Checkpoints.failed) as failed:
+            mock.patch.object(Checkpoints, "failed", autospec=True, side_effect=Checkpoints.failed) as failed:
         fails_in_one_line(capsys, 1, "4 steps in a row were skipped", f"the newest checkpoint: {folder}/ckpt/step_000003",
                           **run | dict(max_iters=30, resume="auto", max_bad_steps=4))
     assert [(call.args[1], call.args[3]) for call in failed.call_args_list] == [(4, "the weights are not finite")]
@@ -515,11 +520,11 @@ def test_ctrl_c_before_training_is_one_line(tmp_path, shards, fresh, monkeypatch
 
 def test_slow_ranks_are_not_missed(tmp_path, shards):
     """Rank 1 takes longer than the timeout for an evaluation, and rank 0 for the end, when rank 1 has left."""
-    (tmp_path / "slow.py").write_text(f"import os, sys, time\nsys.path.insert(0, {str(ROOT)!r})\nimport train\n" + """
+    (tmp_path / "slow.py").write_text(f"import os, sys, time\nsys.path.insert(0, {str(ROOT)!r})\nimport train\nfrom nanofp8.runlog import Progress\n" + """
 def slowly(function, rank):
     return lambda *args: time.sleep(8 if os.environ["RANK"] == rank else 0) or function(*args)
 train.evaluate = slowly(train.evaluate, "1")
-train.Progress.done = slowly(train.Progress.done, "0")
+Progress.done = slowly(Progress.done, "0")
 train.main()
 """)
     results = [finish(p, timeout=120) for p in two_ranks(tmp_path, shards, tmp_path / "slow.py", max_iters=3, ckpt_interval=0, rank_timeout=6)]

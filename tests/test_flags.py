@@ -8,10 +8,12 @@ import pytest
 
 import helpers
 import train
+from nanofp8.config import UserError, parse_flags, read_flag_table
+from nanofp8.precision import idle_flags
 from helpers import TRAIN, edited_copy, finish, make_cfg, one_process, start, train_here
 
 pytestmark = pytest.mark.usefixtures("fresh")
-TABLE = train.read_flag_table(TRAIN)
+TABLE = read_flag_table(TRAIN)
 TRISTATE = [n for n, (default, _, _) in TABLE.items() if default == "auto" and n.startswith("USE_")]
 BOOLS = [n for n, (default, _, _) in TABLE.items() if isinstance(default, bool)]
 INTS = [n for n, (default, _, _) in TABLE.items() if isinstance(default, int) and not isinstance(default, bool)]
@@ -19,12 +21,12 @@ FLOATS = [n for n, (default, _, _) in TABLE.items() if isinstance(default, float
 
 
 def parse(*argv, **options):
-    return train.parse_flags(list(argv), TRAIN, **{"has_gpu": False} | options)
+    return parse_flags(list(argv), TRAIN, **dict(presets=train.PRESETS, choices=train.CHOICES, has_gpu=False) | options)
 
 
 def refused(*argv, **options):
     """The one line with which parse_flags refuses argv."""
-    with pytest.raises(train.UserError) as caught:
+    with pytest.raises(UserError) as caught:
         parse(*argv, **options)
     assert caught.value.status == 2 and "\n" not in str(caught.value)
     return str(caught.value)
@@ -182,9 +184,9 @@ def test_the_shapes_of_every_preset_pass_the_checks():
 
 def test_a_flag_edited_in_the_file_beats_the_preset_and_a_given_one_beats_both(tmp_path):
     module, path = edited_copy(tmp_path, n_layer="7", dataset='"mine"', learning_rate="0.5", preset='"tiny"')
-    cfg = module.parse_flags([], path, has_gpu=True)
+    cfg = module.read_flags([], has_gpu=True)
     assert (cfg.preset, cfg.n_layer, cfg.dataset, cfg.learning_rate, cfg.n_embd) == ("tiny", 7, "mine", 0.5, 128)
-    cfg = module.parse_flags(["--preset=d12", "--n_layer=3"], path, has_gpu=False)
+    cfg = module.read_flags(["--preset=d12", "--n_layer=3"], has_gpu=False)
     assert (cfg.preset, cfg.n_layer, cfg.dataset, cfg.n_embd) == ("d12", 3, "mine", 768)
 
 
@@ -193,25 +195,25 @@ def test_a_flag_edited_in_the_file_beats_the_preset_and_a_given_one_beats_both(t
 
 def test_a_float_flag_edited_to_a_whole_number_still_takes_any_number(tmp_path):
     module, path = edited_copy(tmp_path, weight_decay="0", grad_clip="1")
-    cfg = module.parse_flags(["--weight_decay=0.1", "--grad_clip=0.5"], path, has_gpu=False)
+    cfg = module.read_flags(["--weight_decay=0.1", "--grad_clip=0.5"], has_gpu=False)
     assert (cfg.weight_decay, cfg.grad_clip) == (0.1, 0.5)
 
 
 def test_an_auto_flag_edited_to_true_can_be_set_back_to_auto(tmp_path):
     module, path = edited_copy(tmp_path, USE_COMPILE="True")
-    assert module.parse_flags(["--USE_COMPILE=auto"], path, has_gpu=False).USE_COMPILE == "auto"
+    assert module.read_flags(["--USE_COMPILE=auto"], has_gpu=False).USE_COMPILE == "auto"
 
 
 def test_a_flag_that_somebody_adds_takes_what_its_default_is(tmp_path):
     """In no list of types: text, switch or number by the default."""
     added = '1337\nmy_count = 3  # a\nmy_share = 0.5  # b\nmy_text = "x"  # c\nmy_switch = False '
     module, path = edited_copy(tmp_path, seed=added)
-    cfg = module.parse_flags([], path, has_gpu=False)
+    cfg = module.read_flags([], has_gpu=False)
     assert (cfg.my_count, cfg.my_share, cfg.my_text, cfg.my_switch) == (3, 0.5, "x", False) and type(cfg.my_count) is int
-    cfg = module.parse_flags(["--my_count=4", "--my_share=1", "--my_text=7", "--my_switch=true"], path, has_gpu=False)
+    cfg = module.read_flags(["--my_count=4", "--my_share=1", "--my_text=7", "--my_switch=true"], has_gpu=False)
     assert (cfg.my_count, cfg.my_share, cfg.my_text, cfg.my_switch) == (4, 1.0, "7", True)
     with pytest.raises(module.UserError, match="--my_switch takes True or False"):
-        module.parse_flags(["--my_switch=3"], path, has_gpu=False)
+        module.read_flags(["--my_switch=3"], has_gpu=False)
 
 
 @pytest.mark.parametrize("edit", [dict(max_iters="2 * 1700"), dict(weight_decay='"much"'), dict(USE_FP8="true"), dict(n_layer='"six"')])
@@ -222,7 +224,7 @@ def test_an_edit_that_cannot_work_is_one_line_that_names_the_flag(tmp_path, edit
     except NameError:
         return  # `true` fails when Python reads the file: clear enough, and before our code runs
     try:
-        cfg = module.parse_flags(["--preset=d20"], path, has_gpu=False)
+        cfg = module.read_flags(["--preset=d20"], has_gpu=False)
         module.check_flags(cfg, 1)
     except module.UserError as error:
         assert next(iter(edit)) in str(error)
@@ -245,7 +247,7 @@ def test_an_edit_that_cannot_work_is_one_line_that_names_the_flag(tmp_path, edit
     (dict(adam_eps=-1.0), "adam_eps"), (dict(seed=-1), "seed"),  # numpy takes 0 to 2^32 - 1
 ])
 def test_impossible_values_are_refused(changes, words):
-    with pytest.raises(train.UserError, match=words) as caught:
+    with pytest.raises(UserError, match=words) as caught:
         train.check_flags(make_cfg(**changes), 1)
     assert caught.value.status == 2
 
@@ -253,7 +255,7 @@ def test_impossible_values_are_refused(changes, words):
 @pytest.mark.parametrize("total,batch,world", [(300, 2, 1), (1000, 3, 2), (63, 1, 3), (1, 4, 2), (99999, 2, 8), (160, 2, 2)])
 def test_a_total_batch_that_does_not_divide_names_a_nearest_that_does(total, batch, world):
     micro = batch * 32 * world
-    with pytest.raises(train.UserError) as caught:
+    with pytest.raises(UserError) as caught:
         train.check_flags(make_cfg(total_batch_size=total, batch_size=batch), world)
     nearest = int(re.search(r"--total_batch_size=(\d+)", str(caught.value))[1])
     assert nearest > 0 and nearest % micro == 0
@@ -274,7 +276,7 @@ def test_the_wrapper_and_its_reason(fsdp2, ddp, world, expected):
 
 @pytest.mark.parametrize("fsdp2,ddp,world", [(True, True, 1), (True, True, 2), (False, False, 2)])
 def test_wrappers_that_contradict(fsdp2, ddp, world):
-    with pytest.raises(train.UserError, match="USE_FSDP2.*USE_DDP") as caught:
+    with pytest.raises(UserError, match="USE_FSDP2.*USE_DDP") as caught:
         train.choose_wrapper(make_cfg(USE_FSDP2=fsdp2, USE_DDP=ddp), one_process(world_size=world), 1000)
     assert caught.value.status == 2
 
@@ -285,7 +287,7 @@ def test_wrappers_that_contradict(fsdp2, ddp, world):
 ])
 def test_shapes_that_the_format_cannot_take(changes):
     """Each format names its multiple; bf16 takes them all."""
-    with pytest.raises(train.UserError, match="divisible by"):
+    with pytest.raises(UserError, match="divisible by"):
         train.select_precision(make_cfg(**changes), helpers.CPU)
     train.select_precision(make_cfg(**changes | dict(USE_FP8=False, USE_NVFP4=False)), helpers.CPU)
 
@@ -320,7 +322,7 @@ def test_as_a_script(tmp_path, shards):
     small = helpers.flag_args(data_dir=shards)
     bare_import = ("import sys, threading; import train, torch.distributed as dist; "
                    "assert not dist.is_initialized() and threading.active_count() == 1; "
-                   "assert 'te_emulation' not in sys.modules and 'dion' not in sys.modules")
+                   "assert 'nanofp8.te_emulation' not in sys.modules and 'dion' not in sys.modules")
     processes = dict(
         help=start(TRAIN, "--help", "--preset=tiny", cwd=tmp_path),
         unknown=start(TRAIN, "--batchsize=4", cwd=tmp_path),
@@ -348,6 +350,6 @@ def test_flags_without_effect_are_named(fresh, shards, tmp_path, capsys):
     train_here(tmp_path, shards, max_iters=1, warmup_iters=1, FP8_RECIPE="current", FP8_MARGIN=1, NVFP4_HADAMARD=False)
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "without effect" in line]
     assert {"FP8_MARGIN=1", "NVFP4_HADAMARD=False"} <= set(line.replace(",", "").split()) and "FP8_RECIPE" not in line
-    assert train.idle_flags(make_cfg(USE_FP8=False, FP8_RECIPE="block"), "bf16")[0] == "FP8_RECIPE=block"
+    assert idle_flags(make_cfg(USE_FP8=False, FP8_RECIPE="block"), "bf16")[0] == "FP8_RECIPE=block"
     train_here(tmp_path, shards, max_iters=1, warmup_iters=1, FP8_MARGIN=1)
     assert "without effect" not in capsys.readouterr().out

@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-import fp8_stats
-import te_emulation as te
+from nanofp8 import fp8_stats, fused
+from nanofp8 import te_emulation as te
 import train
+from nanofp8.loss import LOGIT_GRAD_SCALE
+from nanofp8.precision import fp8_state, keep_high_precision
 from helpers import losses, make_cfg, make_model, one_process, records, relative, tokens_and_targets, train_here
 
 R = te.recipe
@@ -122,13 +124,13 @@ def test_live_scales_and_layers_in_bf16(fresh):
     """Delayed scaling's scale is the one that the next step will use, slot by slot; a layer in bf16 has no statistics."""
     cfg = make_cfg(HIGH_PRECISION_LAYERS="blocks.1.attn")
     model, (x, y) = make_model(cfg), tokens_and_targets(cfg)
-    in_bf16 = train.keep_high_precision(model, cfg.HIGH_PRECISION_LAYERS, te)
+    in_bf16 = keep_high_precision(model, cfg.HIGH_PRECISION_LAYERS, te)
     precision = train.select_precision(cfg, torch.device("cpu"))
     for _ in range(3):
         with precision.autocast(one_process()):
             loss = model(x, y) * 0.01
         loss.backward()
-    state = train.fp8_state(model)
+    state = fp8_state(model)
     before = {k: v.clone() for k, v in state.items()}
     result = fp8_stats.collect(model, x, y, precision.recipe, state, in_bf16, 0.01)
     assert list(result) == LAYERS and [n for n in LAYERS if not result[n]] == ["blocks.1.attn.qkv", "blocks.1.attn.proj", "head"]
@@ -142,7 +144,7 @@ def test_live_scales_and_layers_in_bf16(fresh):
         assert numbers["scale"] == pytest.approx(held.item(), rel=1e-6)
         assert numbers["amax"] == pytest.approx(history.max().item(), rel=0.1)  # the same batch in bf16
         assert numbers["saturated"] < 1e-3 and 0.01 < numbers["error"] < 0.08
-    assert all(torch.equal(v, before[k]) for k, v in train.fp8_state(model).items())
+    assert all(torch.equal(v, before[k]) for k, v in fp8_state(model).items())
     assert all(p.grad is not None for p in model.parameters())  # and not touched: they are those of the loop above
 
 
@@ -152,20 +154,20 @@ def test_the_head(fresh):
     model, (x, y) = make_model(cfg), tokens_and_targets(cfg)
     torch.nn.init.normal_(model.head.weight, std=0.1)  # from zero: all gradients would be alike
     y.view(-1)[:3] = -1
-    precision, quantize, seen = train.select_precision(cfg, torch.device("cpu")), train.quantize, []
+    precision, quantize, seen = train.select_precision(cfg, torch.device("cpu")), fused.quantize, []
 
     def spied(tensor, s, **rest):
         seen.append((tensor.detach().clone(), s))
         return quantize(tensor, s, **rest)
 
-    with mock.patch.object(train, "quantize", spied), precision.autocast(one_process()):
+    with mock.patch("nanofp8.fused.quantize", spied), mock.patch("nanofp8.loss.quantize", spied), precision.autocast(one_process()):
         model(x, y)
     (weight, _), (h, _), (gradient, s), *_ = seen
     assert s.dtype == torch.float8_e5m2 and gradient.shape[1] == cfg.vocab_size
     rcp, loss_scale = R.Float8CurrentScaling(), 0.01
     want = {"input": stats(h, rcp), "weight": stats(weight, rcp),
             "gradient": stats(gradient.float() * loss_scale, rcp, "gradient", s.scale / loss_scale)}
-    got = fp8_stats.collect(model, x, y, precision.recipe, train.fp8_state(model), [], loss_scale, train.LOGIT_GRAD_SCALE)["head"]
+    got = fp8_stats.collect(model, x, y, precision.recipe, fp8_state(model), [], loss_scale, LOGIT_GRAD_SCALE)["head"]
     assert list(got) == list(fp8_stats.KINDS) and got["weight"] == pytest.approx(want["weight"], rel=1e-5)
     for kind in ("input", "gradient"):
         assert got[kind] == pytest.approx(want[kind], rel=0.05, abs=1e-4), kind

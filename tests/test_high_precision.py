@@ -5,8 +5,10 @@ import contextlib
 import pytest
 import torch
 
-import te_emulation as te
+from nanofp8 import te_emulation as te
 import train
+from nanofp8.config import UserError
+from nanofp8.precision import fp8_state, keep_high_precision, scales_kept
 from helpers import losses, make_cfg, make_model, one_process, records, tokens_and_targets, train_here
 
 LAYERS = [f"blocks.{i}.{layer}" for i in range(2) for layer in ("attn.qkv", "attn.proj", "mlp")]
@@ -17,22 +19,22 @@ LAYERS = [f"blocks.{i}.{layer}" for i in range(2) for layer in ("attn.qkv", "att
     ("blocks.1.attn.*, blocks.0.mlp", [LAYERS[2], LAYERS[3], LAYERS[4]]), ("blocks.*", LAYERS), ("*.mlp,*.mlp", [LAYERS[2], LAYERS[5]]), ("head", ["head"]),
 ])
 def test_patterns(fresh, patterns, expected):
-    assert train.keep_high_precision(make_model(), patterns, te) == expected
+    assert keep_high_precision(make_model(), patterns, te) == expected
 
 
 def test_a_head_that_is_in_bf16_anyway_may_be_named(fresh):
     """So one list of patterns serves all formats of a comparison."""
     for flags in (dict(USE_FP8_HEAD=False), dict(USE_NVFP4=True)):
         model = make_model(make_cfg(**flags))
-        assert train.keep_high_precision(model, "head", te) == ["head"] and not model.fp8_head
+        assert keep_high_precision(model, "head", te) == ["head"] and not model.fp8_head
     model = make_model(make_cfg())
-    assert model.fp8_head and train.keep_high_precision(model, "head", te) == ["head"] and not model.fp8_head
+    assert model.fp8_head and keep_high_precision(model, "head", te) == ["head"] and not model.fp8_head
 
 
 @pytest.mark.parametrize("patterns", ["blocks.2", "block.1", "embed", "blocks.1,heads"])
 def test_a_pattern_that_matches_nothing_is_an_error(fresh, patterns):
-    with pytest.raises(train.UserError, match=f"'{patterns.split(',')[-1]}' matches no layer.*blocks.0.attn.qkv") as error:
-        train.keep_high_precision(make_model(), patterns, te)
+    with pytest.raises(UserError, match=f"'{patterns.split(',')[-1]}' matches no layer.*blocks.0.attn.qkv") as error:
+        keep_high_precision(make_model(), patterns, te)
     assert error.value.status == 2
 
 
@@ -49,10 +51,10 @@ def test_all_layers_in_bf16_are_the_bf16_run(fresh, shards, tmp_path, recompute)
 def test_only_the_other_layers_have_scales(fresh):
     cfg = make_cfg(HIGH_PRECISION_LAYERS="blocks.1")
     model = make_model(cfg)
-    train.keep_high_precision(model, cfg.HIGH_PRECISION_LAYERS, te)
+    keep_high_precision(model, cfg.HIGH_PRECISION_LAYERS, te)
     with train.select_precision(cfg, torch.device("cpu")).autocast(one_process()):
         model(*tokens_and_targets(cfg)).backward()
-    assert {name.split(".")[1] for name in train.fp8_state(model)} == {"0"}
+    assert {name.split(".")[1] for name in fp8_state(model)} == {"0"}
 
 
 @pytest.mark.parametrize("flag, field", [("NVFP4_HADAMARD", "disable_rht"), ("NVFP4_2D_WEIGHTS", "disable_2d_quantization"),
@@ -95,7 +97,7 @@ def test_margin_and_history_reach_the_scales(fresh, shards, tmp_path):
     model, precision = make_model(cfg), train.select_precision(cfg, torch.device("cpu"))
     with precision.autocast(one_process()):
         model(*tokens_and_targets(cfg)).backward()
-    state = train.fp8_state(model)
+    state = fp8_state(model)
     history, scale = state["blocks.0.mlp.scaling_fwd.amax_history"], state["blocks.0.mlp.scaling_fwd.scale"]
     assert len(history) == 3
     used = history[-1] > 0
@@ -135,8 +137,8 @@ def test_evaluation_in_the_format_of_training_leaves_the_scales_alone(fresh, sha
     x, y = tokens_and_targets(cfg)
     with precision.autocast(one_process()):
         model(x, y).backward()
-    before = {k: v.clone() for k, v in train.fp8_state(model).items()}
+    before = {k: v.clone() for k, v in fp8_state(model).items()}
     for kept in (True, False):
-        with torch.no_grad(), train.scales_kept(model) if kept else contextlib.nullcontext(), precision.autocast(one_process()):
+        with torch.no_grad(), scales_kept(model) if kept else contextlib.nullcontext(), precision.autocast(one_process()):
             model(x, y)
-        assert all(torch.equal(v, before[k]) for k, v in train.fp8_state(model).items()) == kept
+        assert all(torch.equal(v, before[k]) for k, v in fp8_state(model).items()) == kept

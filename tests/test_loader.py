@@ -11,6 +11,7 @@ import torch
 
 import helpers
 import train
+from nanofp8.config import UserError
 from helpers import shard_bytes, write_shard
 
 pytestmark = pytest.mark.usefixtures("fresh")
@@ -160,7 +161,7 @@ def test_an_error_in_the_loader_thread_comes_out_of_next(numbered):
     loader = loader_of(ring_of(numbered, vocab=40))  # tokens 0 ... 1204: the third micro-batch of 16 + 1 holds 40
     loader.next()
     loader.next()
-    with pytest.raises(train.UserError, match="n_train_000001.bin.*vocab_size is 40"):
+    with pytest.raises(UserError, match="n_train_000001.bin.*vocab_size is 40"):
         loader.next()
     again = []
 
@@ -173,7 +174,7 @@ def test_an_error_in_the_loader_thread_comes_out_of_next(numbered):
     thread = threading.Thread(target=call, daemon=True)
     thread.start()
     thread.join(timeout=3)
-    assert again and isinstance(again[0], train.UserError)
+    assert again and isinstance(again[0], UserError)
     loader.close()
 
 
@@ -183,7 +184,7 @@ def test_an_error_in_the_loader_thread_comes_out_of_next(numbered):
 
 def bad_line(folder, **options):
     """The UserError of opening and reading a whole ring, in one line."""
-    with pytest.raises(train.UserError) as caught:
+    with pytest.raises(UserError) as caught:
         ring = ring_of(folder, **options)
         ring.read(0, ring.total)
     assert "\n" not in str(caught.value) and caught.value.status == 1
@@ -259,7 +260,7 @@ def test_a_token_beyond_the_vocabulary(tmp_path):
     for word in (str(path), "65535", "vocab_size", "--vocab_size"):
         assert word in line
     assert str(path) in bad_line(tmp_path, vocab=512)
-    with pytest.raises(train.UserError):  # id == vocab_size is one too many
+    with pytest.raises(UserError):  # id == vocab_size is one too many
         ring_of(tmp_path, vocab=99).read(0, 100)
     ring_of(tmp_path, vocab=100).read(0, 100)
 

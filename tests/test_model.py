@@ -1,14 +1,18 @@
 """The model, its loss and its precision: parameters, initialisation, RoPE, causality, recomputation, number formats."""
 
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-import te_emulation as te
+from nanofp8 import te_emulation as te
 import train
+from nanofp8 import loss
+from nanofp8.fused import current_scaling, weight_operand
+from nanofp8.loss import ChunkedCrossEntropy
+from nanofp8.plain import rms_norm, rope_qk_norm
+from nanofp8.precision import fp8_state
 from helpers import CPU, VOCAB, make_cfg, make_model, one_process, relative, tokens_and_targets
 
 pytestmark = pytest.mark.usefixtures("fresh")
@@ -33,7 +37,7 @@ def forward(model, cfg, x, y=None, quantized=True, **kwargs):
 
 def test_parameter_count_at_the_default_flags():
     """561,040,640 = 2 x 83,886,080 + 20 x 12 x 1280^2 + 41 x 1280, on the meta device: nothing is allocated."""
-    cfg = train.parse_flags(["--preset=d20"], train.__file__, has_gpu=False)
+    cfg = train.read_flags(["--preset=d20"], has_gpu=False)
     model = train.GPT(cfg, te, lambda f: f, torch.device("meta"))
     assert sum(p.numel() for p in model.parameters()) == 561_040_640
     assert sum(n for _, n, _ in model.parameter_table()) == 561_040_640
@@ -122,7 +126,7 @@ def test_rope_and_qk_norm_against_float64():
     """Half-split pairs (i, i + D/2) turned by t * base^(-2i/D), then divided by their RMS. One bf16 rounding: 2^-8."""
     qkv, cos, sin, H, D = rope_inputs()
     B, T, _ = qkv.shape
-    q, k, v = train.rope_qk_norm(qkv, cos, sin, H, 1e-6)
+    q, k, v = rope_qk_norm(qkv, cos, sin, H, 1e-6)
     x = qkv.double().numpy().reshape(B, T, 3, H, D)
     angle = np.arange(T)[:, None] * 10000.0 ** (-2 * np.arange(D // 2) / D)
     turn = np.exp(1j * angle)[None, :, None, :]
@@ -140,7 +144,7 @@ def test_scores_depend_on_the_distance_alone():
     is off by about 2^-8 * sqrt(D)."""
     _, cos, sin, H, D = rope_inputs(T=24, H=1, D=32)
     one = torch.randn(3 * D).bfloat16()
-    q, k, _ = train.rope_qk_norm(one.expand(1, 24, 3 * D).contiguous(), cos, sin, 1, 1e-6)
+    q, k, _ = rope_qk_norm(one.expand(1, 24, 3 * D).contiguous(), cos, sin, 1, 1e-6)
     scores = q[0, :, 0].double() @ k[0, :, 0].double().T
     spread = 0.0
     for distance in range(-23, 24):
@@ -156,12 +160,12 @@ def test_rotation_keeps_the_norm_and_qk_norm_makes_it_one():
     a bf16 rounding of each entry moves the RMS by far less than 2^-8."""
     qkv, cos, sin, H, _ = rope_inputs()
     for size in (1e-2, 1.0, 1e3):
-        q, k, _ = train.rope_qk_norm((qkv * size), cos, sin, H, 1e-10)
+        q, k, _ = rope_qk_norm((qkv * size), cos, sin, H, 1e-10)
         for x in (q, k):
             rms = x.double().square().mean(-1).sqrt()
             assert (rms - 1).abs().max() < 2**-8
-    unturned, _, _ = train.rope_qk_norm(qkv, torch.ones_like(cos), torch.zeros_like(sin), H, 1e-6)
-    turned, _, _ = train.rope_qk_norm(qkv, cos, sin, H, 1e-6)
+    unturned, _, _ = rope_qk_norm(qkv, torch.ones_like(cos), torch.zeros_like(sin), H, 1e-6)
+    turned, _, _ = rope_qk_norm(qkv, cos, sin, H, 1e-6)
     assert torch.equal(turned[:, 0], unturned[:, 0])  # position 0 is not turned
     D = turned.shape[-1]
     pairs = lambda x: (x[..., : D // 2].double().square() + x[..., D // 2:].double().square()).sqrt()  # noqa: E731
@@ -171,7 +175,7 @@ def test_rotation_keeps_the_norm_and_qk_norm_makes_it_one():
 def test_rms_norm():
     x = torch.randn(5, 7, 64) * torch.logspace(-3, 3, 5)[:, None, None]
     want = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-6).sqrt()
-    got = train.rms_norm(x, 1e-6)
+    got = rms_norm(x, 1e-6)
     assert got.dtype == torch.bfloat16
     torch.testing.assert_close(got.double(), want, rtol=2**-8, atol=0)
 
@@ -285,7 +289,7 @@ def test_fp8_state_names_live_tensors():
     cfg = make_cfg()
     model, (x, y) = make_model(cfg), tokens_and_targets(cfg)
     forward(model, cfg, x, y).backward()
-    state = train.fp8_state(model)
+    state = fp8_state(model)
     modules = [f"blocks.{i}.{m}" for i in range(2) for m in ("attn.qkv", "attn.proj", "mlp")]
     assert set(state) == {f"{m}.{d}.{t}" for m in modules for d in ("scaling_fwd", "scaling_bwd") for t in ("scale", "amax_history")}
     before = {k: v.clone() for k, v in state.items()}
@@ -293,7 +297,7 @@ def test_fp8_state_names_live_tensors():
     assert all(torch.equal(v, before[k]) for k, v in state.items())  # bf16 feeds nothing
     forward(model, cfg, x, y).backward()
     assert not all(torch.equal(v, before[k]) for k, v in state.items())
-    assert train.fp8_state(make_model(make_cfg(USE_FP8=False))) == {}
+    assert fp8_state(make_model(make_cfg(USE_FP8=False))) == {}
 
 
 # -----------------------------------------------------------------------------------------------------
@@ -310,7 +314,7 @@ def losses_and_grads(micro_batches=2, **changes):
             loss = forward(model, cfg, *tokens_and_targets(cfg, seed=10 * step + m), first=m == 0)
             loss.backward()
             out.append(loss.detach())
-    state = {k: v.clone() for k, v in train.fp8_state(model).items()}
+    state = {k: v.clone() for k, v in fp8_state(model).items()}
     return out, {n: p.grad for n, p in model.named_parameters()}, state
 
 
@@ -368,8 +372,8 @@ def test_quantized_weights_are_made_once_a_step():
 
 def chunked(h, weight, targets, softcap, chunk, recompute, scaling=None):
     """ChunkedCrossEntropy with the weight in bf16, or in FP8 by scaling(weight)."""
-    operand = train.weight_operand(weight, scaling or (lambda w: None), None, {})
-    return train.ChunkedCrossEntropy.apply(h, weight, targets, operand, softcap, chunk, recompute, "")
+    operand = weight_operand(weight, scaling or (lambda w: None), None, {})
+    return ChunkedCrossEntropy.apply(h, weight, targets, operand, softcap, chunk, recompute, "")
 
 
 def loss_case(N=50, C=32, V=97, ignored=True, seed=0):
@@ -459,7 +463,7 @@ def count_kernels(monkeypatch):
         return call
 
     for name in calls:
-        monkeypatch.setattr(train, name, counted(name, getattr(train, name)))
+        monkeypatch.setattr(loss, name, counted(name, getattr(loss, name)))
     return calls
 
 
@@ -507,7 +511,7 @@ def test_fp8_head_against_ml_dtypes(recompute):
     loss.backward()
     g8 = values(raw.grad, 2.0**15, ml_dtypes.float8_e5m2, 57344)
     ours = chunked(h.requires_grad_(), weight.requires_grad_(), targets, 15.0, 16, recompute,
-                   lambda w: train.current_scaling(w, torch.float8_e4m3fn))
+                   lambda w: current_scaling(w, torch.float8_e4m3fn))
     ours.backward()
     assert ours.item() == pytest.approx(loss.item(), rel=1e-5)
     # a few gradients of logits fall on the other side of a rounding boundary in fp32
@@ -516,5 +520,5 @@ def test_fp8_head_against_ml_dtypes(recompute):
 
 
 def test_current_scaling_of_zeros():
-    s = train.current_scaling(torch.zeros(16, 16), torch.float8_e4m3fn)
+    s = current_scaling(torch.zeros(16, 16), torch.float8_e4m3fn)
     assert s.scale.item() == s.inverse.item() == 1

@@ -7,6 +7,8 @@ import pytest
 import torch
 
 import train
+from nanofp8.config import UserError
+from nanofp8.muon import TorchMuon, dion_muon, import_bitsandbytes, polar_express
 from helpers import CPU, make_cfg, make_model, one_process, relative
 
 pytestmark = pytest.mark.usefixtures("fresh")
@@ -159,7 +161,7 @@ def muon_of(*weights, lr=0.1, weight_decay=0.0, mu=0.9, **group):
     """Parameters and a TorchMuon over them in one group."""
     params = [torch.nn.Parameter(w.clone()) for w in weights]
     groups = [dict(params=params, lr=lr, weight_decay=weight_decay, mu=mu, **group)]
-    return params, groups, train.TorchMuon(groups)
+    return params, groups, TorchMuon(groups)
 
 
 def polar(m):
@@ -292,7 +294,7 @@ def test_momentum_converts_both_ways():
         params = [torch.nn.Parameter(w.clone()) for w in start]
         groups = [dict(params=params[:1], lr=0.1, weight_decay=0.1, mu=0.85, split_sizes=(64, 64, 64)),
                   dict(params=params[1:], lr=0.1, weight_decay=0.1, mu=0.85)]
-        return params, groups, train.TorchMuon(groups)
+        return params, groups, TorchMuon(groups)
 
     def step(params, groups, opt, i, mu):
         for g in groups:
@@ -365,7 +367,7 @@ def test_polar_express_against_dions(shape):
         A = X @ X.mT
         X = a * X + (b * A + c * (A @ A)) @ X
     exact = X.mT if shape[-2] > shape[-1] else X
-    ours = train.polar_express(G)
+    ours = polar_express(G)
     assert ours.dtype == torch.bfloat16 and ours.shape == G.shape and relative(ours, exact) < 0.04
     for stance, allowed in (("force_eager", 1.1), ("default", 1.5)):
         with torch.compiler.set_stance(stance):
@@ -422,34 +424,34 @@ def test_the_choice_of_muon(monkeypatch):
 
     monkeypatch.setitem(sys.modules, "dion", stub)
     monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/" + name)
-    assert train.dion_muon("auto", CPU) == (stub.Muon, "") == train.dion_muon("dion", CPU)
-    assert train.dion_muon("torch", CPU)[0] is None
+    assert dion_muon("auto", CPU) == (stub.Muon, "") == dion_muon("dion", CPU)
+    assert dion_muon("torch", CPU)[0] is None
 
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    muon, why = train.dion_muon("auto", CPU)
+    muon, why = dion_muon("auto", CPU)
     assert muon is None and "compiler" in why
-    with pytest.raises(train.UserError, match="compiler"):
-        train.dion_muon("dion", CPU)
-    assert train.dion_muon("auto", torch.device("cuda"))[0] is stub.Muon  # Triton needs no C++ compiler of ours
-    assert train.dion_muon("auto", CPU, compiled=False)[0] is stub.Muon  # and what is not compiled needs none
+    with pytest.raises(UserError, match="compiler"):
+        dion_muon("dion", CPU)
+    assert dion_muon("auto", torch.device("cuda"))[0] is stub.Muon  # Triton needs no C++ compiler of ours
+    assert dion_muon("auto", CPU, compiled=False)[0] is stub.Muon  # and what is not compiled needs none
     monkeypatch.setenv("CXX", "/opt/clang")
     monkeypatch.setattr(shutil, "which", lambda name: name if name == "/opt/clang" else None)
-    assert train.dion_muon("auto", CPU)[0] is stub.Muon
+    assert dion_muon("auto", CPU)[0] is stub.Muon
 
     monkeypatch.setitem(sys.modules, "dion", None)
-    muon, why = train.dion_muon("auto", CPU)
+    muon, why = dion_muon("auto", CPU)
     assert muon is None and "dion" in why.lower()
-    with pytest.raises(train.UserError, match="requirements.txt"):
-        train.dion_muon("dion", CPU)
+    with pytest.raises(UserError, match="requirements.txt"):
+        dion_muon("dion", CPU)
     optimizers = make_optimizers(make_model(), muon_impl="auto")
-    assert isinstance(optimizers.muon, train.TorchMuon)
+    assert isinstance(optimizers.muon, TorchMuon)
     assert "torch.optim.Muon" in optimizers.description and why in optimizers.description
 
 
 def test_8_bit_adam_is_refused_where_it_cannot_run():
     for sharded, word in ((False, "GPU"), (True, "sharded")):
-        with pytest.raises(train.UserError, match=word) as caught:
-            train.import_bitsandbytes(one_process(), sharded)
+        with pytest.raises(UserError, match=word) as caught:
+            import_bitsandbytes(one_process(), sharded)
         assert caught.value.status == 2
 
 

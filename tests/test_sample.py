@@ -16,7 +16,7 @@ import torch.distributed.checkpoint as dcp
 
 import helpers
 import sample
-import train
+from nanofp8.config import UserError
 
 SCRIPT = str(helpers.ROOT / "sample.py")
 VOCAB = 50304  # the smallest that holds GPT-2's ids
@@ -187,7 +187,7 @@ def test_the_whole_context_can_be_filled_and_no_more():
     assert len(generated(sampler, [1] * 20, 12, choice=choice)[0]) == 12
     assert len(generated(sampler, [1] * 31, 1, choice=choice)[0]) == 1
     for prompt, new, word in (([1] * 20, 13, "--max_new_tokens=12"), ([1] * 32, 1, "at most 31"), ([], 1, "empty"), ([512], 1, "512")):
-        with pytest.raises(train.UserError, match=word):
+        with pytest.raises(UserError, match=word):
             next(sampler.generate(prompt, new))
 
 
@@ -211,7 +211,7 @@ def test_compile_option_runs_the_compiled_step(monkeypatch):
 
     fast = sampler_of(model, compile=True)
     fast.compiled = broken
-    with pytest.raises(train.UserError, match=r"--compile does not work here \(no C\+\+ compiler\)"):
+    with pytest.raises(UserError, match=r"--compile does not work here \(no C\+\+ compiler\)"):
         next(fast.generate([1, 2], 9))
 
 
@@ -433,7 +433,7 @@ def test_interactive_answers_each_line_and_survives_bad_ones(out_dir, tokenizer)
 def test_runs_without_te_or_its_emulation(out_dir, tokenizer):
     code = (f"import sys; sys.path.insert(0, {str(helpers.ROOT)!r}); import sample; "
             f"sample.main(['--ckpt={out_dir}', '--max_new_tokens=2', '--device=cpu']); "
-            "assert not [m for m in sys.modules if m.startswith(('te_emulation', 'transformer_engine'))]")
+            "assert not [m for m in sys.modules if m.startswith(('nanofp8.te_emulation', 'transformer_engine'))]")
     result = helpers.finish(helpers.start("-c", code, cwd=out_dir))
     assert result.code == 0, result.err
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 import helpers
 import train
+from nanofp8.config import parse_flags, read_flag_table
 import train_orig
 
 SCRIPT = str(helpers.ROOT / "train_orig.py")
@@ -30,7 +31,7 @@ def flag_args(**changes):
 
 
 def make_cfg(**changes):
-    return train.parse_flags(flag_args(**changes), SCRIPT, train_orig.PRESETS, train_orig.CHOICES, has_gpu=False)
+    return parse_flags(flag_args(**changes), SCRIPT, train_orig.PRESETS, train_orig.CHOICES, has_gpu=False)
 
 
 def run_here(out_dir, data_dir, **changes):
@@ -100,7 +101,7 @@ def test_run_learns_and_keeps_the_log_contract(tmp_path, shards, fresh, capsys):
         assert r["lr_muon"] is None and r["momentum"] is None and r["mfu"] is None
         assert r["lr_embed"] == r["lr_head"] == pytest.approx(3e-3 * train.lr_factor(r["step"], 2, 30, 0.1))
     config = json.loads((folder / "config.json").read_text())
-    assert set(train.read_flag_table(SCRIPT)) <= set(config) and config["precision"] == "fp32" and config["world_size"] == 1
+    assert set(read_flag_table(SCRIPT)) <= set(config) and config["precision"] == "fp32" and config["world_size"] == 1
     out = capsys.readouterr().out
     assert re.search(r"^step  1/30 \| loss +[\d.]+ \| norm [\d.e+-]+ \| lr [\d.e-]+ \| +[\d.]+ ms \| [\d,]+ tok/s \| ", out, re.M)
     assert re.search(r"^step 30/30 \| val loss [\d.]+ over 640 tokens \| ", out, re.M) and "\ndone: val loss " in out
@@ -135,8 +136,8 @@ def test_accumulation_equals_a_larger_batch(tmp_path, shards, fresh):
 
 
 def test_released_flags_and_presets_agree():
-    table = {name: default for name, (default, _, _) in train.read_flag_table(SCRIPT).items()}
-    assert all(comment for _, comment, _ in train.read_flag_table(SCRIPT).values())
+    table = {name: default for name, (default, _, _) in read_flag_table(SCRIPT).items()}
+    assert all(comment for _, comment, _ in read_flag_table(SCRIPT).values())
     assert train_orig.PRESETS["d20"].items() <= table.items()
     for preset in train_orig.PRESETS.values():
         assert set(preset) <= set(table)
@@ -150,8 +151,8 @@ def test_released_flags_and_presets_agree():
     for name in ("d20", "tiny"):
         for flag in shared:
             assert train_orig.PRESETS[name][flag] == train.PRESETS[name][flag], (name, flag)
-    gpu = train.parse_flags([], SCRIPT, train_orig.PRESETS, train_orig.CHOICES, has_gpu=True)
-    cpu = train.parse_flags([], SCRIPT, train_orig.PRESETS, train_orig.CHOICES, has_gpu=False)
+    gpu = parse_flags([], SCRIPT, train_orig.PRESETS, train_orig.CHOICES, has_gpu=True)
+    cpu = parse_flags([], SCRIPT, train_orig.PRESETS, train_orig.CHOICES, has_gpu=False)
     assert gpu.preset == "d20" and cpu.preset == "tiny" and cpu.dataset == "shakespeare"
 
 

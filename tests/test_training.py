@@ -17,6 +17,11 @@ import torch
 
 import helpers
 import train
+from nanofp8.config import UserError, read_flag_table
+from nanofp8.machine import peak_flops
+from nanofp8.precision import fp8_state
+from nanofp8.procs import Processes
+from nanofp8.runlog import RunLog, format_duration, make_run_folder, smooth
 from helpers import ROOT, SMALL, TRAIN, finish, flag_args, losses, markov_tokens, records, start, start_torchrun, train_here
 from helpers import val_losses, write_shard
 
@@ -52,13 +57,16 @@ WORKER = textwrap.dedent("""
     import gc, json, sys
     sys.path[:0] = [{root!r}, {tests!r}]
     import helpers, train
-    import te_emulation as te
-    train.RunLog.plot = lambda self: None
-    procs = train.start_processes()
+    import torch.distributed as dist
+    from nanofp8 import te_emulation as te
+    from nanofp8.procs import start_processes
+    from nanofp8.runlog import RunLog
+    RunLog.plot = lambda self: None
+    procs = start_processes()
     folders = {{}}
     for name, changes in json.load(open(sys.argv[1])).items():
         te._state.__init__()
-        cfg = train.parse_flags(helpers.flag_args(**changes), helpers.TRAIN, has_gpu=False)
+        cfg = train.read_flags(helpers.flag_args(**changes), has_gpu=False)
         try:
             folders[name] = train.run(cfg, procs)
         except Exception as error:  # on both ranks alike, or the other one hangs
@@ -67,7 +75,7 @@ WORKER = textwrap.dedent("""
         gc.collect()
     if procs.is_main:
         json.dump(folders, open(sys.argv[1] + ".done", "w"))
-    train.dist.destroy_process_group()
+    dist.destroy_process_group()
 """)
 
 
@@ -162,7 +170,7 @@ def test_the_loss_starts_at_ln_vocab_and_falls(script_run):
 def test_config_json_holds_every_flag_and_the_machine(script_run):
     config = json.loads((script_run.folder / "config.json").read_text())
     cfg = vars(helpers.make_cfg(max_iters=5, eval_interval=2, total_batch_size=512, USE_WANDB=True, run_name="first"))
-    for name in train.read_flag_table(TRAIN):
+    for name in read_flag_table(TRAIN):
         assert name in config
         if name != "data_dir":
             assert config[name] == cfg[name]
@@ -198,7 +206,7 @@ def test_a_wandb_that_fails_later_is_switched_off(tmp_path, monkeypatch, capsys)
     stub = ModuleType("wandb")
     stub.init = lambda **kwargs: SimpleNamespace(log=fail, finish=fail)
     monkeypatch.setitem(sys.modules, "wandb", stub)
-    log = train.RunLog(str(tmp_path), helpers.make_cfg(USE_WANDB=True), {})
+    log = RunLog(str(tmp_path), helpers.make_cfg(USE_WANDB=True), {})
     log.write(dict(kind="train", step=0, tokens=1, loss=1.0))
     log.write(dict(kind="train", step=1, tokens=2, loss=float("nan")))
     log.close()
@@ -216,10 +224,10 @@ def test_a_run_folder_is_never_overwritten(tmp_path, shards):
 
 
 def test_run_folders_made_at_once_are_apart(tmp_path):
-    assert [train.make_run_folder(str(tmp_path), "x") for _ in range(3)] == [str(tmp_path / n) for n in ("x", "x-2", "x-3")]
+    assert [make_run_folder(str(tmp_path), "x") for _ in range(3)] == [str(tmp_path / n) for n in ("x", "x-2", "x-3")]
     (tmp_path / "file").write_text("")
-    with pytest.raises(train.UserError, match="--out_dir"):
-        train.make_run_folder(str(tmp_path / "file"), "x")
+    with pytest.raises(UserError, match="--out_dir"):
+        make_run_folder(str(tmp_path / "file"), "x")
 
 
 def test_log_interval_and_only_a_last_evaluation(tmp_path, shards):
@@ -247,24 +255,24 @@ def test_the_table_of_peaks():
     patch = pytest.MonkeyPatch()
     for name, peak in names.items():
         patch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
-        assert train.peak_flops(torch.device("cuda")) == peak, name
+        assert peak_flops(torch.device("cuda")) == peak, name
     patch.undo()
-    assert train.peak_flops(helpers.CPU) is None
+    assert peak_flops(helpers.CPU) is None
 
 
 @pytest.mark.parametrize("seconds,text", [(0, "0:00"), (59.4, "0:59"), (59.6, "1:00"), (3599.4, "59:59"), (3600, "1:00:00"), (90061, "25:01:01")])
 def test_durations(seconds, text):
-    assert train.format_duration(seconds) == text
+    assert format_duration(seconds) == text
 
 
 def test_skipped_steps_do_not_spoil_a_smoothed_curve():
-    assert train.smooth([2.0, None, math.nan, 2.0]) == pytest.approx([2.0] * 4)
-    assert math.isnan(train.smooth([None, 1.0])[0]) and train.smooth([None, 1.0])[1] == 1.0
+    assert smooth([2.0, None, math.nan, 2.0]) == pytest.approx([2.0] * 4)
+    assert math.isnan(smooth([None, 1.0])[0]) and smooth([None, 1.0])[1] == 1.0
 
 
 def test_smoothing_is_unbiased():
-    assert train.smooth([3.0] * 5) == pytest.approx([3.0] * 5) and train.smooth([]) == []
-    assert train.smooth([0.0, 1.0]) == pytest.approx([0.0, 1 / 1.9])
+    assert smooth([3.0] * 5) == pytest.approx([3.0] * 5) and smooth([]) == []
+    assert smooth([0.0, 1.0]) == pytest.approx([0.0, 1 / 1.9])
 
 
 # -----------------------------------------------------------------------------------------------------
@@ -325,7 +333,7 @@ def evaluate_small(shards, eval_tokens, batch_size, world_size=1):
     ring = train.TokenRing(str(shards), "synthetic", "val", 512, 33)
     totals = []
 
-    class Rank(train.Processes):
+    class Rank(Processes):
         def sum(self, tensor):
             totals.append(tensor.clone())
             return tensor
@@ -403,7 +411,7 @@ def test_calibration_fills_the_amax_history_and_nothing_else(shards):
     for name, p in model.named_parameters():
         assert torch.equal(p, before[name]) and p.grad is None
     assert loader.state_dict() == {"step": 0, "micro_batch": 0}
-    state = train.fp8_state(model)
+    state = fp8_state(model)
     assert len(state) == 2 * 3 * 2 * 2
     for name, value in state.items():
         if name.endswith("scaling_fwd.scale"):  # input and weight of each matmul (its output is not quantized)

@@ -19,7 +19,7 @@ for folder in (str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "gpu")):
     if folder not in sys.path:
         sys.path.insert(0, folder)
 
-import train  # noqa: E402  (before torch: it sets the allocator's options)
+from nanofp8.machine import describe_machine  # noqa: E402
 import torch  # noqa: E402
 
 import nvfp4_reference  # noqa: E402
@@ -104,7 +104,7 @@ def main():
         sys.exit("bit_for_bit.py: error: no GPU with Transformer Engine, and TE_SOURCE names no checkout of TransformerEngine")
     if reference is not None:
         table |= count_nvfp4(reference, device)
-    machine = train.describe_machine(device)
+    machine = describe_machine(device)
     versions = ", ".join(f"{k} {v}" for k, v in machine["versions"].items() if v)
     head = f"# Quantizers, bit for bit\n`python tests/gpu/bit_for_bit.py`, {datetime.date.today()}, {machine['device']}, {versions}"
     text = markdown(table, head)

@@ -53,6 +53,10 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import train  # noqa: E402  (before torch: it sets the allocator's options)
+from nanofp8.config import UserError  # noqa: E402
+from nanofp8.machine import describe_machine  # noqa: E402
+from nanofp8.precision import fp8_state  # noqa: E402
+from nanofp8.procs import Processes  # noqa: E402
 import torch  # noqa: E402
 
 FLAGS = ("--preset=tiny --n_layer=4 --n_embd=256 --n_head=2 --vocab_size=50304 --block_size=256 --batch_size=16 "
@@ -105,14 +109,14 @@ def train_run(side, config, flags, first_step, steps, weights=None, scales=None)
         scales: delayed scaling's state to take over after the calibration (Result.scales).
     """
     start = time.perf_counter()
-    cfg = train.parse_flags(flags + CONFIGS[config] + (["--USE_EMULATION=True"] if side.emulated else []), train.__file__)
+    cfg = train.read_flags(flags + CONFIGS[config] + (["--USE_EMULATION=True"] if side.emulated else []))
     # Logits of a whole step fit a GPU; a CPU takes them in pieces. Sums over the pieces are fp32 in both.
     cfg.loss_chunk_size = 4096 if side.device.type == "cuda" else 512
     ring = train.TokenRing(str(ROOT / "data"), cfg.dataset, "train", cfg.vocab_size, (first_step + steps) * cfg.total_batch_size + 1)
-    procs = train.Processes(0, 0, 1, side.device, None)
+    procs = Processes(0, 0, 1, side.device, None)
     precision = train.select_precision(cfg, side.device)
     if precision.emulated != side.emulated:
-        raise train.UserError(f"{side.name}: {precision.name} {precision.reason}")
+        raise UserError(f"{side.name}: {precision.name} {precision.reason}")
     torch.manual_seed(cfg.seed)
     model = train.GPT(cfg, precision.te, lambda f: f, side.device)
     if weights is not None:
@@ -131,7 +135,7 @@ def train_run(side, config, flags, first_step, steps, weights=None, scales=None)
         if step == 0:
             for _ in range(calibrations):
                 train.calibrate(parallel, loader, optimizers, procs, precision)
-            live = train.fp8_state(model)
+            live = fp8_state(model)
             if scales is not None:
                 for name, tensor in live.items():
                     tensor.copy_(scales[name])
@@ -244,7 +248,7 @@ def main(argv=None):
         scaled = Side("emulation CPU, TE's scales", cpu, True)
     else:
         if not torch.cuda.is_available():
-            raise train.UserError("compare_emulation.py needs a GPU (or --dry_run)")
+            raise UserError("compare_emulation.py needs a GPU (or --dry_run)")
         gpu = torch.device("cuda", 0)
         te, emulations = Side("TE", gpu, False), [Side("emulation GPU", gpu, True), Side("emulation CPU", cpu, True)]
         scaled = Side("emulation GPU, TE's scales", gpu, True)
@@ -270,7 +274,7 @@ def main(argv=None):
 
     rows = compare_all(te.device, results, te.name, [s.name for s in emulations] + [scaled.name])
     plain = {n: r for n, r in results.items() if n[1] != scaled.name}
-    machine = train.describe_machine(te.device)
+    machine = describe_machine(te.device)
     seconds = time.perf_counter() - started
     about = {
         "command": "python tests/gpu/compare_emulation.py" + "".join(f" {a}" for a in (sys.argv[1:] if argv is None else argv)),
@@ -300,5 +304,5 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except train.UserError as error:
+    except UserError as error:
         raise SystemExit(f"compare_emulation.py: error: {error}") from None

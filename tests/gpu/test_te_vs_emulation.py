@@ -17,8 +17,8 @@ import torch
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-import te_emulation as emulation  # noqa: E402
-import train  # noqa: E402
+from nanofp8 import te_emulation as emulation  # noqa: E402
+from nanofp8.precision import fp8_state  # noqa: E402
 
 DEVICE = torch.device("cuda")
 RECIPES = ("delayed", "current", "block")
@@ -98,8 +98,8 @@ def relative(a, b):
 
 def copy_state(source, target):
     """Delayed scaling's state of one module into the other, through train.py's accessor."""
-    held = train.fp8_state(target)
-    for name, tensor in train.fp8_state(source).items():
+    held = fp8_state(target)
+    for name, tensor in fp8_state(source).items():
         held[name].copy_(tensor)
 
 
@@ -361,7 +361,7 @@ def test_delayed_state_follows_te(te, layer, micro_batches):
             run_pass(te, theirs, their_recipe, x, dy, first)
             run_pass(emulation, ours, our_recipe, x, dy, first)
             passes += 1
-            a, b = train.fp8_state(theirs), train.fp8_state(ours)
+            a, b = fp8_state(theirs), fp8_state(ours)
             assert a.keys() == b.keys() and len(a) == 4
             for name in a:
                 assert a[name].shape == b[name].shape, name
@@ -412,7 +412,7 @@ def test_checkpoint_changes_nothing(te, which, name):
                 x, dy = make_batch("LayerNormMLP", seed=20 + 2 * step + m)
                 passes.append(run_pass(lib, stack, rcp, x, dy, m == 0, recompute))
         results.append(passes)
-        states.append({n: t.clone() for n, t in train.fp8_state(stack).items()})
+        states.append({n: t.clone() for n, t in fp8_state(stack).items()})
     for plain, again in zip(*results):
         for n in plain:
             if lib is emulation:

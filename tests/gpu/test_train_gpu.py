@@ -29,6 +29,9 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import train  # noqa: E402
+from nanofp8.machine import peak_flops  # noqa: E402
+from nanofp8.precision import fp8_state, scales_kept  # noqa: E402
+from nanofp8.procs import start_processes  # noqa: E402
 
 FLAGS = dict(
     preset="tiny", dataset="shakespeare", n_layer=2, n_embd=256, n_head=2, vocab_size=50304, block_size=256, batch_size=8,
@@ -57,7 +60,7 @@ def read_run(folder, text=""):
 @pytest.fixture(scope="module")
 def procs():
     """One process group for all runs of this file."""
-    yield train.start_processes()
+    yield start_processes()
     dist.destroy_process_group()
 
 
@@ -69,7 +72,7 @@ def run(te, procs, tmp_path_factory):
     def run(**flags):
         key = tuple(sorted(flags.items()))
         if key not in done:
-            cfg = train.parse_flags(arguments(flags | dict(out_dir=str(out))), train.__file__)
+            cfg = train.read_flags(arguments(flags | dict(out_dir=str(out))))
             text = io.StringIO()
             try:
                 with contextlib.redirect_stdout(text):
@@ -186,7 +189,7 @@ def test_log_has_speed_and_memory(te, run):
     """Each training record has mfu (where the GPU's peak is known) and peak memory; the last record sums up."""
     result = run(**DELAYED)
     assert [r["step"] for r in result.steps] == list(range(FLAGS["max_iters"]))
-    known = train.peak_flops(torch.device("cuda", 0)) is not None
+    known = peak_flops(torch.device("cuda", 0)) is not None
     for r in result.steps:
         assert 0 < r["mfu"] < 1 if known else r["mfu"] is None
         assert 0.1 < r["peak_mem_gb"] < torch.cuda.get_device_properties(0).total_memory / 1e9
@@ -256,10 +259,10 @@ def test_an_evaluation_restores_te_scales(te, procs):
     batch = parts.loader.peek()
     with parts.precision.autocast(procs):
         parts.model(*batch).backward()
-    before = {k: v.clone() for k, v in train.fp8_state(parts.model).items()}
-    with torch.no_grad(), train.scales_kept(parts.model), parts.precision.autocast(procs):
+    before = {k: v.clone() for k, v in fp8_state(parts.model).items()}
+    with torch.no_grad(), scales_kept(parts.model), parts.precision.autocast(procs):
         parts.model(*batch)
-    after = train.fp8_state(parts.model)
+    after = fp8_state(parts.model)
     assert before.keys() == after.keys() and all(torch.equal(after[k], v) for k, v in before.items())
 
 
@@ -281,7 +284,7 @@ def test_statistics(run, name):
 
 def build(procs, **flags):
     """The pieces of a run, put together as train.run() does."""
-    cfg = train.parse_flags(arguments(flags), train.__file__)
+    cfg = train.read_flags(arguments(flags))
     torch.manual_seed(cfg.seed)
     precision = train.select_precision(cfg, procs.device)
     model = train.GPT(cfg, precision.te, lambda f: f, procs.device)
@@ -299,14 +302,14 @@ def test_evaluation_leaves_the_amax_history_alone(te, procs):
         for step in range(n):
             p.optimizers.set_schedule(step)
             train.train_step(p.parallel, p.loader, p.optimizers, p.cfg, procs, p.precision)
-        return {name: t.clone() for name, t in train.fp8_state(p.model).items()}
+        return {name: t.clone() for name, t in fp8_state(p.model).items()}
 
     train.calibrate(p.parallel, p.loader, p.optimizers, procs, p.precision)
     before = train_steps(3)
     assert len(before) == 4 * 4 * p.cfg.n_layer  # scale and history, forward and backward, of qkv, core, proj and MLP
     val_ring = train.TokenRing(str(ROOT / "data"), p.cfg.dataset, "val", p.cfg.vocab_size, p.cfg.block_size + 1)
     train.evaluate(p.model, val_ring, p.cfg, procs, lambda: p.precision.autocast(procs, quantized=False))
-    after = train.fp8_state(p.model)
+    after = fp8_state(p.model)
     assert before.keys() == after.keys()
     assert not [name for name in before if not torch.equal(before[name], after[name])]
     later = train_steps(1)
@@ -341,11 +344,13 @@ def test_causality(te, procs):
 WORKER = """
 import json, sys
 sys.path.insert(0, sys.argv[1])
+import torch.distributed as dist
 import train
-procs = train.start_processes()
+from nanofp8.procs import start_processes
+procs = start_processes()
 for argv in json.load(open(sys.argv[2])):
-    train.run(train.parse_flags(argv, train.__file__), procs)
-train.dist.destroy_process_group()
+    train.run(train.read_flags(argv), procs)
+dist.destroy_process_group()
 """
 
 

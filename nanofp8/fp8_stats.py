@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch.distributed.tensor import DTensor
 
-import te_emulation
+from nanofp8 import te_emulation
 
 KINDS = ("input", "weight", "gradient")
 TOKENS = 4096       # of the micro-batch, in whole sequences: more change the numbers little, and take their time

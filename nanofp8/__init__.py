@@ -1,0 +1,1 @@
+"""What train.py is built from. Importing the package imports nothing."""

@@ -1,0 +1,115 @@
+"""Loss: head, softcap and cross-entropy in chunks, so that all logits never exist at once."""
+
+import torch
+
+from nanofp8.fused import Fp8, Scaling, current_scaling, matmul, quantize, te_gemm, use_kernels, words
+from nanofp8.kernels import triton
+
+if triton is not None:
+    from nanofp8.kernels import cross_entropy_gradient, cross_entropy_loss
+
+
+def softcap_cross_entropy(logits, targets, softcap):
+    """Summed cross-entropy of softcapped logits. logits (N, V), targets (N,) int64, -1 ignored. Scalar fp32."""
+    if use_kernels(logits):
+        return cross_entropy_kernels(logits, targets, softcap)[0]
+    z = logits.float()
+    if softcap:
+        z = torch.tanh(z / softcap) * softcap
+    picked = z.gather(1, targets.clamp(min=0)[:, None])[:, 0]
+    return ((torch.logsumexp(z, dim=1) - picked) * (targets >= 0)).sum()
+
+
+LOGIT_GRAD_SCALE = 2.0 ** 15  # gradients of logits are within [-1, 1] by nature: a fixed power of two serves E5M2
+
+
+def softcap_cross_entropy_and_grad(logits, targets, softcap, s=None):
+    """The summed loss as above, and its gradient for the logits before the softcap as matmul operands, (N, V) and (V, N).
+
+    The gradient is in the logits' dtype (in their place), or in FP8 by Scaling s.
+    """
+    if use_kernels(logits) and (s is None or te_gemm() or not logits.is_cuda):  # GPUs without FP8 cannot round to it either
+        loss, lse = cross_entropy_kernels(logits, targets, softcap)
+        N, V = logits.shape
+        rows = logits if s is None else torch.empty(N, V, dtype=s.dtype, device=logits.device)
+        cols = None if s is None else torch.empty(V, N, dtype=s.dtype, device=logits.device)
+        cross_entropy_gradient[(triton.cdiv(N, 64), triton.cdiv(V, 64))](
+            logits, targets, lse, rows, words(cols), N, V, softcap or 1.0, LOGIT_GRAD_SCALE, softcap > 0, s is not None, 16, 64)
+        return loss, (rows, rows.t()) if s is None else (Fp8(rows, s.inverse), Fp8(cols, s.inverse))
+    z = logits.float()
+    if softcap:
+        t = z.div_(softcap).tanh_()
+        z = t * softcap
+    valid, index = targets >= 0, targets.clamp(min=0)[:, None]
+    lse = torch.logsumexp(z, dim=1)
+    loss = ((lse - z.gather(1, index)[:, 0]) * valid).sum()
+    # d loss / d z = softmax(z) - onehot(target);  d z / d logits = 1 - tanh^2
+    grad = z.sub_(lse[:, None]).exp_()
+    grad.scatter_add_(1, index, torch.full_like(index, -1, dtype=grad.dtype))
+    if softcap:
+        grad = grad.mul_(t.square_().neg_().add_(1))
+    return loss, quantize(grad.mul_(valid[:, None]).to(logits.dtype), s)
+
+
+def cross_entropy_kernels(logits, targets, softcap):
+    """Summed loss (scalar fp32) and the log-sum-exp of each row (N,) fp32."""
+    N, V = logits.shape
+    loss, lse = torch.empty(2, N, dtype=torch.float32, device=logits.device)
+    cross_entropy_loss[(N,)](logits, targets, loss, lse, V, softcap or 1.0, softcap > 0, 2048, num_warps=8)
+    return loss.sum(), lse
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """Summed cross-entropy of softcap(h @ weight.T) against targets, `chunk` tokens at a time.
+
+    With recompute=False the gradients of h and weight are formed chunk by chunk in the forward pass, while the
+    logits are there anyway; with True the forward pass keeps nothing and the backward pass makes the logits again.
+
+    forward arguments: h (N, C) bf16, weight (V, C), targets (N,) int64 with -1 ignored, operand: the weight's matmul
+    operands, Fp8 for FP8 matmuls (h by its amax, gradients of logits by LOGIT_GRAD_SCALE), softcap (0: none).
+    """
+
+    @staticmethod
+    def forward(ctx, h, weight, targets, operand, softcap, chunk, recompute, in_place):
+        ctx.arguments, ctx.in_place = (operand, softcap, chunk), in_place
+        needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        if needs_grad and not recompute:
+            loss, *ctx.grads = ChunkedCrossEntropy.loss_and_grads(h, targets, operand, softcap, chunk)
+            ctx.save_for_backward(weight)
+            return loss
+        if needs_grad:
+            ctx.save_for_backward(weight, h, targets)
+        s = current_scaling(h, torch.float8_e4m3fn) if isinstance(operand[0], Fp8) else None
+        return sum(softcap_cross_entropy(matmul(quantize(hc, s, colwise=False)[0], operand[0]), tc, softcap)
+                   for hc, tc in zip(h.split(chunk), targets.split(chunk)))
+
+    @staticmethod
+    def loss_and_grads(h, targets, operand, softcap, chunk):
+        """Loss, its gradient for h (N, C) bf16, and for the weight (V, C) fp32."""
+        s = current_scaling(h, torch.float8_e4m3fn) if isinstance(operand[0], Fp8) else None
+        g = s and Scaling(torch.full_like(s.scale, LOGIT_GRAD_SCALE), torch.full_like(s.scale, 1 / LOGIT_GRAD_SCALE), None,
+                          torch.float8_e5m2)
+        loss, dh, dw = torch.zeros((), device=h.device), torch.empty_like(h), None
+        for hc, tc, dhc in zip(h.split(chunk), targets.split(chunk), dh.split(chunk)):
+            h_rows, h_cols = quantize(hc, s)
+            loss_c, (g_rows, g_cols) = softcap_cross_entropy_and_grad(matmul(h_rows, operand[0]), tc, softcap, g)
+            loss += loss_c
+            dhc.copy_(matmul(g_rows, operand[1]))
+            dw = matmul(g_cols, h_cols, torch.float32) if dw is None else matmul(g_cols, h_cols, out=dw)
+        return loss, dh, dw
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        weight, *rest = ctx.saved_tensors
+        dh, dw = ChunkedCrossEntropy.loss_and_grads(*rest, *ctx.arguments)[1:] if rest else ctx.grads
+        ctx.grads = None
+        dh.mul_(grad_loss)
+        if ctx.in_place == "write":
+            torch.mul(dw, grad_loss, out=weight.grad)
+            dw = None
+        elif ctx.in_place and weight.grad is not None:
+            weight.grad.addcmul_(dw, grad_loss)
+            dw = None
+        else:
+            dw = dw.mul_(grad_loss).to(weight.dtype)
+        return dh, dw, None, None, None, None, None, None
