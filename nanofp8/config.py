@@ -1,11 +1,13 @@
 """Reading the flags of a script, and UserError."""
 
+import argparse
 import ast
 import difflib
 import math
 import os
 import re
 from types import SimpleNamespace
+from typing import Any, NoReturn
 
 import torch
 
@@ -143,3 +145,14 @@ def format_help(path, table):
 def last_line(error):
     """What an exception says, in one line."""
     return (str(error).strip().splitlines() or [type(error).__name__])[-1]
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """argparse for the smaller scripts: the description is printed as it stands, and an error is one line."""
+
+    def __init__(self, **options: Any):
+        super().__init__(**dict(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False) | options)
+
+    def error(self, message: str) -> NoReturn:
+        """Raise UserError (status 2) where argparse would print its usage and exit."""
+        raise UserError(f"{message} (see --help)", 2)
