@@ -32,7 +32,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from nanofp8.checkpoint import (
-    Checkpoints, check_data, checkpoint_to_resume, data_mark, restore, run_folder_of, steps_of, training_state,
+    Checkpoints, check_data, checkpoint_to_resume, data_fingerprint, restore, run_folder_of, steps_of, training_state,
 )
 from nanofp8.config import UserError, parse_flags
 from nanofp8.faults import Guard, StopSignal
@@ -43,7 +43,7 @@ from nanofp8.loss import LOGIT_GRAD_SCALE, ChunkedCrossEntropy
 from nanofp8.machine import Clock, describe_machine, profiling
 from nanofp8.muon import TorchMuon, dion_muon, import_bitsandbytes, polar_express
 from nanofp8.plain import rms_norm, rope_qk_norm
-from nanofp8.precision import Precision, fp8_state, idle_flags, keep_high_precision, keep_scales, scales_kept
+from nanofp8.precision import Precision, fp8_state, flags_without_effect, keep_high_precision, snapshot_scales, preserved_scales
 from nanofp8.procs import command_line
 from nanofp8.runlog import Progress, RunLog, make_run_folder, remove_if_empty
 from nanofp8.shards import open_shard
@@ -816,13 +816,13 @@ def clip_gradients(parameters, max_norm, norm=None):
 
 
 @torch.no_grad()
-def evaluate(model, ring, cfg, procs, autocast, meanwhile=lambda: None):
+def evaluate(model, ring, cfg, procs, autocast, after_batch=lambda: None):
     """Mean loss of `model` over the first eval_tokens of the val shards, all ranks taking part.
 
     Sequence s is tokens s*T ... s*T + T of the ring. Rank r takes sequences r, r + world_size, ...; where they do
     not fill a batch, rows without targets do, so that the result is the same for any world and batch size, and all
     ranks make the same number of passes. `autocast()` is the context of a pass: bf16 or the format of training.
-    `model` is the plain one: DDP has nothing to do without gradients. meanwhile() is called after each pass.
+    `model` is the plain one: DDP has nothing to do without gradients. after_batch() is called after each pass.
     """
     T, sequences = cfg.block_size, cfg.eval_tokens // cfg.block_size
     per_pass = procs.world_size * cfg.batch_size
@@ -840,7 +840,7 @@ def evaluate(model, ring, cfg, procs, autocast, meanwhile=lambda: None):
             loss = model(x.to(procs.device), y.to(procs.device))
         total += torch.tensor([0.0, float((y >= 0).sum())], dtype=torch.float64).to(procs.device)
         total[0] += loss.double()
-        meanwhile()
+        after_batch()
     model.train()
     procs.sum(total)
     return (total[0] / total[1]).item()
@@ -866,22 +866,22 @@ def data_rows(cfg, procs, loader, val_ring):
 # The run
 
 
-def train_step(parallel, loader, optimizers, cfg, procs, precision, guard=None, tell=tuple, graphs=None):
+def train_step(parallel, loader, optimizers, cfg, procs, precision, guard=None, shared=tuple, graphs=None):
     """One optimizer step over accumulation x world_size micro-batches; left out where `guard` refuses the gradients.
 
-    tell: gives numbers of this rank that all should know, asked for once the gradients are on their way.
+    shared: gives numbers of this rank that all should know, asked for once the gradients are on their way.
     graphs: MicroBatchGraphs, to run the micro-batches by.
     Returns: mean loss over the step's whole global batch, gradient norm before clipping (floats), why the step was skipped
     ("": it was taken), and the list of told numbers summed over the ranks.
 
     The host waits for the GPU once, for loss and norm before the optimizer, as nothing else keeps a NaN from all of the
     optimizers: Dion's and bitsandbytes' take no flag from the device, and gradients set to zero would still decay momenta.
-    Clipping is launched before the wait and runs meanwhile: about 1.5 ms at 561M parameters on an H100 (it reads and writes
+    Clipping is launched before the wait and runs after_batch: about 1.5 ms at 561M parameters on an H100 (it reads and writes
     2.2 GB), longer than the wait's round trip. What may be lost is where the optimizer's first launches take longer
     than their kernels. Predicted below 1% of a step of 65,536 tokens on one GPU, not measured.
     """
     guard, cuda = guard or Guard(cfg), procs.device.type == "cuda"
-    restore_scales = keep_scales(parallel.model)
+    restore_scales = snapshot_scales(parallel.model)
     loss_sum = torch.zeros((), device=procs.device)
     for m in range(loader.accumulation):
         x, y = loader.next()
@@ -896,7 +896,7 @@ def train_step(parallel, loader, optimizers, cfg, procs, precision, guard=None, 
     parameters = list(parallel.model.parameters())
     norm = gradient_norm(parameters)
     # torch.full(), as torch.tensor() would wait. One sum for all, so that every rank decides by the same numbers
-    told = [torch.full((), float(number), device=procs.device) for number in tell()]
+    told = [torch.full((), float(number), device=procs.device) for number in shared()]
     told = procs.sum(torch.stack([loss_sum / procs.world_size, norm / procs.world_size, *told])).to("cpu", non_blocking=True)
     if cuda:
         arrived = torch.cuda.Event()
@@ -905,7 +905,7 @@ def train_step(parallel, loader, optimizers, cfg, procs, precision, guard=None, 
     if cuda:
         arrived.synchronize()
     loss, norm, *told = told.tolist()
-    skipped = guard.judge(loss, norm)
+    skipped = guard.check(loss, norm)
     if skipped:
         restore_scales()
     else:
@@ -923,7 +923,7 @@ def calibrate(parallel, loader, optimizers, procs, precision):
     the history counts for FP8_AMAX_HISTORY micro-batches. Weights, optimizers and data position stay as they are; so do the
     scales where loss or gradients are not finite.
     """
-    restore_scales = keep_scales(parallel.model)
+    restore_scales = snapshot_scales(parallel.model)
     x, y = loader.peek()
     with parallel.micro_batch(last=True):
         with precision.autocast(procs):
@@ -936,12 +936,12 @@ def calibrate(parallel, loader, optimizers, procs, precision):
 
 def run(cfg, procs):
     """Train by the flags from start to end; returns the run folder."""
-    with contextlib.ExitStack() as leaving:  # undoes what must be undone however the run ends: others may follow in this process
-        return run_within(cfg, procs, leaving)
+    with contextlib.ExitStack() as cleanup:  # undoes what must be undone however the run ends: others may follow in this process
+        return run_within(cfg, procs, cleanup)
 
 
-def run_within(cfg, procs, leaving):
-    """run(); `leaving` takes what must be undone."""
+def run_within(cfg, procs, cleanup):
+    """run(); `cleanup` takes what must be undone."""
     check_flags(cfg, procs.world_size)
     device = procs.device
     torch.manual_seed(cfg.seed)
@@ -953,7 +953,7 @@ def run_within(cfg, procs, leaving):
 
     # Data and checkpoint first: what is missing should be known before anything is built
     loader, val_ring = open_data(cfg, procs)
-    leaving.callback(loader.close)
+    cleanup.callback(loader.close)
     checkpoint, meta = checkpoint_to_resume(cfg, procs)
     first_step = meta["step"] if meta else 0
     if meta:
@@ -979,14 +979,14 @@ def run_within(cfg, procs, leaving):
     folder = run_folder_of(checkpoint) if checkpoint else None
     if not folder:
         folder = procs.broadcast(make_run_folder(cfg.out_dir, cfg.run_name) if procs.is_main else None)
-        leaving.callback(remove_if_empty, folder)
+        cleanup.callback(remove_if_empty, folder)
     machine = describe_machine(device)
     rows = [
         ("device", f"{procs.world_size} x {machine['device']}, torch {torch.__version__}"),
         ("precision", f"{precision.name} {precision.reason}"),
         *([("  head", "FP8 by current scaling" if model.fp8_head else "bf16")] if precision.recipe else []),
         *([("  in bf16", ", ".join(in_bf16))] if in_bf16 else []),
-        *([("  without effect", ", ".join(idle))] if (idle := idle_flags(cfg, precision.name)) else []),
+        *([("  without effect", ", ".join(idle))] if (idle := flags_without_effect(cfg, precision.name)) else []),
         ("wrapper", f"{wrapper} ({why_wrapper})"),
         ("optimizers", optimizers.description),
         ("parameters", f"{n_params:,}"),
@@ -1011,8 +1011,8 @@ def run_within(cfg, procs, leaving):
                                    emulated=precision.emulated, optimizers=optimizers.description,
                                    parameters=n_params), first_step) if procs.is_main else None
     if log:
-        leaving.callback(log.close)
-    checkpoints, stop = Checkpoints(folder, cfg, procs), leaving.enter_context(StopSignal())
+        cleanup.callback(log.close)
+    checkpoints, stop = Checkpoints(folder, cfg, procs), cleanup.enter_context(StopSignal())
     checkpoints.prepare(lambda: training_state(model, optimizers, procs, precision.te))
     clock, progress = Clock(device), Progress(cfg, procs, log, flops_per_token(cfg), meta["train_seconds"] if meta else 0.0)
     clock.ms(clock.mark(), clock.mark())  # waits for the GPU
@@ -1021,8 +1021,8 @@ def run_within(cfg, procs, leaving):
     gc.collect()
     gc.freeze()
     gc.disable()  # collections would stall ranks at different times; below they run together
-    leaving.callback(gc.unfreeze)
-    leaving.callback(gc.enable)
+    cleanup.callback(gc.unfreeze)
+    cleanup.callback(gc.enable)
 
     def finish(step, rates, loss, norm, skipped, begin, end):
         """Log a step that was launched before; waits until the GPU is done with it, not with what came after."""
@@ -1032,13 +1032,13 @@ def run_within(cfg, procs, leaving):
         """Start a checkpoint after so many optimizer steps."""
         pause = checkpoints.save(steps, lambda: training_state(model, optimizers, procs, precision.te), dict(
             step=steps, tokens=steps * cfg.total_batch_size, world_size=procs.world_size, loader=loader.state_dict(),
-            data=data_mark(loader.ring, steps * cfg.total_batch_size),
+            data=data_fingerprint(loader.ring, steps * cfg.total_batch_size),
             train_seconds=progress.train_seconds, parameters=n_params, versions=machine["versions"], **optimizers.meta,
             guard=guard.state_dict(), saved_at=time.time(), flags={k: v for k, v in vars(cfg).items() if k != "explicit"}))
         if cfg.keep_checkpoints:
             procs.print(f"step {steps}/{cfg.max_iters} | checkpoint: training stood still for {pause:.2f} s")
 
-    def tell():
+    def shared():
         """Whether this rank was told to stop, and, by the clock of rank 0 alone, whether a checkpoint is due."""
         return bool(stop.requested), procs.is_main and 0 < 60 * cfg.ckpt_minutes <= time.monotonic() - last_save
 
@@ -1056,7 +1056,7 @@ def run_within(cfg, procs, leaving):
 
     def evaluate_after(step):
         """Val loss with the matmuls in one format, after the last step in both; delayed scaling's state stays as it is."""
-        with scales_kept(model):
+        with preserved_scales(model):
             val_losses = {name: evaluate(model, val_ring, cfg, procs, lambda: precision.autocast(procs, quantized=name != "bf16"), checkpoints.finish)
                           for name in formats[:2 if step == cfg.max_iters - 1 else 1]}
         progress.val(step, val_losses[formats[0]], val_losses)
@@ -1086,7 +1086,7 @@ def run_within(cfg, procs, leaving):
         profiled = cfg.USE_PROFILE and step == min(first_step + 5, cfg.max_iters - 1)
         with profiling(folder, procs) if profiled else contextlib.nullcontext():
             loss, norm, skipped, (told_to_stop, save_due) = train_step(
-                parallel, loader, optimizers, cfg, procs, precision, guard, tell, graphs)
+                parallel, loader, optimizers, cfg, procs, precision, guard, shared, graphs)
         end = clock.mark()
         if pending:
             finish(*pending)
@@ -1094,7 +1094,7 @@ def run_within(cfg, procs, leaving):
         given_up = guard.in_a_row >= cfg.max_bad_steps
         evaluating = evaluation_due(step)
         due = save_due or cfg.ckpt_interval and (step + 1) % cfg.ckpt_interval == 0
-        saving = step == cfg.max_iters - 1 or told_to_stop or due and guard.content
+        saving = step == cfg.max_iters - 1 or told_to_stop or due and guard.healthy
         watching = cfg.FP8_STATS_INTERVAL and (step + 1) % cfg.FP8_STATS_INTERVAL == 0
         if evaluating or saving or watching or given_up:
             finish(*pending)

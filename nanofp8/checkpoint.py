@@ -77,7 +77,7 @@ def complete_checkpoints(folder):
     return sorted((f for f in found if re.fullmatch(r"step_\d+", os.path.basename(f))), key=steps_of)
 
 
-def give_up_later_checkpoints(run_folder, first_step):
+def invalidate_later_checkpoints(run_folder, first_step):
     """Where a run goes back to an earlier step: no checkpoint after it counts any more. The newest is the first, so that a kill in
     between leaves one whose log lines are there up to it."""
     later = [f for f in complete_checkpoints(os.path.join(run_folder, "ckpt")) if steps_of(f) > first_step]
@@ -322,7 +322,7 @@ def checkpoint_to_resume(cfg, procs):
     return folder, meta
 
 
-def data_mark(ring, tokens):
+def data_fingerprint(ring, tokens):
     """What tells whether a checkpoint's data are still there: the size of the shards, and a checksum of the last 4,096 tokens
     of the first `tokens` of the ring."""
     first = max(0, tokens - 4096)
@@ -332,7 +332,7 @@ def data_mark(ring, tokens):
 def check_data(folder, meta, ring):
     """Refuse shards that are not those of a checkpoint. More of them are fine until a run has come round to the first again.
     Raises UserError."""
-    was, now = meta.get("data"), data_mark(ring, meta["tokens"])
+    was, now = meta.get("data"), data_fingerprint(ring, meta["tokens"])
     if was and was["crc32"] != now["crc32"]:
         raise UserError(f"{folder} was trained on other data: {was['tokens']:,} tokens with checksum {was['crc32']:08x} before its position, where "
                         f"{os.path.dirname(ring.paths[0])} has {now['tokens']:,} with {now['crc32']:08x}: bring those shards back", 2)

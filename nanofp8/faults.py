@@ -45,14 +45,14 @@ class Guard:
         self.in_a_row = state["in_a_row"]  # skipped steps up to now
 
     @property
-    def content(self):
+    def healthy(self):
         """Whether the last step was taken. Only then is a checkpoint due: from weights that no step fits, none could go on."""
         return not self.in_a_row
 
     def state_dict(self):
         return dict(in_a_row=self.in_a_row, windows={name: list(window) for name, window in self.windows.items()})
 
-    def judge(self, loss, norm):
+    def check(self, loss, norm):
         """Why a step of this loss and gradient norm (floats) must be skipped, or ""."""
         values = dict(loss=loss, gradient=norm)
         why = next((f"{name} not finite" for name, value in values.items() if not math.isfinite(value)), "")
@@ -97,7 +97,7 @@ class StopSignal:
             self.close()
 
 
-class Watch:
+class Heartbeat:
     """Signs of life among ranks: each counts in a store every second, and ends, naming it, when another's count stands still.
 
     Without it, a rank that died on another machine leaves the others waiting for NCCL's timeout, and unnamed. A thread
@@ -107,7 +107,7 @@ class Watch:
 
     def __init__(self, procs, timeout):
         """timeout: seconds without a sign after which a rank is taken for dead."""
-        self.procs, self.timeout, self.leaving = procs, timeout, threading.Event()
+        self.procs, self.timeout, self.closing = procs, timeout, threading.Event()
         self.signals = None
         if threading.current_thread() is threading.main_thread():  # which may be stuck in a collective: Python's handlers wait, this does not
             self.signals, wakeup = socket.socketpair()
@@ -121,14 +121,14 @@ class Watch:
         self.last = {rank: (b"0", now) for rank in range(procs.world_size)}  # a rank's count, and since when
         self.heard = now  # when the store last answered
         # Two threads: a store on a machine that hangs does not answer at all
-        self.threads = [threading.Thread(target=target, daemon=True) for target in (self.count, self.judge)]
+        self.threads = [threading.Thread(target=target, daemon=True) for target in (self.count, self.monitor)]
         for thread in self.threads:
             thread.start()
 
     def count(self):
         number = 0
         with contextlib.suppress(RuntimeError):  # the store went with whoever held it: now all counts stand still
-            while not self.leaving.wait(1):
+            while not self.closing.wait(1):
                 number += 1
                 self.store.set(self.keys[self.procs.rank], str(number))
                 for rank, value in enumerate(self.store.multi_get(self.keys)):
@@ -136,14 +136,14 @@ class Watch:
                         self.last[rank] = value, time.monotonic()
                 self.heard = time.monotonic()
 
-    def judge(self):
+    def monitor(self):
         timeout = self.timeout
-        while not self.leaving.wait(1):
+        while not self.closing.wait(1):
             with contextlib.suppress(BlockingIOError):
                 if self.signals and {signal.SIGTERM, signal.SIGINT} & {*self.signals.recv(64)}:
                     timeout = min(timeout, 10.0)
             if self.silent(timeout):
-                end_now(f"{os.path.basename(sys.argv[0])}: error: {self.obituary(timeout)}", 1)
+                end_now(f"{os.path.basename(sys.argv[0])}: error: {self.error_message(timeout)}", 1)
 
     def silent(self, seconds):
         """The ranks that gave no sign for so long, but for those that left in good order."""
@@ -151,7 +151,7 @@ class Watch:
         return [rank for rank, (value, since) in self.last.items()
                 if value != b"left" and now - since > seconds and rank != self.procs.rank]
 
-    def obituary(self, seconds):
+    def error_message(self, seconds):
         """The line that names them; "" where nobody died."""
         dead = self.silent(seconds)
         if not dead:
@@ -164,7 +164,7 @@ class Watch:
 
     def close(self):
         """Leave in good order. A thread that is still inside the store's C++ when Python ends would abort the process."""
-        self.leaving.set()
+        self.closing.set()
         for thread in self.threads:
             thread.join(timeout=5)
         if self.signals:

@@ -32,7 +32,7 @@ class Precision:
             yield
 
 
-def idle_flags(cfg, name):
+def flags_without_effect(cfg, name):
     """["NVFP4_HADAMARD=False", ...]: flags that were set for another format than this run's, "fp8-delayed" or another."""
     of_format = {"fp8-": ("FP8_RECIPE", "USE_FP8_HEAD"), "fp8-delayed": ("FP8_MARGIN", "FP8_AMAX_HISTORY", "FP8_CALIBRATION_STEPS"),
                  "nvfp4": ("NVFP4_HADAMARD", "NVFP4_STOCHASTIC_ROUNDING", "NVFP4_2D_WEIGHTS")}
@@ -84,7 +84,7 @@ def fp8_state(model):
     return state
 
 
-def keep_scales(model):
+def snapshot_scales(model):
     """Copies the delayed-scaling state; returns a function that puts it back.
 
     An inf in the amax history would freeze a scale, and a huge amax flush gradients to zero, until it leaves the history:
@@ -96,10 +96,10 @@ def keep_scales(model):
 
 
 @contextlib.contextmanager
-def scales_kept(model):
+def preserved_scales(model):
     """Whatever quantizes inside leaves the delayed-scaling state as it was: Transformer Engine notes amaxes even without
     gradients, and the next training step would count them."""
-    put_back = keep_scales(model)
+    put_back = snapshot_scales(model)
     try:
         yield
     finally:

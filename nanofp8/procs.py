@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from nanofp8.config import UserError, parse_flags
-from nanofp8.faults import Watch, connect_store, end_now
+from nanofp8.faults import Heartbeat, connect_store, end_now
 
 
 @dataclass
@@ -69,7 +69,7 @@ def start_processes():
     return Processes(rank, local_rank, world_size, device, mesh)
 
 
-def too_little_memory(error, cfg, procs):
+def memory_remedy(error, cfg, procs):
     """What to do about an error, if it is for want of memory; else ""."""
     if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(error):
         return ""
@@ -84,10 +84,10 @@ def command_line(run, path, argv, presets, choices):
     Exit status: 0, or what the UserError says (1 or 2). Of several ranks, one that fails alone ends at once, and so do
     those that it leaves behind.
     """
-    watch, script = None, os.path.basename(path)
+    heartbeat, script = None, os.path.basename(path)
 
     def leave(text, status):
-        if watch:
+        if heartbeat:
             end_now(text, status)
         print(text, file=sys.stderr, flush=True)
         raise SystemExit(status)
@@ -95,28 +95,28 @@ def command_line(run, path, argv, presets, choices):
     try:
         cfg = parse_flags(sys.argv[1:] if argv is None else argv, os.path.abspath(path), presets, choices)
         procs = start_processes()
-        watch = Watch(procs, getattr(cfg, "rank_timeout", 120.0)) if procs.world_size > 1 else None
+        heartbeat = Heartbeat(procs, getattr(cfg, "rank_timeout", 120.0)) if procs.world_size > 1 else None
         return run(cfg, procs)
     except UserError as error:
         if os.environ.get("RANK", "0") == "0" or error.one_rank:
             print(f"{script}: error: {error}", file=sys.stderr, flush=True)
-        if watch and error.one_rank:
+        if heartbeat and error.one_rank:
             end_now("", error.status)
         raise SystemExit(error.status)
     except KeyboardInterrupt:  # before training, which takes it as a wish, or a second one
         leave(f"{script}: stopped by Ctrl-C", 130)
     except Exception as error:
-        why = too_little_memory(error, cfg, procs)
-        if not watch and not why:
+        why = memory_remedy(error, cfg, procs)
+        if not heartbeat and not why:
             raise
         if not why and isinstance(error, RuntimeError):
             for _ in range(10):  # a collective fails at once when a rank dies: a while later its silence says which
                 time.sleep(1)
-                if why := watch.obituary(4):
+                if why := heartbeat.error_message(4):
                     break
         leave(f"{script}: error: {why}" if why else traceback.format_exc(), 1)
     finally:
-        if watch:
-            watch.close()
+        if heartbeat:
+            heartbeat.close()
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -80,8 +80,8 @@ class RunLog:
         self.lock, self.config = lock_folder(folder), config
         try:
             if first_step:
-                from nanofp8.checkpoint import give_up_later_checkpoints  # which imports this module
-                give_up_later_checkpoints(folder, first_step)
+                from nanofp8.checkpoint import invalidate_later_checkpoints  # which imports this module
+                invalidate_later_checkpoints(folder, first_step)
                 self.records = [r for r in read_log(folder) if r["kind"] != "done" and r["step"] < first_step]
                 with open(path + ".new", "w", encoding="utf-8") as f:
                     f.writelines(map(self.line, self.records))
@@ -115,7 +115,7 @@ class RunLog:
         if self.wandb is not None:
             try:
                 values = {k: v for k, v in record.items() if k not in ("kind", "step")}
-                self.wandb.log(dict(paths_of(values, record["kind"])), step=record["step"])
+                self.wandb.log(dict(flatten(values, record["kind"])), step=record["step"])
             except Exception as error:
                 print(f"wandb is off: {error}", flush=True)
                 self.wandb = None
@@ -195,10 +195,10 @@ class RunLog:
                 self.wandb.finish()
 
 
-def paths_of(tree, prefix):
+def flatten(tree, prefix):
     """The leaves of nested dicts as pairs ("prefix/key/key", value)."""
     for key, value in tree.items():
-        yield from paths_of(value, f"{prefix}/{key}") if isinstance(value, dict) else [(f"{prefix}/{key}", value)]
+        yield from flatten(value, f"{prefix}/{key}") if isinstance(value, dict) else [(f"{prefix}/{key}", value)]
 
 
 def smooth(values, beta=0.9):

@@ -270,7 +270,7 @@ def poisoned(how, *steps, factor=float("nan")):
             if hook:
                 hook.remove()
 
-    with mock.patch.object(train, "train_step", spied), mock.patch.object(Guard, "content", True):
+    with mock.patch.object(train, "train_step", spied), mock.patch.object(Guard, "healthy", True):
         yield
 
 

@@ -383,7 +383,7 @@ WORKER = textwrap.dedent("""
         if "poisoned" in name and procs.rank == 1:
             stopper = helpers.poisoned("an inf inside", 3)
         elif "poisoned" in name:
-            stopper = mock.patch.object(Guard, "content", True)
+            stopper = mock.patch.object(Guard, "healthy", True)
         if name == "one-fails" and procs.rank == 1:  # once, and rank 0 knows nothing of it
             stage = mock.Mock(side_effect=[RuntimeError("no memory"), mock.DEFAULT, mock.DEFAULT], wraps=torch.distributed.checkpoint.staging.BlockingAsyncStager().stage)
             stopper = mock.patch.object(torch.distributed.checkpoint.staging.BlockingAsyncStager, "stage", stage)

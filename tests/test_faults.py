@@ -22,7 +22,7 @@ import helpers
 import train
 from nanofp8.checkpoint import Checkpoints, find_checkpoint, read_checkpoint, steps_of
 from nanofp8.faults import Guard
-from nanofp8.precision import fp8_state, keep_scales
+from nanofp8.precision import fp8_state, snapshot_scales
 from nanofp8.runlog import Progress, RunLog
 from helpers import ROOT, TRAIN, assert_one_error_line, before_step, finish, flag_args, in_ckpt, learned, losses, poisoned
 from helpers import records, script_env, start, train_here, write_shard
@@ -104,8 +104,8 @@ def test_a_step_that_is_not_finite_leaves_no_trace(tmp_path, shards, capsys, who
 @pytest.mark.parametrize("remedy", [True, False])
 def test_without_its_remedy_one_step_would_flush_gradients_to_zero(tmp_path, shards, remedy):
     """Gradients of order 1e28, whose norm overflows: their amax would rule the scales until it leaves the history."""
-    keep = keep_scales if remedy else lambda model: lambda: None
-    with poisoned("a loss of nan", 3, factor=1e30), mock.patch.object(train, "keep_scales", keep):
+    keep = snapshot_scales if remedy else lambda model: lambda: None
+    with poisoned("a loss of nan", 3, factor=1e30), mock.patch.object(train, "snapshot_scales", keep):
         folder, states, _ = saved_states(lambda: train_here(tmp_path, shards, **RUN))
     assert records(folder, "train")[3]["skipped"] == "gradient not finite"
     scales = torch.cat([t for name, t in states[6].items() if name.endswith("scaling_bwd.scale")])
@@ -174,11 +174,11 @@ def test_a_spike_is_one_by_the_window():
     """Mean 2, standard deviation 0.5: above 3.5 is skipped, whichever of the two it is; below the mean nothing is."""
     g = guard()
     for value in (1.5, 2.5, 1.5, 2.5):
-        assert g.judge(value, value + 100) == ""
-    assert g.judge(3.6, 102) == "loss 3.2 standard deviations above its mean"
-    assert g.judge(2.0, 103.6) == "gradient 3.2 standard deviations above its mean" and g.in_a_row == 2
-    assert g.judge(3.4, 102) == "" and g.in_a_row == 0
-    assert g.judge(-50.0, 102) == ""
+        assert g.check(value, value + 100) == ""
+    assert g.check(3.6, 102) == "loss 3.2 standard deviations above its mean"
+    assert g.check(2.0, 103.6) == "gradient 3.2 standard deviations above its mean" and g.in_a_row == 2
+    assert g.check(3.4, 102) == "" and g.in_a_row == 0
+    assert g.check(-50.0, 102) == ""
     assert list(g.windows["loss"]) == [1.5, 2.5, 3.4, -50.0]
 
 
@@ -186,30 +186,30 @@ def test_nothing_that_was_skipped_enters_the_window():
     """Infinities, NaN and spikes, many in a row: the next good value passes and the next spike is still one."""
     g = guard()
     for value in (1.5, 2.5, 1.5, 2.5):
-        g.judge(value, value)
+        g.check(value, value)
     window = list(g.windows["loss"])
     for bad in (np.nan, np.inf, -np.inf, 50.0) * 5:
-        assert g.judge(bad, 2.0) and g.judge(2.0, bad)
+        assert g.check(bad, 2.0) and g.check(2.0, bad)
     assert list(g.windows["loss"]) == list(g.windows["gradient"]) == window and g.in_a_row == 40
-    assert g.judge(2.0, 2.0) == "" and g.judge(9.0, 2.0)
+    assert g.check(2.0, 2.0) == "" and g.check(9.0, 2.0)
 
 
 def test_there_is_no_judgement_without_a_full_window_or_a_spread():
     g = guard()
-    assert not any(g.judge(value, 1.0) for value in (1.0, 100.0, 1.0, 1.0))
+    assert not any(g.check(value, 1.0) for value in (1.0, 100.0, 1.0, 1.0))
     flat_window = guard(zscore_window=2)
-    assert not any(flat_window.judge(value, 1.0) for value in (1.0, 1.0, 5.0))
+    assert not any(flat_window.check(value, 1.0) for value in (1.0, 1.0, 5.0))
     off = guard(skip_loss_zscore=0.0, skip_grad_zscore=0.0)
-    assert not any(off.judge(value, value) for value in (1.0, 2.0, 1.0, 2.0, 1e9)) and off.state_dict()["windows"] == {}
-    assert off.judge(np.nan, 1.0) == "loss not finite" and off.judge(1.0, np.inf) == "gradient not finite"
+    assert not any(off.check(value, value) for value in (1.0, 2.0, 1.0, 2.0, 1e9)) and off.state_dict()["windows"] == {}
+    assert off.check(np.nan, 1.0) == "loss not finite" and off.check(1.0, np.inf) == "gradient not finite"
 
 
 def test_a_guard_goes_on_from_its_state():
     a = guard()
     for value in (1.5, 2.5, 1.7, 2.5, 99.0):
-        a.judge(value, value)
+        a.check(value, value)
     b = Guard(helpers.make_cfg(skip_loss_zscore=3.0, skip_grad_zscore=3.0, zscore_window=4), json.loads(json.dumps(a.state_dict())))
-    assert b.state_dict() == a.state_dict() and b.in_a_row == 1 and a.judge(7.0, 2.0) == b.judge(7.0, 2.0) != ""
+    assert b.state_dict() == a.state_dict() and b.in_a_row == 1 and a.check(7.0, 2.0) == b.check(7.0, 2.0) != ""
 
 
 SPIKES = dict(skip_loss_zscore=6.0, zscore_window=3)

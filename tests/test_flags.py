@@ -9,7 +9,7 @@ import pytest
 import helpers
 import train
 from nanofp8.config import UserError, parse_flags, read_flag_table
-from nanofp8.precision import idle_flags
+from nanofp8.precision import flags_without_effect
 from helpers import TRAIN, edited_copy, finish, make_cfg, one_process, start, train_here
 
 pytestmark = pytest.mark.usefixtures("fresh")
@@ -350,6 +350,6 @@ def test_flags_without_effect_are_named(fresh, shards, tmp_path, capsys):
     train_here(tmp_path, shards, max_iters=1, warmup_iters=1, FP8_RECIPE="current", FP8_MARGIN=1, NVFP4_HADAMARD=False)
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "without effect" in line]
     assert {"FP8_MARGIN=1", "NVFP4_HADAMARD=False"} <= set(line.replace(",", "").split()) and "FP8_RECIPE" not in line
-    assert idle_flags(make_cfg(USE_FP8=False, FP8_RECIPE="block"), "bf16")[0] == "FP8_RECIPE=block"
+    assert flags_without_effect(make_cfg(USE_FP8=False, FP8_RECIPE="block"), "bf16")[0] == "FP8_RECIPE=block"
     train_here(tmp_path, shards, max_iters=1, warmup_iters=1, FP8_MARGIN=1)
     assert "without effect" not in capsys.readouterr().out

@@ -8,7 +8,7 @@ import torch
 from nanofp8 import te_emulation as te
 import train
 from nanofp8.config import UserError
-from nanofp8.precision import fp8_state, keep_high_precision, scales_kept
+from nanofp8.precision import fp8_state, keep_high_precision, preserved_scales
 from helpers import losses, make_cfg, make_model, one_process, records, tokens_and_targets, train_here
 
 LAYERS = [f"blocks.{i}.{layer}" for i in range(2) for layer in ("attn.qkv", "attn.proj", "mlp")]
@@ -131,7 +131,7 @@ def test_a_bf16_run_has_one_val_loss(fresh, shards, tmp_path):
 
 
 def test_evaluation_in_the_format_of_training_leaves_the_scales_alone(fresh, shards):
-    """Without scales_kept() the amaxes of an evaluation would be counted by the next step."""
+    """Without preserved_scales() the amaxes of an evaluation would be counted by the next step."""
     cfg = make_cfg()
     model, precision = make_model(cfg), train.select_precision(cfg, torch.device("cpu"))
     x, y = tokens_and_targets(cfg)
@@ -139,6 +139,6 @@ def test_evaluation_in_the_format_of_training_leaves_the_scales_alone(fresh, sha
         model(x, y).backward()
     before = {k: v.clone() for k, v in fp8_state(model).items()}
     for kept in (True, False):
-        with torch.no_grad(), scales_kept(model) if kept else contextlib.nullcontext(), precision.autocast(one_process()):
+        with torch.no_grad(), preserved_scales(model) if kept else contextlib.nullcontext(), precision.autocast(one_process()):
             model(x, y)
         assert all(torch.equal(v, before[k]) for k, v in fp8_state(model).items()) == kept

@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 
 import train  # noqa: E402
 from nanofp8.machine import peak_flops  # noqa: E402
-from nanofp8.precision import fp8_state, scales_kept  # noqa: E402
+from nanofp8.precision import fp8_state, preserved_scales  # noqa: E402
 from nanofp8.procs import start_processes  # noqa: E402
 
 FLAGS = dict(
@@ -254,13 +254,13 @@ def test_evaluation_in_the_format_of_training(run, name):
 
 
 def test_an_evaluation_restores_te_scales(te, procs):
-    """scales_kept() around a pass of TE's layers without gradients: history and scales are those of before, to the bit."""
+    """preserved_scales() around a pass of TE's layers without gradients: history and scales are those of before, to the bit."""
     parts = build(procs, **DELAYED)
     batch = parts.loader.peek()
     with parts.precision.autocast(procs):
         parts.model(*batch).backward()
     before = {k: v.clone() for k, v in fp8_state(parts.model).items()}
-    with torch.no_grad(), scales_kept(parts.model), parts.precision.autocast(procs):
+    with torch.no_grad(), preserved_scales(parts.model), parts.precision.autocast(procs):
         parts.model(*batch)
     after = fp8_state(parts.model)
     assert before.keys() == after.keys() and all(torch.equal(after[k], v) for k, v in before.items())
