@@ -46,7 +46,7 @@ from nanofp8.plain import rms_norm, rope_qk_norm
 from nanofp8.precision import Precision, fp8_state, flags_without_effect, keep_high_precision, snapshot_scales, preserved_scales
 from nanofp8.procs import command_line
 from nanofp8.runlog import Progress, RunLog, make_run_folder, remove_if_empty
-from nanofp8.shards import open_shard
+from nanofp8.shards import ShardError, open_shard
 
 # =====================================================================================================
 # Flags. Edit here, or give --name=value. Values here are those of preset "d20"; a flag that is edited
@@ -236,7 +236,10 @@ class TokenRing:
                      "shakespeare": "python data/shakespeare/prepare.py"}.get(dataset, f"python data/{dataset}/prepare.py")
             raise UserError(f"no {split} shards ({folder}/*_{split}_*.bin): bring them with `{bring}`, "
                             f"or name another --dataset or --data_dir")
-        self.shards = [open_shard(p) for p in self.paths]
+        try:
+            self.shards = [open_shard(p) for p in self.paths]
+        except ShardError as error:
+            raise UserError(str(error))
         self.starts = np.cumsum([0] + [len(s) for s in self.shards])
         self.total, self.vocab_size = int(self.starts[-1]), vocab_size
         if self.total < need_tokens:

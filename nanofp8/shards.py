@@ -1,40 +1,83 @@
-"""The shard format: 256 int32 of header, then uint16 tokens."""
+"""The token shard format: the only place that reads or writes it.
+
+A shard is a file <name>_{train,val}_NNNNNN.bin:
+
+    bytes 0..1023   256 little-endian int32: 20240520, 1, number of tokens, zeros
+    bytes 1024..    the tokens, little-endian uint16
+
+Token 50256 (<|endoftext|>) stands before each document. llm.c's data scripts write the same format.
+"""
 
 import os
 
 import numpy as np
 
-from nanofp8.config import UserError
-
-
-EOT = 50256  # GPT-2's <|endoftext|>, put before each document
-
+from nanofp8.files import replace_file
 
 SHARD_MAGIC, SHARD_VERSION, HEADER_INTS = 20240520, 1, 256
+HEADER_BYTES = 4 * HEADER_INTS
+EOT = 50256         # GPT-2's <|endoftext|>, put before each document
+GPT2_VOCAB = 50257  # token ids of GPT-2's BPE; higher ids only round a vocabulary up
 
 
-def open_shard(path):
-    """Memory-map the tokens of one shard (256 int32 of header, then uint16 tokens).
+class ShardError(ValueError):
+    """A file is not a whole shard. `fault` says what is wrong with it; the message adds the remedy."""
 
-    Returns: np.memmap of uint16, shape (tokens,).
-    Raises: UserError naming the file and the remedy if it is empty, truncated or of another format.
+    def __init__(self, fault: str):
+        super().__init__(f"{fault}; delete it and fetch or build it again (data/README.md)")
+        self.fault = fault
+
+
+def read_token_count(path: str | os.PathLike) -> int:
+    """Return the number of tokens of a shard, after checking its header and size.
+
+    Raises: ShardError if the file cannot be read, is empty, truncated or too long, or is of another format.
     """
-    remedy = "delete it and fetch or build it again (data/README.md)"
     try:
-        with open(path, "rb"):
-            size = os.path.getsize(path)
+        with open(path, "rb") as f:
+            header = f.read(HEADER_BYTES)
+            size = os.fstat(f.fileno()).st_size
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): {remedy}")
-    if size < 4 * HEADER_INTS:
-        raise UserError(f"{path} holds {size} bytes, less than a shard's header of {4 * HEADER_INTS}: {remedy}")
-    header = np.fromfile(path, dtype="<i4", count=HEADER_INTS)
-    if header[0] != SHARD_MAGIC:
-        raise UserError(f"{path} is no token shard (magic number {header[0]}, not {SHARD_MAGIC}): {remedy}")
-    if header[1] != SHARD_VERSION:
-        raise UserError(f"{path} is a shard of version {header[1]}, this script reads version {SHARD_VERSION}: {remedy}")
-    tokens, expected = int(header[2]), 4 * HEADER_INTS + 2 * int(header[2])
+        raise ShardError(f"{path} cannot be read ({error.strerror})") from None
+    if len(header) < HEADER_BYTES:
+        raise ShardError(f"{path} has {size} bytes, fewer than the {HEADER_BYTES} of a shard's header")
+    magic, version, tokens = (int(number) for number in np.frombuffer(header, dtype="<i4")[:3])
+    if magic != SHARD_MAGIC:
+        raise ShardError(f"{path} is not a token shard (magic number is {magic}, expected {SHARD_MAGIC})")
+    if version != SHARD_VERSION:
+        raise ShardError(f"{path} has shard version {version}, expected {SHARD_VERSION}")
+    if tokens < 1:
+        raise ShardError(f"{path} holds no tokens (its header says {tokens})")
+    expected = HEADER_BYTES + 2 * tokens
     if size != expected:
-        raise UserError(f"{path} holds {size} bytes where its header's {tokens} tokens take {expected}: {remedy}")
-    if tokens == 0:
-        raise UserError(f"{path} holds no tokens: {remedy}")
-    return np.memmap(path, dtype="<u2", mode="r", offset=4 * HEADER_INTS, shape=(tokens,))
+        what = "is truncated" if size < expected else "is too long"
+        raise ShardError(f"{path} {what}: {size} bytes, but {tokens} tokens take {expected}")
+    return tokens
+
+
+def open_shard(path: str | os.PathLike) -> np.memmap:
+    """Memory-map the tokens of a shard: uint16, shape (tokens,), read-only. Raises ShardError."""
+    tokens = read_token_count(path)
+    return np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(tokens,))
+
+
+def write_shard(path: str | os.PathLike, tokens: np.ndarray) -> None:
+    """Write tokens (1-D integers, 0 to 65535) as a shard. The file `path` never holds half a shard.
+
+    Raises: ValueError if the tokens are none, of another shape or type, or out of range; OSError.
+    """
+    tokens = np.asarray(tokens)
+    if tokens.ndim != 1 or tokens.size == 0 or tokens.dtype.kind not in "iu":
+        raise ValueError(f"{path}: a shard takes a non-empty 1-D array of integers, "
+                         f"got {tokens.dtype} of shape {tokens.shape}")
+    if tokens.dtype != np.uint16 and (tokens.min() < 0 or tokens.max() > 65535):
+        raise ValueError(f"{path}: token ids must fit in uint16, got {tokens.min()} to {tokens.max()}")
+    header = np.zeros(HEADER_INTS, dtype="<i4")
+    header[:3] = SHARD_MAGIC, SHARD_VERSION, tokens.size
+
+    def write(temporary):
+        with open(temporary, "wb") as f:
+            f.write(header.tobytes())
+            f.write(np.ascontiguousarray(tokens, dtype="<u2").data)
+
+    replace_file(path, write, sync=True)
