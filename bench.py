@@ -34,10 +34,11 @@ import torch
 import torch.distributed as dist
 
 import train
-from nanofp8.config import UserError, read_flag_table
+from nanofp8.config import UserError, script_flags
 from nanofp8.machine import Clock, describe_machine
 from nanofp8.procs import start_processes
-from nanofp8.runlog import read_log, smooth
+from nanofp8.plots import smooth
+from nanofp8.runlog import read_log
 import train_orig
 
 COMPARISON = ["--total_batch_size=65536", "--warmup_iters=20", "--eval_interval=0", "--keep_checkpoints=0"]
@@ -138,7 +139,7 @@ def train_variants(mode, flags, labels):
         own = [f for f in extra if f.startswith("--")] + ["--run_name=" + "-".join(re.sub(r"[^\w .-]", "", label).split()).lower()]
         given = flags
         if script is train_orig:  # it has fewer flags
-            table = read_flag_table(script.__file__)
+            table = script_flags(script.__file__)
             given = [f for f in flags if f[2:].split("=")[0] in table and not f.startswith("--batch_size")]
         common = [f for f in COMMON[mode] if script is train or not f.startswith("--keep_checkpoints")]
         cfg = script.read_flags([*common, *given, *own])

@@ -11,79 +11,88 @@ nothing to do with how a model learns (flags, processes, data, logging, and the 
 loss, optimizer, precision and loop are its own.
 """
 
+from typing import Literal
+
+from nanofp8.config import (  # types of flags, and what reads them
+    AutoBool, FolderName, Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat, Seed, Timeout,
+    check_command_line, parse_flags,
+)
+
+if __name__ == "__main__":
+    check_command_line(__file__)  # --help and wrong flags are answered here, before torch is imported
+
 import contextlib
 import math
 import os
 import time
 
-from train import (  # before torch: it sets the allocator's environment variable
-    check_flags, clip_gradients, data_rows, evaluate, flops_per_token, lr_factor, open_data,
-)
+from train import check_flags, clip_gradients, evaluate, flops_per_token, lr_factor, open_data  # before torch: sets its allocator
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from nanofp8.config import parse_flags
+from nanofp8.config import flag_values
 from nanofp8.machine import describe_machine
 from nanofp8.procs import command_line
-from nanofp8.runlog import Progress, RunLog, make_run_folder
+from nanofp8.runlog import FolderLock, Progress, RunLog, data_rows, make_run_folder
 
-# =====================================================================================================
-# Flags. Edit here, or give --name=value. Values here are those of preset "d20"; a flag that is edited
-# or given on the command line beats the preset.
+# ======================================================================================================================
+# Flags. Edit a value here, or give --name=value. The values below are those of preset "d20".
+# A flag that is edited here or given on the command line beats the preset.
 
 # The run
-preset = "auto"                  # "auto" (d20 with a GPU, tiny without), "d20", "d12", "tiny"
-run_name = "gpt2"                # the run folder is out_dir/run_name; a name already taken gets a number
-out_dir = "out"                  # where run folders go
-seed = 1337                      # initialisation; the data order has no seed
+preset: Literal["auto", "d20", "d12", "tiny"] = "auto"  # "auto": d20 with a GPU, tiny without
+run_name: FolderName = "gpt2"             # the run folder is out_dir/run_name; a name that is taken gets a number
+out_dir: str = "out"                      # folder for run folders
+seed: Seed = 1337                         # of initialisation; the data order has no seed
 
 # Data
-dataset = "fineweb10B"           # folder below data_dir: fineweb10B, openwebtext-100k, openwebtext-1M, shakespeare
-data_dir = "data"                # relative to this file unless absolute
+dataset: str = "fineweb10B"               # folder below data_dir: fineweb10B, openwebtext-100k, shakespeare, ...
+data_dir: str = "data"                    # relative to this file unless absolute
 
 # Model
-n_layer = 20                     # transformer blocks
-n_embd = 1280                    # width
-n_head = 10                      # attention heads; n_embd / n_head is the head size
-vocab_size = 50304               # rows of the embedding, which is the head too; 50,257 rounded up to a multiple of 128
-block_size = 2048                # tokens per sequence
+n_layer: Positive = 20                    # transformer blocks
+n_embd: Positive = 1280                   # width of the residual stream
+n_head: Positive = 10                     # attention heads; the head size is n_embd / n_head
+vocab_size: Positive = 50304              # rows of the embedding, also the head; 50,257 rounded up to 128s
+block_size: Positive = 2048               # tokens per sequence
 
 # Batch and schedule, in optimizer steps
-total_batch_size = 524288        # tokens per optimizer step, over all ranks and micro-batches
-batch_size = 8                   # sequences per micro-batch and rank; all logits exist at once: in fp32 3.3 GB a copy here
-max_iters = 1700                 # optimizer steps; 1700 x 524,288 tokens are 9 FineWeb shards once
-warmup_iters = 100               # linear warm-up of the learning rate
-min_lr_ratio = 0.1               # the cosine ends at this fraction of the learning rate
+total_batch_size: Positive = 524288       # tokens per optimizer step, over all ranks and micro-batches
+batch_size: Positive = 8                  # sequences per micro-batch and rank; its logits take 3.3 GB in fp32
+max_iters: Positive = 1700                # optimizer steps; 1700 x 524,288 tokens are 9 FineWeb shards once
+warmup_iters: NonNegative = 100           # steps of linear warm-up of the learning rate
+min_lr_ratio: NonNegativeFloat = 0.1      # the cosine ends at this fraction of the learning rate
 
 # Optimizer: AdamW for everything
-learning_rate = 6e-4             # the peak, after the warm-up
-weight_decay = 0.1               # matrices and embeddings; decoupled, times the learning rate
-adam_beta1 = 0.9                 # average of gradients
-adam_beta2 = 0.95                # average of squared gradients
-adam_eps = 1e-8                  # added to the root of the latter
-grad_clip = 1.0                  # largest global gradient norm; 0 only measures it
+learning_rate: NonNegativeFloat = 6e-4    # after the warm-up
+weight_decay: NonNegativeFloat = 0.1      # matrices and embeddings; multiplied by the learning rate
+adam_beta1: Fraction = 0.9                # average of gradients
+adam_beta2: Fraction = 0.95               # average of squared gradients
+adam_eps: PositiveFloat = 1e-8            # added to the square root of that average
+grad_clip: NonNegativeFloat = 1.0         # largest global gradient norm; 0: measure it only
 
 # Speed
-USE_COMPILE = "auto"             # torch.compile for the whole model; "auto": with a GPU
+USE_COMPILE: AutoBool = "auto"            # torch.compile for the whole model; "auto": on a GPU
 
 # Evaluation and logging
-eval_interval = 125              # steps between evaluations; 0: only at the end
-eval_tokens = 10485760           # tokens of the val shards per evaluation (all of them where there are fewer)
-log_interval = 1                 # steps between log lines
-USE_WANDB = False                # log to Weights & Biases too
-wandb_project = "nanogpt-fp8"    # its project name
+eval_interval: NonNegative = 125          # steps between evaluations; 0: only at the end
+eval_tokens: Positive = 10485760          # tokens of the val shards per evaluation (all of them if there are fewer)
+log_interval: Positive = 1                # steps between log lines
+USE_WANDB: bool = False                   # also log to Weights & Biases
+wandb_project: str = "nanogpt-fp8"        # its project
+rank_timeout: Timeout = 120.0             # seconds without a heartbeat before a rank is declared dead
 
 # End of flags
-# =====================================================================================================
+# ======================================================================================================================
 
-# Preset d20 repeats the defaults above: by them an edited flag is told from an untouched one.
+# Preset d20 repeats the defaults above: a flag that differs from it was edited.
 PRESETS = {
     "d20": dict(
-        dataset="fineweb10B", n_layer=20, n_embd=1280, n_head=10, block_size=2048, total_batch_size=524288, batch_size=8,
-        max_iters=1700, warmup_iters=100, learning_rate=6e-4, eval_interval=125, eval_tokens=10485760,
+        dataset="fineweb10B", n_layer=20, n_embd=1280, n_head=10, block_size=2048, total_batch_size=524288,
+        batch_size=8, max_iters=1700, warmup_iters=100, learning_rate=6e-4, eval_interval=125, eval_tokens=10485760,
     ),
     "d12": dict(n_layer=12, n_embd=768, n_head=6, batch_size=16),
     "tiny": dict(
@@ -91,7 +100,6 @@ PRESETS = {
         max_iters=60, warmup_iters=5, learning_rate=3e-3, eval_interval=20, eval_tokens=16384,
     ),
 }
-CHOICES = {"preset": ("auto", *PRESETS)}
 
 
 # =====================================================================================================
@@ -238,8 +246,11 @@ def run(cfg, procs):
         ("run folder", folder),
     ]
     procs.print("\n".join(f"{name:<18} {text}" for name, text in rows) + "\n")
-    log = RunLog(folder, cfg, dict(machine, world_size=procs.world_size, wrapper=wrapper, precision=precision_name,
-                                   emulated=False, optimizers="AdamW", parameters=n_params)) if procs.is_main else None
+    log = None
+    if procs.is_main:
+        config = flag_values(cfg) | machine | dict(world_size=procs.world_size, wrapper=wrapper, emulated=False,
+                                                   precision=precision_name, optimizers="AdamW", parameters=n_params)
+        log = RunLog(folder, FolderLock(folder), config, wandb_project=cfg.wandb_project if cfg.USE_WANDB else "")
 
     # Compile off the clock: a forward and backward pass whose gradients are thrown away
     start = time.perf_counter()
@@ -261,7 +272,8 @@ def run(cfg, procs):
         loss, norm = map(float, train_step(module, loader, optimizer, cfg, procs))  # waits for the GPU
         # One learning rate for all parameters; there is no Muon, so neither its rate nor its momentum
         rates = dict(lr_muon=None, lr_embed=lr, lr_head=lr, momentum=None)
-        progress.step(step, loss, norm, rates, 1000 * (time.perf_counter() - start))
+        ms = 1000 * (time.perf_counter() - start)
+        progress.step(step, rates, loss, norm, lambda ms=ms: ms)
         if step == cfg.max_iters - 1 or (cfg.eval_interval and (step + 1) % cfg.eval_interval == 0):
             progress.val(step, evaluate(model, val_ring, cfg, procs, lambda: autocast(device)))
     loader.close()
@@ -270,13 +282,14 @@ def run(cfg, procs):
 
 
 def read_flags(argv, has_gpu=None):
-    """This script's flags from a command line; has_gpu: what preset "auto" goes by."""
-    return parse_flags(argv, os.path.abspath(__file__), PRESETS, CHOICES, has_gpu)
+    """Resolve this script's flags from a command line (has_gpu: default torch.cuda.is_available())."""
+    has_gpu = torch.cuda.is_available() if has_gpu is None else has_gpu
+    return parse_flags(argv, os.path.abspath(__file__), PRESETS, has_gpu)
 
 
 def main(argv=None):
     """Train by command-line flags (default: the program's own); returns the run folder."""
-    return command_line(run, __file__, argv, PRESETS, CHOICES)
+    return command_line(run, read_flags, __file__, argv)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,9 @@
-"""Checkpoints: parameters by the model's own names, the same for TE and emulation, DDP, FSDP2 and any world size."""
+"""Checkpoints: save, find, check and restore.
+
+A checkpoint is a folder <run folder>/ckpt/step_NNNNNN, written by torch.distributed.checkpoint, with a meta.json. It
+counts only if meta.json is there: that is written last, before the folder gets its name. Parameters have the model's
+own names, the same for Transformer Engine and its emulation, for DDP and FSDP2, and for any number of ranks.
+"""
 
 import contextlib
 import functools
@@ -12,39 +17,45 @@ import shutil
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from types import ModuleType, SimpleNamespace
+from typing import Any, Callable
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.api import CheckpointException  # DCP's own, which is no Exception
+from torch.distributed.checkpoint.api import CheckpointException  # DCP's own, which is not an Exception
 from torch.distributed.tensor import DTensor
 
-from nanofp8.config import UserError, last_line
+from nanofp8.config import UserError, flag_values
+from nanofp8.files import error_line, sync_to_disk
 from nanofp8.precision import fp8_state
-from nanofp8.runlog import read_log
+from nanofp8.procs import Processes, report_good_end
+from nanofp8.runlog import FolderLock, read_log
+
+# Flags that a resumed run cannot change
+FIXED_FLAGS = ("n_layer", "n_embd", "n_head", "vocab_size", "block_size", "rope_base", "norm_eps", "logit_softcap",
+               "dataset", "total_batch_size", "USE_8BIT_ADAM")
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is saved
 
 
-# A run cannot go on with another value of these
-FIXED_FLAGS = ("n_layer n_embd n_head vocab_size block_size rope_base norm_eps logit_softcap dataset total_batch_size "
-               "USE_8BIT_ADAM").split()
-
-
-def random_state(procs, te):
-    """State of every random generator of this rank, as tensors."""
-    kind, keys, position, has_gauss, gauss = np.random.get_state()
-    version, numbers, gauss_next = random.getstate()
+def random_state(procs: Processes, te: ModuleType) -> dict:
+    """Return the state of every random generator of this rank, as tensors."""
+    _, keys, position, _, _ = np.random.get_state()
+    _, numbers, _ = random.getstate()
     state = dict(torch=torch.get_rng_state(), numpy=torch.from_numpy(np.append(keys.astype(np.int64), position)),
                  python=torch.tensor(numbers))
     if procs.device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(procs.device)
-    if hasattr(te, "get_rng_state"):
+    if hasattr(te, "get_rng_state"):  # of the emulation; Transformer Engine draws from torch's
         state["te_emulation"] = {str(d): g for d, g in te.get_rng_state()["generators"].items()}
     return state
 
 
-def set_random_state(state, procs, te):
-    """Put back what random_state() took."""
+def set_random_state(state: dict, procs: Processes, te: ModuleType) -> None:
+    """Restore what random_state() returned."""
     torch.set_rng_state(state["torch"])
     numbers = state["numpy"].numpy()
     np.random.set_state(("MT19937", numbers[:-1].astype(np.uint32), int(numbers[-1])))
@@ -55,51 +66,63 @@ def set_random_state(state, procs, te):
         te.set_rng_state(te.get_rng_state() | {"generators": state["te_emulation"]})
 
 
-def training_state(model, optimizers, procs, te):
-    """What a checkpoint holds, as nested dicts of live tensors: model, optim (by parameter name), fp8, rng (by rank)."""
-    names = {p: name for name, p in model.named_parameters()}
+def training_state(run: Any) -> dict:
+    """Return what a checkpoint of a train.Run holds, as nested dicts of live tensors.
+
+    Keys: model and optim (by parameter name), fp8 (fp8_state()), rng (by rank).
+    """
+    names = {p: name for name, p in run.model.named_parameters()}
     optim = {}
-    for optimizer in optimizers.all:
-        for p, held in optimizers.state_of(optimizer).items():
-            optim[names[p]] = {k: v if torch.is_tensor(v) else torch.tensor(v) for k, v in held.items()}
-    return dict(model={name: p.detach() for p, name in names.items()}, optim=optim, fp8=fp8_state(model),
-                rng={str(procs.rank): random_state(procs, te)})
+    for optimizer in run.optimizers.all:
+        for p, state in run.optimizers.state_of(optimizer).items():
+            optim[names[p]] = {k: v if torch.is_tensor(v) else torch.tensor(v) for k, v in state.items()}
+    return dict(model={name: p.detach() for p, name in names.items()}, optim=optim, fp8=fp8_state(run.model),
+                rng={str(run.procs.rank): random_state(run.procs, run.precision.te)})
 
 
-def steps_of(checkpoint):
-    """The number in a checkpoint's name: step_1000000 comes after step_999750, whatever text or mtime say."""
+def data_fingerprint(ring: Any, tokens: int) -> dict:
+    """Return what tells whether a checkpoint's data are still there.
+
+    Args:
+        ring: train.TokenRing of the train shards.
+        tokens: tokens trained on so far.
+    Returns: `tokens` of all shards, and `crc32` of the last 4,096 tokens that were trained on.
+    """
+    first = max(0, tokens - 4096)
+    return dict(tokens=ring.total, crc32=zlib.crc32(ring.read(first, tokens - first).tobytes()))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Finding checkpoints
+
+
+def steps_of(checkpoint: str) -> int:
+    """Return the number in a checkpoint's name (as text, step_1000000 would sort before step_999750)."""
     return int(re.search(r"(\d+)/*$", checkpoint)[1])
 
 
-def complete_checkpoints(folder):
-    """The complete checkpoints in a folder, by steps. Complete is what has meta.json, written last, before the folder gets its name."""
+def complete_checkpoints(folder: str) -> list[str]:
+    """Return the complete checkpoints in a folder, by steps."""
     found = [os.path.dirname(f) for f in glob.glob(os.path.join(glob.escape(folder), "step_*", "meta.json"))]
     return sorted((f for f in found if re.fullmatch(r"step_\d+", os.path.basename(f))), key=steps_of)
 
 
-def invalidate_later_checkpoints(run_folder, first_step):
-    """Where a run goes back to an earlier step: no checkpoint after it counts any more. The newest is the first, so that a kill in
-    between leaves one whose log lines are there up to it."""
-    later = [f for f in complete_checkpoints(os.path.join(run_folder, "ckpt")) if steps_of(f) > first_step]
-    if later:
-        print(f"resume: goes on from step {first_step}; what came after it is deleted: {', '.join(map(os.path.basename, later))}", flush=True)
-    for folder in reversed(later):
-        os.remove(os.path.join(folder, "meta.json"))
+def saved_at(checkpoint: str) -> float:
+    """Return when a checkpoint was saved, in seconds, from its own meta.json; 0 if it is damaged.
 
-
-def saved_at(checkpoint):
-    """When a checkpoint was saved, as it says itself (copying it changes every time stamp): seconds; 0 if it is damaged."""
+    Copying a checkpoint changes the time stamps of its files.
+    """
     try:
         return float(read_checkpoint(checkpoint)["saved_at"])
     except (UserError, KeyError, TypeError, ValueError):
         return 0.0
 
 
-def find_checkpoint(path):
-    """The newest complete checkpoint at or below `path`, or None.
+def find_checkpoint(path: str) -> str | None:
+    """Return the newest complete checkpoint at or below `path`, or None.
 
-    A checkpoint stands for itself, a run folder for the one with most steps (what comes after it is deleted when a run is
-    resumed at an earlier one), and a folder of runs for the newest of its runs, by the time each last saved.
+    `path` is a checkpoint, or a run folder (its checkpoint with most steps: later ones are deleted when a run is
+    resumed at an earlier step), or a folder of runs (the run that saved last).
     """
     if os.path.isfile(os.path.join(path, "meta.json")):
         return path
@@ -107,249 +130,214 @@ def find_checkpoint(path):
     return max((found[-1] for found in map(complete_checkpoints, folders) if found), key=saved_at, default=None)
 
 
-def run_folder_of(checkpoint):
-    """The run folder that a checkpoint lies in, or None for one that was moved out of it."""
+def run_folder_of(checkpoint: str) -> str | None:
+    """Return the run folder that a checkpoint lies in, or None for one that was moved out of it."""
     folder, name = os.path.split(os.path.dirname(os.path.abspath(checkpoint)))
     return folder if name == "ckpt" and os.path.isfile(os.path.join(folder, "config.json")) else None
 
 
-def read_checkpoint(folder):
-    """meta.json of a checkpoint: step (optimizer steps done), tokens, flags, loader, ... Raises UserError if it is none."""
+def read_checkpoint(folder: str) -> dict:
+    """Return meta.json of a checkpoint: step (optimizer steps taken), tokens, flags, loader and more.
+
+    Raises: UserError if the folder is not a complete checkpoint.
+    """
+    def positive(value: Any) -> bool:
+        return isinstance(value, int) and value > 0
+
     try:
         with open(os.path.join(folder, "meta.json"), encoding="utf-8") as f:
             meta = json.load(f)
-            named = re.fullmatch(r"step_(\d+)", os.path.basename(os.path.abspath(folder)))
-            for key, fits in (("flags", lambda v: isinstance(v, dict)), ("tokens", lambda v: isinstance(v, int) and v > 0),
-                              ("step", lambda v: isinstance(v, int) and v > 0 and (not named or v == int(named[1]))),
-                              ("world_size", lambda v: isinstance(v, int) and v > 0), ("train_seconds", lambda v: isinstance(v, (int, float))),
-                              ("loader", lambda v: all(isinstance(v[k], int) for k in ("step", "micro_batch")))):
-                if not fits(meta[key]):
-                    raise ValueError(f"its {key} is {meta[key]!r}")
-            return meta
+        named = re.fullmatch(r"step_(\d+)", os.path.basename(os.path.abspath(folder)))
+        fits = dict(
+            flags=isinstance(meta["flags"], dict), tokens=positive(meta["tokens"]),
+            step=positive(meta["step"]) and (not named or meta["step"] == int(named[1])),
+            world_size=positive(meta["world_size"]), train_seconds=isinstance(meta["train_seconds"], (int, float)),
+            loader=all(isinstance(meta["loader"][key], int) for key in ("step", "micro_batch")))
+        for key, well in fits.items():
+            if not well:
+                raise ValueError(f"its {key} is {meta[key]!r}")
+        return meta
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{folder} is no complete checkpoint ({error!r}): name a folder step_NNNNNN, a run folder, or leave it out")
+        raise UserError(f"{folder} is not a complete checkpoint ({error!r}); "
+                        f"name a folder step_NNNNNN or a run folder") from None
 
 
-def load_tensors(folder, state, no_dist=False):
-    """Fill the tensors of a nested dict from a checkpoint, in place; raises UserError if one is missing or has another shape."""
+def invalidate_later_checkpoints(run_folder: str, first_step: int) -> None:
+    """Invalidate checkpoints after `first_step`, newest first, so that an interruption leaves a consistent log and
+    checkpoint. Raises UserError if the folder cannot be written."""
+    later = [f for f in complete_checkpoints(os.path.join(run_folder, "ckpt")) if steps_of(f) > first_step]
+    if later:
+        print(f"resume: continuing from step {first_step}; deleting later checkpoints: "
+              f"{', '.join(map(os.path.basename, later))}", flush=True)
     try:
-        dcp.load(state, checkpoint_id=folder, no_dist=no_dist)
-    except (Exception, CheckpointException) as error:
-        raise UserError(f"checkpoint {folder} cannot be loaded: {last_line(error)}", one_rank=True)
-
-
-def load_weights(folder, tensors):
-    """Fill {parameter name: tensor} from a checkpoint, in this process alone; it may have been saved by any number."""
-    load_tensors(folder, {"model": tensors}, no_dist=True)
-
-
-class Checkpoints:
-    """Saves to <run folder>/ckpt/step_NNNNNN while training goes on, and keeps the newest few.
-
-    The tensors are copied aside (to pinned memory on a GPU), and a thread writes them by torch.distributed.checkpoint, over
-    a gloo group of its own. The folder has a temporary name until everything is on disk, meta.json last. A write that
-    fails is reported, and training goes on.
-    """
-
-    def __init__(self, folder, cfg, procs):
-        self.folder, self.keep, self.procs = os.path.join(folder, "ckpt"), cfg.keep_checkpoints, procs
-        self.group, self.writer, self.pending = dist.new_group(backend="gloo"), ThreadPoolExecutor(1), None
-        if procs.is_main:  # what is half written or half deleted; what else lies there is none of ours
-            for name in os.listdir(self.folder) if os.path.isdir(self.folder) else ():
-                path = os.path.join(self.folder, name)
-                whole = name.startswith("step_") and os.path.isfile(os.path.join(path, "meta.json"))
-                if re.fullmatch(r"(step|\.writing|\.replaced)_\d+", name) and not whole:
-                    self.delete(path)
-        dist.barrier(self.group)
-        self.last = find_checkpoint(self.folder)
-
-    @functools.cached_property
-    def stager(self):
-        """What copies the state aside. On a GPU it keeps its pinned memory for the next time (DefaultStager of torch 2.11 works but once)."""
-        return dcp.staging.BlockingAsyncStager(cache_staged_state_dict=self.procs.device.type == "cuda")
-
-    def prepare(self, make_state):
-        """Copy the state aside once before training is on the clock: on a GPU that allocates the pinned memory, which the stager keeps,
-        without which a first save of 561M parameters held training up for 1.6 s on an H100."""
-        if self.keep and self.procs.device.type == "cuda":
-            try:
-                self.stager.stage(make_state())
-            except RuntimeError as error:  # too little memory: each save will say so, training goes on
-                self.procs.print(f"checkpoints: no pinned memory ({last_line(error)})")
-
-    def save(self, step, make_state, meta):
-        """Start a checkpoint of make_state() after `step` optimizer steps; returns the seconds that training stood still.
-
-        Weights that are not finite are no checkpoint: nothing could go on from it, and it would drive out one that is good.
-        """
-        if not self.keep:
-            return 0.0
-        start = time.perf_counter()
-        self.finish(wait=True)  # of the checkpoint before, should it still be under way
-        temporary = os.path.join(self.folder, f".writing_{step:06d}")
-        state, error, errors = None, None, [None] * self.procs.world_size
-        try:
-            self.writer.submit(int).result()  # its thread, which may not start
-            state = make_state()
-            weights = [p.to_local() if isinstance(p, DTensor) else p for p in state["model"].values()]
-            largest = torch.stack([torch.linalg.vector_norm(p, ord=math.inf) for p in weights if p.numel()] or [torch.zeros(())])
-            if not largest.isfinite().all():
-                raise ValueError("the weights are not finite")
-            state = self.stager.stage(state)
-        except Exception as e:
-            vars(self).pop("stager", None)  # it may hold half a copy
-            error = last_line(e)
-        # A rank that fails alone must not leave the others waiting for it in their write
-        dist.all_gather_object(errors, error, self.group)
-        if any(errors):
-            rank = next(i for i, text in enumerate(errors) if text)
-            self.failed(step, temporary, errors[rank] + (f" (rank {rank})" if len(errors) > 1 else ""))
-        else:
-            self.pending = step, meta, temporary, self.writer.submit(dcp.save, state, checkpoint_id=temporary, process_group=self.group)
-        return time.perf_counter() - start
-
-    def finish(self, wait=False):
-        """Give a checkpoint that is all on disk its name, if there is one (wait: as soon as it is)."""
-        if not self.pending or not (wait or self.pending[3].done()):
-            return
-        (step, meta, temporary, future), self.pending = self.pending, None
-        try:
-            future.result()
-            if self.procs.is_main:
-                with open(os.path.join(temporary, "meta.json"), "w", encoding="utf-8") as f:
-                    json.dump(meta, f, indent=1)
-                    f.flush()
-                    os.fsync(f.fileno())
-                final = os.path.join(self.folder, f"step_{step:06d}")
-                if os.path.exists(final):  # from before the run was resumed at an earlier step
-                    os.rename(final, os.path.join(self.folder, f".replaced_{step:06d}"))
-                os.rename(temporary, final)
-                ckpt = os.open(self.folder, os.O_RDONLY)
-                os.fsync(ckpt)  # the name is on disk before an older checkpoint goes
-                os.close(ckpt)
-                self.last = final
-                self.delete(os.path.join(self.folder, f".replaced_{step:06d}"))
-                for old in [f for f in complete_checkpoints(self.folder) if f != final][:-self.keep + 1 or None]:
-                    self.delete(old)
-        except (Exception, CheckpointException) as error:
-            text = last_line(error)
-            with contextlib.suppress(OSError):  # torch's writer does not say that a disk is full
-                text += f" ({shutil.disk_usage(os.path.dirname(self.folder)).free / 1e9:.2f} GB free)"
-            self.failed(step, temporary, text)
-
-    def delete(self, folder):
-        """meta.json first: half deleted, a checkpoint must not count."""
-        with contextlib.suppress(OSError):
+        for folder in reversed(later):
             os.remove(os.path.join(folder, "meta.json"))
-        shutil.rmtree(folder, ignore_errors=True)
-
-    def failed(self, step, temporary, text):
-        self.procs.print(f"checkpoint at step {step} failed, training goes on: {text}")
-        if self.procs.is_main:
-            shutil.rmtree(temporary, ignore_errors=True)
-
-    def close(self):
-        self.finish(wait=True)
-        self.writer.shutdown()
-        dist.barrier(self.group)  # ranks leave together, after rank 0 has named the last one
+    except OSError as error:
+        raise UserError(f"{run_folder} cannot be written ({error.strerror}); choose another --out_dir",
+                        one_rank=True) from None
 
 
-def folder_before_restart(cfg):
-    """The run folder that these processes had before torchrun started them again (--max-restarts), or None.
+# ----------------------------------------------------------------------------------------------------------------------
+# Resuming
 
-    config.json names the torchrun that a run belongs to; of several, the last one that was started.
+
+def run_folder_before_restart(cfg: SimpleNamespace) -> str | None:
+    """Return the run folder that these processes had before torchrun restarted them (--max-restarts), or None.
+
+    config.json names the torchrun that a run belongs to. If several do, the run that was started last counts.
     """
     name = os.environ.get("TORCHELASTIC_RUN_ID")
     if name in (None, "none", "nanogpt-fp8"):  # torchrun's and run.sh's defaults, which other runs have too
         return None
     folders = glob.glob(os.path.join(glob.escape(cfg.out_dir), "*"))
-    folders += filter(None, [run_folder_of(find_checkpoint(cfg.resume) or "")] if cfg.resume not in ("", "auto") else [])
+    if cfg.resume not in ("", "auto"):
+        folders += filter(None, [run_folder_of(find_checkpoint(cfg.resume) or "")])
     found = []
     for folder in folders:
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError), open(os.path.join(folder, "config.json"), encoding="utf-8") as f:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError), \
+                open(os.path.join(folder, "config.json"), encoding="utf-8") as f:
             config = json.load(f)
             if config["torchrun"] == name:
                 found.append((float(config["started_at"]), folder))
     return max(found)[1] if found else None
 
 
-def checkpoint_to_resume(cfg, procs):
-    """(checkpoint folder, its meta) by the flag `resume`, or (None, None) for a fresh start; refuses flags that differ.
+def choose_checkpoint(cfg: SimpleNamespace) -> str | None:
+    """Return the checkpoint that the flag `resume` asks for, or None for a fresh start.
 
-    Processes that torchrun started again go on in the run folder they had, whatever `resume` says. The harmless
-    differences are printed.
+    Processes that torchrun restarted continue in the run folder they had, whatever `resume` says.
     """
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    restarted = was_restarted()
     if not cfg.resume and not restarted:
-        return None, None
-    before = folder_before_restart(cfg) if restarted else None
-    folder = find_checkpoint(before) if before else None
-    if folder is None and cfg.resume == "auto":
-        runs = [os.path.join(cfg.out_dir, cfg.run_name)]
-        runs += [f for f in glob.glob(glob.escape(runs[0]) + "-*") if re.fullmatch(re.escape(runs[0]) + r"-\d+", f)]
-        found = [f for f in map(find_checkpoint, runs) if f]
-        # gpt-2 may be the second run called gpt, or one that was called gpt-2
-        found = [f for f in found if run_folder_of(f) == os.path.abspath(runs[0])
+        return None
+    before = run_folder_before_restart(cfg) if restarted else None
+    checkpoint = find_checkpoint(before) if before else None
+    if checkpoint is None and cfg.resume == "auto":
+        first = os.path.join(cfg.out_dir, cfg.run_name)
+        numbered = [f for f in glob.glob(glob.escape(first) + "-*") if re.fullmatch(re.escape(first) + r"-\d+", f)]
+        found = [f for f in map(find_checkpoint, [first, *numbered]) if f]
+        # gpt-2 may be the second run called gpt, or a run that was called gpt-2
+        found = [f for f in found if run_folder_of(f) == os.path.abspath(first)
                  or read_checkpoint(f)["flags"]["run_name"] == cfg.run_name]
-        folder = max(found, key=saved_at, default=None)
-    elif folder is None and cfg.resume:
-        folder = find_checkpoint(cfg.resume)
-    folder = procs.broadcast(folder)
-    if folder is None and cfg.resume not in ("", "auto"):
-        raise UserError(f"--resume={cfg.resume}: there is no complete checkpoint at or below it", 2)
-    if folder is None:
-        procs.print(f"resume={cfg.resume or 'auto (after a restart)'}: {before or os.path.join(cfg.out_dir, cfg.run_name)} has no "
-                    f"complete checkpoint, starting afresh")
-        return None, None
-    meta = read_checkpoint(folder)
-    changed = {k: (v, getattr(cfg, k)) for k, v in meta["flags"].items() if hasattr(cfg, k) and getattr(cfg, k) != v}
+        checkpoint = max(found, key=saved_at, default=None)
+    elif checkpoint is None and cfg.resume:
+        checkpoint = find_checkpoint(cfg.resume)
+        if checkpoint is None:
+            raise UserError(f"--resume={cfg.resume}: no complete checkpoint there; "
+                            f"name a checkpoint or a run folder", 2)
+    if checkpoint is None:
+        print(f"resume={cfg.resume or 'auto (after a restart)'}: no complete checkpoint in "
+              f"{before or os.path.join(cfg.out_dir, cfg.run_name)}, starting a new run", flush=True)
+    return checkpoint
+
+
+def was_restarted() -> bool:
+    """Whether torchrun restarted these processes after one of them died."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+
+
+def lock_checkpoint(cfg: SimpleNamespace, procs: Processes) -> tuple[str | None, FolderLock | None]:
+    """Choose the checkpoint to resume, and lock its run folder before anything of it is read.
+
+    Returns: the checkpoint (on every rank; None for a fresh start), and the lock (on rank 0, if the checkpoint lies in
+        a run folder).
+    Raises: UserError if another process is training there.
+    """
+    outcome, lock = (None, None), None
+    if procs.is_main:
+        try:
+            checkpoint = choose_checkpoint(cfg)
+            if checkpoint and (folder := run_folder_of(checkpoint)):
+                lock = FolderLock(folder)
+                # The process that held the lock until now may have saved another one
+                checkpoint = choose_checkpoint(cfg)
+                if not checkpoint or run_folder_of(checkpoint) != folder:
+                    lock.close()
+                    raise UserError(f"{folder} has just been changed by another process; start again")
+            outcome = checkpoint, None
+        except UserError as error:  # the other ranks wait for rank 0's answer
+            if error.one_rank:
+                raise
+            outcome = None, (str(error), error.status)
+    checkpoint, failure = procs.broadcast(outcome)
+    if failure:
+        raise UserError(*failure)
+    return checkpoint, lock
+
+
+def check_resume(checkpoint: str, cfg: SimpleNamespace, ring: Any, procs: Processes) -> dict:
+    """Return the meta.json of a checkpoint, after checking that flags and data fit it. Prints harmless differences.
+
+    cfg.run_name becomes that of the checkpoint's run folder: the run continues there.
+
+    Args:
+        ring: train.TokenRing of the train shards.
+    Raises: UserError if a flag that cannot change differs, if the run is complete, or if the data differ.
+    """
+    meta = read_checkpoint(checkpoint)
+    now = vars(cfg)
+    changed = {k: (was, now[k]) for k, was in meta["flags"].items() if k in now and now[k] != was}
     for name in FIXED_FLAGS:
         if name in changed:
-            was, now = changed[name]
-            raise UserError(f"{folder} was trained with {name}={was}, which cannot become {now}: leave --{name} as it was", 2)
-    run_folder = run_folder_of(folder)
-    # A run that was killed after its last checkpoint only lacks its last line; as a restart, it may even have that
-    ended = run_folder is None or any(r["kind"] == "done" for r in read_log(run_folder)) and not restarted
-    if meta["step"] > cfg.max_iters or meta["step"] == cfg.max_iters and ended:
-        raise UserError(f"{folder} has done {meta['step']} steps, and max_iters is {cfg.max_iters}: raise --max_iters", 2)
-    for name, (was, now) in changed.items():
+            was, new = changed[name]
+            raise UserError(f"{checkpoint} was trained with {name}={was}, which cannot change to {new}; "
+                            f"set --{name}={was}", 2)
+    folder = run_folder_of(checkpoint)
+    # A run that was killed after its last checkpoint only lacks the line "done"; a restarted one may even have that
+    complete = folder is None or any(r["kind"] == "done" for r in read_log(folder)) and not was_restarted()
+    if meta["step"] > cfg.max_iters or meta["step"] == cfg.max_iters and complete:
+        raise UserError(f"{checkpoint} has {meta['step']} steps, and max_iters is {cfg.max_iters}; "
+                        f"raise --max_iters", 2)
+    for name, (was, new) in changed.items():
         if name not in ("resume", "out_dir", "run_name"):
-            procs.print(f"resume: {name} was {was}, is now {now}")
-    if run_folder and "run_name" in changed:  # it goes on in its own folder, where --resume=auto will look for its own name
+            procs.print(f"resume: {name} was {was}, is now {new}")
+    if folder and "run_name" in changed:
         cfg.run_name = changed["run_name"][0]
         if "run_name" in cfg.explicit:
-            procs.print(f"resume: goes on in {run_folder}; --run_name={changed['run_name'][1]} has no effect")
-    return folder, meta
+            procs.print(f"resume: continuing in {folder}; --run_name={changed['run_name'][1]} has no effect")
+    was, is_now = meta.get("data"), data_fingerprint(ring, meta["tokens"])
+    # More shards are fine until a run has come round to the first one again
+    if was and was["crc32"] != is_now["crc32"]:
+        raise UserError(
+            f"{checkpoint} was trained on other data: {was['tokens']:,} tokens with checksum {was['crc32']:08x} before "
+            f"its position, and {os.path.dirname(ring.paths[0])} has {is_now['tokens']:,} with {is_now['crc32']:08x}; "
+            f"bring those shards back", 2)
+    return meta
 
 
-def data_fingerprint(ring, tokens):
-    """What tells whether a checkpoint's data are still there: the size of the shards, and a checksum of the last 4,096 tokens
-    of the first `tokens` of the ring."""
-    first = max(0, tokens - 4096)
-    return dict(tokens=ring.total, crc32=zlib.crc32(ring.read(first, tokens - first).tobytes()))
+def load_tensors(folder: str, state: dict, no_dist: bool = False) -> None:
+    """Fill the tensors of a nested dict from a checkpoint, in place.
+
+    no_dist: load in this process alone, without a process group.
+    Raises: UserError if a tensor is missing or has another shape.
+    """
+    try:
+        dcp.load(state, checkpoint_id=folder, no_dist=no_dist)
+    except (Exception, CheckpointException) as error:
+        raise UserError(f"cannot load checkpoint {folder}: {error_line(error)}", one_rank=True) from None
 
 
-def check_data(folder, meta, ring):
-    """Refuse shards that are not those of a checkpoint. More of them are fine until a run has come round to the first again.
-    Raises UserError."""
-    was, now = meta.get("data"), data_fingerprint(ring, meta["tokens"])
-    if was and was["crc32"] != now["crc32"]:
-        raise UserError(f"{folder} was trained on other data: {was['tokens']:,} tokens with checksum {was['crc32']:08x} before its position, where "
-                        f"{os.path.dirname(ring.paths[0])} has {now['tokens']:,} with {now['crc32']:08x}: bring those shards back", 2)
+def load_weights(folder: str, tensors: dict[str, torch.Tensor]) -> None:
+    """Fill {parameter name: tensor} from a checkpoint, in this process alone, whatever number of ranks saved it.
+
+    Raises: UserError.
+    """
+    load_tensors(folder, {"model": tensors}, no_dist=True)
 
 
-def restore(folder, meta, model, optimizers, loader, procs, te):
-    """Put a checkpoint's state back into model, optimizers, loader, scales and generators.
+def restore(run: Any, folder: str, meta: dict) -> bool:
+    """Restore a train.Run from a checkpoint: model, optimizers, data position, FP8 scales and random generators.
 
-    Scales come back if the checkpoint has them, generators if the world size is the same; returns whether all scales did.
+    Scales are restored if the checkpoint has them, generators if the number of ranks is the same. meta: of meta.json.
+    Returns: whether all scales were restored. Raises: UserError.
     """
     try:
         saved = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
     except Exception as error:
-        raise UserError(f"checkpoint {folder} cannot be loaded: {error!r}")
-    state = training_state(model, optimizers, procs, te)
+        raise UserError(f"cannot load checkpoint {folder}: {error!r}") from None
+    state, procs = training_state(run), run.procs
 
-    def known(tree, prefix):
+    def known(tree: Any, prefix: str) -> Any:
         """The part of a nested dict that the checkpoint has, in the same shapes."""
         if not isinstance(tree, dict):
             return tree if prefix in saved and saved[prefix].size == tree.shape else None
@@ -359,21 +347,187 @@ def restore(folder, meta, model, optimizers, loader, procs, te):
     rng, fp8 = known(state.pop("rng"), "rng"), known(state.pop("fp8"), "fp8")
     load_tensors(folder, state)  # all of model and optim must be there
     scales = {k: v.clone() for k, v in (fp8 or {}).items()}
-    if not any(k.endswith("amax_history") for k in scales):  # another FP8_AMAX_HISTORY: scales without it would not last
+    if not any(k.endswith("amax_history") for k in scales):  # FP8_AMAX_HISTORY changed: scales alone would not last
         scales = {}
-    own = {"rng": rng or {}, "fp8": scales}
+    optional = {"rng": rng or {}, "fp8": scales}
     if meta["world_size"] != procs.world_size:
-        own.pop("rng")
-    load_tensors(folder, own)
-    # A rank's loss is divided by its own tokens of a step, so with more ranks its gradients are larger by as much:
-    # unless their scales know, they saturate in the first step.
-    factor, live = procs.world_size / meta["world_size"], fp8_state(model)
+        optional.pop("rng")
+    load_tensors(folder, optional)
+    # A rank divides its loss by its own tokens of a step, so with more ranks its gradients are larger by that factor.
+    # With the old scales they would saturate in the first step.
+    factor, live = procs.world_size / meta["world_size"], fp8_state(run.model)
     for name, tensor in scales.items():
         if "scaling_bwd" in name:
             tensor = tensor / factor if name.endswith("scale") else tensor * factor
         live[name].copy_(tensor)
-    optimizers.load_state(state["optim"], {name: p for name, p in model.named_parameters()}, meta)
-    if own.get("rng"):
-        set_random_state(own["rng"][str(procs.rank)], procs, te)
-    loader.load_state_dict(meta["loader"])
+    run.optimizers.load_state(state["optim"], dict(run.model.named_parameters()), meta)
+    if optional.get("rng"):
+        set_random_state(optional["rng"][str(procs.rank)], procs, run.precision.te)
+    run.loader.load_state_dict(meta["loader"])
     return scales.keys() == live.keys()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Saving
+
+
+class Checkpoints:
+    """Save to <run folder>/ckpt/step_NNNNNN while training continues, and keep the newest few.
+
+    save() copies the tensors (to pinned memory on a GPU), and a thread writes them over a gloo group of its own. Until
+    everything is on disk the folder has a temporary name. A write that fails is reported, and training continues.
+    """
+
+    def __init__(self, folder: str, keep: int, procs: Processes):
+        """Delete what earlier processes left half written.
+
+        Args:
+            folder: the run folder.
+            keep: number of newest checkpoints to keep (0: write none).
+        """
+        self.folder, self.keep, self.procs = os.path.join(folder, "ckpt"), keep, procs
+        self.group, self.writer, self.pending = dist.new_group(backend="gloo"), ThreadPoolExecutor(1), None
+        if procs.is_main:
+            for name in os.listdir(self.folder) if os.path.isdir(self.folder) else ():
+                path = os.path.join(self.folder, name)
+                whole = name.startswith("step_") and os.path.isfile(os.path.join(path, "meta.json"))
+                if re.fullmatch(r"(step|\.writing|\.replaced)_\d+", name) and not whole:
+                    self.delete(path)
+        dist.barrier(self.group)
+        self.last = find_checkpoint(self.folder)
+
+    @functools.cached_property
+    def stager(self) -> Any:
+        """Copies the state. On a GPU it keeps its pinned memory (DefaultStager of torch 2.11 works only once)."""
+        return dcp.staging.BlockingAsyncStager(cache_staged_state_dict=self.procs.device.type == "cuda")
+
+    def prepare(self, make_state: Callable[[], dict]) -> None:
+        """Copy the state once before training is timed, which allocates the pinned memory of a GPU.
+
+        Without it the first save of 561M parameters blocked training for 1.6 s on an H100.
+        """
+        if self.keep and self.procs.device.type == "cuda":
+            try:
+                self.stager.stage(make_state())
+            except RuntimeError as error:  # too little memory: each save will say so, and training continues
+                self.procs.print(f"checkpoints: no pinned memory ({error_line(error)})")
+
+    def save(self, step: int, make_state: Callable[[], dict], meta: dict) -> float:
+        """Start a checkpoint after `step` optimizer steps; return the seconds that it blocked training.
+
+        Non-finite weights are not saved: no run could continue from them, and they would drive out a good checkpoint.
+
+        Args:
+            make_state: returns training_state().
+            meta: content of meta.json.
+        """
+        if not self.keep:
+            return 0.0
+        start = time.perf_counter()
+        self.finish(wait=True)  # of the checkpoint before, if it is still being written
+        temporary = os.path.join(self.folder, f".writing_{step:06d}")
+        state, failure, failures = None, None, [None] * self.procs.world_size
+        try:
+            self.writer.submit(int).result()  # its thread, which may not start
+            state = make_state()
+            weights = [p.to_local() if isinstance(p, DTensor) else p for p in state["model"].values()]
+            norms = [torch.linalg.vector_norm(p, ord=math.inf) for p in weights if p.numel()]
+            if not torch.stack(norms or [torch.zeros(())]).isfinite().all():
+                raise ValueError("the weights are not finite")
+            state = self.stager.stage(state)
+        except Exception as error:
+            vars(self).pop("stager", None)  # it may hold half a copy
+            failure = error_line(error)
+        # A rank that fails alone must not leave the others waiting for it in their write
+        dist.all_gather_object(failures, failure, self.group)
+        if any(failures):
+            rank = next(i for i, text in enumerate(failures) if text)
+            self.report_failure(step, temporary, failures[rank] + (f" (rank {rank})" if len(failures) > 1 else ""))
+        else:
+            future = self.writer.submit(dcp.save, state, checkpoint_id=temporary, process_group=self.group)
+            self.pending = step, meta, temporary, future
+        return time.perf_counter() - start
+
+    def finish(self, wait: bool = False) -> None:
+        """Give a checkpoint its name once it is on disk, if there is one (wait: block until then)."""
+        if not self.pending or not (wait or self.pending[3].done()):
+            return
+        (step, meta, temporary, future), self.pending = self.pending, None
+        try:
+            future.result()
+            if self.procs.is_main:
+                self.rename(step, meta, temporary)
+        except (Exception, CheckpointException) as error:
+            text = error_line(error)
+            with contextlib.suppress(OSError):  # torch's writer does not say that a disk is full
+                free = shutil.disk_usage(os.path.dirname(self.folder)).free
+                text += f" ({free / 1e9:.2f} GB free)"
+            self.report_failure(step, temporary, text)
+
+    def rename(self, step: int, meta: dict, temporary: str) -> None:
+        """Write meta.json, give the folder its final name, then delete what exceeds `keep` (rank 0). Raises OSError."""
+        path = os.path.join(temporary, "meta.json")
+        with open(path, "w", encoding="utf-8") as f:
+            json.dump(meta, f, indent=1)
+        sync_to_disk(path)
+        final, replaced = (os.path.join(self.folder, f"{name}_{step:06d}") for name in ("step", ".replaced"))
+        if os.path.exists(final):  # from before the run was resumed at an earlier step
+            os.rename(final, replaced)
+        os.rename(temporary, final)
+        sync_to_disk(self.folder)  # the name is on disk before an older checkpoint is deleted
+        self.last = final
+        self.delete(replaced)
+        for old in [f for f in complete_checkpoints(self.folder) if f != final][:-self.keep + 1 or None]:
+            self.delete(old)
+
+    def delete(self, folder: str) -> None:
+        """Delete a checkpoint, meta.json first: half deleted, it must not count."""
+        with contextlib.suppress(OSError):
+            os.remove(os.path.join(folder, "meta.json"))
+        shutil.rmtree(folder, ignore_errors=True)
+
+    def report_failure(self, step: int, temporary: str, text: str) -> None:
+        """Print why a checkpoint could not be written, and delete what there is of it."""
+        self.procs.print(f"checkpoint at step {step} failed, training continues: {text}")
+        if self.procs.is_main:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+    def close(self) -> None:
+        """Finish the last checkpoint. Ranks leave together, after rank 0 has given it its name."""
+        self.finish(wait=True)
+        self.writer.shutdown()
+        dist.barrier(self.group)
+
+
+def save_checkpoint(run: Any, steps: int) -> None:
+    """Start a checkpoint of a train.Run after this many optimizer steps; it is written while training continues."""
+    cfg, procs = run.cfg, run.procs
+    run.progress.flush()
+    meta = dict(
+        step=steps, tokens=steps * cfg.total_batch_size, world_size=procs.world_size, loader=run.loader.state_dict(),
+        data=data_fingerprint(run.loader.ring, steps * cfg.total_batch_size), train_seconds=run.progress.train_seconds,
+        parameters=run.parameters, versions=run.machine["versions"], **run.optimizers.meta,
+        guard=run.guard.state_dict(), saved_at=time.time(), flags=flag_values(cfg))
+    blocked = run.checkpoints.save(steps, lambda: training_state(run), meta)
+    run.last_save = time.monotonic()
+    if cfg.keep_checkpoints:
+        procs.print(f"step {steps}/{cfg.max_iters} | checkpoint started (blocked training for {blocked:.2f} s)")
+
+
+def report_end(run: Any, stopped: bool) -> None:
+    """Report how a train.Run ended: at its last step, or stopped by a signal.
+
+    Raises: UserError if it was stopped and its last checkpoint could not be written.
+    """
+    steps, newest = run.loader.state_dict()["step"], run.procs.broadcast(run.checkpoints.last)
+    if not stopped:
+        run.progress.done()
+        if newest:
+            run.procs.print(f"next: python sample.py --ckpt={run.folder} continues a text with this model")
+    elif run.cfg.keep_checkpoints and (newest is None or steps_of(newest) != steps):
+        raise UserError(f"stopped by a signal after {steps} steps, but their checkpoint could not be written. "
+                        f"Newest checkpoint: {newest or 'none'}")
+    else:
+        run.procs.print(f"\nstopped by a signal after {steps} steps; continue with the same command and --resume=auto "
+                        f"(from {newest or 'the start: no checkpoint was kept'})")
+    report_good_end(run.procs)

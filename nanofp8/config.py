@@ -1,150 +1,340 @@
-"""Reading the flags of a script, and UserError."""
+"""Typed flags of a script: read them, check them, list them. Standard library alone.
+
+A flag is one line of the script, between the comments "# Flags" and "# End of flags":
+
+    n_layer: Positive = 20  # transformer blocks
+
+The annotation is the flag's type, range or choices, and nothing else lists them. The trailing comment is its help text.
+A comment on a line of its own names the group of the flags below it. The lines are read from the script's source, so
+that --help and wrong flags are answered without importing the script (and torch with it).
+
+Annotations use only names that this module defines or imports: int, float, bool, str, Literal[...], and those below.
+"""
 
 import argparse
 import ast
 import difflib
 import math
+import operator
 import os
 import re
+import sys
+import time
+import types
+from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any, NoReturn
+from typing import Annotated, Any, Literal, Mapping, NoReturn, Sequence, Union, get_args, get_origin, get_type_hints
 
-import torch
+GPU_PRESET, CPU_PRESET = "d20", "tiny"  # what preset "auto" stands for, with and without a GPU
 
 
 class UserError(Exception):
-    """Wrong input: command_line() prints its one line and exits with `status`, without a traceback."""
-
-    def __init__(self, message, status=1, one_rank=False):
-        super().__init__(message)
-        self.status, self.one_rank = status, one_rank  # one_rank: the other ranks may not have met it
-
-
-WHOLE_NUMBERS = set("""seed n_layer n_embd n_head vocab_size block_size total_batch_size batch_size max_iters warmup_iters
-    muon_momentum_iters FP8_MARGIN FP8_AMAX_HISTORY FP8_CALIBRATION_STEPS FP8_STATS_INTERVAL loss_chunk_size eval_interval eval_tokens
-    log_interval ckpt_interval keep_checkpoints max_bad_steps zscore_window""".split())
-
-
-TEXTS = set("preset run_name out_dir resume dataset data_dir muon_impl FP8_RECIPE EVAL_PRECISION HIGH_PRECISION_LAYERS wandb_project".split())
-
-
-OR_AUTO = set("USE_FSDP2 USE_DDP USE_COMPILE USE_EMULATION".split())
-
-
-SWITCHES = re.compile(r"USE_|FSDP2_|REDUCE_|NVFP4_")  # True or False; the other flags of this file take any number
-
-
-def read_flag_table(path):
-    """The flags of a script: {name: (default, comment, group)}, read from its source text.
-
-    A flag is a line `name = value  # comment` between the headings "# Flags" and "# End of flags";
-    a comment line on its own opens a group. Raises UserError if a value is none.
-    """
-    table, group, inside = {}, "", False
-    for line in open(path, encoding="utf-8"):
-        if line.startswith("# End of flags"):
-            break
-        if line.startswith("# Flags"):
-            inside = True
-        elif inside and (m := re.match(r"(\w+) = (.+?)(?:\s+# (.*))?$", line)):
-            try:
-                value = eval(m[2], {"__builtins__": {}})  # this file's own text: 2**19 or 2 * 1700 may stand there
-            except Exception:
-                raise UserError(f"{os.path.basename(path)}: the value of flag {m[1]} cannot be read: {m[2]}", 2)
-            table[m[1]] = (parse_value(m[1], repr(value) if not isinstance(value, str) else value, value), m[3] or "", group)
-        elif inside and (m := re.match(r"# (\w.*)", line)):
-            group = m[1]
-    return table
-
-
-def parse_value(name, text, default):
-    """Turn the text of --name=text into a value of the flag's type; raises UserError.
-
-    The type goes by the name, since defaults are edited (USE_FSDP2 = True still takes "auto"); that of a flag which is in none of
-    the lists above goes by its default.
-    """
-    try:
-        value = ast.literal_eval(text)
-        float(value) if isinstance(value, int) else 0  # a number of 400 digits is none
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError, OverflowError):
-        value = {"true": True, "false": False}.get(text.lower(), text)
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if name in OR_AUTO:
-        kind, ok = "auto, True or False", value == "auto" or isinstance(value, bool)
-    elif name in TEXTS or isinstance(default, str) and not (SWITCHES.match(name) or name in WHOLE_NUMBERS):
-        kind, ok, value = "text", True, text
-    elif SWITCHES.match(name) or isinstance(default, bool):
-        kind, ok = "True or False", isinstance(value, bool)
-    elif name in WHOLE_NUMBERS:
-        kind, ok = "a whole number", number and isinstance(value, int)
-    else:
-        kind, ok, value = "a number", number, float(value) if number and isinstance(default, float) else value
-    if not ok:
-        raise UserError(f"--{name} takes {kind}, not '{text}'", 2)
-    return value
-
-
-def parse_flags(argv, path, presets, choices, has_gpu=None):
-    """Resolve defaults, preset and command line into one namespace of flags.
+    """Wrong input or a failure that a user can remedy: reported as one line, without a traceback.
 
     Args:
-        argv: command line without the program name, `--name=value` each.
-        path: script whose flag section holds names, defaults and comments.
-        presets: {preset: {flag: value}}; a flag set on the command line or edited in the file beats it.
-        choices: {flag: allowed values}.
-        has_gpu: what preset "auto" goes by (default: torch.cuda.is_available()).
-    Returns: SimpleNamespace with one attribute per flag, and `explicit`, the names that were given.
-    Raises: UserError (status 2) naming the nearest flag, or what the value should be.
+        message: what is wrong, then what to do.
+        status: exit status of the script, 1 or 2 (2: wrong flags).
+        one_rank: other ranks may not have met this error, so the rank that raises it prints it and exits at once.
     """
-    table = read_flag_table(path)
-    if any(a in ("--help", "-h") for a in argv):
-        print(format_help(path, table))
-        raise SystemExit(0)
+
+    def __init__(self, message: str, status: int = 1, one_rank: bool = False):
+        super().__init__(message)
+        self.status, self.one_rank = status, one_rank
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Types of flags
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Range of a number: low <= value <= high, or `<` where that end is open."""
+
+    low: float
+    high: float = math.inf
+    open_low: bool = False
+    open_high: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        above = self.low < value if self.open_low else self.low <= value
+        return above and (value < self.high if self.open_high else value <= self.high)
+
+    def __str__(self) -> str:
+        low = f"{'above' if self.open_low else 'at least'} {self.low}"
+        return low if self.high == math.inf else f"{low} and {'below' if self.open_high else 'at most'} {self.high}"
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """Texts that match a regular expression as a whole; `meaning` says which these are."""
+
+    regex: str
+    meaning: str
+
+    def __contains__(self, value: str) -> bool:
+        return re.fullmatch(self.regex, value) is not None
+
+    def __str__(self) -> str:
+        return self.meaning
+
+
+Positive = Annotated[int, Bounds(1)]
+NonNegative = Annotated[int, Bounds(0)]
+PositiveFloat = Annotated[float, Bounds(0, open_low=True)]
+NonNegativeFloat = Annotated[float, Bounds(0)]
+Fraction = Annotated[float, Bounds(0, 1, open_high=True)]
+Seed = Annotated[int, Bounds(0, 2**32 - 1)]
+Window = Annotated[int, Bounds(1, 1_000_000)]  # steps that are kept in memory
+Timeout = Annotated[float, Bounds(5)]          # seconds; heartbeats come every second
+FolderName = Annotated[str, Pattern(r"(?!\.{1,2}$)[^/\\\0]+", "a folder name without slashes")]
+AutoBool = Union[Literal["auto"], bool]
+
+
+def describe(kind: Any) -> str:
+    """Return what a flag of this type takes, without its range, as error messages and --help say it."""
+    origin = get_origin(kind)
+    if origin is Annotated:
+        return describe(get_args(kind)[0])
+    if origin in (Union, types.UnionType):
+        return " or ".join(describe(part) for part in get_args(kind)).replace("auto or True", "auto, True")
+    if origin is Literal:
+        return ("one of " if len(get_args(kind)) > 2 else "") + _list([str(choice) for choice in get_args(kind)])
+    return {int: "an integer", float: "a number", bool: "True or False", str: "text"}[kind]
+
+
+def _list(words: Sequence[str]) -> str:
+    return " or ".join(words) if len(words) < 3 else ", ".join(words)
+
+
+def convert(kind: Any, value: Any) -> Any:
+    """Return a value as a flag's type: `value` is the text of --name=text, or the value written in the script.
+
+    Raises: ValueError that says what the value must be, if it is not of the type or out of its range.
+    """
+    origin, wrong = get_origin(kind), ValueError(describe(kind))
+    if origin is Annotated:
+        base, limit = get_args(kind)
+        value = convert(base, value)
+        if value not in limit:
+            raise ValueError(str(limit))
+        return value
+    if origin in (Union, types.UnionType):
+        for part in get_args(kind):
+            try:
+                return convert(part, value)
+            except ValueError:
+                continue
+        raise wrong
+    if origin is Literal:
+        for choice in get_args(kind):
+            if value == choice and type(value) is type(choice) or _same_switch(value, choice):
+                return choice
+        raise wrong
+    if kind is str:
+        if not isinstance(value, str):
+            raise wrong
+        return value
+    if kind is bool:
+        for choice in (True, False):
+            if value is choice or _same_switch(value, choice):
+                return choice
+        raise wrong
+    if isinstance(value, str):
+        try:
+            value = ast.literal_eval(value.strip())
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            raise wrong from None
+    if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else int):
+        raise wrong
+    if not -2**63 <= value < 2**63 if isinstance(value, int) else not math.isfinite(value):
+        raise ValueError(f"{wrong} of a usual size")
+    return kind(value)
+
+
+def _same_switch(text: Any, choice: Any) -> bool:
+    """Whether a text is True or False, in any case, and this choice is that."""
+    return isinstance(choice, bool) and isinstance(text, str) and text.lower() == str(choice).lower()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reading a script
+
+
+@dataclass(frozen=True)
+class Flag:
+    """One flag of a script."""
+
+    name: str
+    kind: Any      # resolved annotation
+    default: Any   # value in the script's source
+    comment: str   # help text
+    group: str     # heading that it stands under
+
+
+OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
+             ast.FloorDiv: operator.floordiv, ast.Pow: operator.pow}
+
+
+def _value(node: ast.expr) -> Any:
+    """Evaluate a constant or arithmetic on constants, such as 2**19 or 9 * 10**8 // 2048. Raises ValueError."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, (int, float, str)):
+        return node.value
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.UAdd, ast.USub)):
+        value = _value(node.operand)
+        return -value if isinstance(node.op, ast.USub) else +value
+    if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
+        left, right = _value(node.left), _value(node.right)
+        huge = isinstance(node.op, ast.Pow) and not (isinstance(right, (int, float)) and right <= 100)
+        if not isinstance(left, str) and not isinstance(right, str) and not huge:
+            return OPERATORS[type(node.op)](left, right)
+    raise ValueError
+
+
+def script_flags(path: str | os.PathLike) -> dict[str, Flag]:
+    """Read the flags of a script from its source, in order, without importing it.
+
+    Returns: {name: Flag}.
+    Raises: UserError (status 2) naming the line of a flag without a type, of an unknown type or of a wrong value.
+    """
+    with open(path, encoding="utf-8") as f:
+        text = f.read()
+    lines, script = text.splitlines(), os.path.basename(path)
+    starts = {word: next((i for i, line in enumerate(lines, 1) if line.startswith(word)), len(lines))
+              for word in ("# Flags", "# End of flags")}
+    groups = {i: line[2:] for i, line in enumerate(lines, 1)
+              if i > starts["# Flags"] and re.match(r"# \w", line) and not lines[i - 2].startswith("#")}
+    flags = {}
+    for node in ast.parse(text).body:
+        if not starts["# Flags"] < node.lineno < starts["# End of flags"]:
+            continue
+        where = f"{script}, line {node.lineno}"
+        if isinstance(node, ast.Assign):
+            raise UserError(f"{where}: flag {ast.unparse(node.targets[0])} has no type; "
+                            f"write it as `name: type = value  # comment`", 2)
+        if not isinstance(node, ast.AnnAssign) or node.value is None or not isinstance(node.target, ast.Name):
+            raise UserError(f"{where}: only flags may stand between '# Flags' and '# End of flags'", 2)
+        name, annotation = node.target.id, ast.unparse(node.annotation)
+        try:
+            holder = type("Flags", (), {"__annotations__": {name: annotation}})
+            kind = get_type_hints(holder, globalns=globals(), include_extras=True)[name]
+            describe(kind)
+        except (NameError, TypeError, KeyError, SyntaxError):
+            raise UserError(f"{where}: flag {name} has an unknown type '{annotation}'; "
+                            f"nanofp8/config.py lists the types", 2) from None
+        try:
+            value = _value(node.value)
+        except (ValueError, ArithmeticError):
+            raise UserError(f"{where}: the value of {name} must be a number, a string, True or False, "
+                            f"got {ast.unparse(node.value)}", 2) from None
+        try:
+            default = convert(kind, value)
+        except ValueError as error:
+            raise UserError(f"{where}: {name} must be {error}, got {ast.unparse(node.value)}", 2) from None
+        rest = lines[node.end_lineno - 1].encode()[node.end_col_offset:].decode()
+        group = groups.get(max((i for i in groups if i < node.lineno), default=0), "")
+        flags[name] = Flag(name, kind, default, rest.strip().removeprefix("#").strip(), group)
+    return flags
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Command line
+
+
+def parse_arguments(argv: Sequence[str], flags: Mapping[str, Flag]) -> dict[str, Any]:
+    """Return {name: value} of arguments --name=value.
+
+    Raises: UserError (status 2) naming the nearest flag, or what the flag takes.
+    """
     given = {}
-    for arg in argv:
-        m = re.fullmatch(r"--([\w-]+)=(.*)", arg, re.S)
-        if not m:
-            hint = f"--{arg.lstrip('-').split('=')[0]}=value" if arg.startswith("-") else "--name=value"
-            raise UserError(f"'{arg}' is no flag; flags are written {hint} (--help lists them)", 2)
-        name, text = m.groups()
-        if name not in table:
-            by_lower = {n.lower(): n for n in table}
-            near = difflib.get_close_matches(name.lower().replace("-", "_"), by_lower, 1, 0.0)[0]
-            raise UserError(f"no flag --{name}; the nearest is --{by_lower[near]} (--help lists all)", 2)
-        given[name] = parse_value(name, text, table[name][0])
-    flags = {name: default for name, (default, _, _) in table.items()}
-    if presets:
-        chosen = given.get("preset", flags["preset"])
-        if chosen == "auto":
-            has_gpu = torch.cuda.is_available() if has_gpu is None else has_gpu
-            chosen = "d20" if has_gpu else "tiny"
-        if chosen not in presets:
-            raise UserError(f"--preset is one of {', '.join(choices['preset'])}, not '{chosen}'", 2)
-        edited = {name for name, released in presets["d20"].items() if flags[name] != released}
-        flags.update({k: v for k, v in presets[chosen].items() if k not in edited})
-        flags["preset"] = given["preset"] = chosen
-    flags.update(given)
-    for name, allowed in choices.items():
-        if name in flags and flags[name] not in allowed:
-            raise UserError(f"--{name} is one of {', '.join(map(str, allowed))}, not '{flags[name]}'", 2)
-    return SimpleNamespace(**flags, explicit=sorted(given))
+    for argument in argv:
+        match = re.fullmatch(r"--([\w-]+)=(.*)", argument, re.S)
+        if not match:
+            raise UserError(f"unknown argument '{argument}'; write flags as --name=value (see --help)", 2)
+        name, text = match.groups()
+        if name not in flags:
+            by_lower = {known.lower(): known for known in flags}
+            nearest = difflib.get_close_matches(name.lower().replace("-", "_"), by_lower, 1, 0.0)[0]
+            raise UserError(f"unknown flag --{name}; did you mean --{by_lower[nearest]}? (see --help)", 2)
+        try:
+            given[name] = convert(flags[name].kind, text)
+        except ValueError as error:
+            raise UserError(f"--{name} must be {error}, got '{text}'", 2) from None
+    return given
 
 
-def format_help(path, table):
-    """The text of --help: the script's docstring, then every flag with default and comment."""
-    lines = [ast.get_docstring(ast.parse(open(path, encoding="utf-8").read())), ""]
-    last = None
-    for name, (default, comment, group) in table.items():
-        if group != last:
+def parse_flags(argv: Sequence[str], path: str | os.PathLike, presets: Mapping[str, Mapping[str, Any]],
+                has_gpu: bool) -> SimpleNamespace:
+    """Resolve a script's defaults, a preset and the command line. A flag that was edited or given beats the preset.
+
+    Args:
+        argv: arguments, --name=value each.
+        path: the script.
+        presets: {preset: {flag: value}}. An entry of GPU_PRESET repeats the script's released defaults: a flag whose
+            default differs from it was edited.
+        has_gpu: whether preset "auto" stands for GPU_PRESET or for CPU_PRESET.
+    Returns: one attribute per flag, and `explicit`: sorted names of the flags given in `argv`, and "preset".
+    Raises: UserError (status 2).
+    """
+    flags = script_flags(path)
+    given = parse_arguments(argv, flags)
+    values = {name: flag.default for name, flag in flags.items()}
+    preset = given.get("preset", values["preset"])
+    if preset == "auto":
+        preset = GPU_PRESET if has_gpu else CPU_PRESET
+    edited = {name for name, released in presets[GPU_PRESET].items() if values[name] != released}
+    values |= {name: value for name, value in presets[preset].items() if name not in edited}
+    values |= given | {"preset": preset}
+    return SimpleNamespace(**values, explicit=sorted({*given, "preset"}))
+
+
+def flag_values(cfg: SimpleNamespace) -> dict[str, Any]:
+    """Return all flags as a dict, for config.json and meta.json."""
+    return {name: value for name, value in vars(cfg).items() if name != "explicit"}
+
+
+def check_command_line(path: str, argv: Sequence[str] | None = None) -> None:
+    """Answer --help and wrong flags of a script that is being started: print and exit, or return if all is well.
+
+    A script calls this before it imports torch. Under torchrun rank 0 answers alone. Checks that need the preset, the
+    GPU or the number of ranks come later, in the script.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        flags = script_flags(path)
+        if "--help" in argv or "-h" in argv:
+            if _is_main():
+                print(format_help(path, flags), flush=True)
+            raise SystemExit(0)
+        parse_arguments(argv, flags)
+    except UserError as error:
+        exit_with(error, os.path.basename(path))
+
+
+def exit_with(error: UserError, script: str) -> NoReturn:
+    """Print a UserError as the script's one line of error on stderr, and exit with its status."""
+    if _is_main() or error.one_rank:
+        print(f"{script}: error: {error}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(1)  # torchrun stops all ranks as soon as one has failed: rank 0 must have printed by then
+    raise SystemExit(error.status)
+
+
+def _is_main() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def format_help(path: str, flags: Mapping[str, Flag]) -> str:
+    """Return the text of --help: the script's docstring, then every flag with its default, comment and choices."""
+    with open(path, encoding="utf-8") as f:
+        lines = [ast.get_docstring(ast.parse(f.read())) or ""]
+    group = None
+    for flag in flags.values():
+        if flag.group != group:
+            group = flag.group
             lines += ["", group]
-            last = group
-        lines.append(f"  {f'--{name}={default}':<34} {comment}")
+        choices = "" if get_origin(flag.kind) in (None, Annotated) else f" [{describe(flag.kind)}]"
+        lines.append(f"  {f'--{flag.name}={flag.default}':<34} {flag.comment}{choices}")
     return "\n".join(lines)
-
-
-def last_line(error):
-    """What an exception says, in one line."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
 
 
 class OneLineParser(argparse.ArgumentParser):

@@ -1,7 +1,6 @@
-"""Faults: bad steps, signals to stop, ranks that died."""
+"""What can go wrong during a run: bad steps, signals to stop, ranks that died."""
 
 import contextlib
-import datetime
 import math
 import os
 import signal
@@ -10,6 +9,8 @@ import sys
 import threading
 import time
 from collections import deque
+from types import SimpleNamespace
+from typing import NoReturn
 
 import numpy as np
 import torch.distributed as dist
@@ -17,49 +18,42 @@ import torch.distributed as dist
 from nanofp8.config import UserError
 
 
-def connect_store(rank=None):
-    """A connection to the ranks' common store at MASTER_ADDR:MASTER_PORT, which torchrun holds, or rank 0 where there is none.
-
-    torchrun's outlives the processes: after a restart they must not find the addresses of those before.
-    """
-    env = os.environ
-    held = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), is_master=rank == 0 and not held, wait_for_workers=False,
-                          timeout=datetime.timedelta(minutes=10))
-    return dist.PrefixStore(f"start_{env.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-
-
 class Guard:
-    """Decides before each optimizer step whether it may reach the weights, by values that are the same on all ranks.
+    """Decide before each optimizer step whether its gradients may reach the weights.
 
-    A loss or gradient that is not finite never may. With skip_loss_zscore or skip_grad_zscore nor may one that lies so many
-    standard deviations above the mean of the last zscore_window steps. Skipped steps do not enter the window, so that no NaN
-    and no spike can shift it.
+    Reject steps with a non-finite loss or gradient norm and, if skip_loss_zscore or skip_grad_zscore is set, outliers:
+    a loss or norm more than that many standard deviations above the mean of the last zscore_window taken steps.
+    Rejected steps do not enter the window, so one NaN or spike cannot shift it. Every rank decides from the same
+    numbers.
     """
 
-    def __init__(self, cfg, state=None):
-        """state: what state_dict() gave, to go on from."""
+    def __init__(self, cfg: SimpleNamespace, state: dict | None = None):
+        """Start with empty windows, or continue from what state_dict() returned (`state`)."""
         state = state or dict(in_a_row=0, windows={})
-        self.limits = {name: limit for name, limit in (("loss", cfg.skip_loss_zscore), ("gradient", cfg.skip_grad_zscore)) if limit}
+        limits = dict(loss=cfg.skip_loss_zscore, gradient=cfg.skip_grad_zscore)
+        self.limits = {name: limit for name, limit in limits.items() if limit}
         self.windows = {name: deque(state["windows"].get(name, ()), cfg.zscore_window) for name in self.limits}
-        self.in_a_row = state["in_a_row"]  # skipped steps up to now
+        self.in_a_row = state["in_a_row"]  # consecutive steps that were skipped, up to now
 
     @property
-    def healthy(self):
-        """Whether the last step was taken. Only then is a checkpoint due: from weights that no step fits, none could go on."""
+    def healthy(self) -> bool:
+        """Whether the last step was taken. Only then is a checkpoint worth keeping: from weights whose steps are all
+        rejected, no run can continue."""
         return not self.in_a_row
 
-    def state_dict(self):
+    def state_dict(self) -> dict:
+        """Return the state as plain numbers, for a checkpoint's meta.json."""
         return dict(in_a_row=self.in_a_row, windows={name: list(window) for name, window in self.windows.items()})
 
-    def check(self, loss, norm):
-        """Why a step of this loss and gradient norm (floats) must be skipped, or ""."""
+    def check(self, loss: float, norm: float) -> str:
+        """Return why a step with this loss and gradient norm must be skipped, or "" to take it."""
         values = dict(loss=loss, gradient=norm)
         why = next((f"{name} not finite" for name, value in values.items() if not math.isfinite(value)), "")
         for name, window in self.windows.items():
             if not why and len(window) == window.maxlen and (spread := np.std(window)) > 0:
-                z = (values[name] - np.mean(window)) / spread
-                why = f"{name} {z:.1f} standard deviations above its mean" if z > self.limits[name] else ""
+                zscore = (values[name] - np.mean(window)) / spread
+                if zscore > self.limits[name]:
+                    why = f"{name} {zscore:.1f} standard deviations above its mean"
         if not why:
             for name, window in self.windows.items():
                 window.append(values[name])
@@ -68,115 +62,133 @@ class Guard:
 
 
 class StopSignal:
-    """Turns SIGTERM and SIGINT into a wish: training ends after the step in hand, with a checkpoint."""
+    """On SIGTERM or SIGINT, let training finish the current step, save a checkpoint and stop.
+
+    A context manager. `requested` is false, or the time of the first signal (time.monotonic(), seconds).
+    """
 
     def __init__(self):
-        self.requested, self.before = False, {}
-        if threading.current_thread() is threading.main_thread():
-            self.before = {s: signal.signal(s, self.request) for s in (signal.SIGTERM, signal.SIGINT)}
+        self.requested, self.handlers_before = False, {}
+        if threading.current_thread() is threading.main_thread():  # others may not set handlers
+            signals = (signal.SIGTERM, signal.SIGINT)
+            self.handlers_before = {number: signal.signal(number, self.request) for number in signals}
 
-    def request(self, number, _):
-        """The first signal is a wish. One that comes within three seconds of it is the same, on another way (from Slurm
-        and from torchrun); after that, a second one ends the process as ever."""
+    def request(self, number: int, _frame: object) -> None:
+        """Handle a signal. A second one more than three seconds later has its usual effect.
+
+        Within three seconds it is the same request on another way: Slurm and torchrun both signal the process.
+        """
         if not self.requested:
             self.requested = time.monotonic()
         elif time.monotonic() - self.requested > 3:
             self.close()
             signal.raise_signal(number)
 
-    def close(self):
-        for number, handler in self.before.items():
+    def close(self) -> None:
+        """Put the handlers back that were there before."""
+        for number, handler in self.handlers_before.items():
             signal.signal(number, handler)
 
-    def __enter__(self):
+    def __enter__(self) -> "StopSignal":
         return self
 
-    def __exit__(self, kind, *_):
-        # Where another rank has died, torchrun's SIGTERM must not end this one before it has said so
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        # If another rank has died, torchrun's SIGTERM must not end this one before it has reported the failure
         if kind is None or issubclass(kind, UserError):
             self.close()
 
 
 class Heartbeat:
-    """Signs of life among ranks: each counts in a store every second, and ends, naming it, when another's count stands still.
+    """Exchange heartbeats among ranks, and exit when another rank stops sending them.
 
-    Without it, a rank that died on another machine leaves the others waiting for NCCL's timeout, and unnamed. A thread
-    counts, not the training loop: ranks may compile, evaluate or save for as long as they like. After SIGTERM the wait is
-    short: torchrun sends one when a worker has died, and restarts nothing before the others are gone, or killed after 30 s.
+    Without it, the death of a rank on another machine leaves the others waiting for NCCL's timeout, and nothing names
+    the rank. A thread sends one heartbeat a second, not the training loop: a rank may compile, evaluate or save for as
+    long as it likes. After SIGTERM the timeout drops to 10 s: torchrun sends one when a worker has died, restarts
+    nothing before the others have exited, and kills them after 30 s.
     """
 
-    def __init__(self, procs, timeout):
-        """timeout: seconds without a sign after which a rank is taken for dead."""
-        self.procs, self.timeout, self.closing = procs, timeout, threading.Event()
+    def __init__(self, store: dist.Store, rank: int, world_size: int, timeout: float):
+        """Start the threads.
+
+        Args:
+            store: the ranks' common store, on a connection of its own, since others wait in theirs.
+            timeout: seconds without a heartbeat before a rank is declared dead.
+        """
+        self.rank, self.timeout, self.closing = rank, timeout, threading.Event()
         self.signals = None
-        if threading.current_thread() is threading.main_thread():  # which may be stuck in a collective: Python's handlers wait, this does not
+        if threading.current_thread() is threading.main_thread():
+            # The main thread may be stuck in a collective, where Python runs no signal handler; this socket works there
             self.signals, wakeup = socket.socketpair()
             self.signals.setblocking(False)
             wakeup.setblocking(False)
             signal.set_wakeup_fd(wakeup.detach(), warn_on_full_buffer=False)
-        self.store = dist.PrefixStore("watch", connect_store())  # a connection of its own: others wait in theirs
-        self.keys, now = [str(rank) for rank in range(procs.world_size)], time.monotonic()
-        self.store.set(self.keys[procs.rank], "0")
+        self.store = dist.PrefixStore("heartbeat", store)
+        self.keys, now = [str(other) for other in range(world_size)], time.monotonic()
+        self.store.set(self.keys[rank], "0")
         self.store.wait(self.keys)
-        self.last = {rank: (b"0", now) for rank in range(procs.world_size)}  # a rank's count, and since when
-        self.heard = now  # when the store last answered
-        # Two threads: a store on a machine that hangs does not answer at all
-        self.threads = [threading.Thread(target=target, daemon=True) for target in (self.count, self.monitor)]
+        self.last = {other: (b"0", now) for other in range(world_size)}  # a rank's count, and when it last changed
+        self.store_answered = now
+        # Two threads: the store of a machine that hangs does not answer at all
+        self.threads = [threading.Thread(target=target, daemon=True) for target in (self.send, self.monitor)]
         for thread in self.threads:
             thread.start()
 
-    def count(self):
-        number = 0
-        with contextlib.suppress(RuntimeError):  # the store went with whoever held it: now all counts stand still
+    def send(self) -> None:
+        """Count up once a second, and read the other ranks' counts (a thread)."""
+        count = 0
+        with contextlib.suppress(RuntimeError):  # the store is gone with its process: all counts stand still
             while not self.closing.wait(1):
-                number += 1
-                self.store.set(self.keys[self.procs.rank], str(number))
-                for rank, value in enumerate(self.store.multi_get(self.keys)):
-                    if self.last[rank][0] != value:
-                        self.last[rank] = value, time.monotonic()
-                self.heard = time.monotonic()
+                count += 1
+                self.store.set(self.keys[self.rank], str(count))
+                for other, value in enumerate(self.store.multi_get(self.keys)):
+                    if self.last[other][0] != value:
+                        self.last[other] = value, time.monotonic()
+                self.store_answered = time.monotonic()
 
-    def monitor(self):
+    def monitor(self) -> None:
+        """Exit the process when another rank has been silent for too long (a thread)."""
         timeout = self.timeout
         while not self.closing.wait(1):
             with contextlib.suppress(BlockingIOError):
                 if self.signals and {signal.SIGTERM, signal.SIGINT} & {*self.signals.recv(64)}:
                     timeout = min(timeout, 10.0)
-            if self.silent(timeout):
-                end_now(f"{os.path.basename(sys.argv[0])}: error: {self.error_message(timeout)}", 1)
+            if message := self.error_message(timeout):
+                exit_now(f"{os.path.basename(sys.argv[0])}: error: {message}", 1)
 
-    def silent(self, seconds):
-        """The ranks that gave no sign for so long, but for those that left in good order."""
+    def silent_ranks(self, seconds: float) -> list[int]:
+        """Return the other ranks without a heartbeat for this long, except those that closed in good order."""
         now = time.monotonic()
-        return [rank for rank, (value, since) in self.last.items()
-                if value != b"left" and now - since > seconds and rank != self.procs.rank]
+        return [other for other, (value, since) in self.last.items()
+                if value != b"left" and now - since > seconds and other != self.rank]
 
-    def error_message(self, seconds):
-        """The line that names them; "" where nobody died."""
-        dead = self.silent(seconds)
-        if not dead:
+    def error_message(self, seconds: float) -> str:
+        """Return the line that names the ranks that are silent for this long; "" if there are none."""
+        silent = self.silent_ranks(seconds)
+        if not silent:
             return ""
-        who = f"rank {', '.join(map(str, dead))}"
-        if time.monotonic() - self.heard > max(3, seconds / 2):  # it is the store that is silent
-            who = "torchrun of the first machine" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else "rank 0"
-        return (f"no sign of life from {who} for {seconds:g} s: rank {self.procs.rank} ends too; the same command with "
-                f"--resume=auto goes on from the newest checkpoint")
+        who = f"rank {', '.join(map(str, silent))}"
+        if time.monotonic() - self.store_answered > max(3, seconds / 2):
+            who = ("torchrun of the first machine" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+                   else "rank 0")
+        return (f"{who} has not responded for {seconds:g} s; stopping rank {self.rank}. "
+                f"Continue with the same command and --resume=auto")
 
-    def close(self):
-        """Leave in good order. A thread that is still inside the store's C++ when Python ends would abort the process."""
+    def close(self) -> None:
+        """Leave in good order. Joins the threads: one that is still in the store's C++ code when Python exits would
+        abort the process."""
         self.closing.set()
         for thread in self.threads:
             thread.join(timeout=5)
         if self.signals:
             os.close(signal.set_wakeup_fd(-1))
             self.signals.close()
-        if time.monotonic() - self.heard < 3:
+        if time.monotonic() - self.store_answered < 3:
             with contextlib.suppress(RuntimeError):
-                self.store.set(self.keys[self.procs.rank], "left")
+                self.store.set(self.keys[self.rank], "left")
 
 
-def end_now(message, status):
-    """End one of several ranks, which may never hear of each other again: no clean-up that waits for the others."""
+def exit_now(message: str, status: int) -> NoReturn:
+    """Print a message and exit one of several ranks, without any clean-up that would wait for the others."""
     print(message, end="\n" if message else "", file=sys.stderr, flush=True)
     sys.stdout.flush()
     os._exit(status)

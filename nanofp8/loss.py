@@ -1,8 +1,9 @@
 """Loss: head, softcap and cross-entropy in chunks, so that all logits never exist at once."""
 
 import torch
+import torch.nn as nn
 
-from nanofp8.fused import Fp8, Scaling, current_scaling, matmul, quantize, te_gemm, use_kernels, words
+from nanofp8.fused import Fp8, Scaling, current_scaling, matmul, quantize, te_gemm, use_kernels, weight_operand, words
 from nanofp8.kernels import triton
 
 if triton is not None:
@@ -113,3 +114,29 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         else:
             dw = dw.mul_(grad_loss).to(weight.dtype)
         return dh, dw, None, None, None, None, None, None
+
+
+class LMHead(nn.Module):
+    """Output projection with logit softcap, and the loss over it in chunks of tokens."""
+
+    def __init__(self, cfg, device):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(cfg.vocab_size, cfg.n_embd, device=device))
+        self.softcap, self.chunk, self.recompute = cfg.logit_softcap, cfg.loss_chunk_size, cfg.USE_AC_LM_HEAD
+        self.cache = {}  # quantized weight of this step
+
+    def forward(self, h, targets=None, first=None, fp8=False, in_place=""):
+        """h (B, T, C) bf16. With targets (B, T) int64 (-1: no target): the summed loss, a scalar fp32.
+        Without: logits (B, T, V) fp32 after the softcap.
+
+        first: as in GPT.forward(). fp8: matmuls in FP8. in_place: as in fused.weight_gradient().
+        """
+        if targets is None:
+            logits = matmul(h.flatten(0, 1), self.weight.to(h.dtype)).float()
+            if self.softcap:
+                logits = self.softcap * torch.tanh(logits / self.softcap)
+            return logits.view(*h.shape[:2], -1)
+        operand = weight_operand(self.weight, lambda w: current_scaling(w, torch.float8_e4m3fn) if fp8 else None,
+                                 first, self.cache)
+        return ChunkedCrossEntropy.apply(h.flatten(0, 1), self.weight, targets.flatten(), operand, self.softcap,
+                                         self.chunk, self.recompute or not torch.is_grad_enabled(), in_place)

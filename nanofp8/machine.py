@@ -1,6 +1,7 @@
-"""The machine: device, versions, peak table, clock, profiler."""
+"""The machine: device, versions, peak rates, memory, clock, profiler."""
 
 import contextlib
+import gc
 import glob
 import hashlib
 import os
@@ -9,40 +10,43 @@ import shutil
 import subprocess
 import sys
 import time
+from typing import Any, Iterator
 
 import torch
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # the folder of train.py
 
-
 # Dense bf16 tensor-core peaks in FLOP/s, first match by device name (NVIDIA data sheets)
 PEAK_BF16 = [
-    ("GB200", 2.5e15), ("B200", 2.25e15), ("B100", 1.8e15), ("H200", 989e12), ("H100 PCIe", 756e12), ("H100 NVL", 835e12),
-    ("H100", 989e12), ("H800", 989e12), ("A100", 312e12), ("A800", 312e12), ("L40S", 362e12), ("RTX PRO 6000", 503.8e12),
-    ("RTX 5090", 209.5e12), ("RTX 4090", 165.2e12), ("RTX 3090", 71e12),
+    ("GB200", 2.5e15), ("B200", 2.25e15), ("B100", 1.8e15), ("H200", 989e12), ("H100 PCIe", 756e12),
+    ("H100 NVL", 835e12), ("H100", 989e12), ("H800", 989e12), ("A100", 312e12), ("A800", 312e12), ("L40S", 362e12),
+    ("RTX PRO 6000", 503.8e12), ("RTX 5090", 209.5e12), ("RTX 4090", 165.2e12), ("RTX 3090", 71e12),
 ]
 
 
-def peak_flops(device):
-    """Dense bf16 peak of a GPU in FLOP/s, or None where it is not in the table (then there is no MFU)."""
+def peak_flops(device: torch.device) -> float | None:
+    """Return a GPU's dense bf16 peak in FLOP/s, or None if it is not in the table (then no MFU is reported)."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
     return next((flops for key, flops in PEAK_BF16 if key.lower() in name.lower()), None)
 
 
-def peak_memory_gb(device):
-    """Largest memory in use so far: on a GPU as torch allocated it, on a CPU the process's resident set."""
+def peak_memory_gb(device: torch.device) -> float:
+    """Return the largest memory in use so far, in GB: on a GPU as torch allocated it, on a CPU the resident set."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     import resource
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
 
 
-def describe_machine(device):
-    """What config.json keeps of machine and code: device, versions, git commit, a hash of the source (commits do not see edits)."""
+def describe_machine(device: torch.device) -> dict[str, Any]:
+    """Return what config.json says of machine and code: device, versions, git_commit, and `code`.
+
+    `code` is a hash of train.py and nanofp8/*.py: a git commit does not show edits.
+    """
     from importlib.metadata import PackageNotFoundError, version
-    versions = {"python": platform.python_version()}
+    versions: dict[str, str | None] = {"python": platform.python_version()}
     for package in ("torch", "transformer-engine", "dion", "numpy"):
         try:
             versions[package] = version(package)
@@ -50,15 +54,57 @@ def describe_machine(device):
             versions[package] = None
     git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True,
                          cwd=ROOT) if shutil.which("git") else None
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({platform.machine()}, {os.cpu_count()} cores)"
-    sources = [os.path.join(ROOT, "train.py"), *sorted(glob.glob(os.path.join(glob.escape(ROOT), "nanofp8", "*.py")))]
-    code = hashlib.sha256(b"".join(open(f, "rb").read() for f in sources if os.path.exists(f))).hexdigest()
-    return dict(device=name, versions=versions, git_commit=git.stdout.strip() or None if git else None, code=code[:16])
+    name = (torch.cuda.get_device_name(device) if device.type == "cuda"
+            else f"CPU ({platform.machine()}, {os.cpu_count()} cores)")
+    code = hashlib.sha256()
+    package = glob.glob(os.path.join(glob.escape(ROOT), "nanofp8", "*.py"))
+    for path in [os.path.join(ROOT, "train.py"), *sorted(package)]:
+        with open(path, "rb") as f:
+            code.update(f.read())
+    return dict(device=name, versions=versions, git_commit=git.stdout.strip() or None if git else None,
+                code=code.hexdigest()[:16])
+
+
+class Clock:
+    """Marks in time that do not stall the GPU: CUDA events, or the host's clock on a CPU."""
+
+    def __init__(self, device: torch.device):
+        self.cuda = device.type == "cuda"
+
+    def mark(self) -> Any:
+        """Return a mark of this moment in the GPU's queue of work."""
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def ms(self, start: Any, end: Any) -> float:
+        """Return the milliseconds between two marks. Waits until the GPU has reached the second one."""
+        if not self.cuda:
+            return (end - start) * 1000
+        end.synchronize()
+        return start.elapsed_time(end)
+
+
+def pause_garbage_collection(cleanup: contextlib.ExitStack) -> None:
+    """Switch automatic garbage collection off until `cleanup` runs: it would delay ranks at different times."""
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    cleanup.callback(gc.unfreeze)
+    cleanup.callback(gc.enable)
 
 
 @contextlib.contextmanager
-def profiling(folder, procs):
-    """Profile what runs inside: trace.json.gz and, on a GPU, memory.pickle (pytorch.org/memory_viz) to the run folder."""
+def profiling(folder: str, procs: Any, enabled: bool = True) -> Iterator[None]:
+    """Profile what runs inside, and print its ten largest kernels; do nothing unless enabled.
+
+    Rank 0 writes trace.json.gz and, on a GPU, memory.pickle (pytorch.org/memory_viz) to `folder`.
+    """
+    if not enabled:
+        yield
+        return
     cuda = procs.device.type == "cuda"
     activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * cuda
     if cuda:
@@ -72,33 +118,14 @@ def profiling(folder, procs):
             torch.cuda.memory._dump_snapshot(os.path.join(folder, "memory.pickle"))
         torch.cuda.memory._record_memory_history(enabled=None)
     if procs.is_main:
-        profile.export_chrome_trace(os.path.join(folder, "trace.json.gz"))
+        trace = os.path.join(folder, "trace.json.gz")
+        profile.export_chrome_trace(trace)
         kind = torch.autograd.DeviceType.CUDA if cuda else torch.autograd.DeviceType.CPU
-        # Ranges that optimizers and modules put around their kernels would count them twice
+        # Ranges that optimizers and modules put around their kernels ("#" in the name) would count them twice
         events = [e for e in profile.key_averages() if e.device_type == kind and "#" not in e.key]
-        took = {e.key: e.self_device_time_total if cuda else e.self_cpu_time_total for e in events}
+        took = {e.key: e.self_device_time_total if cuda else e.self_cpu_time_total for e in events}  # microseconds
         total, counts = sum(took.values()), {e.key: e.count for e in events}
         print(f"profile of one step: {total / 1000:.1f} ms of {'kernels' if cuda else 'operators'}; the ten largest:")
-        for key in sorted(took, key=took.get, reverse=True)[:10]:
+        for key in sorted(took, key=took.__getitem__, reverse=True)[:10]:
             print(f"  {took[key] / 1000:9.2f} ms {100 * took[key] / total:5.1f}%  x{counts[key]:<5} {key[:110]}")
-        print(f"profile: {os.path.join(folder, 'trace.json.gz')} (ui.perfetto.dev opens it)", flush=True)
-
-
-class Clock:
-    """Marks in time that do not stall the GPU: CUDA events, or the host's clock on a CPU."""
-
-    def __init__(self, device):
-        self.cuda = device.type == "cuda"
-
-    def mark(self):
-        if not self.cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def ms(self, start, end):
-        if not self.cuda:
-            return (end - start) * 1000
-        end.synchronize()
-        return start.elapsed_time(end)
+        print(f"profile: {trace} (open it in ui.perfetto.dev)", flush=True)

@@ -1,8 +1,10 @@
-"""Dion's Muon, or torch's by the same rules."""
+"""Muon: Dion's, or torch.optim.Muon made to follow the same rules; and bitsandbytes' AdamW."""
 
 import math
 import os
 import shutil
+from types import ModuleType
+from typing import Any, Sequence
 
 import torch
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -13,44 +15,51 @@ from nanofp8.config import UserError
 class TorchMuon(torch.optim.Muon):
     """torch.optim.Muon made to do what Dion's Muon does, for where Dion cannot run.
 
-    - Each matrix of a fused weight (split_sizes: rows of q, k, v) is orthogonalised apart.
+    - Each matrix of a fused weight (split_sizes: rows of q, k, v) is orthogonalised by itself.
     - The update is scaled by sqrt(fan_out / fan_in), as Dion's adjust_lr="spectral_norm".
     - Orthogonalisation runs to convergence with the classical quintic (15, -10, 3)/8: singular values within 0.01 of 1.
       Dion's Polar Express leaves them between 0.86 and 1.14, torch's own constants between 0.7 and 1.2.
-    - torch averages gradients into its momentum buffer with weight 1 - momentum where Dion adds them up. The update
-      has no scale, so only the ratio matters: when the momentum changes, buffers are rescaled to keep it.
-    - Sharded parameters (DTensor) are gathered, updated alike on every rank, and cut again.
+    - torch averages gradients into its momentum buffer with weight 1 - momentum; Dion adds them up. The update does
+      not depend on the buffer's scale, so only the ratio matters: when the momentum changes, buffers are rescaled to
+      keep it.
+    - Sharded parameters (DTensor) are gathered, updated alike on every rank, and sharded again.
 
     torch.optim.Muon holds one stand-in tensor for each matrix; the model's own parameters are in `groups`.
     """
 
-    def __init__(self, groups, nesterov=True):
+    def __init__(self, groups: Sequence[dict], nesterov: bool = True):
+        """Take parameter groups as Dion does.
+
+        groups: each with params (fp32 matrices), lr, weight_decay, mu (momentum) and, for fused weights, split_sizes.
+        """
         self.groups, self.parts = groups, {}
         stand_ins = []
         for group in groups:
             for p in group["params"]:
-                # Whole matrices of this parameter; views of it where it is not sharded
-                full = p.detach() if not isinstance(p, DTensor) else torch.empty(p.shape, dtype=p.dtype, device=p.device)
-                parts = [part for part in full.split(list(group.get("split_sizes", full.shape[:1])))]
-                self.parts[p] = (full, parts)
+                # The whole matrix of this parameter; a view of it if it is not sharded
+                sharded = isinstance(p, DTensor)
+                whole = torch.empty(p.shape, dtype=p.dtype, device=p.device) if sharded else p.detach()
+                parts = list(whole.split(list(group.get("split_sizes", whole.shape[:1]))))
+                self.parts[p] = (whole, parts)
                 for part in parts:
                     ratio = math.sqrt(part.shape[0] / part.shape[1])
-                    # torch's "original" scales by sqrt(max(1, fan_out/fan_in)): make up what is below 1
+                    # torch's "original" scales by sqrt(max(1, fan_out / fan_in)): lr_scale adds what is below 1
                     stand_ins.append(dict(params=[part], source=group, lr_scale=min(1.0, ratio)))
         super().__init__(stand_ins, momentum=groups[0]["mu"], nesterov=nesterov, adjust_lr_fn="original",
                          ns_coefficients=(15 / 8, -10 / 8, 3 / 8), ns_steps=14)
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure: None = None) -> None:
+        """Update the parameters that have a gradient."""
         assert closure is None
-        for p, (full, parts) in self.parts.items():
+        for p, (whole, parts) in self.parts.items():
             if p.grad is None:
                 continue
             grad = p.grad
             if isinstance(p, DTensor):
-                full.copy_(p.full_tensor())
+                whole.copy_(p.full_tensor())
                 grad = grad.full_tensor()
-            for part, part_grad in zip(parts, grad.split([len(part) for part in parts])):
+            for part, part_grad in zip(parts, grad.split([len(part) for part in parts]), strict=True):
                 part.grad = part_grad
         for group in self.param_groups:
             source, (part,) = group["source"], group["params"]
@@ -60,42 +69,52 @@ class TorchMuon(torch.optim.Muon):
                 self.state[part]["momentum_buffer"].mul_((1 - source["mu"]) / (1 - group["momentum"]))
             group["momentum"] = source["mu"]
         super().step()
-        for p, (full, parts) in self.parts.items():
+        for p, (whole, parts) in self.parts.items():
             for part in parts:
                 part.grad = None
             if isinstance(p, DTensor) and p.grad is not None:
-                p.to_local().copy_(distribute_tensor(full, p.device_mesh, p.placements, src_data_rank=None).to_local())
+                sharded = distribute_tensor(whole, p.device_mesh, p.placements, src_data_rank=None)
+                p.to_local().copy_(sharded.to_local())
 
-    def zero_grad(self, set_to_none=True):
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop the gradients of the model's parameters."""
         for p in self.parts:
             p.grad = None
 
-    def buffers(self):
-        """torch's momentum buffers by parameter, {parameter: whole matrix}; zero before the first step."""
-        return {p: torch.cat([self.state[x]["momentum_buffer"] if x in self.state else torch.zeros_like(x) for x in parts])
-                for p, (_, parts) in self.parts.items()}
+    def buffers(self) -> dict[torch.Tensor, torch.Tensor]:
+        """Return torch's momentum buffers, {parameter: whole matrix}; zero before the first step."""
+        def of_part(part):
+            return self.state[part]["momentum_buffer"] if part in self.state else torch.zeros_like(part)
 
-    def load_buffers(self, buffers, momentum):
-        """Take over what buffers() gave, at the momentum it was at."""
+        return {p: torch.cat([of_part(part) for part in parts]) for p, (_, parts) in self.parts.items()}
+
+    def load_buffers(self, buffers: dict[torch.Tensor, torch.Tensor], momentum: float) -> None:
+        """Take over what buffers() returned when the momentum was `momentum`."""
         for p, whole in buffers.items():
             parts = self.parts[p][1]
-            for x, piece in zip(parts, whole.split([len(x) for x in parts])):
-                self.state[x]["momentum_buffer"] = piece.to(x.device, x.dtype).clone()
+            for part, piece in zip(parts, whole.split([len(part) for part in parts]), strict=True):
+                self.state[part]["momentum_buffer"] = piece.to(part.device, part.dtype).clone()
         for group in self.param_groups:
             group["momentum"] = momentum
 
-    def momentum(self):
-        """Dion's state by parameter: the sum of gradients, where torch keeps the average."""
+    def momentum(self) -> dict[torch.Tensor, torch.Tensor]:
+        """Return Dion's state by parameter: the sum of gradients, where torch keeps the average."""
         return {p: b / (1 - self.param_groups[0]["momentum"]) for p, b in self.buffers().items()}
 
-    def load_momentum(self, momenta, momentum=None):
-        """Take over Dion's state, {parameter: whole momentum}, at `momentum` (default: the one it is at)."""
+    def load_momentum(self, momenta: dict[torch.Tensor, torch.Tensor], momentum: float | None = None) -> None:
+        """Take over Dion's state, {parameter: whole matrix}, at `momentum` (default: the present one)."""
         momentum = self.param_groups[0]["momentum"] if momentum is None else momentum
         self.load_buffers({p: m * (1 - momentum) for p, m in momenta.items()}, momentum)
 
 
-def dion_muon(choice, device, compiled=True):
-    """Dion's Muon class, or None and the reason why torch.optim.Muon takes its place. compiled: whether its update is to be."""
+def dion_muon(choice: str, device: torch.device, compiled: bool = True) -> tuple[type | None, str]:
+    """Return Dion's Muon class, or None and the reason why torch.optim.Muon takes its place.
+
+    Args:
+        choice: the flag muon_impl: "auto", "dion" or "torch".
+        compiled: whether Dion's update is to be compiled.
+    Raises: UserError if muon_impl is "dion" and Dion cannot run.
+    """
     if choice == "torch":
         return None, "muon_impl=torch"
     why = ""
@@ -107,14 +126,15 @@ def dion_muon(choice, device, compiled=True):
     if not why and compiled and device.type == "cpu" and not any(map(shutil.which, compilers)):
         why = "Dion compiles its kernels and there is no C++ compiler"
     if why and choice == "dion":
-        raise UserError(f"muon_impl=dion, but {why}: install requirements.txt, or --muon_impl=auto")
+        raise UserError(f"muon_impl=dion, but {why}; install requirements.txt, or use --muon_impl=auto")
     return (None, why) if why else (Muon, "")
 
 
-def polar_express(G, epsilon=1e-6):
-    """Dion's orthogonalisation of the same name (arXiv 2505.16932), of matrices (..., m, n), with nothing to compile.
+def polar_express(G: torch.Tensor, epsilon: float = 1e-6) -> torch.Tensor:
+    """Orthogonalise matrices (..., m, n) as Dion's function of the same name (arXiv 2505.16932); returns bf16.
 
-    Each polynomial's sums are part of its matmuls. Dion's Triton kernels for it autotune for minutes (results/NOTES.md).
+    Nothing is compiled: each polynomial's sums are part of its matmuls. Dion's Triton kernels for it autotune for
+    minutes (results/NOTES.md).
     """
     from dion.polar_express import _POLAR_EXPRESS_COEFFS
     X = G.bfloat16().reshape(-1, *G.shape[-2:])
@@ -126,14 +146,113 @@ def polar_express(G, epsilon=1e-6):
     return (wide.mT if X.shape[-2] > X.shape[-1] else wide).reshape(G.shape)
 
 
-def import_bitsandbytes(procs, sharded):
-    """bitsandbytes, or a UserError that says why its AdamW8bit cannot run here."""
+def make_muon(groups: Sequence[dict], choice: str, device: torch.device, mesh: Any,
+              compiled: bool) -> tuple[torch.optim.Optimizer, str]:
+    """Build Muon for these parameter groups (params, lr, weight_decay, mu, split_sizes), and say whose it is.
+
+    Args:
+        choice: the flag muon_impl.
+        mesh: how Dion shares the work out: a DeviceMesh for sharded parameters, a process group for whole ones, None.
+        compiled: compile Dion's update.
+    Returns: the optimizer, and its description for the start-up table. Raises: UserError, as dion_muon().
+    """
+    Muon, why = dion_muon(choice, device, compiled)
+    if Muon is None:
+        return TorchMuon(groups), f"Muon by torch.optim.Muon: {why}"
+    if compiled:  # Dion's many shapes
+        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    muon = Muon(groups, mesh, nesterov=True, adjust_lr="spectral_norm", newton_schulz_func=polar_express)
+    return muon, "Muon by Dion"
+
+
+def muon_groups(muon: torch.optim.Optimizer) -> list[dict]:
+    """Return the parameter groups whose "lr" and "mu" set the schedule."""
+    return muon.groups if isinstance(muon, TorchMuon) else muon.param_groups
+
+
+class OptimizerSet:
+    """Several optimizers stepped as one: what does not depend on who optimizes what.
+
+    A subclass sets `muon`, `all` (muon first), `groups` ({name: parameter group}) and `compiled` (Dion's update).
+    """
+
+    muon: torch.optim.Optimizer
+    all: list[torch.optim.Optimizer]
+    groups: dict[str, dict]
+    compiled: bool
+
+    def step(self) -> None:
+        """Update all parameters."""
+        with torch.compiler.set_stance("default" if self.compiled else "force_eager"):
+            for optimizer in self.all:
+                optimizer.step()
+
+    def zero_grad(self) -> None:
+        """Drop all gradients."""
+        for optimizer in self.all:
+            optimizer.zero_grad(set_to_none=True)
+
+    @property
+    def meta(self) -> dict:
+        """What a checkpoint must say of Muon's buffers: whose they are, and at which momentum."""
+        if isinstance(self.muon, TorchMuon):  # its buffers are at the momentum of the last step that was taken
+            return dict(muon="torch", muon_momentum=float(self.muon.param_groups[0]["momentum"]))
+        return dict(muon="dion", muon_momentum=float(self.muon.param_groups[0]["mu"]))
+
+    def state_of(self, optimizer: torch.optim.Optimizer) -> dict:
+        """Return the state of one optimizer, {parameter: {name: tensor or number}}; Muon's buffers as `momentum`."""
+        if isinstance(optimizer, TorchMuon):
+            return {p: dict(momentum=buffer) for p, buffer in optimizer.buffers().items()}
+        return optimizer.state
+
+    def load_state(self, saved: dict[str, dict], parameters: dict[str, torch.Tensor], meta: dict) -> None:
+        """Take over a checkpoint's state. Muon's buffers are converted if the other library wrote them.
+
+        Args:
+            saved: {parameter name: {name: tensor}}; live tensors in it were filled in place.
+            parameters: {parameter name: parameter} of the model.
+            meta: what `meta` was when the state was saved.
+        """
+        names = {p: name for name, p in parameters.items()}
+        if isinstance(self.muon, TorchMuon):
+            load = self.muon.load_momentum if meta["muon"] == "dion" else self.muon.load_buffers
+            load({p: saved[names[p]]["momentum"] for p in self.muon.parts}, meta["muon_momentum"])
+        elif meta["muon"] == "torch":
+            for state in self.muon.state.values():
+                state["momentum"] /= 1 - meta["muon_momentum"]
+        for optimizer in self.all[1:]:
+            for p, state in optimizer.state.items():
+                for key, value in state.items():
+                    if not torch.is_tensor(value):  # bitsandbytes counts steps in a plain number
+                        state[key] = type(value)(saved[names[p]][key].item())
+
+    def warm_up(self, model: torch.nn.Module) -> None:
+        """Compile kernels and allocate state, by a step with zero gradients and learning rate 0."""
+        for group in self.groups.values():
+            group["lr"] = 0.0
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+        self.step()
+        self.zero_grad()
+        for optimizer in self.all:  # the moments are still zero: only the step counts must go back
+            for group in optimizer.param_groups:
+                if "step" in group:
+                    group["step"] = 0
+            for state in optimizer.state.values():
+                if "step" in state:
+                    state["step"] = state["step"] * 0
+
+
+def import_bitsandbytes(device: torch.device, sharded: bool) -> ModuleType:
+    """Import bitsandbytes for its AdamW8bit. Raises UserError that says why it cannot run here."""
     if sharded:
-        raise UserError("USE_8BIT_ADAM cannot update sharded parameters: use --USE_FSDP2=False, or --USE_8BIT_ADAM=False", 2)
-    if procs.device.type != "cuda":
-        raise UserError("USE_8BIT_ADAM needs a GPU: use --USE_8BIT_ADAM=False", 2)
+        raise UserError("USE_8BIT_ADAM cannot update sharded parameters; use --USE_FSDP2=False or "
+                        "--USE_8BIT_ADAM=False", 2)
+    if device.type != "cuda":
+        raise UserError("USE_8BIT_ADAM needs a GPU; use --USE_8BIT_ADAM=False", 2)
     try:
         import bitsandbytes
     except Exception as error:
-        raise UserError(f"USE_8BIT_ADAM needs bitsandbytes, which cannot be imported ({error}): pip install bitsandbytes")
+        raise UserError(f"USE_8BIT_ADAM needs bitsandbytes, which cannot be imported ({error}); "
+                        f"pip install bitsandbytes") from None
     return bitsandbytes

@@ -27,3 +27,11 @@ def rope_qk_norm(qkv, cos, sin, n_head, eps):
         return rms_norm(torch.cat((x1 * cos - x2 * sin, x1 * sin + x2 * cos), dim=-1), eps)
 
     return rotate_and_norm(q), rotate_and_norm(k), v.contiguous()
+
+
+def rope_tables(block_size, head_size, base, device="cpu"):
+    """Compute cos and sin of the rotary angles position * base^(-2i / head_size), i < head_size / 2."""
+    half = head_size // 2
+    frequencies = base ** (-torch.arange(half, dtype=torch.float64) / half)
+    angles = torch.outer(torch.arange(block_size, dtype=torch.float64), frequencies)
+    return angles.cos().float().to(device), angles.sin().float().to(device)

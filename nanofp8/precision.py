@@ -1,59 +1,160 @@
-"""Precision: which Transformer Engine, which recipe; the state of FP8's scaling; layers kept in bf16."""
+"""Precision: the one place that knows number formats; FP8's scaling state; layers kept in bf16.
+
+To add a format, add one entry to FORMATS (and its choice to the flag FP8_RECIPE, or a flag of its own to choose()).
+"""
 
 import contextlib
 import fnmatch
 from dataclasses import dataclass
+from types import ModuleType, SimpleNamespace
+from typing import Any, Callable, Iterator
 
 import torch
+import torch.nn as nn
 
 from nanofp8.config import UserError
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Formats
+
+
+def delayed_scaling(recipes: Any, cfg: SimpleNamespace, sm_120: bool) -> Any:
+    """Build DelayedScaling: E4M3 forward, E5M2 gradients, scales from the amaxes of earlier micro-batches."""
+    return recipes.DelayedScaling(fp8_format=recipes.Format.HYBRID, margin=cfg.FP8_MARGIN,
+                                  amax_history_len=cfg.FP8_AMAX_HISTORY, amax_compute_algo="max")
+
+
+def nvfp4_scaling(recipes: Any, cfg: SimpleNamespace, sm_120: bool) -> Any:
+    """Build NVFP4BlockScaling. On sm_120 (RTX 5090, RTX PRO 6000) it has no Hadamard transform and no stochastic
+    rounding, for which Transformer Engine has no kernels there."""
+    return recipes.NVFP4BlockScaling(disable_rht=sm_120 or not cfg.NVFP4_HADAMARD,
+                                     disable_stochastic_rounding=sm_120 or not cfg.NVFP4_STOCHASTIC_ROUNDING,
+                                     disable_2d_quantization=not cfg.NVFP4_2D_WEIGHTS)
+
+
+@dataclass(frozen=True)
+class Format:
+    """What the script must know of a number format of block matmuls."""
+
+    name: str                       # as logs and tables name it
+    # Builds the recipe from (TE's module of recipes, flags, whether the GPU is an sm_120); None: bf16 needs none
+    recipe: Callable[[Any, SimpleNamespace, bool], Any] | None = None
+    question: str = ""              # name of TE's function that says whether the device has the format
+    multiple: int = 1               # n_embd and the tokens of a micro-batch must be multiples of this
+    fused: bool = False             # our fused blocks (fused.py) can run it
+    fp8_head: bool = False          # the head's matmuls can be FP8 too
+    calibrated: bool = False        # scales come from earlier micro-batches: calibration passes fill the amax history
+    flags: tuple[str, ...] = ()     # flags that have no effect with other formats
+
+
+FP8_FLAGS = ("FP8_RECIPE", "USE_FP8_HEAD")
+NVFP4_FLAGS = ("NVFP4_HADAMARD", "NVFP4_STOCHASTIC_ROUNDING", "NVFP4_2D_WEIGHTS")
+FORMATS = {f.name: f for f in (
+    Format("bf16", fused=True),
+    Format("fp8-delayed", delayed_scaling, "is_fp8_available", 16, fused=True, fp8_head=True, calibrated=True,
+           flags=(*FP8_FLAGS, "FP8_MARGIN", "FP8_AMAX_HISTORY", "FP8_CALIBRATION_STEPS")),
+    Format("fp8-current", lambda recipes, *_: recipes.Float8CurrentScaling(), "is_fp8_available", 16, fp8_head=True,
+           flags=FP8_FLAGS),
+    Format("fp8-block", lambda recipes, *_: recipes.Float8BlockScaling(), "is_fp8_block_scaling_available", 128,
+           fp8_head=True, flags=FP8_FLAGS),
+    Format("fp8-mxfp8", lambda recipes, *_: recipes.MXFP8BlockScaling(), "is_mxfp8_available", 32, fp8_head=True,
+           flags=FP8_FLAGS),
+    Format("nvfp4", nvfp4_scaling, "is_nvfp4_available", 128, flags=NVFP4_FLAGS),
+)}
+
+
+def choose_format(cfg: SimpleNamespace) -> Format:
+    """Return the format that the flags ask for, after checking that the model's shapes fit it. Raises UserError."""
+    name = "nvfp4" if cfg.USE_NVFP4 else f"fp8-{cfg.FP8_RECIPE}" if cfg.USE_FP8 else "bf16"
+    chosen, tokens = FORMATS[name], cfg.batch_size * cfg.block_size
+    if cfg.n_embd % chosen.multiple or tokens % chosen.multiple:
+        off = "--USE_NVFP4=False --USE_FP8=False" if cfg.USE_NVFP4 else "--USE_FP8=False"
+        raise UserError(f"{name} needs n_embd and batch_size x block_size divisible by {chosen.multiple}, "
+                        f"got {cfg.n_embd} and {tokens}; choose others, or {off} for bf16", 2)
+    if chosen.fp8_head and cfg.USE_FP8_HEAD and (cfg.vocab_size % 16 or cfg.loss_chunk_size % 16):
+        raise UserError(f"an FP8 head needs vocab_size and loss_chunk_size divisible by 16, got {cfg.vocab_size} and "
+                        f"{cfg.loss_chunk_size}; choose others, or --USE_FP8_HEAD=False", 2)
+    if cfg.FP8_STATS_INTERVAL and chosen.recipe is None:
+        raise UserError("FP8_STATS_INTERVAL has nothing to look at in bf16; "
+                        "set USE_FP8 or USE_NVFP4, or leave it at 0", 2)
+    return chosen
 
 
 @dataclass
 class Precision:
-    """The layers' library (TE or its emulation), the recipe of block matmuls, and why."""
+    """The format of block matmuls, and who computes it."""
 
-    te: object
-    recipe: object  # None: bf16
-    name: str       # "bf16", "fp8-delayed", ..., "nvfp4"
-    emulated: bool
-    reason: str
+    te: ModuleType   # the layers' library: transformer_engine.pytorch, or nanofp8.te_emulation
+    format: Format
+    recipe: Any      # Transformer Engine's, or the emulation's, of the format; None: bf16
+    emulated: bool   # by nanofp8.te_emulation
+    reason: str      # of that choice, for the start-up table
+
+    @property
+    def name(self) -> str:
+        """The format's name: "bf16", "fp8-delayed", ..., "nvfp4"."""
+        return self.format.name
+
+    @property
+    def fused(self) -> bool:
+        """Whether our fused blocks can take the place of Transformer Engine's modules."""
+        return self.format.fused and not self.emulated
+
+    def fp8_head(self, cfg: SimpleNamespace) -> bool:
+        """Whether the head's matmuls run in FP8."""
+        return self.format.fp8_head and cfg.USE_FP8_HEAD
+
+    def calibration_steps(self, cfg: SimpleNamespace) -> int:
+        """Return the number of first steps that a calibration pass precedes."""
+        return cfg.FP8_CALIBRATION_STEPS if self.format.calibrated else 0
+
+    def evaluation_formats(self, cfg: SimpleNamespace) -> list[str]:
+        """Return the formats to evaluate in; the first is the one that counts (EVAL_PRECISION)."""
+        names = list(dict.fromkeys(("bf16", self.name)))
+        return names if cfg.EVAL_PRECISION == "bf16" else names[::-1]
+
+    def flags_without_effect(self, cfg: SimpleNamespace) -> list[str]:
+        """Return the flags that were given for other formats, each as "NAME=value"."""
+        others = dict.fromkeys(flag for f in FORMATS.values() for flag in f.flags if flag not in self.format.flags)
+        return [f"{flag}={getattr(cfg, flag)}" for flag in others if flag in cfg.explicit]
 
     @contextlib.contextmanager
-    def autocast(self, procs, quantized=True):
-        """The context of a forward pass: bf16 by torch.autocast, FP8 or NVFP4 by te.autocast.
+    def autocast(self, procs: Any, quantized: bool = True) -> Iterator[None]:
+        """Enter the context of a forward pass: bf16 by torch.autocast, FP8 or NVFP4 by te.autocast.
 
-        Delayed scaling reduces its amaxes over all ranks, so that every rank scales alike.
+        Delayed scaling takes the largest amax over all ranks, so that every rank scales alike.
+
+        Args:
+            procs: Processes (device, mesh, world_size).
+            quantized: False: bf16 although the run has a format.
         """
         enabled = quantized and self.recipe is not None
         group = procs.mesh.get_group() if procs.world_size > 1 else None
+        recipe = self.recipe if enabled else None
         with torch.autocast(procs.device.type, dtype=torch.bfloat16), \
-                self.te.autocast(enabled=enabled, recipe=self.recipe if enabled else None, amax_reduction_group=group):
+                self.te.autocast(enabled=enabled, recipe=recipe, amax_reduction_group=group):
             yield
 
 
-def flags_without_effect(cfg, name):
-    """["NVFP4_HADAMARD=False", ...]: flags that were set for another format than this run's, "fp8-delayed" or another."""
-    of_format = {"fp8-": ("FP8_RECIPE", "USE_FP8_HEAD"), "fp8-delayed": ("FP8_MARGIN", "FP8_AMAX_HISTORY", "FP8_CALIBRATION_STEPS"),
-                 "nvfp4": ("NVFP4_HADAMARD", "NVFP4_STOCHASTIC_ROUNDING", "NVFP4_2D_WEIGHTS")}
-    return [f"{flag}={getattr(cfg, flag)}" for format_, flags in of_format.items() if not name.startswith(format_)
-            for flag in flags if flag in cfg.explicit]
+def keep_high_precision(model: nn.Module, patterns: str, te: ModuleType) -> list[str]:
+    """Make the layers whose names match a pattern run in bf16 (the flag HIGH_PRECISION_LAYERS).
 
+    NVFP4 is usually trained with the last blocks in bf16 (arXiv 2509.25149).
 
-def keep_high_precision(model, patterns, te):
-    """Make the layers whose names match one of the patterns (with commas between) run in bf16; returns their names.
-
-    A pattern is a name (blocks.19 means all inside it) or has wildcards (blocks.*.attn.proj). NVFP4 is usually trained
-    with the last blocks in bf16 (arXiv 2509.25149). Raises UserError if a pattern matches nothing.
+    Args:
+        patterns: with commas between; a name (blocks.19 means everything inside it) or wildcards (blocks.*.attn.proj).
+        te: the library of the model's layers.
+    Returns: names of the layers, in the model's order.
+    Raises: UserError if a pattern matches nothing.
     """
     layers = [n for n, m in model.named_modules() if isinstance(m, (te.Linear, te.LayerNormLinear, te.LayerNormMLP))]
     layers.append("head")
     chosen = set()
-    for pattern in filter(None, (p.strip() for p in patterns.split(","))):
+    for pattern in filter(None, (part.strip() for part in patterns.split(","))):
         matched = [n for n in layers if fnmatch.fnmatchcase(n, pattern) or fnmatch.fnmatchcase(n, pattern + ".*")]
         if not matched:
-            raise UserError(f"HIGH_PRECISION_LAYERS: '{pattern}' matches no layer; there are {', '.join(layers[:3])}, "
-                            f"... {layers[-1]}", 2)
+            raise UserError(f"HIGH_PRECISION_LAYERS: '{pattern}' matches no layer; "
+                            f"layers are {', '.join(layers[:3])}, ... {layers[-1]}", 2)
         chosen.update(matched)
 
     def in_bf16(forward):
@@ -69,38 +170,44 @@ def keep_high_precision(model, patterns, te):
     return sorted(chosen, key=layers.index)
 
 
-def fp8_state(model):
-    """The delayed-scaling state as plain tensors: {"<module>.<scaling_fwd|scaling_bwd>.<scale|amax_history>": tensor}.
+# ----------------------------------------------------------------------------------------------------------------------
+# Scaling state
 
-    Empty under recipes that have no state. The tensors are the live ones: clone() them to keep them.
+
+def fp8_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the live tensors of delayed scaling; clone() them to keep them. Empty for recipes without state.
+
+    Keys: "<module>.<scaling_fwd|scaling_bwd>.<scale|amax_history>". fp32.
     """
     state = {}
     for name, module in model.named_modules():
         for key in ("scaling_fwd", "scaling_bwd"):
-            held = getattr(module, "fp8_meta", {}).get(key)
-            if hasattr(held, "amax_history"):
-                state[f"{name}.{key}.scale"] = held.scale
-                state[f"{name}.{key}.amax_history"] = held.amax_history
+            scaling = getattr(module, "fp8_meta", {}).get(key)
+            if hasattr(scaling, "amax_history"):
+                state[f"{name}.{key}.scale"] = scaling.scale
+                state[f"{name}.{key}.amax_history"] = scaling.amax_history
     return state
 
 
-def snapshot_scales(model):
-    """Copies the delayed-scaling state; returns a function that puts it back.
+def snapshot_scales(model: nn.Module) -> Callable[[], None]:
+    """Copy the delayed-scaling state, and return a function that restores it.
 
-    An inf in the amax history would freeze a scale, and a huge amax flush gradients to zero, until it leaves the history:
-    for FP8_AMAX_HISTORY micro-batches. So a step that is skipped must leave the history as it was.
+    A skipped step must leave the amax history as it was: an inf in it would freeze a scale, and a huge amax would flush
+    gradients to zero, for FP8_AMAX_HISTORY micro-batches.
     """
     live = list(fp8_state(model).values())
-    kept = torch._foreach_mul(live, 1) if live else []  # one kernel for many, where clone() is one for each
-    return lambda: torch._foreach_copy_(live, kept) if live else None
+    copies = torch._foreach_mul(live, 1) if live else []  # one kernel for many tensors; clone() takes one for each
+    return lambda: torch._foreach_copy_(live, copies) if live else None
 
 
 @contextlib.contextmanager
-def preserved_scales(model):
-    """Whatever quantizes inside leaves the delayed-scaling state as it was: Transformer Engine notes amaxes even without
-    gradients, and the next training step would count them."""
-    put_back = snapshot_scales(model)
+def preserved_scales(model: nn.Module) -> Iterator[None]:
+    """Restore the delayed-scaling state after what runs inside.
+
+    Transformer Engine records amaxes in passes without gradients too, and the next training step would count them.
+    """
+    restore = snapshot_scales(model)
     try:
         yield
     finally:
-        put_back()
+        restore()

@@ -1,45 +1,50 @@
-"""Processes: rank, world size, device and mesh, set the same way for one process as for many; start and end of a script."""
+"""Processes: rank, world size, device and mesh, the same way for one process as for many; start and end of a script."""
 
+import datetime
 import os
 import sys
 import time
 import traceback
 from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any, Callable, Sequence
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from nanofp8.config import UserError, parse_flags
-from nanofp8.faults import Heartbeat, connect_store, end_now
+from nanofp8.config import UserError, exit_with
+from nanofp8.faults import Heartbeat, exit_now
 
 
 @dataclass
 class Processes:
-    """Where this process stands: its rank of world_size, its device, and the 1-D device mesh."""
+    """This process among all: its rank of world_size, its device, and the 1-D mesh over all ranks."""
 
     rank: int
-    local_rank: int
+    local_rank: int  # rank on this machine
     world_size: int
     device: torch.device
-    mesh: object  # DeviceMesh over all ranks
+    mesh: DeviceMesh | None
 
     @property
-    def is_main(self):
+    def is_main(self) -> bool:
+        """Whether this is rank 0, which prints and writes files."""
         return self.rank == 0
 
-    def print(self, *args):
+    def print(self, *args: object) -> None:
+        """Print on rank 0."""
         if self.is_main:
             print(*args, flush=True)
 
-    def sum(self, tensor):
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Add a tensor up over all ranks, in place."""
         if self.world_size > 1:
             dist.all_reduce(tensor)
         return tensor
 
-    def broadcast(self, value):
-        """Rank 0's value of a small Python object, on every rank."""
+    def broadcast(self, value: Any) -> Any:
+        """Return rank 0's value of a small Python object on every rank."""
         if self.world_size == 1:
             return value
         box = [value]
@@ -47,8 +52,24 @@ class Processes:
         return box[0]
 
 
-def start_processes():
-    """Join torchrun's process group, or make a group of one: the rest of the script sees no difference."""
+def connect_store(rank: int | None = None) -> dist.Store:
+    """Connect to the ranks' common store at MASTER_ADDR:MASTER_PORT. torchrun holds it; without torchrun, rank 0 does.
+
+    torchrun's store outlives the processes, so keys carry the number of the restart: restarted processes must not find
+    the addresses of those before them.
+    """
+    env = os.environ
+    held_by_torchrun = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), is_master=rank == 0 and not held_by_torchrun,
+                          wait_for_workers=False, timeout=datetime.timedelta(minutes=10))
+    return dist.PrefixStore(f"start_{env.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+
+
+def start_processes() -> Processes:
+    """Join torchrun's process group, or make a group of one: the rest of a script sees no difference.
+
+    Raises: UserError if this machine has fewer GPUs than processes.
+    """
     env = os.environ
     rank, local_rank = int(env.get("RANK", 0)), int(env.get("LOCAL_RANK", 0))
     world_size = int(env.get("WORLD_SIZE", 1))
@@ -69,48 +90,67 @@ def start_processes():
     return Processes(rank, local_rank, world_size, device, mesh)
 
 
-def memory_remedy(error, cfg, procs):
-    """What to do about an error, if it is for want of memory; else ""."""
-    if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(error):
-        return ""
-    less = [f"--batch_size={cfg.batch_size // 2}"] * (cfg.batch_size > 1) + ["--USE_AC_BLOCKS=True"] * (not getattr(cfg, "USE_AC_BLOCKS", True))
-    return (f"rank {procs.rank} has too little {'GPU ' if procs.device.type == 'cuda' else ''}memory for this model and batch_size={cfg.batch_size}"
-            + (f"; the same training takes less with {' or '.join(less)}" if less else ""))
+def report_good_end(procs: Processes) -> None:
+    """Leave the file that run.sh looks for: after a signal torchrun returns 1, whatever its workers return."""
+    if procs.local_rank == 0 and "ENDED_WELL" in os.environ:
+        with open(os.environ["ENDED_WELL"], "w"):
+            pass
 
 
-def command_line(run, path, argv, presets, choices):
-    """What a script does when it is started: parse flags, run(cfg, processes), and end wrong input with one line.
+def memory_error_message(error: BaseException, procs: Processes, remedies: Sequence[str]) -> str:
+    """Return the error line if this exception means too little memory, else "".
 
-    Exit status: 0, or what the UserError says (1 or 2). Of several ranks, one that fails alone ends at once, and so do
-    those that it leaves behind.
+    remedies: flags that take less memory, each as "--name=value".
     """
-    heartbeat, script = None, os.path.basename(path)
+    if (not isinstance(error, (torch.OutOfMemoryError, MemoryError))
+            and "can't allocate memory" not in str(error)):
+        return ""
+    what = "GPU memory" if procs.device.type == "cuda" else "memory"
+    advice = f"; the same training takes less with {' or '.join(remedies)}" if remedies else ""
+    return f"rank {procs.rank} has too little {what} for this model and micro-batch{advice}"
 
-    def leave(text, status):
+
+def command_line(run: Callable[[SimpleNamespace, Processes], Any],
+                 read_flags: Callable[[Sequence[str]], SimpleNamespace], path: str, argv: Sequence[str] | None = None,
+                 memory_remedies: Callable[[SimpleNamespace], Sequence[str]] = lambda cfg: ()) -> Any:
+    """Run a script: read its flags, join the process group, return run(cfg, procs); report a failure as one line.
+
+    Exit status: 0, or what the UserError says (1 or 2). Of several ranks, one that fails alone exits at once, and so do
+    those that it leaves behind.
+
+    Args:
+        run: the script's work.
+        read_flags: turns command-line arguments into flags; the flags include rank_timeout.
+        path: the script's file.
+        argv: arguments (default: the program's own).
+        memory_remedies: flags that would take less memory than `cfg`, each as "--name=value".
+    """
+    heartbeat, cfg, procs, script = None, None, None, os.path.basename(path)
+
+    def leave(text: str, status: int) -> None:
         if heartbeat:
-            end_now(text, status)
+            exit_now(text, status)
         print(text, file=sys.stderr, flush=True)
         raise SystemExit(status)
 
     try:
-        cfg = parse_flags(sys.argv[1:] if argv is None else argv, os.path.abspath(path), presets, choices)
+        cfg = read_flags(sys.argv[1:] if argv is None else argv)
         procs = start_processes()
-        heartbeat = Heartbeat(procs, getattr(cfg, "rank_timeout", 120.0)) if procs.world_size > 1 else None
+        if procs.world_size > 1:
+            heartbeat = Heartbeat(connect_store(), procs.rank, procs.world_size, cfg.rank_timeout)
         return run(cfg, procs)
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0" or error.one_rank:
-            print(f"{script}: error: {error}", file=sys.stderr, flush=True)
         if heartbeat and error.one_rank:
-            end_now("", error.status)
-        raise SystemExit(error.status)
-    except KeyboardInterrupt:  # before training, which takes it as a wish, or a second one
+            exit_now(f"{script}: error: {error}", error.status)
+        exit_with(error, script)
+    except KeyboardInterrupt:  # before training, which takes it as a request to stop, or a second one
         leave(f"{script}: stopped by Ctrl-C", 130)
     except Exception as error:
-        why = memory_remedy(error, cfg, procs)
+        why = memory_error_message(error, procs, memory_remedies(cfg)) if procs else ""
         if not heartbeat and not why:
             raise
         if not why and isinstance(error, RuntimeError):
-            for _ in range(10):  # a collective fails at once when a rank dies: a while later its silence says which
+            for _ in range(10):  # a collective fails as soon as a rank dies; a little later its silence tells which
                 time.sleep(1)
                 if why := heartbeat.error_message(4):
                     break

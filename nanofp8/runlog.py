@@ -1,4 +1,4 @@
-"""The run folder: log.jsonl, config.json, pictures; the console; wandb."""
+"""The run folder: its lock, log.jsonl, config.json and pictures; the console's lines; wandb."""
 
 import contextlib
 import fcntl
@@ -7,13 +7,25 @@ import math
 import os
 import statistics
 import time
+from types import SimpleNamespace
+from typing import Any, Callable, Iterator
 
-from nanofp8.config import UserError, last_line
+from nanofp8.config import UserError, flag_values
+from nanofp8.files import error_line
 from nanofp8.machine import peak_flops, peak_memory_gb
+from nanofp8.plots import plot_losses
+from nanofp8.precision import fp8_state
+from nanofp8.procs import Processes
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Folder and lock
 
 
-def make_run_folder(out_dir, run_name):
-    """Create out_dir/run_name, or run_name-2, -3, ... where that is taken: a run is never overwritten."""
+def make_run_folder(out_dir: str, run_name: str) -> str:
+    """Create out_dir/run_name, or run_name-2, -3, ... if that is taken: a run is never overwritten.
+
+    Raises: UserError if the folder cannot be created.
+    """
     for n in range(1, 100_000):
         folder = os.path.join(out_dir, run_name if n == 1 else f"{run_name}-{n}")
         try:
@@ -22,24 +34,53 @@ def make_run_folder(out_dir, run_name):
         except FileExistsError:
             continue
         except OSError as error:
-            raise UserError(f"cannot make the run folder {folder} ({error.strerror}): choose another --out_dir or --run_name", one_rank=True)
+            raise UserError(f"cannot create the run folder {folder} ({error.strerror}); "
+                            f"choose another --out_dir or --run_name", one_rank=True) from None
+    raise UserError(f"{out_dir} has 100,000 runs called {run_name}; choose another --run_name", one_rank=True)
 
 
-def remove_if_empty(folder):
-    """Of a run that failed before it wrote anything."""
+def remove_if_empty(folder: str) -> None:
+    """Remove the folder of a run that failed before it wrote anything."""
     with contextlib.suppress(OSError):
         os.rmdir(folder)
 
 
-def format_duration(seconds):
-    """Seconds as 1:02:03 or 2:03."""
-    m, s = divmod(int(seconds + 0.5), 60)
-    return f"{m // 60}:{m % 60:02d}:{s:02d}" if m >= 60 else f"{m}:{s:02d}"
+class FolderLock:
+    """Keep other processes from training in a run folder, until close() or the end of this process."""
+
+    def __init__(self, folder: str):
+        """Take the lock. Raises UserError if another process holds it for 4 s (one that was killed may take a while to
+        be gone)."""
+        self.descriptor = os.open(folder, os.O_RDONLY)
+        for seconds_left in (4, 3, 2, 1, 0):
+            try:
+                fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                if seconds_left:
+                    time.sleep(1)
+            except OSError:
+                return  # a file system without locks
+        self.close()
+        raise UserError(f"another process is training in {folder}; wait for its end, or choose another --run_name",
+                        one_rank=True)
+
+    def close(self) -> None:
+        """Release the lock; once is enough."""
+        if self.descriptor is not None:
+            os.close(self.descriptor)
+            self.descriptor = None
 
 
-def read_log(folder):
-    """The records of a run folder's log.jsonl, without lines that are none: a killed run or a crashed machine may have left some.
-    A record has a kind and a step."""
+# ----------------------------------------------------------------------------------------------------------------------
+# log.jsonl
+
+
+def read_log(folder: str) -> list[dict]:
+    """Return the records of a run folder's log.jsonl: objects with a `kind` (text) and a `step` (integer).
+
+    Skips malformed lines, which a killed run or a crashed machine may leave. Without a log the list is empty.
+    """
     path, records = os.path.join(folder, "log.jsonl"), []
     if not os.path.exists(path):
         return []
@@ -47,71 +88,72 @@ def read_log(folder):
         for line in f:
             with contextlib.suppress(ValueError):
                 record = json.loads(line) if line.endswith("}\n") else None
-                if isinstance(record, dict) and isinstance(record.get("kind"), str) and isinstance(record.get("step"), int):
+                if (isinstance(record, dict) and isinstance(record.get("kind"), str)
+                        and isinstance(record.get("step"), int)):
                     records.append(record)
     return records
 
 
-def lock_folder(folder):
-    """Keep other processes from training in a run folder until this one ends, however it does, or closes what is returned."""
-    lock = os.open(folder, os.O_RDONLY)
-    for seconds_left in (4, 3, 2, 1, 0):  # one that was killed just now may take a while to be gone
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if seconds_left:
-                time.sleep(1)
-                continue
-            os.close(lock)
-            raise UserError(f"another process is training in {folder}: wait for its end, or choose another --run_name", one_rank=True)
-        except OSError:
-            pass  # a file system without locks
-        return lock
+def log_line(record: dict) -> str:
+    """Return a record as a line of log.jsonl. JSON has no NaN: a non-finite number is written as null."""
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+    return json.dumps(finite) + "\n"
+
+
+def flatten(tree: dict, prefix: str) -> Iterator[tuple[str, Any]]:
+    """Yield the leaves of nested dicts as pairs ("prefix/key/key", value)."""
+    for key, value in tree.items():
+        yield from flatten(value, f"{prefix}/{key}") if isinstance(value, dict) else [(f"{prefix}/{key}", value)]
 
 
 class RunLog:
-    """The run folder's log.jsonl, config.json and loss.png, the console, and wandb. Only rank 0 has one that writes."""
+    """A run folder's log.jsonl, config.json and pictures, and wandb. Rank 0 alone has one.
 
-    def __init__(self, folder, cfg, extra, first_step=0):
-        """first_step: the step a resumed run goes on with; records of that step and later ones are dropped."""
-        self.folder, self.wandb, self.records, self.unwritten = folder, None, [], b""
+    A failure to report never ends a run: it is printed, and the next record tries again.
+    """
+
+    def __init__(self, folder: str, lock: FolderLock, config: dict, first_step: int = 0, wandb_project: str = ""):
+        """Open the files of a new run, or of one that continues.
+
+        Args:
+            folder: the run folder, which exists.
+            lock: of that folder. The log takes it over and closes it.
+            config: what config.json holds.
+            first_step: the step that a resumed run continues with; records of that step and later ones are dropped.
+            wandb_project: "" for no wandb.
+        Raises: UserError if the folder cannot be written.
+        """
+        self.folder, self.lock, self.config = folder, lock, config
+        self.wandb, self.records, self.unwritten = None, [], b""
         path = os.path.join(folder, "log.jsonl")
-        config = {k: v for k, v in vars(cfg).items() if k != "explicit"} | extra
-        self.lock, self.config = lock_folder(folder), config
         try:
             if first_step:
-                from nanofp8.checkpoint import invalidate_later_checkpoints  # which imports this module
-                invalidate_later_checkpoints(folder, first_step)
                 self.records = [r for r in read_log(folder) if r["kind"] != "done" and r["step"] < first_step]
                 with open(path + ".new", "w", encoding="utf-8") as f:
-                    f.writelines(map(self.line, self.records))
+                    f.writelines(map(log_line, self.records))
                 os.replace(path + ".new", path)
             self.open_files()
         except OSError as error:
-            os.close(self.lock)
-            raise UserError(f"{folder} cannot be written ({error.strerror}): make room, or choose another --out_dir", one_rank=True)
-        if cfg.USE_WANDB:
+            raise UserError(f"{folder} cannot be written ({error.strerror}); make room, or choose another --out_dir",
+                            one_rank=True) from None
+        if wandb_project:
             try:
                 import wandb
-                self.wandb = wandb.init(project=cfg.wandb_project, name=os.path.basename(folder), config=config, dir=folder)
-            except Exception as error:  # no wandb, no network, no login: the run goes on
+                self.wandb = wandb.init(project=wandb_project, name=os.path.basename(folder), config=config, dir=folder)
+            except Exception as error:  # no wandb, no network, no login: the run continues
                 print(f"wandb is off: {str(error).splitlines()[0] if str(error) else type(error).__name__}", flush=True)
 
-    def open_files(self):
+    def open_files(self) -> None:
         """Write config.json, and open log.jsonl to append to."""
-        with open(os.path.join(self.folder, "config.json"), "w") as f:
+        with open(os.path.join(self.folder, "config.json"), "w", encoding="utf-8") as f:
             json.dump(self.config, f, indent=2)
-        self.file = open(os.path.join(self.folder, "log.jsonl"), "ab", buffering=0)  # unbuffered: what write() did not take is known
+        # Unbuffered, so that write_line() knows what was not written
+        self.file = open(os.path.join(self.folder, "log.jsonl"), "ab", buffering=0)
 
-    @staticmethod
-    def line(record):
-        """A record as a line of log.jsonl. JSON has no NaN: a loss that is none is written as null."""
-        return json.dumps({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}) + "\n"
-
-    def write(self, record):
-        """Append one record (a dict with `kind`) to log.jsonl and wandb."""
+    def write(self, record: dict) -> None:
+        """Append one record (a dict with `kind` and `step`) to log.jsonl and wandb."""
         self.records.append(record)
-        self.write_line(self.line(record))
+        self.write_line(log_line(record))
         if self.wandb is not None:
             try:
                 values = {k: v for k, v in record.items() if k not in ("kind", "step")}
@@ -120,20 +162,12 @@ class RunLog:
                 print(f"wandb is off: {error}", flush=True)
                 self.wandb = None
 
-    def write_line(self, line):
-        """Append to log.jsonl; where that fails (a full disk), say so and try again with the next line."""
+    def write_line(self, line: str) -> None:
+        """Append to log.jsonl. If that fails (a full disk), say so once and try again with the next line."""
         new, self.unwritten = not self.unwritten, self.unwritten + line.encode()
         try:
-            if os.fstat(self.file.fileno()).st_nlink == 0:  # deleted while we wrote to it
-                os.makedirs(self.folder, exist_ok=True)
-                deleted = self.file
-                self.open_files()  # may fail: then the next line tries again
-                deleted.close()
-                lock = lock_folder(self.folder)
-                os.close(self.lock)
-                self.lock = lock
-                self.unwritten = "".join(map(self.line, self.records)).encode()
-                print("log.jsonl was deleted: it and config.json are written anew", flush=True)
+            if os.fstat(self.file.fileno()).st_nlink == 0:
+                self.restore_deleted_folder()
             self.unwritten = self.unwritten[self.file.write(self.unwritten):]
             if not self.unwritten:
                 return
@@ -141,138 +175,242 @@ class RunLog:
         except OSError as error:
             reason = error.strerror
         if new:
-            print(f"log.jsonl cannot be written, training goes on: {reason}", flush=True)
+            print(f"log.jsonl cannot be written ({reason}); training continues", flush=True)
 
-    def plot(self):
-        """Draw loss.png and, with FP8_STATS_INTERVAL, fp8_stats.png. No picture is worth a run."""
+    def restore_deleted_folder(self) -> None:
+        """Write config.json and log.jsonl again where somebody deleted them. Raises OSError; the next line retries."""
+        os.makedirs(self.folder, exist_ok=True)
+        deleted = self.file
+        self.open_files()
+        deleted.close()
+        lock = FolderLock(self.folder)
+        self.lock.close()
+        self.lock = lock
+        self.unwritten = "".join(map(log_line, self.records)).encode()
+        print("log.jsonl was deleted; it and config.json are written again", flush=True)
+
+    def plot(self) -> None:
+        """Draw loss.png and, with FP8_STATS_INTERVAL, fp8_stats.png."""
         try:
-            self.draw()
-        except ImportError:
+            plot_losses(self.records, os.path.join(self.folder, "loss.png"), os.path.basename(self.folder))
+            if any(r["kind"] == "fp8_stats" for r in self.records):
+                from nanofp8 import fp8_stats
+                fp8_stats.plot(self.records, os.path.join(self.folder, "fp8_stats.png"))
+        except ImportError:  # no matplotlib
             pass
         except Exception as error:  # a full disk, a removed folder, a font
-            print(f"the run's pictures cannot be drawn: {getattr(error, 'strerror', None) or last_line(error)}", flush=True)
+            print(f"cannot draw the run's pictures ({getattr(error, 'strerror', None) or error_line(error)}); "
+                  f"training continues", flush=True)
 
-    def draw(self):
-        """loss.png: training loss (thin, and smoothed) and val loss over tokens."""
-        import matplotlib
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-        train = [r for r in self.records if r["kind"] == "train" and r["loss"] is not None and math.isfinite(r["loss"])]
-        val = [r for r in self.records if r["kind"] == "val" and r["val_loss"] is not None]
-        fig, ax = plt.subplots(figsize=(8, 4.5))
-        unit, label = (1e6, "million tokens") if (train or val)[-1]["tokens"] >= 2e6 else (1e3, "thousand tokens")
-        if train:
-            x, loss = [r["tokens"] / unit for r in train], [r["loss"] for r in train]
-            ax.plot(x, loss, color="tab:blue", alpha=0.3, linewidth=0.8, label="train loss")
-            # A short run is smoothed less: an average over 10 steps would lag behind 40
-            curve = smooth(loss, beta=min(0.9, len(loss) / (len(loss) + 20)))
-            ax.plot(x, curve, color="tab:blue", linewidth=1.5, label="train loss, smoothed")
-        if val:
-            ax.plot([r["tokens"] / unit for r in val], [r["val_loss"] for r in val], "o-", color="tab:orange",
-                    markersize=4, label="val loss")
-            ax.annotate(f"{val[-1]['val_loss']:.3f}", (val[-1]["tokens"] / unit, val[-1]["val_loss"]),
-                        textcoords="offset points", xytext=(0, 8), ha="center", color="tab:orange")
-        ax.set(xlabel=label, ylabel="cross-entropy (nats per token)")
-        ax.set_title(os.path.basename(self.folder), parse_math=False)
-        ax.grid(alpha=0.3)
-        ax.legend()
-        fig.tight_layout()
-        temporary = os.path.join(self.folder, ".loss.png")
-        fig.savefig(temporary, dpi=120, format="png")
-        os.replace(temporary, os.path.join(self.folder, "loss.png"))
-        plt.close(fig)
-        if any(r["kind"] == "fp8_stats" for r in self.records):
-            from nanofp8 import fp8_stats
-            fp8_stats.plot(self.records, os.path.join(self.folder, "fp8_stats.png"))
-
-    def close(self):
-        """Where a run ends, well or not: once is enough."""
-        if self.lock is not None:
+    def close(self) -> None:
+        """Close files, lock and wandb where a run ends, well or not; once is enough."""
+        if not self.file.closed:
             self.file.close()
-            os.close(self.lock)
-            self.lock = None
+            self.lock.close()
             if self.wandb is not None:
                 self.wandb.finish()
 
 
-def flatten(tree, prefix):
-    """The leaves of nested dicts as pairs ("prefix/key/key", value)."""
-    for key, value in tree.items():
-        yield from flatten(value, f"{prefix}/{key}") if isinstance(value, dict) else [(f"{prefix}/{key}", value)]
+def open_log(run: Any, lock: FolderLock) -> RunLog:
+    """Open the log of a train.Run and write config.json: all flags, the machine, and what was chosen (on rank 0)."""
+    cfg, precision = run.cfg, run.precision
+    config = flag_values(cfg) | run.machine | dict(
+        started_at=time.time(), torchrun=os.environ.get("TORCHELASTIC_RUN_ID"), world_size=run.procs.world_size,
+        wrapper=run.parallel.wrapper, precision=precision.name, emulated=precision.emulated,
+        optimizers=run.optimizers.description, parameters=run.parameters)
+    return RunLog(run.folder, lock, config, run.first_step, cfg.wandb_project if cfg.USE_WANDB else "")
 
 
-def smooth(values, beta=0.9):
-    """Exponential moving average with bias correction: a list as long as `values`; skipped steps' (None, not finite) do not count."""
-    out, average, weight = [], 0.0, 0.0
-    for value in values:
-        if value is not None and math.isfinite(value):
-            average, weight = beta * average + (1 - beta) * value, beta * weight + (1 - beta)
-        out.append(average / weight if weight else math.nan)
-    return out
+def log_fp8_stats(run: Any, step: int) -> None:
+    """Log what the format of a train.Run does to each tensor of the next micro-batch. Training is not touched."""
+    from nanofp8 import fp8_stats
+    from nanofp8.loss import LOGIT_GRAD_SCALE
+    run.progress.flush()
+    start = time.perf_counter()
+    layers = fp8_stats.collect(run.model, *run.loader.peek(), run.precision.recipe, fp8_state(run.model), run.in_bf16,
+                               run.loader.loss_scale, LOGIT_GRAD_SCALE if run.model.fp8_head else None)
+    if run.log:
+        run.log.write(dict(kind="fp8_stats", step=step, tokens=(step + 1) * run.cfg.total_batch_size,
+                           format=run.precision.name, seconds=time.perf_counter() - start, layers=layers))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Console
+
+
+def parameter_table(cfg: SimpleNamespace) -> list[tuple[str, int, str]]:
+    """Return [(part of the model, its parameters, explanation)], which add up to all parameters."""
+    n, width, vocab = cfg.n_layer, cfg.n_embd, cfg.vocab_size
+    return [
+        ("token embedding", vocab * width, f"{vocab} x {width}"),
+        ("attention", n * 4 * width ** 2, f"{n} x (q, k, v, proj: 4 x {width}^2)"),
+        ("MLP", n * 8 * width ** 2, f"{n} x (fc1, fc2: 2 x {width} x {4 * width})"),
+        ("RMSNorm gains", (2 * n + 1) * width, f"(2 x {n} + 1) x {width}"),
+        ("output head", vocab * width, f"{vocab} x {width}"),
+    ]
+
+
+def data_rows(cfg: SimpleNamespace, procs: Processes, loader: Any, val_ring: Any) -> list[tuple[str, str]]:
+    """Return the start-up table's rows on data, batch and length: [(name, text)].
+
+    loader: train.DataLoader. val_ring: train.TokenRing of the val shards.
+    """
+    ring, tokens = loader.ring, cfg.max_iters * cfg.total_batch_size
+    return [
+        ("data", f"{cfg.dataset}: {ring.total:,} train tokens in {len(ring.paths)} shard(s), "
+                 f"{cfg.eval_tokens:,} of {val_ring.total:,} val tokens per evaluation"),
+        ("batch", f"{cfg.total_batch_size:,} tokens = {procs.world_size} rank(s) x {loader.accumulation} "
+                  f"micro-batch(es) x {cfg.batch_size} sequences x {cfg.block_size} tokens"),
+        ("length", f"{cfg.max_iters:,} steps = {tokens:,} tokens = {tokens / ring.total:.2f} epochs"),
+    ]
+
+
+def print_table(run: Any, checkpoint: str | None) -> None:
+    """Print what is about to run, on rank 0. checkpoint: that a resumed run continues from."""
+    precision, model = run.precision, run.model
+    unused = precision.flags_without_effect(run.cfg)
+    rows = [
+        ("device", f"{run.procs.world_size} x {run.machine['device']}, torch {run.machine['versions']['torch']}"),
+        ("precision", f"{precision.name} {precision.reason}"),
+        ("  head", ("FP8, current scaling" if model.fp8_head else "bf16") if precision.recipe else ""),
+        ("  in bf16", ", ".join(run.in_bf16)),
+        ("  without effect", ", ".join(unused)),
+        ("wrapper", f"{run.parallel.wrapper} ({run.wrapper_reason})"),
+        ("optimizers", run.optimizers.description),
+        ("parameters", f"{run.parameters:,}"),
+        *[(f"  {part}", f"{n:,} = {how}") for part, n, how in parameter_table(run.cfg)],
+        *data_rows(run.cfg, run.procs, run.loader, run.val_ring),
+        ("run folder", run.folder),
+        ("resumed from", f"{checkpoint}, after {run.first_step:,} steps" if checkpoint else ""),
+    ]
+    run.procs.print("\n".join(f"{name:<18} {text}" for name, text in rows if text) + "\n")
+
+
+def is_due(step: int, interval: int) -> bool:
+    """Whether something that is made every `interval` optimizer steps (0: never) is due after step `step`."""
+    return interval > 0 and (step + 1) % interval == 0
+
+
+def evaluation_is_missing(run: Any) -> bool:
+    """Whether a resumed train.Run was killed between its last checkpoint and the evaluation after it. If not, take over
+    that evaluation's val loss."""
+    step, missing = run.first_step - 1, False
+    if run.log and run.first_step:  # rank 0 decides
+        vals = {r["step"]: r for r in run.log.records if r["kind"] == "val"}
+        last = step == run.cfg.max_iters - 1
+        if step in vals:
+            run.progress.val_loss, run.progress.val_losses = vals[step]["val_loss"], vals[step].get("val_losses")
+        else:
+            missing = last or is_due(step, run.cfg.eval_interval) and bool(run.log.records)
+    return run.procs.broadcast(missing)
+
+
+def format_duration(seconds: float) -> str:
+    """Return seconds as 1:02:03 or 2:03."""
+    minutes, seconds = divmod(int(seconds + 0.5), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}" if minutes >= 60 else f"{minutes}:{seconds:02d}"
 
 
 class Progress:
-    """A run's training time, speeds and log lines. All ranks count; rank 0 writes."""
+    """A run's training time, speeds and log lines. All ranks count; rank 0 writes.
 
-    def __init__(self, cfg, procs, log, flops, train_seconds=0.0):
-        """flops: training FLOPs of one token. train_seconds: of training before a resumed run's first step."""
+    The line of a step is written when the next one has been launched (or by flush()): waiting for a step's end before
+    that would leave the GPU idle.
+    """
+
+    def __init__(self, cfg: SimpleNamespace, procs: Processes, log: RunLog | None, flops: float,
+                 train_seconds: float = 0.0):
+        """Start counting.
+
+        Args:
+            cfg: max_iters, total_batch_size, log_interval, eval_tokens.
+            log: of rank 0; None on others.
+            flops: training FLOPs of one token, for MFU.
+            train_seconds: seconds of training before a resumed run's first step.
+        """
         self.cfg, self.procs, self.log = cfg, procs, log
         self.flops, self.peak = flops, peak_flops(procs.device)
-        self.train_seconds, self.speeds, self.val_loss, self.val_losses = train_seconds, [], float("nan"), None
-        self.compile_seconds = None
+        self.train_seconds, self.speeds, self.pending = train_seconds, [], None
+        self.val_loss, self.val_losses, self.compile_seconds = float("nan"), None, None
 
     @property
-    def speed(self):
-        """Median tokens per second over all steps so far; over those in the log where there was none."""
-        logged = [] if self.speeds or not self.log else [r["tok_per_sec"] for r in self.log.records if r["kind"] == "train"]
+    def median_speed(self) -> float:
+        """Median tokens per second over this process's steps; over those in the log if it made none."""
+        logged = [r["tok_per_sec"] for r in self.log.records if r["kind"] == "train"] if self.log else []
         return statistics.median_high(self.speeds or logged or [float("nan")])
 
-    def step(self, step, loss, norm, rates, ms, skipped=""):
-        """Log optimizer step `step`; raises UserError if its loss is not finite and it was not skipped.
+    def step(self, step: int, rates: dict, loss: float, norm: float, ms: Callable[[], float],
+             skipped: str = "") -> None:
+        """Take note of optimizer step `step`, and write the line of the step before it.
 
-        rates: lr_muon, lr_embed, lr_head, momentum by log.jsonl's names. ms: milliseconds the step took. skipped: why
-        the step was not taken; such a record has this as one more field.
+        Args:
+            rates: lr_muon, lr_embed, lr_head, momentum, by log.jsonl's names.
+            loss, norm: mean loss, and gradient norm before clipping.
+            ms: returns the milliseconds that the step took; it may wait for the GPU.
+            skipped: why the step was not taken ("": it was). The record then has this as one more field.
+        Raises: UserError if the loss or norm of the step before is not finite although that step was taken.
         """
-        cfg, n = self.cfg, self.cfg.max_iters
+        self.flush()
+        self.pending = step, rates, loss, norm, ms, skipped
+
+    def flush(self) -> None:
+        """Write the line of the last step, if it is still to be written. Raises as step() does."""
+        if self.pending is None:
+            return
+        (step, rates, loss, norm, ms, skipped), self.pending = self.pending, None
+        cfg, n, ms = self.cfg, self.cfg.max_iters, ms()
         speed = cfg.total_batch_size / ms * 1000
         self.train_seconds += ms / 1000
         self.speeds.append(speed)
         if self.procs.is_main and (step % cfg.log_interval == 0 or step == n - 1 or skipped):
             mfu = self.flops * speed / (self.peak * self.procs.world_size) if self.peak else None
             memory = peak_memory_gb(self.procs.device)
-            self.log.write(dict(kind="train", step=step, tokens=(step + 1) * cfg.total_batch_size, loss=loss, grad_norm=norm,
-                                **rates, step_ms=ms, tok_per_sec=speed, mfu=mfu, peak_mem_gb=memory,
-                                **({"skipped": skipped} if skipped else {})))
-            lr = rates["lr_embed"] if rates["lr_muon"] is None else rates["lr_muon"]
-            eta = (n - 1 - step) * cfg.total_batch_size / statistics.median(self.speeds[-100:])  # not all: this is on the steps' path
-            self.procs.print(f"step {step + 1:>{len(str(n))}}/{n} | loss {loss:7.4f} | norm {norm:8.2e} | lr {lr:.2e} | "
-                             f"{ms:7.1f} ms | {speed:,.0f} tok/s | " + (f"MFU {100 * mfu:4.1f}% | " if mfu else "")
-                             + f"{memory:.1f} GB | ETA {format_duration(eta)}" + (f" | SKIPPED: {skipped}" if skipped else ""))
+            reason = {"skipped": skipped} if skipped else {}
+            self.log.write(dict(kind="train", step=step, tokens=(step + 1) * cfg.total_batch_size, loss=loss,
+                                grad_norm=norm, **rates, step_ms=ms, tok_per_sec=speed, mfu=mfu, peak_mem_gb=memory,
+                                **reason))
+            rate = rates["lr_embed"] if rates["lr_muon"] is None else rates["lr_muon"]
+            # Over the last 100 steps only: this is on the steps' path
+            eta = (n - 1 - step) * cfg.total_batch_size / statistics.median(self.speeds[-100:])
+            self.procs.print(f"step {step + 1:>{len(str(n))}}/{n} | loss {loss:7.4f} | norm {norm:8.2e} | "
+                             f"lr {rate:.2e} | {ms:7.1f} ms | {speed:,.0f} tok/s | "
+                             + (f"MFU {100 * mfu:4.1f}% | " if mfu else "")
+                             + f"{memory:.1f} GB | ETA {format_duration(eta)}"
+                             + (f" | SKIPPED: {skipped}" if skipped else ""))
         if not skipped and not math.isfinite(loss + norm):
-            raise UserError(f"the loss at step {step} is {loss}, its gradient's norm {norm}: try a lower learning rate or a longer warm-up")
+            raise UserError(f"the loss at step {step} is {loss}, its gradient norm {norm}; "
+                            f"try a lower learning rate or a longer warm-up")
 
-    def val(self, step, val_loss, val_losses=None):
-        """Log an evaluation after optimizer step `step`, and draw loss.png. val_losses: {name of each format: loss in it}."""
+    def val(self, step: int, val_loss: float, val_losses: dict[str, float] | None = None) -> None:
+        """Log an evaluation after optimizer step `step`, and draw loss.png.
+
+        val_losses: {format: loss evaluated in it}, if there are several.
+        """
+        self.flush()
         self.val_loss, self.val_losses = val_loss, val_losses
         if self.procs.is_main:
+            several = {"val_losses": val_losses} if len(val_losses or ()) > 1 else {}
             self.log.write(dict(kind="val", step=step, tokens=(step + 1) * self.cfg.total_batch_size, val_loss=val_loss,
-                                train_seconds=self.train_seconds, **({"val_losses": val_losses} if len(val_losses or ()) > 1 else {})))
-            self.procs.print(f"step {step + 1}/{self.cfg.max_iters} | val loss {val_loss:.4f} over {self.cfg.eval_tokens:,} tokens | "
-                             f"{format_duration(self.train_seconds)} of training")
+                                train_seconds=self.train_seconds, **several))
+            self.procs.print(f"step {step + 1}/{self.cfg.max_iters} | val loss {val_loss:.4f} over "
+                             f"{self.cfg.eval_tokens:,} tokens | {format_duration(self.train_seconds)} of training")
             self.log.plot()
 
-    def done(self):
-        """Log the end of the run and say where to look."""
+    def done(self) -> None:
+        """Log the end of the run, and say where to look."""
+        self.flush()
         if self.procs.is_main:
-            tokens, memory = self.cfg.max_iters * self.cfg.total_batch_size, peak_memory_gb(self.procs.device)
+            tokens = self.cfg.max_iters * self.cfg.total_batch_size
+            memory, several = peak_memory_gb(self.procs.device), self.val_losses or {}
             self.log.write(dict(kind="done", step=self.cfg.max_iters - 1, tokens=tokens, val_loss=self.val_loss,
-                                **({"val_losses": self.val_losses} if self.val_losses else {}),
-                                train_seconds=self.train_seconds, tok_per_sec_median=self.speed, peak_mem_gb=memory,
+                                **({"val_losses": several} if several else {}), train_seconds=self.train_seconds,
+                                tok_per_sec_median=self.median_speed, peak_mem_gb=memory,
                                 compile_seconds=self.compile_seconds))
             self.log.close()
-            others = "".join(f", {loss:.4f} in {name}" for name, loss in list((self.val_losses or {}).items())[1:])
-            where = f" in {next(iter(self.val_losses))}{others}" if others else ""
-            self.procs.print(f"\ndone: val loss {self.val_loss:.4f}{where} after {tokens:,} tokens in {format_duration(self.train_seconds)} "
-                             f"of training ({self.speed:,.0f} tokens/s, {memory:.1f} GB)\n"
-                             f"run folder: {self.log.folder}  (loss.png: curves; log.jsonl: every step; config.json: all flags)\n"
-                             f"next: bash run.sh --help lists the flags; python train_orig.py trains the plain reference")
+            first, *others = several or [""]
+            where = f" in {first}" + "".join(f", {several[name]:.4f} in {name}" for name in others) if others else ""
+            self.procs.print(f"\ndone: val loss {self.val_loss:.4f}{where} after {tokens:,} tokens in "
+                             f"{format_duration(self.train_seconds)} of training "
+                             f"({self.median_speed:,.0f} tokens/s, {memory:.1f} GB)\n"
+                             f"run folder: {self.log.folder} "
+                             f"(loss.png: curves; log.jsonl: every step; config.json: all flags)")

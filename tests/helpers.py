@@ -19,8 +19,10 @@ from torch.distributed.tensor import DTensor
 
 from nanofp8 import te_emulation as te
 import train
+from nanofp8 import checkpoint
 from nanofp8.checkpoint import Checkpoints
 from nanofp8.faults import Guard
+from nanofp8.precision import FORMATS, Precision
 from nanofp8.procs import Processes
 from nanofp8.runlog import RunLog
 
@@ -51,12 +53,25 @@ def one_process(rank=0, world_size=1):
     return Processes(rank, rank, world_size, CPU, None)
 
 
+def emulated_precision(cfg):
+    """The flags' format by emulation, whether or not the model's shapes fit it."""
+    chosen = FORMATS["nvfp4" if cfg.USE_NVFP4 else f"fp8-{cfg.FP8_RECIPE}" if cfg.USE_FP8 else "bf16"]
+    return Precision(te, chosen, chosen.recipe and chosen.recipe(te.recipe, cfg, False), True, "a test")
+
+
+def make_run(cfg, procs, model, loader=None, wrapper="none"):
+    """A train.Run with what a step needs."""
+    parallel = train.Parallel(model, wrapper, cfg, procs)
+    optimizers = train.Optimizers(model, cfg, procs, sharded=wrapper == "fsdp2")
+    return train.Run(cfg, procs, train.select_precision(cfg, CPU), parallel, optimizers, loader, Guard(cfg))
+
+
 def make_model(cfg=None, zeros=False, seed=0, **changes):
     """A model of SMALL. Head and output projections start at zero, which hides most of what a test looks for:
     zeros=False gives them small random values instead."""
     cfg = cfg or make_cfg(**changes)
     torch.manual_seed(seed)
-    model = train.GPT(cfg, te, lambda f: f, CPU)
+    model = train.GPT(cfg, emulated_precision(cfg), lambda f: f, CPU)
     if not zeros:
         with torch.no_grad():
             for name, p in model.named_parameters():
@@ -165,7 +180,7 @@ def edited_copy(folder, **edits):
     """A copy of train.py with flags edited in its text, as a user would, imported. Values are source text."""
     text = pathlib.Path(TRAIN).read_text(encoding="utf-8")
     for name, value in edits.items():
-        text, n = re.subn(rf"^{name} = .+?(\s+# )", lambda m: f"{name} = {value}{m[1]}", text, count=1, flags=re.M)
+        text, n = re.subn(rf"^({name}: .+?) = .+?(\s+# )", lambda m: f"{m[1]} = {value}{m[2]}", text, count=1, flags=re.M)
         assert n == 1, name
     path = folder / "train_edited.py"
     path.write_text(text, encoding="utf-8")
@@ -212,19 +227,19 @@ def whole(tensor):
 def parameters_seen():
     """Whole parameters as training hands them to checkpoints and as a resumed run finds them, before and after:
     .saved = {step: {name: tensor}}, .restored = {name: tensor}."""
-    seen, save, restore = SimpleNamespace(saved={}, restored={}), Checkpoints.save, train.restore
+    seen, save, restore = SimpleNamespace(saved={}, restored={}), Checkpoints.save, checkpoint.restore
 
     def spied_save(self, step, make_state, meta):
         state = make_state()
         seen.saved[step] = {name: whole(p) for name, p in state["model"].items()}
         return save(self, step, lambda: state, meta)
 
-    def spied_restore(folder, meta, model, *rest):
-        result = restore(folder, meta, model, *rest)
-        seen.restored = {name: whole(p) for name, p in model.named_parameters()}
+    def spied_restore(run, *rest):
+        result = restore(run, *rest)
+        seen.restored = {name: whole(p) for name, p in run.model.named_parameters()}
         return result
 
-    with mock.patch.object(Checkpoints, "save", spied_save), mock.patch.object(train, "restore", spied_restore):
+    with mock.patch.object(Checkpoints, "save", spied_save), mock.patch.object(checkpoint, "restore", spied_restore):
         yield seen
 
 
@@ -252,10 +267,11 @@ def poisoned(how, *steps, factor=float("nan")):
     shows what they left behind."""
     count, train_step = itertools.count(), train.train_step
 
-    def spied(parallel, loader, *rest):
+    def spied(run):
         if next(count) not in steps:
-            return train_step(parallel, loader, *rest)
-        scale, model = loader.loss_scale, parallel.model
+            return train_step(run)
+        loader, model = run.loader, run.model
+        scale = loader.loss_scale
         if how == "a loss of nan":
             loader.loss_scale *= factor
             hook = None
@@ -264,7 +280,7 @@ def poisoned(how, *steps, factor=float("nan")):
         else:
             hook = model.head.weight.register_hook(lambda grad: grad * torch.inf)
         try:
-            return train_step(parallel, loader, *rest)
+            return train_step(run)
         finally:
             loader.loss_scale = scale
             if hook:

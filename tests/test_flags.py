@@ -1,27 +1,38 @@
 """Flags of train.py: names, types, presets, help, and how wrong input ends."""
 
 import re
+import shutil
+import subprocess
 import sys
 from types import SimpleNamespace
+from typing import Annotated, Literal, get_args, get_origin
 
 import pytest
 
 import helpers
 import train
-from nanofp8.config import UserError, parse_flags, read_flag_table
-from nanofp8.precision import flags_without_effect
+from nanofp8.config import AutoBool, UserError, check_command_line, parse_flags, script_flags
 from helpers import TRAIN, edited_copy, finish, make_cfg, one_process, start, train_here
 
 pytestmark = pytest.mark.usefixtures("fresh")
-TABLE = read_flag_table(TRAIN)
-TRISTATE = [n for n, (default, _, _) in TABLE.items() if default == "auto" and n.startswith("USE_")]
-BOOLS = [n for n, (default, _, _) in TABLE.items() if isinstance(default, bool)]
-INTS = [n for n, (default, _, _) in TABLE.items() if isinstance(default, int) and not isinstance(default, bool)]
-FLOATS = [n for n, (default, _, _) in TABLE.items() if isinstance(default, float)]
+FLAGS = script_flags(TRAIN)
+CHOICES = {n: get_args(f.kind) for n, f in FLAGS.items() if get_origin(f.kind) is Literal}
+TRISTATE = [n for n, f in FLAGS.items() if f.kind == AutoBool]
+BOOLS = [n for n, f in FLAGS.items() if f.kind is bool]
+
+
+def base(flag):
+    """int, float or str for a flag of that type with or without a range; else None."""
+    kind = get_args(flag.kind)[0] if get_origin(flag.kind) is Annotated else flag.kind
+    return kind if kind in (int, float, str) else None
+
+
+INTS = [n for n, f in FLAGS.items() if base(f) is int]
+FLOATS = [n for n, f in FLAGS.items() if base(f) is float]
 
 
 def parse(*argv, **options):
-    return parse_flags(list(argv), TRAIN, **dict(presets=train.PRESETS, choices=train.CHOICES, has_gpu=False) | options)
+    return parse_flags(list(argv), TRAIN, **dict(presets=train.PRESETS, has_gpu=False) | options)
 
 
 def refused(*argv, **options):
@@ -34,9 +45,9 @@ def refused(*argv, **options):
 
 def good_value(name):
     """A value other than the default, as text and as parse_flags should give it."""
-    default = TABLE[name][0]
-    if name in train.CHOICES:
-        value = next(v for v in reversed(train.CHOICES[name]) if v != default)
+    default = FLAGS[name].default
+    if name in CHOICES:
+        value = next(v for v in reversed(CHOICES[name]) if v != default)
     elif name in TRISTATE:
         value = True
     elif name in BOOLS:
@@ -51,7 +62,7 @@ def good_value(name):
 
 
 def bad_values(name):
-    if name in train.CHOICES:
+    if name in CHOICES:
         return ["nonsense", ""]
     if name in TRISTATE or name in BOOLS:
         return ["maybe", "1", ""]
@@ -70,16 +81,16 @@ def test_the_names_that_others_rely_on():
     names = """USE_FP8 USE_NVFP4 USE_FSDP2 USE_DDP USE_AC_LM_HEAD USE_WANDB total_batch_size batch_size block_size n_layer
         n_embd n_head vocab_size max_iters warmup_iters learning_rate FP8_RECIPE USE_COMPILE USE_AC_BLOCKS USE_AC_ATTENTION
         USE_8BIT_ADAM dataset data_dir out_dir run_name seed eval_interval eval_tokens preset""".split()
-    assert set(names) <= set(TABLE)
+    assert set(names) <= set(FLAGS)
 
 
-@pytest.mark.parametrize("name", TABLE)
+@pytest.mark.parametrize("name", FLAGS)
 def test_each_flag_has_a_default_a_comment_and_a_group_and_is_a_constant_of_the_module(name):
-    default, comment, group = TABLE[name]
-    assert comment and group and getattr(train, name) == default
+    flag = FLAGS[name]
+    assert flag.comment and flag.group and getattr(train, name) == flag.default
 
 
-@pytest.mark.parametrize("name", TABLE)
+@pytest.mark.parametrize("name", FLAGS)
 def test_each_flag_takes_a_good_value(name):
     text, value = good_value(name)
     cfg = parse(f"--{name}={text}")
@@ -87,7 +98,7 @@ def test_each_flag_takes_a_good_value(name):
     assert name in cfg.explicit
 
 
-@pytest.mark.parametrize("name", TABLE)
+@pytest.mark.parametrize("name", FLAGS)
 def test_each_flag_refuses_bad_values_by_name(name):
     for text in bad_values(name):
         line = refused(f"--{name}={text}")
@@ -96,8 +107,9 @@ def test_each_flag_refuses_bad_values_by_name(name):
 
 @pytest.mark.parametrize("name", FLOATS)
 def test_a_whole_number_is_fine_for_a_float_flag(name):
-    value = getattr(parse(f"--{name}=2"), name)
-    assert value == 2.0 and isinstance(value, float)
+    whole = next(n for n in (2, 0, 7) if FLAGS[name].kind is float or n in get_args(FLAGS[name].kind)[1])
+    value = getattr(parse(f"--{name}={whole}"), name)
+    assert value == whole and isinstance(value, float)
 
 
 @pytest.mark.parametrize("text,value", [("true", True), ("True", True), ("TRUE", True), ("false", False), ("False", False)])
@@ -121,7 +133,7 @@ def test_text_stays_text():
     ("USE_FSDP", "USE_FSDP2"), ("max_iter", "max_iters"), ("Total_Batch_Size", "total_batch_size"),
 ])
 def test_an_unknown_flag_names_the_nearest(given, nearest):
-    assert f"--{nearest} " in refused(f"--{given}=1")
+    assert f"--{nearest}?" in refused(f"--{given}=1")
 
 
 @pytest.mark.parametrize("arg", ["--seed", "seed=1", "-seed=1", "--", "", "train", "--=1", "--seed 1"])
@@ -146,7 +158,7 @@ def test_values_that_trip_the_parser_are_refused_like_others(text):
 
 def test_preset_d20_repeats_the_defaults_of_the_file():
     """An edited flag is told from an untouched one by this table."""
-    assert {name: TABLE[name][0] for name in train.PRESETS["d20"]} == train.PRESETS["d20"]
+    assert {name: FLAGS[name].default for name in train.PRESETS["d20"]} == train.PRESETS["d20"]
 
 
 def test_every_preset_sets_only_flags_of_d20():
@@ -159,10 +171,10 @@ def test_every_preset_sets_only_flags_of_d20():
 def test_a_preset_fills_its_flags_and_leaves_the_rest(name):
     cfg = parse(f"--preset={name}")
     assert cfg.preset == name
-    for flag, (default, _, _) in TABLE.items():
-        if flag != "preset":
-            assert getattr(cfg, flag) == train.PRESETS[name].get(flag, default)
-            assert type(getattr(cfg, flag)) is type(default)
+    for flag in FLAGS.values():
+        if flag.name != "preset":
+            assert getattr(cfg, flag.name) == train.PRESETS[name].get(flag.name, flag.default)
+            assert type(getattr(cfg, flag.name)) is type(flag.default)
 
 
 @pytest.mark.parametrize("has_gpu,name", [(True, "d20"), (False, "tiny")])
@@ -190,7 +202,7 @@ def test_a_flag_edited_in_the_file_beats_the_preset_and_a_given_one_beats_both(t
     assert (cfg.preset, cfg.n_layer, cfg.dataset, cfg.n_embd) == ("d12", 3, "mine", 768)
 
 
-# The next three show what an edit in the file does to the flag's type: it is read off the edited value.
+# The annotation keeps a flag's type, whatever value is written into the file
 
 
 def test_a_float_flag_edited_to_a_whole_number_still_takes_any_number(tmp_path):
@@ -204,16 +216,71 @@ def test_an_auto_flag_edited_to_true_can_be_set_back_to_auto(tmp_path):
     assert module.read_flags(["--USE_COMPILE=auto"], has_gpu=False).USE_COMPILE == "auto"
 
 
-def test_a_flag_that_somebody_adds_takes_what_its_default_is(tmp_path):
-    """In no list of types: text, switch or number by the default."""
-    added = '1337\nmy_count = 3  # a\nmy_share = 0.5  # b\nmy_text = "x"  # c\nmy_switch = False '
+def test_a_flag_that_somebody_adds(tmp_path):
+    added = '1337\nmy_count: Positive = 3  # a\nmy_share: Fraction = 0.5  # b\nmy_text: str = "x"  # c\nmy_switch: bool = False '
     module, path = edited_copy(tmp_path, seed=added)
     cfg = module.read_flags([], has_gpu=False)
     assert (cfg.my_count, cfg.my_share, cfg.my_text, cfg.my_switch) == (3, 0.5, "x", False) and type(cfg.my_count) is int
-    cfg = module.read_flags(["--my_count=4", "--my_share=1", "--my_text=7", "--my_switch=true"], has_gpu=False)
-    assert (cfg.my_count, cfg.my_share, cfg.my_text, cfg.my_switch) == (4, 1.0, "7", True)
-    with pytest.raises(module.UserError, match="--my_switch takes True or False"):
-        module.read_flags(["--my_switch=3"], has_gpu=False)
+    cfg = module.read_flags(["--my_count=4", "--my_share=0", "--my_text=7", "--my_switch=true"], has_gpu=False)
+    assert (cfg.my_count, cfg.my_share, cfg.my_text, cfg.my_switch) == (4, 0.0, "7", True)
+    for argument, words in (("--my_switch=3", "True or False"), ("--my_share=1", "below 1"), ("--my_count=0", "at least 1")):
+        with pytest.raises(module.UserError, match=f"{argument.split('=')[0]}.*{words}"):
+            module.read_flags([argument], has_gpu=False)
+
+
+@pytest.mark.parametrize("line,words", [
+    ("my_flag = 3  # no type", ["line 4", "my_flag", "name: type = value"]),
+    ("my_flag: Natural = 3  # of no type that there is", ["line 4", "my_flag", "'Natural'", "nanofp8/config.py"]),
+    ("my_flag: Positive = 0  # out of range", ["line 4", "my_flag", "at least 1", "got 0"]),
+    ("my_flag: int = open('x')  # no constant", ["line 4", "my_flag", "open('x')"]),
+    ("my_flag: int = 2 ** 1000  # too large", ["line 4", "my_flag"]),
+    ("my_flag: bool = 1  # of another type", ["line 4", "my_flag", "True or False"]),
+    ("print('hello')", ["line 4", "# Flags"]),
+])
+def test_a_flag_line_that_cannot_be_read(tmp_path, line, words):
+    """One line that names the script's line, the flag and what it should be; nothing of the script is run."""
+    path = tmp_path / "script.py"
+    path.write_text(f'"""A script."""\n# Flags\n# The run\n{line}\n# End of flags\n')
+    with pytest.raises(UserError) as caught:
+        script_flags(path)
+    assert caught.value.status == 2 and all(word in str(caught.value) for word in ["script.py", *words]), caught.value
+
+
+def test_values_may_be_arithmetic(tmp_path):
+    path = tmp_path / "script.py"
+    path.write_text("# Flags\na: Positive = 2**19\nb: float = -1 / 4  # c\nc: int = 9 * 10**8 // 2048\n# End of flags\nd = 1\n")
+    flags = script_flags(path)
+    assert [(f.name, f.default, f.comment) for f in flags.values()] == [("a", 524288, ""), ("b", -0.25, "c"), ("c", 439453, "")]
+
+
+def test_torchrun_ranks_are_silent(monkeypatch, capsys):
+    """Rank 0 alone answers --help and wrong flags; the others exit alike."""
+    for rank, says in (("0", True), ("1", False)):
+        monkeypatch.setenv("RANK", rank)
+        for argv, code in ((["--help"], 0), (["--n_layer=0"], 2)):
+            with pytest.raises(SystemExit) as caught:
+                check_command_line(TRAIN, argv)
+            out, err = capsys.readouterr()
+            assert caught.value.code == code and bool(out + err) == says
+
+
+def test_flags_are_answered_without_torch(tmp_path):
+    """config.py needs the standard library alone, in every Python that this machine has."""
+    script = tmp_path / "script.py"
+    script.write_text("from nanofp8.config import *\nfrom nanofp8.config import check_command_line\n"
+                      "if __name__ == '__main__':\n    check_command_line(__file__)\n"
+                      "# Flags\n# Model\nn_layer: Positive = 2  # blocks\nUSE_DDP: AutoBool = 'auto'  # wrap\n# End of flags\n"
+                      "import sys\nassert not {'torch', 'numpy'} & set(sys.modules)\n")
+    pythons = {shutil.which(f"python3.{minor}") for minor in range(10, 15)} - {None} | {sys.executable}
+    tried = 0
+    for python in pythons:
+        if subprocess.run([python, "-c", "pass"], capture_output=True).returncode:
+            continue  # a launcher of a version that is not installed
+        for argument, code, word in (("--help", 0, "--n_layer=2"), ("--n_layer=3", 0, ""), ("--USE_DDP=maybe", 2, "True or False")):
+            result = subprocess.run([python, str(script), argument], capture_output=True, text=True, env={"PYTHONPATH": str(helpers.ROOT)})
+            assert (result.returncode, word in result.stdout + result.stderr) == (code, True), (python, argument, result)
+        tried += 1
+    assert tried
 
 
 @pytest.mark.parametrize("edit", [dict(max_iters="2 * 1700"), dict(weight_decay='"much"'), dict(USE_FP8="true"), dict(n_layer='"six"')])
@@ -333,10 +400,11 @@ def test_as_a_script(tmp_path, shards):
 
     text = results["help"]
     assert text.code == 0 and not text.err
-    for name, (default, comment, group) in TABLE.items():
-        (line,) = [x for x in text.out.splitlines() if x.startswith(f"  --{name}=")]
-        assert line.startswith(f"  --{name}={default}") and line.endswith(comment)
-        assert group in text.out
+    for flag in FLAGS.values():
+        (line,) = [x for x in text.out.splitlines() if x.startswith(f"  --{flag.name}=")]
+        assert line.startswith(f"  --{flag.name}={flag.default}") and flag.comment in line
+        assert flag.group in text.out
+        assert all(str(choice) in line for choice in CHOICES.get(flag.name, ()))
     assert train.__doc__.strip().splitlines()[0] in text.out
 
     helpers.assert_one_error_line(results["unknown"], 2, "--batchsize", "--batch_size")
@@ -350,6 +418,7 @@ def test_flags_without_effect_are_named(fresh, shards, tmp_path, capsys):
     train_here(tmp_path, shards, max_iters=1, warmup_iters=1, FP8_RECIPE="current", FP8_MARGIN=1, NVFP4_HADAMARD=False)
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "without effect" in line]
     assert {"FP8_MARGIN=1", "NVFP4_HADAMARD=False"} <= set(line.replace(",", "").split()) and "FP8_RECIPE" not in line
-    assert flags_without_effect(make_cfg(USE_FP8=False, FP8_RECIPE="block"), "bf16")[0] == "FP8_RECIPE=block"
+    cfg = make_cfg(USE_FP8=False, FP8_RECIPE="block")
+    assert train.select_precision(cfg, helpers.CPU).flags_without_effect(cfg)[0] == "FP8_RECIPE=block"
     train_here(tmp_path, shards, max_iters=1, warmup_iters=1, FP8_MARGIN=1)
     assert "without effect" not in capsys.readouterr().out

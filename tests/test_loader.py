@@ -247,7 +247,7 @@ def test_too_short_for_the_batch(tmp_path):
     write_shard(tmp_path / "n" / "n_train_000001.bin", TOKENS)
     assert ring_of(tmp_path, need=100).total == 100
     line = bad_line(tmp_path, need=101)
-    for word in (str(tmp_path / "n"), "100 tokens", "101", "--total_batch_size", "more shards"):
+    for word in (str(tmp_path / "n"), "100 tokens", "101", "--total_batch_size", "add shards"):
         assert word in line
 
 

@@ -13,6 +13,7 @@ from nanofp8.fused import current_scaling, weight_operand
 from nanofp8.loss import ChunkedCrossEntropy
 from nanofp8.plain import rms_norm, rope_qk_norm
 from nanofp8.precision import fp8_state
+from nanofp8.runlog import parameter_table
 from helpers import CPU, VOCAB, make_cfg, make_model, one_process, relative, tokens_and_targets
 
 pytestmark = pytest.mark.usefixtures("fresh")
@@ -40,13 +41,13 @@ def test_parameter_count_at_the_default_flags():
     cfg = train.read_flags(["--preset=d20"], has_gpu=False)
     model = train.GPT(cfg, te, lambda f: f, torch.device("meta"))
     assert sum(p.numel() for p in model.parameters()) == 561_040_640
-    assert sum(n for _, n, _ in model.parameter_table()) == 561_040_640
+    assert sum(n for _, n, _ in parameter_table(cfg)) == 561_040_640
     assert train.flops_per_token(cfg) == 6 * (20 * 12 * 1280**2 + 65536 * 1280) + 6 * 20 * 2048 * 1280
 
 
 def test_the_parameter_table_adds_up():
     model = make_model(n_layer=3, n_embd=96, n_head=3, vocab_size=VOCAB + 7)
-    assert sum(n for _, n, _ in model.parameter_table()) == sum(p.numel() for p in model.parameters())
+    assert sum(n for _, n, _ in parameter_table(model.cfg)) == sum(p.numel() for p in model.parameters())
 
 
 def test_parameter_names_and_shapes():

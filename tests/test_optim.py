@@ -451,7 +451,7 @@ def test_the_choice_of_muon(monkeypatch):
 def test_8_bit_adam_is_refused_where_it_cannot_run():
     for sharded, word in ((False, "GPU"), (True, "sharded")):
         with pytest.raises(UserError, match=word) as caught:
-            import_bitsandbytes(one_process(), sharded)
+            import_bitsandbytes(one_process().device, sharded)
         assert caught.value.status == 2
 
 

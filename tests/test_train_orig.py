@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 import helpers
 import train
-from nanofp8.config import parse_flags, read_flag_table
+from nanofp8.config import parse_flags, script_flags
 import train_orig
 
 SCRIPT = str(helpers.ROOT / "train_orig.py")
@@ -101,7 +101,7 @@ def test_run_learns_and_keeps_the_log_contract(tmp_path, shards, fresh, capsys):
         assert r["lr_muon"] is None and r["momentum"] is None and r["mfu"] is None
         assert r["lr_embed"] == r["lr_head"] == pytest.approx(3e-3 * train.lr_factor(r["step"], 2, 30, 0.1))
     config = json.loads((folder / "config.json").read_text())
-    assert set(read_flag_table(SCRIPT)) <= set(config) and config["precision"] == "fp32" and config["world_size"] == 1
+    assert set(script_flags(SCRIPT)) <= set(config) and config["precision"] == "fp32" and config["world_size"] == 1
     out = capsys.readouterr().out
     assert re.search(r"^step  1/30 \| loss +[\d.]+ \| norm [\d.e+-]+ \| lr [\d.e-]+ \| +[\d.]+ ms \| [\d,]+ tok/s \| ", out, re.M)
     assert re.search(r"^step 30/30 \| val loss [\d.]+ over 640 tokens \| ", out, re.M) and "\ndone: val loss " in out
@@ -136,8 +136,8 @@ def test_accumulation_equals_a_larger_batch(tmp_path, shards, fresh):
 
 
 def test_released_flags_and_presets_agree():
-    table = {name: default for name, (default, _, _) in read_flag_table(SCRIPT).items()}
-    assert all(comment for _, comment, _ in read_flag_table(SCRIPT).values())
+    table = {name: default for name, (default, _, _) in script_flags(SCRIPT).items()}
+    assert all(comment for _, comment, _ in script_flags(SCRIPT).values())
     assert train_orig.PRESETS["d20"].items() <= table.items()
     for preset in train_orig.PRESETS.values():
         assert set(preset) <= set(table)

@@ -17,11 +17,12 @@ import torch
 
 import helpers
 import train
-from nanofp8.config import UserError, read_flag_table
+from nanofp8.config import UserError, script_flags
 from nanofp8.machine import peak_flops
 from nanofp8.precision import fp8_state
 from nanofp8.procs import Processes
-from nanofp8.runlog import RunLog, format_duration, make_run_folder, smooth
+from nanofp8.plots import smooth
+from nanofp8.runlog import FolderLock, RunLog, format_duration, make_run_folder
 from helpers import ROOT, SMALL, TRAIN, finish, flag_args, losses, markov_tokens, records, start, start_torchrun, train_here
 from helpers import val_losses, write_shard
 
@@ -170,7 +171,7 @@ def test_the_loss_starts_at_ln_vocab_and_falls(script_run):
 def test_config_json_holds_every_flag_and_the_machine(script_run):
     config = json.loads((script_run.folder / "config.json").read_text())
     cfg = vars(helpers.make_cfg(max_iters=5, eval_interval=2, total_batch_size=512, USE_WANDB=True, run_name="first"))
-    for name in read_flag_table(TRAIN):
+    for name in script_flags(TRAIN):
         assert name in config
         if name != "data_dir":
             assert config[name] == cfg[name]
