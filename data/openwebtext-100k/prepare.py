@@ -13,7 +13,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # data/common.py, from any working directory
-from common import prepare_main
+from common import prepare_main  # noqa: E402
 
 if __name__ == "__main__":  # the worker processes may import this file again
     prepare_main(__doc__, source="mychen76/openwebtext-100k", name="openwebtext", out_dir=HERE)

@@ -21,7 +21,9 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # data/common.py, from any working directory
-from common import EOT, OneLineParser, fail, gpt2_encoding, one_line, write_shard
+from common import OneLineParser, UserError, error_line, gpt2_encoding, root_cause, run_script  # noqa: E402
+
+from nanofp8.shards import EOT, write_shard  # noqa: E402
 
 SOURCE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 VAL_FRACTION = 0.1
@@ -36,7 +38,7 @@ def read_text(source):
         else:
             data = Path(source).expanduser().read_bytes()
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or one_line(error)
+        reason = getattr(error, "strerror", None) or root_cause(error)
         remedy = "check the network" if "://" in source else "check the path"
         raise ValueError(f"cannot read {source} ({reason}); {remedy}, or give another file or address") from None
     try:
@@ -77,10 +79,12 @@ def main():
             write_shard(path, tokens)
             print(f"{path}: {len(tokens):,} tokens")
     except ValueError as error:
-        fail(error)
+        raise UserError(str(error)) from None
     except OSError as error:
-        fail(f"cannot write to {args.out} ({one_line(error)}); choose another folder with --out")
+        raise UserError(
+            f"cannot write to {args.out} ({error_line(error)}); choose another folder with --out"
+        ) from None
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)
