@@ -180,9 +180,9 @@ case " $* " in
 esac
 
 # FineWeb is train.py's default with a GPU; on a CPU it trains on Shakespeare, which is there.
-flag() { # the value of flag $1 among the arguments that follow, else train.py's
+flag() { # print the value of flag $1 among the arguments that follow, else train.py's: name: type = "value"
   local name=$1 value arg
-  value=$(sed -n "/^$name *=/{s/^[^\"']*[\"']\([^\"']*\).*/\1/p;q;}" train.py)
+  value=$(sed -n "s/^$name *\(:[^=]*\)\{0,1\}= *[\"']\([^\"']*\)[\"'].*/\2/p" train.py | sed -n 1p)
   shift
   for arg in "$@"; do case $arg in "--$name="*) value=${arg#*=} ;; esac done
   echo "$value"

@@ -1,6 +1,7 @@
 """run.sh in a copy of the folder, with fakes of python, uv, nvidia-smi and scontrol on PATH: nothing is installed."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -472,12 +473,29 @@ def test_which_flags_fetch_data(host, flags, fetched):
     assert not any("cachedfineweb10b" in line for line in host.did)
 
 
-def test_edited_train_py_decides_too(host):
-    text = (host.repo / "train.py").read_text()
-    assert text.count('\ndataset = "fineweb10B"') == 1 and text.count('\ndata_dir = "data"') == 1
-    (host.repo / "train.py").write_text(text.replace('\ndataset = "fineweb10B"', "\ndataset = 'shakespeare'"))
-    host.gpus(1).has("torch", "numpy", "transformer_engine.pytorch", "transformer_engine.__init__").run()
-    assert host.did == ["fake train.py RANK="]
+def edit_flag(host, name, line):
+    """Replace the line of a flag in the host's train.py."""
+    path = host.repo / "train.py"
+    text, count = re.subn(rf"^{name}\b[^=\n]*= .*$", line, path.read_text(), flags=re.M)
+    assert count == 1
+    path.write_text(text)
+
+
+@pytest.mark.parametrize("name, lines, fetched", [
+    ("dataset", ["dataset = 'shakespeare'", 'dataset = "shakespeare"  # or "fineweb10B"',
+                 "dataset: str = 'shakespeare'", 'dataset : str="shakespeare"  # dataset = "fineweb10B"'], False),
+    ("dataset", ["dataset = 'fineweb10B'", 'dataset: str = "fineweb10B"  # not "shakespeare", not \'x\''], True),
+    ("data_dir", ['data_dir: FolderName = "/mnt/shards"  # "data" or another folder'], False),
+    ("preset", ['preset = "tiny"', 'preset: Literal["auto", "classic", "d20", \'tiny\'] = "tiny"  # "auto": d20'], False),
+    ("preset", ['preset = "d12"', 'preset: Literal["auto", "classic", "d20", \'tiny\'] = "auto"  # or "tiny"'], True),
+])  # fmt: skip
+def test_edited_train_py_decides_too(host, name, lines, fetched):
+    host.gpus(1).has("torch", "numpy", "transformer_engine.pytorch", "transformer_engine.__init__")
+    for line in lines:
+        edit_flag(host, name, line)
+        host.run()
+        assert host.did == ["fake data/cachedfineweb10b.py 9"] * fetched + ["fake train.py RANK="], line
+        shutil.rmtree(host.repo / "data" / "fineweb10B", ignore_errors=True)
 
 
 def test_failed_download_is_said(host):
