@@ -151,6 +151,30 @@ install() {
   key "$requirements" >.venv/installed.new && mv .venv/installed.new .venv/installed
 }
 
+# Answer --help and wrong flags before anything is installed or downloaded, by the first Python of 3.10 or newer. Return
+# if all flags are right, or if no such Python is here: train.py answers them too.
+check_flags() {
+  local name answer status code='
+import sys
+assert sys.version_info >= (3, 10)
+try:
+    from nanofp8.config import check_command_line
+    check_command_line("train.py", sys.argv[1:])
+except Exception:
+    pass
+sys.exit(100)
+'
+  for name in "$python" .venv/bin/python python3 python3.12 python3.13 python3.11 python3.10; do
+    status=0
+    answer=$("$name" -W ignore -c "$code" "$@" 2>&1) || status=$?
+    case $status in
+      0) printf '%s\n' "$answer"; exit 0 ;;     # --help
+      2) printf '%s\n' "$answer" >&2; exit 2 ;; # a wrong flag
+      100) return ;;
+    esac
+  done
+}
+
 # One set-up or download at a time in this folder; a second one waits (not on macOS, which has no flock).
 lock() {
   command -v flock >/dev/null || return 0
@@ -160,6 +184,8 @@ lock() {
 python=${PYTHON:-${VIRTUAL_ENV:+$VIRTUAL_ENV/bin/python}}
 found=$(command -v "${python:=python3}" || true)
 [ -n "$found" ] || [ -z "${PYTHON:-}" ] || die "PYTHON=$PYTHON is not there"
+unset RANK LOCAL_RANK WORLD_SIZE # of whatever started this script
+[ "${1:-}" = test ] || check_flags "$@"
 py=$PWD/.venv/bin/python
 if [ -n "$found" ] && { [ ! -f .venv/installed ] || [ ! "${found%/*}" -ef .venv/bin ]; } && usable "$found"; then
   py=$found # not run.sh's own .venv, which must be complete
@@ -197,7 +223,6 @@ fi
 
 set -- train.py "$@"
 if [ -z "$NNODES" ] && [ "$NPROC" -eq 1 ] && [ "$MAX_RESTARTS" -eq 0 ]; then
-  unset RANK LOCAL_RANK WORLD_SIZE # of whatever started this script
   exec "$py" "$@"
 fi
 [ "$MAX_RESTARTS" -eq 0 ] || set -- --max_restarts="$MAX_RESTARTS" "$@"

@@ -36,7 +36,10 @@ case "$*" in
     log "$* RANK=${RANK:-}"
     if [ -n "${TRAIN_WAITS:-}" ]; then trap 'log train got TERM; kill $!; exit 7' TERM; sleep 60 & wait; fi
     exit "${STATUS:-0}" ;;
-  data/cachedfineweb10b.py*) log "$*"; [ -z "${NO_NET:-}" ] || exit 1; mkdir -p data/fineweb10B; touch data/fineweb10B/f_train_000001.bin ;;
+  data/cachedfineweb10b.py*)
+    log "$*"; [ -z "${NO_NET:-}" ] || exit 1
+    mkdir -p data/fineweb10B; touch data/fineweb10B/f_train_000001.bin ;;
+  *check_command_line*) [ -z "${OLD:-}" ] && exec "$REAL" -S "$@" ;;
   *urlopen*) [ -n "${CPU_INDEX:-}" ] ;;
   *_base_executable*) [ -z "${OLD:-}" ] && case $0 in */.venv/*) echo "$BASE" ;; *) echo "$0" ;; esac ;;
   *Python.h*) [ -z "${NO_HEADERS:-}" ] ;;
@@ -47,6 +50,18 @@ UV = r"""#!/bin/bash
 echo "uv $*" >>"$LOG"
 mkdir -p "${@: -1}/bin" && cp "$(dirname "$0")/python3" "${@: -1}/bin/python"
 """
+# Stands in for nanofp8/config.py: what is tested here is what run.sh makes of its answers.
+CONFIG = r"""
+import os, sys
+def check_command_line(path, argv):
+    assert os.path.exists(path)
+    if "--help" in argv:
+        print("rank", os.environ.get("RANK"), "all flags")
+        sys.exit(0)
+    if "--wrong=1" in argv:
+        print("train.py: error: unknown flag --wrong", file=sys.stderr)
+        sys.exit(2)
+"""
 CPU_PARTS = 3  # of requirements-cpu.txt, each with its own pip call
 
 
@@ -55,8 +70,9 @@ class Host:
 
     def __init__(self, tmp):
         self.tmp, self.repo, self.bin, self.stubs = tmp, tmp / "repo", tmp / "fake" / "bin", tmp / "stubs"
-        for folder in (self.repo / "data", self.bin, self.stubs):
+        for folder in (self.repo / "data", self.repo / "nanofp8", self.bin, self.stubs):
             folder.mkdir(parents=True)
+        (self.repo / "nanofp8" / "config.py").write_text(CONFIG)
         for name in ("run.sh", "requirements.txt", "requirements-cpu.txt", "train.py"):
             shutil.copy(ROOT / name, self.repo / name)
         for name in ("python3", "python3.10", "python3.11", "python3.12", "python3.13"):
@@ -65,9 +81,10 @@ class Host:
         self.fake("scontrol", "#!/bin/bash\nprintf '%s\\n' node7 node8\n")
         self.gpus(0)
         self.log = tmp / "log"
-        real = subprocess.run([sys.executable, "-c", "import sys; print(sys._base_executable)"], capture_output=True, text=True)
-        self.env = {"PATH": f"{self.bin}:/usr/bin:/bin", "HOME": str(tmp), "LOG": str(self.log), "STUBS": str(self.stubs),
-                    "REAL": real.stdout.strip(), "BASE": str(self.bin / "python3")}
+        real = subprocess.run([sys.executable, "-c", "import sys; print(sys._base_executable)"],
+                              capture_output=True, text=True)
+        self.env = {"PATH": f"{self.bin}:/usr/bin:/bin", "HOME": str(tmp), "LOG": str(self.log),
+                    "STUBS": str(self.stubs), "REAL": real.stdout.strip(), "BASE": str(self.bin / "python3")}
 
     def fake(self, name, text, folder=None):
         path = (folder or self.bin) / name
@@ -161,7 +178,9 @@ def test_gpu_setup_wants_a_compiler(host):
     assert "g++ python3-dev" in out and not host.pips()
 
 
-@pytest.mark.parametrize("driver, fine", [("550.54.15", False), ("579.1", False), ("580.159.04", True), ("1000.1", True)])
+@pytest.mark.parametrize("driver, fine", [
+    ("550.54.15", False), ("579.1", False), ("580.159.04", True), ("1000.1", True),
+])  # fmt: skip
 def test_gpu_setup_wants_a_driver_for_cuda_13(host, driver, fine):
     host.fake("nvidia-smi", f"#!/bin/bash\n[ $1 = -L ] && echo 'GPU 0: H100' || echo {driver}\n")
     out = host.run("--preset=tiny", status=0 if fine else 1)
@@ -273,7 +292,8 @@ def test_two_starts_set_up_once(host):
 def test_uv_where_python_has_no_venv(host):
     host.fake("uv", UV)
     host.run(NO_VENV="1")
-    assert host.did[1].startswith("uv venv") and "--seed" in host.did[1] and f"--python {host.bin}/python3" in host.did[1]
+    assert host.did[1].startswith("uv venv") and "--seed" in host.did[1]
+    assert f"--python {host.bin}/python3" in host.did[1]
     assert len(host.pips()) == CPU_PARTS and host.did[-1] == ".venv train.py RANK="
 
 
@@ -360,8 +380,8 @@ def test_more_processes_than_gpus(host):
 
 
 def test_nproc(host):
-    host.has("torch", "numpy").run("--a=1", NPROC="3")
-    assert host.did[0].startswith("fake torchrun --nproc_per_node=3 --standalone train.py --a=1 OMP=")
+    host.has("torch", "numpy").run("--seed=1", NPROC="3")
+    assert host.did[0].startswith("fake torchrun --nproc_per_node=3 --standalone train.py --seed=1 OMP=")
     host.run(NPROC="2", OMP_NUM_THREADS="5")
     assert host.did[0].endswith(" OMP=5")
 
@@ -379,9 +399,9 @@ def test_visible_gpus(host, visible, processes):
 
 
 def test_several_machines(host):
-    host.has("torch", "numpy").run("--a=1", NPROC="2", NNODES="2", NODE_RANK="1", MASTER_ADDR="10.0.0.1")
+    host.has("torch", "numpy").run("--seed=1", NPROC="2", NNODES="2", NODE_RANK="1", MASTER_ADDR="10.0.0.1")
     assert host.did[0].startswith("fake torchrun --nproc_per_node=2 --nnodes=2 --node_rank=1 --master_addr=10.0.0.1 "
-                                  "--master_port=29500 train.py --a=1 ")
+                                  "--master_port=29500 train.py --seed=1 ")
     host.run(NNODES="2", RDZV_ENDPOINT="h:1", RDZV_ID="7")
     assert "--nnodes=2 --rdzv_backend=c10d --rdzv_endpoint=h:1 --rdzv_id=7 train.py" in host.did[0]
     host.run(NNODES="1")
@@ -398,7 +418,8 @@ def test_slurm(host):
     step = {"SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NUM_TASKS": "2", "SLURM_NODEID": "1", "SLURM_JOB_ID": "123",
             "SLURM_STEP_NODELIST": "node[7-8]"}
     host.has("torch", "numpy").run(NPROC="4", **step)
-    assert "--nproc_per_node=4 --nnodes=2 --node_rank=1 --master_addr=node7 --master_port=20123 --rdzv_id=123.0 train.py" in host.did[0]
+    assert ("--nproc_per_node=4 --nnodes=2 --node_rank=1 --master_addr=node7 --master_port=20123 --rdzv_id=123.0 "
+            "train.py") in host.did[0]
     assert "--ntasks-per-node=1" in host.run(status=2, **{**step, "SLURM_STEP_NUM_TASKS": "16"})
     host.run(**{**step, "SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_NUM_TASKS": "1"})
     assert host.did == ["fake train.py RANK="]
@@ -423,10 +444,11 @@ def test_signal_reaches_training(host):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 @pytest.mark.parametrize("safe", [True, False])
 def test_a_signal_to_several_processes(host, number, safe):
-    """torchrun hears of it once and returns 1, which counts as 0 only where the workers left word that they ended well."""
+    """torchrun gets it once and returns 1. That becomes 0 only if the workers left a file that says they ended well."""
     outside = host.tmp / "outside"
     outside.touch()  # a file of someone else's run says nothing
-    process = host.has("torch", "numpy").start(NPROC="2", TRAIN_WAITS="1", ENDED_WELL=str(outside), **{"SAFE": "1"} if safe else {})
+    env = {"NPROC": "2", "TRAIN_WAITS": "1", "ENDED_WELL": str(outside)} | ({"SAFE": "1"} if safe else {})
+    process = host.has("torch", "numpy").start(**env)
     wait_for(lambda: host.log.exists() and "torchrun" in host.log.read_text(), "torchrun")
     time.sleep(0.2)
     process.send_signal(number)
@@ -440,8 +462,8 @@ def test_a_failure_stays_one_without_a_signal(host):
 
 
 def test_restarts(host):
-    host.has("torch", "numpy").run("--a=1", NPROC="2", MAX_RESTARTS="3")
-    assert "--standalone --max_restarts=3 train.py --a=1" in host.did[0]
+    host.has("torch", "numpy").run("--seed=1", NPROC="2", MAX_RESTARTS="3")
+    assert "--standalone --max_restarts=3 train.py --seed=1" in host.did[0]
     host.run(MAX_RESTARTS="1")  # one process too needs someone who starts it again
     assert "torchrun --nproc_per_node=1 --standalone --max_restarts=1 train.py" in host.did[0]
     host.run(MAX_RESTARTS="0")
@@ -454,9 +476,52 @@ def test_test_command(host):
     assert len(host.pips()) == CPU_PARTS and host.did[-1] == f".venv {host.repo.resolve()} pytest -k a or b"
 
 
-def test_help(host):
-    host.gpus(8).has("torch", "numpy", "transformer_engine.pytorch", "transformer_engine.__init__").run("--help")
-    assert host.did == ["fake train.py --help RANK="]  # no data, no torchrun
+# Flags, checked before anything is set up
+
+
+@pytest.mark.parametrize("env", [{}, {"NPROC": "8", "RANK": "3"}])
+def test_help_sets_nothing_up(host, env):
+    assert host.gpus(8).run("--max_iters=5", "--help", **env) == "rank None all flags\n"
+    assert host.did == [] and not (host.repo / ".venv").exists()
+
+
+def test_wrong_flag_sets_nothing_up(host):
+    out = host.gpus(8).run("--wrong=1", status=2)
+    assert out == "train.py: error: unknown flag --wrong\n"
+    assert host.did == [] and not (host.repo / ".venv").exists()
+
+
+def test_flags_are_checked_before_a_download(host):
+    host.gpus(8).has("torch", "numpy", "transformer_engine.pytorch", "transformer_engine.__init__")
+    assert "--wrong" in host.run("--wrong=1", status=2) and host.did == []
+
+
+@pytest.mark.parametrize("config", [None, "raise ImportError", "def check_command_line(*args): 1 / 0"])
+def test_flags_that_nothing_can_check_are_left_to_train_py(host, config):
+    """No Python of 3.10, or a check that fails: not a word, and train.py is asked once it can run."""
+    if config:
+        (host.repo / "nanofp8" / "config.py").write_text(config)
+    host.fake("uv", UV)
+    out = host.run("--wrong=1", OLD="" if config else "1")
+    assert len(host.pips()) == CPU_PARTS and host.did[-1] == ".venv train.py --wrong=1 RANK=" and "rror" not in out
+    host.run("--help", OLD="" if config else "1")
+    assert host.did == [".venv train.py --help RANK="]  # no torchrun
+
+
+def test_any_new_python_checks(host):
+    host.fake("python3", "#!/bin/bash\necho too old >&2; exit 1\n")
+    assert host.run("--help") == "rank None all flags\n"
+
+
+@pytest.mark.skipif("def check_command_line" not in (ROOT / "nanofp8" / "config.py").read_text(),
+                    reason="this nanofp8/config.py has no check_command_line")
+def test_check_of_this_train_py(host):
+    shutil.copy(ROOT / "nanofp8" / "config.py", host.repo / "nanofp8" / "config.py")
+    assert "--max_iters=" in host.run("--help") and host.did == []
+    out = host.run("--max_itres=5", status=2)
+    assert "--max_iters" in out and out.count("\n") == 1 and host.did == []
+    host.has("torch", "numpy").run("--max_iters=5", "--run_name=a b")
+    assert host.did == ["fake train.py --max_iters=5 --run_name=a b RANK="]
 
 
 # Data
@@ -486,8 +551,8 @@ def edit_flag(host, name, line):
                  "dataset: str = 'shakespeare'", 'dataset : str="shakespeare"  # dataset = "fineweb10B"'], False),
     ("dataset", ["dataset = 'fineweb10B'", 'dataset: str = "fineweb10B"  # not "shakespeare", not \'x\''], True),
     ("data_dir", ['data_dir: FolderName = "/mnt/shards"  # "data" or another folder'], False),
-    ("preset", ['preset = "tiny"', 'preset: Literal["auto", "classic", "d20", \'tiny\'] = "tiny"  # "auto": d20'], False),
-    ("preset", ['preset = "d12"', 'preset: Literal["auto", "classic", "d20", \'tiny\'] = "auto"  # or "tiny"'], True),
+    ("preset", ['preset = "tiny"', 'preset: Literal["auto", "d20", \'tiny\'] = "tiny"  # "auto": d20 or tiny'], False),
+    ("preset", ['preset = "d12"', 'preset: Literal["auto", "d20", \'tiny\'] = "auto"  # "auto": d20 or "tiny"'], True),
 ])  # fmt: skip
 def test_edited_train_py_decides_too(host, name, lines, fetched):
     host.gpus(1).has("torch", "numpy", "transformer_engine.pytorch", "transformer_engine.__init__")
