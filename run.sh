@@ -2,6 +2,7 @@
 # Set up what is missing, then train: bash run.sh [--name=value ...]
 #
 #   bash run.sh --max_iters=50        train.py's flags; --help lists them
+#   bash run.sh setup [--name=value ...]  make the environment and download the data that these flags need, then stop
 #   bash run.sh test [-k name ...]    the tests, with pytest's arguments
 #
 # From the environment:
@@ -185,11 +186,13 @@ python=${PYTHON:-${VIRTUAL_ENV:+$VIRTUAL_ENV/bin/python}}
 found=$(command -v "${python:=python3}" || true)
 [ -n "$found" ] || [ -z "${PYTHON:-}" ] || die "PYTHON=$PYTHON is not there"
 unset RANK LOCAL_RANK WORLD_SIZE # of whatever started this script
-[ "${1:-}" = test ] || check_flags "$@"
+command=train
+case ${1:-} in setup | test) command=$1 && shift ;; esac
+[ "$command" = test ] || check_flags "$@"
 py=$PWD/.venv/bin/python
 if [ -n "$found" ] && { [ ! -f .venv/installed ] || [ ! "${found%/*}" -ef .venv/bin ]; } && usable "$found"; then
   py=$found # not run.sh's own .venv, which must be complete
-  for name in numpy $([ "${1:-}" != test ] || echo pytest); do
+  for name in numpy $([ "$command" != test ] || echo pytest); do
     "$py" -c "import $name" 2>/dev/null || die "$py has torch but no $name: $py -m pip install $name"
   done
 elif ! complete; then
@@ -200,10 +203,8 @@ elif ! complete; then
   } 9>.setup.lock
 fi
 
-case " $* " in
-  ' test '*) shift && exec "$py" -m pytest "$@" ;;
-  *' --help '* | *' -h '*) exec "$py" train.py --help ;;
-esac
+[ "$command" != test ] || exec "$py" -m pytest "$@"
+case " $* " in *' --help '* | *' -h '*) exec "$py" train.py --help ;; esac
 
 # FineWeb is train.py's default with a GPU; on a CPU it trains on Shakespeare, which is there.
 flag() { # print the value of flag $1 among the arguments that follow, else train.py's: name: type = "value"
@@ -219,6 +220,11 @@ if [ "$gpus" -gt 0 ] && [ "$(flag dataset "$@") $(flag data_dir "$@")" = "finewe
     compgen -G 'data/fineweb10B/*_train_*.bin' >/dev/null || step "$py" data/cachedfineweb10b.py 9 ||
       die "no FineWeb10B shards (why is above); --dataset=shakespeare trains on the text that comes along"
   } 9>.setup.lock
+fi
+
+if [ "$command" = setup ]; then
+  say "ready; this python will train: $py"
+  exit 0
 fi
 
 set -- train.py "$@"

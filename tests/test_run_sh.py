@@ -476,6 +476,19 @@ def test_test_command(host):
     assert len(host.pips()) == CPU_PARTS and host.did[-1] == f".venv {host.repo.resolve()} pytest -k a or b"
 
 
+@pytest.mark.parametrize("gpus, flags, fetched", [
+    (0, [], False), (2, [], True), (2, ["--dataset=shakespeare"], False),
+])  # fmt: skip
+def test_setup_command(host, gpus, flags, fetched):
+    out = host.gpus(gpus).run("setup", *flags, NPROC="1")
+    assert len(host.pips()) == (5 if gpus else CPU_PARTS)
+    assert ("data/cachedfineweb10b.py" in host.did[-1]) == fetched and not any("train.py" in line for line in host.did)
+    assert f"{host.repo.resolve()}/.venv/bin/python" in out
+    host.run("setup", *flags)
+    assert host.did == []
+    assert "--wrong" in host.run("setup", "--wrong=1", status=2)
+
+
 # Flags, checked before anything is set up
 
 
