@@ -1,4 +1,7 @@
-"""run.sh in a copy of the folder, with fakes of python, uv, nvidia-smi and scontrol on PATH: nothing is installed."""
+"""Tests of run.sh in a copy of the folder, with fakes of python, uv, nvidia-smi and scontrol on PATH.
+
+Nothing is installed, and no network is used.
+"""
 
 import os
 import re
@@ -13,7 +16,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Logs what it is asked to do; `-c` and `-` programs run in the real python, which sees only the packages in $STUBS.
+# Logs what it is asked to do. Runs `-c` and `-` programs in the real python, which sees only the packages in $STUBS.
 PYTHON = r"""#!/bin/bash
 log() { echo "$(basename "$(dirname "$(dirname "$0")")") $*" >>"$LOG"; }
 case "$*" in
@@ -50,7 +53,7 @@ UV = r"""#!/bin/bash
 echo "uv $*" >>"$LOG"
 mkdir -p "${@: -1}/bin" && cp "$(dirname "$0")/python3" "${@: -1}/bin/python"
 """
-# Stands in for nanofp8/config.py: what is tested here is what run.sh makes of its answers.
+# Stands in for nanofp8/config.py: the tests are about what run.sh does with its answers.
 CONFIG = r"""
 import os, sys
 def check_command_line(path, argv):
@@ -66,7 +69,7 @@ CPU_PARTS = 3  # of requirements-cpu.txt, each with its own pip call
 
 
 class Host:
-    """A folder with the project in it, and a machine around it made of fakes."""
+    """A copy of the project's folder on a machine made of fakes."""
 
     def __init__(self, tmp):
         self.tmp, self.repo, self.bin, self.stubs = tmp, tmp / "repo", tmp / "fake" / "bin", tmp / "stubs"
@@ -99,7 +102,7 @@ class Host:
         return self
 
     def has(self, *modules):
-        """Every fake python can import these."""
+        """Let every fake python import these modules."""
         for module in modules:
             path = self.stubs / (module.replace(".", "/") + ".py")
             path.parent.mkdir(exist_ok=True, parents=True)
@@ -114,7 +117,7 @@ class Host:
                                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
     def run(self, *args, status=0, **env):
-        """What run.sh printed; self.did holds what the fakes were asked to do, a line each."""
+        """Run run.sh to its end and return what it printed. self.did: what the fakes were asked to do, a line each."""
         self.log.write_text("")
         done = subprocess.run(self.command(*args), env={**self.env, **env}, cwd=self.tmp, stdin=subprocess.DEVNULL,
                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=30)
@@ -134,7 +137,7 @@ def host(tmp_path):
 def wait_for(condition, what):
     deadline = time.monotonic() + 15
     while not condition():
-        assert time.monotonic() < deadline, f"waited in vain for {what}"
+        assert time.monotonic() < deadline, f"timed out waiting for {what}"
         time.sleep(0.02)
 
 
@@ -156,7 +159,7 @@ def test_cpu_setup_then_training(host):
 def test_cpu_index_is_used_if_it_answers(host, answers):
     out = host.run(**({"CPU_INDEX": "1"} if answers else {}))
     assert all(("--extra-index-url https://download.pytorch.org/whl/cpu" in line) == answers for line in host.pips())
-    assert ("does not answer" in out) != answers
+    assert ("CPU index" in out) != answers
 
 
 def test_gpu_setup_in_order(host):
@@ -217,7 +220,7 @@ def test_cpu_environment_does_not_serve_a_gpu(host):
 
 def test_dion_may_fail(host):
     out = host.gpus(1).run("--preset=tiny", FAIL="dion")
-    assert "training does without" in out
+    assert "pip install -r .venv/part5.txt" in out
     assert host.did[-1] == ".venv train.py --preset=tiny RANK="
     host.run("--preset=tiny")
     assert not host.pips()
@@ -225,7 +228,7 @@ def test_dion_may_fail(host):
 
 def test_other_failures_end_the_setup_and_are_repaired(host):
     out = host.run(status=1, FAIL="numpy")
-    assert "no route to host" in out and out.splitlines()[-1].startswith("run.sh: installing failed")
+    assert "no route to host" in out and "run the same command again" in out.splitlines()[-1]
     assert not any("train.py" in line for line in host.did)
     (host.repo / ".venv" / "broken").touch()
     host.run()
@@ -259,7 +262,7 @@ def test_interrupted_setup(host, sig, status):
     process.send_signal(sig)  # to run.sh alone
     out = process.communicate(timeout=15)[0]
     assert process.returncode == status, out
-    assert "set-up stopped" in out
+    assert "run the same command again" in out
 
     def gone():
         try:
@@ -349,7 +352,7 @@ def test_named_python(host):
     assert host.did == ["other train.py RANK="]
     host.run(VIRTUAL_ENV=str(host.tmp / "other"))
     assert host.did == ["other train.py RANK="]
-    assert "is not there" in host.run(status=1, PYTHON="/no/such/python")
+    assert "PYTHON=/no/such/python" in host.run(status=1, PYTHON="/no/such/python")
 
 
 def test_venv_is_made_from_named_python(host):
@@ -446,7 +449,7 @@ def test_signal_reaches_training(host):
 def test_a_signal_to_several_processes(host, number, safe):
     """torchrun gets it once and returns 1. That becomes 0 only if the workers left a file that says they ended well."""
     outside = host.tmp / "outside"
-    outside.touch()  # a file of someone else's run says nothing
+    outside.touch()  # the file of another run must not count
     env = {"NPROC": "2", "TRAIN_WAITS": "1", "ENDED_WELL": str(outside)} | ({"SAFE": "1"} if safe else {})
     process = host.has("torch", "numpy").start(**env)
     wait_for(lambda: host.log.exists() and "torchrun" in host.log.read_text(), "torchrun")
@@ -464,7 +467,7 @@ def test_a_failure_stays_one_without_a_signal(host):
 def test_restarts(host):
     host.has("torch", "numpy").run("--seed=1", NPROC="2", MAX_RESTARTS="3")
     assert "--standalone --max_restarts=3 train.py --seed=1" in host.did[0]
-    host.run(MAX_RESTARTS="1")  # one process too needs someone who starts it again
+    host.run(MAX_RESTARTS="1")  # one process needs torchrun too, to be restarted
     assert "torchrun --nproc_per_node=1 --standalone --max_restarts=1 train.py" in host.did[0]
     host.run(MAX_RESTARTS="0")
     assert host.did == ["fake train.py RANK="]
@@ -511,7 +514,7 @@ def test_flags_are_checked_before_a_download(host):
 
 @pytest.mark.parametrize("config", [None, "raise ImportError", "def check_command_line(*args): 1 / 0"])
 def test_flags_that_nothing_can_check_are_left_to_train_py(host, config):
-    """No Python of 3.10, or a check that fails: not a word, and train.py is asked once it can run."""
+    """Without a Python of 3.10, or if the check fails, run.sh prints nothing about it, and train.py answers."""
     if config:
         (host.repo / "nanofp8" / "config.py").write_text(config)
     host.fake("uv", UV)
