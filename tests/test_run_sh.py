@@ -1,6 +1,10 @@
-"""run.sh in a copy of the folder, with fakes of python, uv, nvidia-smi and scontrol on PATH: nothing is installed."""
+"""Tests of run.sh in a copy of the folder, with fakes of python, uv, nvidia-smi and scontrol on PATH.
+
+Nothing is installed, and no network is used.
+"""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -12,7 +16,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Logs what it is asked to do; `-c` and `-` programs run in the real python, which sees only the packages in $STUBS.
+# Logs what it is asked to do. Runs `-c` and `-` programs in the real python, which sees only the packages in $STUBS.
 PYTHON = r"""#!/bin/bash
 log() { echo "$(basename "$(dirname "$(dirname "$0")")") $*" >>"$LOG"; }
 case "$*" in
@@ -35,7 +39,10 @@ case "$*" in
     log "$* RANK=${RANK:-}"
     if [ -n "${TRAIN_WAITS:-}" ]; then trap 'log train got TERM; kill $!; exit 7' TERM; sleep 60 & wait; fi
     exit "${STATUS:-0}" ;;
-  data/cachedfineweb10b.py*) log "$*"; [ -z "${NO_NET:-}" ] || exit 1; mkdir -p data/fineweb10B; touch data/fineweb10B/f_train_000001.bin ;;
+  data/cachedfineweb10b.py*)
+    log "$*"; [ -z "${NO_NET:-}" ] || exit 1
+    mkdir -p data/fineweb10B; touch data/fineweb10B/f_train_000001.bin ;;
+  *check_command_line*) [ -z "${OLD:-}" ] && exec "$REAL" -S "$@" ;;
   *urlopen*) [ -n "${CPU_INDEX:-}" ] ;;
   *_base_executable*) [ -z "${OLD:-}" ] && case $0 in */.venv/*) echo "$BASE" ;; *) echo "$0" ;; esac ;;
   *Python.h*) [ -z "${NO_HEADERS:-}" ] ;;
@@ -46,16 +53,29 @@ UV = r"""#!/bin/bash
 echo "uv $*" >>"$LOG"
 mkdir -p "${@: -1}/bin" && cp "$(dirname "$0")/python3" "${@: -1}/bin/python"
 """
+# Stands in for nanofp8/config.py: the tests are about what run.sh does with its answers.
+CONFIG = r"""
+import os, sys
+def check_command_line(path, argv):
+    assert os.path.exists(path)
+    if "--help" in argv:
+        print("rank", os.environ.get("RANK"), "all flags")
+        sys.exit(0)
+    if "--wrong=1" in argv:
+        print("train.py: error: unknown flag --wrong", file=sys.stderr)
+        sys.exit(2)
+"""
 CPU_PARTS = 3  # of requirements-cpu.txt, each with its own pip call
 
 
 class Host:
-    """A folder with the project in it, and a machine around it made of fakes."""
+    """A copy of the project's folder on a machine made of fakes."""
 
     def __init__(self, tmp):
         self.tmp, self.repo, self.bin, self.stubs = tmp, tmp / "repo", tmp / "fake" / "bin", tmp / "stubs"
-        for folder in (self.repo / "data", self.bin, self.stubs):
+        for folder in (self.repo / "data", self.repo / "nanofp8", self.bin, self.stubs):
             folder.mkdir(parents=True)
+        (self.repo / "nanofp8" / "config.py").write_text(CONFIG)
         for name in ("run.sh", "requirements.txt", "requirements-cpu.txt", "train.py"):
             shutil.copy(ROOT / name, self.repo / name)
         for name in ("python3", "python3.10", "python3.11", "python3.12", "python3.13"):
@@ -64,9 +84,10 @@ class Host:
         self.fake("scontrol", "#!/bin/bash\nprintf '%s\\n' node7 node8\n")
         self.gpus(0)
         self.log = tmp / "log"
-        real = subprocess.run([sys.executable, "-c", "import sys; print(sys._base_executable)"], capture_output=True, text=True)
-        self.env = {"PATH": f"{self.bin}:/usr/bin:/bin", "HOME": str(tmp), "LOG": str(self.log), "STUBS": str(self.stubs),
-                    "REAL": real.stdout.strip(), "BASE": str(self.bin / "python3")}
+        real = subprocess.run([sys.executable, "-c", "import sys; print(sys._base_executable)"],
+                              capture_output=True, text=True)
+        self.env = {"PATH": f"{self.bin}:/usr/bin:/bin", "HOME": str(tmp), "LOG": str(self.log),
+                    "STUBS": str(self.stubs), "REAL": real.stdout.strip(), "BASE": str(self.bin / "python3")}
 
     def fake(self, name, text, folder=None):
         path = (folder or self.bin) / name
@@ -81,7 +102,7 @@ class Host:
         return self
 
     def has(self, *modules):
-        """Every fake python can import these."""
+        """Let every fake python import these modules."""
         for module in modules:
             path = self.stubs / (module.replace(".", "/") + ".py")
             path.parent.mkdir(exist_ok=True, parents=True)
@@ -96,7 +117,7 @@ class Host:
                                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
     def run(self, *args, status=0, **env):
-        """What run.sh printed; self.did holds what the fakes were asked to do, a line each."""
+        """Run run.sh to its end and return what it printed. self.did: what the fakes were asked to do, a line each."""
         self.log.write_text("")
         done = subprocess.run(self.command(*args), env={**self.env, **env}, cwd=self.tmp, stdin=subprocess.DEVNULL,
                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=30)
@@ -116,7 +137,7 @@ def host(tmp_path):
 def wait_for(condition, what):
     deadline = time.monotonic() + 15
     while not condition():
-        assert time.monotonic() < deadline, f"waited in vain for {what}"
+        assert time.monotonic() < deadline, f"timed out waiting for {what}"
         time.sleep(0.02)
 
 
@@ -138,7 +159,7 @@ def test_cpu_setup_then_training(host):
 def test_cpu_index_is_used_if_it_answers(host, answers):
     out = host.run(**({"CPU_INDEX": "1"} if answers else {}))
     assert all(("--extra-index-url https://download.pytorch.org/whl/cpu" in line) == answers for line in host.pips())
-    assert ("does not answer" in out) != answers
+    assert ("CPU index" in out) != answers
 
 
 def test_gpu_setup_in_order(host):
@@ -160,7 +181,9 @@ def test_gpu_setup_wants_a_compiler(host):
     assert "g++ python3-dev" in out and not host.pips()
 
 
-@pytest.mark.parametrize("driver, fine", [("550.54.15", False), ("579.1", False), ("580.159.04", True), ("1000.1", True)])
+@pytest.mark.parametrize("driver, fine", [
+    ("550.54.15", False), ("579.1", False), ("580.159.04", True), ("1000.1", True),
+])  # fmt: skip
 def test_gpu_setup_wants_a_driver_for_cuda_13(host, driver, fine):
     host.fake("nvidia-smi", f"#!/bin/bash\n[ $1 = -L ] && echo 'GPU 0: H100' || echo {driver}\n")
     out = host.run("--preset=tiny", status=0 if fine else 1)
@@ -197,7 +220,7 @@ def test_cpu_environment_does_not_serve_a_gpu(host):
 
 def test_dion_may_fail(host):
     out = host.gpus(1).run("--preset=tiny", FAIL="dion")
-    assert "training does without" in out
+    assert "pip install -r .venv/part5.txt" in out
     assert host.did[-1] == ".venv train.py --preset=tiny RANK="
     host.run("--preset=tiny")
     assert not host.pips()
@@ -205,7 +228,7 @@ def test_dion_may_fail(host):
 
 def test_other_failures_end_the_setup_and_are_repaired(host):
     out = host.run(status=1, FAIL="numpy")
-    assert "no route to host" in out and out.splitlines()[-1].startswith("run.sh: installing failed")
+    assert "no route to host" in out and "run the same command again" in out.splitlines()[-1]
     assert not any("train.py" in line for line in host.did)
     (host.repo / ".venv" / "broken").touch()
     host.run()
@@ -239,7 +262,7 @@ def test_interrupted_setup(host, sig, status):
     process.send_signal(sig)  # to run.sh alone
     out = process.communicate(timeout=15)[0]
     assert process.returncode == status, out
-    assert "set-up stopped" in out
+    assert "run the same command again" in out
 
     def gone():
         try:
@@ -272,7 +295,8 @@ def test_two_starts_set_up_once(host):
 def test_uv_where_python_has_no_venv(host):
     host.fake("uv", UV)
     host.run(NO_VENV="1")
-    assert host.did[1].startswith("uv venv") and "--seed" in host.did[1] and f"--python {host.bin}/python3" in host.did[1]
+    assert host.did[1].startswith("uv venv") and "--seed" in host.did[1]
+    assert f"--python {host.bin}/python3" in host.did[1]
     assert len(host.pips()) == CPU_PARTS and host.did[-1] == ".venv train.py RANK="
 
 
@@ -328,7 +352,7 @@ def test_named_python(host):
     assert host.did == ["other train.py RANK="]
     host.run(VIRTUAL_ENV=str(host.tmp / "other"))
     assert host.did == ["other train.py RANK="]
-    assert "is not there" in host.run(status=1, PYTHON="/no/such/python")
+    assert "PYTHON=/no/such/python" in host.run(status=1, PYTHON="/no/such/python")
 
 
 def test_venv_is_made_from_named_python(host):
@@ -359,8 +383,8 @@ def test_more_processes_than_gpus(host):
 
 
 def test_nproc(host):
-    host.has("torch", "numpy").run("--a=1", NPROC="3")
-    assert host.did[0].startswith("fake torchrun --nproc_per_node=3 --standalone train.py --a=1 OMP=")
+    host.has("torch", "numpy").run("--seed=1", NPROC="3")
+    assert host.did[0].startswith("fake torchrun --nproc_per_node=3 --standalone train.py --seed=1 OMP=")
     host.run(NPROC="2", OMP_NUM_THREADS="5")
     assert host.did[0].endswith(" OMP=5")
 
@@ -378,9 +402,9 @@ def test_visible_gpus(host, visible, processes):
 
 
 def test_several_machines(host):
-    host.has("torch", "numpy").run("--a=1", NPROC="2", NNODES="2", NODE_RANK="1", MASTER_ADDR="10.0.0.1")
+    host.has("torch", "numpy").run("--seed=1", NPROC="2", NNODES="2", NODE_RANK="1", MASTER_ADDR="10.0.0.1")
     assert host.did[0].startswith("fake torchrun --nproc_per_node=2 --nnodes=2 --node_rank=1 --master_addr=10.0.0.1 "
-                                  "--master_port=29500 train.py --a=1 ")
+                                  "--master_port=29500 train.py --seed=1 ")
     host.run(NNODES="2", RDZV_ENDPOINT="h:1", RDZV_ID="7")
     assert "--nnodes=2 --rdzv_backend=c10d --rdzv_endpoint=h:1 --rdzv_id=7 train.py" in host.did[0]
     host.run(NNODES="1")
@@ -397,7 +421,8 @@ def test_slurm(host):
     step = {"SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NUM_TASKS": "2", "SLURM_NODEID": "1", "SLURM_JOB_ID": "123",
             "SLURM_STEP_NODELIST": "node[7-8]"}
     host.has("torch", "numpy").run(NPROC="4", **step)
-    assert "--nproc_per_node=4 --nnodes=2 --node_rank=1 --master_addr=node7 --master_port=20123 --rdzv_id=123.0 train.py" in host.did[0]
+    assert ("--nproc_per_node=4 --nnodes=2 --node_rank=1 --master_addr=node7 --master_port=20123 --rdzv_id=123.0 "
+            "train.py") in host.did[0]
     assert "--ntasks-per-node=1" in host.run(status=2, **{**step, "SLURM_STEP_NUM_TASKS": "16"})
     host.run(**{**step, "SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_NUM_TASKS": "1"})
     assert host.did == ["fake train.py RANK="]
@@ -422,10 +447,11 @@ def test_signal_reaches_training(host):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 @pytest.mark.parametrize("safe", [True, False])
 def test_a_signal_to_several_processes(host, number, safe):
-    """torchrun hears of it once and returns 1, which counts as 0 only where the workers left word that they ended well."""
+    """torchrun gets it once and returns 1. That becomes 0 only if the workers left a file that says they ended well."""
     outside = host.tmp / "outside"
-    outside.touch()  # a file of someone else's run says nothing
-    process = host.has("torch", "numpy").start(NPROC="2", TRAIN_WAITS="1", ENDED_WELL=str(outside), **{"SAFE": "1"} if safe else {})
+    outside.touch()  # the file of another run must not count
+    env = {"NPROC": "2", "TRAIN_WAITS": "1", "ENDED_WELL": str(outside)} | ({"SAFE": "1"} if safe else {})
+    process = host.has("torch", "numpy").start(**env)
     wait_for(lambda: host.log.exists() and "torchrun" in host.log.read_text(), "torchrun")
     time.sleep(0.2)
     process.send_signal(number)
@@ -439,9 +465,9 @@ def test_a_failure_stays_one_without_a_signal(host):
 
 
 def test_restarts(host):
-    host.has("torch", "numpy").run("--a=1", NPROC="2", MAX_RESTARTS="3")
-    assert "--standalone --max_restarts=3 train.py --a=1" in host.did[0]
-    host.run(MAX_RESTARTS="1")  # one process too needs someone who starts it again
+    host.has("torch", "numpy").run("--seed=1", NPROC="2", MAX_RESTARTS="3")
+    assert "--standalone --max_restarts=3 train.py --seed=1" in host.did[0]
+    host.run(MAX_RESTARTS="1")  # one process needs torchrun too, to be restarted
     assert "torchrun --nproc_per_node=1 --standalone --max_restarts=1 train.py" in host.did[0]
     host.run(MAX_RESTARTS="0")
     assert host.did == ["fake train.py RANK="]
@@ -453,9 +479,65 @@ def test_test_command(host):
     assert len(host.pips()) == CPU_PARTS and host.did[-1] == f".venv {host.repo.resolve()} pytest -k a or b"
 
 
-def test_help(host):
-    host.gpus(8).has("torch", "numpy", "transformer_engine.pytorch", "transformer_engine.__init__").run("--help")
-    assert host.did == ["fake train.py --help RANK="]  # no data, no torchrun
+@pytest.mark.parametrize("gpus, flags, fetched", [
+    (0, [], False), (2, [], True), (2, ["--dataset=shakespeare"], False),
+])  # fmt: skip
+def test_setup_command(host, gpus, flags, fetched):
+    out = host.gpus(gpus).run("setup", *flags, NPROC="1")
+    assert len(host.pips()) == (5 if gpus else CPU_PARTS)
+    assert ("data/cachedfineweb10b.py" in host.did[-1]) == fetched and not any("train.py" in line for line in host.did)
+    assert f"{host.repo.resolve()}/.venv/bin/python" in out
+    host.run("setup", *flags)
+    assert host.did == []
+    assert "--wrong" in host.run("setup", "--wrong=1", status=2)
+
+
+# Flags, checked before anything is set up
+
+
+@pytest.mark.parametrize("env", [{}, {"NPROC": "8", "RANK": "3"}])
+def test_help_sets_nothing_up(host, env):
+    assert host.gpus(8).run("--max_iters=5", "--help", **env) == "rank None all flags\n"
+    assert host.did == [] and not (host.repo / ".venv").exists()
+
+
+def test_wrong_flag_sets_nothing_up(host):
+    out = host.gpus(8).run("--wrong=1", status=2)
+    assert out == "train.py: error: unknown flag --wrong\n"
+    assert host.did == [] and not (host.repo / ".venv").exists()
+
+
+def test_flags_are_checked_before_a_download(host):
+    host.gpus(8).has("torch", "numpy", "transformer_engine.pytorch", "transformer_engine.__init__")
+    assert "--wrong" in host.run("--wrong=1", status=2) and host.did == []
+
+
+@pytest.mark.parametrize("config", [None, "raise ImportError", "def check_command_line(*args): 1 / 0"])
+def test_flags_that_nothing_can_check_are_left_to_train_py(host, config):
+    """Without a Python of 3.10, or if the check fails, run.sh prints nothing about it, and train.py answers."""
+    if config:
+        (host.repo / "nanofp8" / "config.py").write_text(config)
+    host.fake("uv", UV)
+    out = host.run("--wrong=1", OLD="" if config else "1")
+    assert len(host.pips()) == CPU_PARTS and host.did[-1] == ".venv train.py --wrong=1 RANK=" and "rror" not in out
+    host.run("--help", OLD="" if config else "1")
+    assert host.did == [".venv train.py --help RANK="]  # no torchrun
+
+
+def test_any_new_python_checks(host):
+    host.fake("python3", "#!/bin/bash\necho too old >&2; exit 1\n")
+    assert host.run("--help") == "rank None all flags\n"
+
+
+@pytest.mark.skipif("def check_command_line" not in (ROOT / "nanofp8" / "config.py").read_text(),
+                    reason="this nanofp8/config.py has no check_command_line")
+def test_check_of_this_train_py(host):
+    shutil.copy(ROOT / "nanofp8" / "config.py", host.repo / "nanofp8" / "config.py")
+    assert "--max_iters=" in host.run("--help") and host.did == []
+    out = host.run("--max_itres=5", status=2)
+    assert "--max_iters" in out and out.count("\n") == 1 and host.did == []
+    host.has("torch", "numpy").run("--max_iters=5", "--run_name=a b")
+    assert host.did == ["fake train.py --max_iters=5 --run_name=a b RANK="]
 
 
 # Data
@@ -472,12 +554,29 @@ def test_which_flags_fetch_data(host, flags, fetched):
     assert not any("cachedfineweb10b" in line for line in host.did)
 
 
-def test_edited_train_py_decides_too(host):
-    text = (host.repo / "train.py").read_text()
-    assert text.count('\ndataset = "fineweb10B"') == 1 and text.count('\ndata_dir = "data"') == 1
-    (host.repo / "train.py").write_text(text.replace('\ndataset = "fineweb10B"', "\ndataset = 'shakespeare'"))
-    host.gpus(1).has("torch", "numpy", "transformer_engine.pytorch", "transformer_engine.__init__").run()
-    assert host.did == ["fake train.py RANK="]
+def edit_flag(host, name, line):
+    """Replace the line of a flag in the host's train.py."""
+    path = host.repo / "train.py"
+    text, count = re.subn(rf"^{name}\b[^=\n]*= .*$", line, path.read_text(), flags=re.M)
+    assert count == 1
+    path.write_text(text)
+
+
+@pytest.mark.parametrize("name, lines, fetched", [
+    ("dataset", ["dataset = 'shakespeare'", 'dataset = "shakespeare"  # or "fineweb10B"',
+                 "dataset: str = 'shakespeare'", 'dataset : str="shakespeare"  # dataset = "fineweb10B"'], False),
+    ("dataset", ["dataset = 'fineweb10B'", 'dataset: str = "fineweb10B"  # not "shakespeare", not \'x\''], True),
+    ("data_dir", ['data_dir: FolderName = "/mnt/shards"  # "data" or another folder'], False),
+    ("preset", ['preset = "tiny"', 'preset: Literal["auto", "d20", \'tiny\'] = "tiny"  # "auto": d20 or tiny'], False),
+    ("preset", ['preset = "d12"', 'preset: Literal["auto", "d20", \'tiny\'] = "auto"  # "auto": d20 or "tiny"'], True),
+])  # fmt: skip
+def test_edited_train_py_decides_too(host, name, lines, fetched):
+    host.gpus(1).has("torch", "numpy", "transformer_engine.pytorch", "transformer_engine.__init__")
+    for line in lines:
+        edit_flag(host, name, line)
+        host.run()
+        assert host.did == ["fake data/cachedfineweb10b.py 9"] * fetched + ["fake train.py RANK="], line
+        shutil.rmtree(host.repo / "data" / "fineweb10B", ignore_errors=True)
 
 
 def test_failed_download_is_said(host):

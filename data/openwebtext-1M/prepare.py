@@ -1,7 +1,8 @@
 """Tokenize 1,000,000 documents of OpenWebText into data/openwebtext-1M/openwebtext_{train,val}_NNNNNN.bin.
 
-The text is the Hugging Face dataset sjyuxyz/openwebtext-subset-1M-rows. GPT-2 tokens, 50256 before each document,
-0.05% of the documents as val (always the same ones). An interrupted run goes on where it stopped.
+Source: the Hugging Face data set sjyuxyz/openwebtext-subset-1M-rows.
+Output: GPT-2 tokens, 50256 before each document. Val is 0.05% of the documents, the same ones each time.
+Run the same command again to continue after an interruption.
 
     python data/openwebtext-1M/prepare.py
     python data/openwebtext-1M/prepare.py --num_proc=8 --shard_tokens=10_000_000
@@ -12,8 +13,8 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))  # data/common.py, from any working directory
-from common import prepare_main
+sys.path.insert(0, str(HERE.parent))  # for common, from any working directory
+from common import prepare_main  # noqa: E402
 
-if __name__ == "__main__":  # the worker processes may import this file again
+if __name__ == "__main__":  # worker processes may import this file
     prepare_main(__doc__, source="sjyuxyz/openwebtext-subset-1M-rows", name="openwebtext", out_dir=HERE)

@@ -1,18 +1,18 @@
-"""Tokenize Shakespeare, or any plain text file, into data/shakespeare/shakespeare_{train_000001,val_000000}.bin.
+"""Tokenize Shakespeare, or any plain text, into data/shakespeare/shakespeare_{train_000001,val_000000}.bin.
 
-The two shards made from the default source come with the project, so this is needed only to make them again or to
-train on a text of your own:
+The project contains the two shards of the default source. Run this script to build them again, or to build shards of
+another text:
 
     python data/shakespeare/prepare.py
     python data/shakespeare/prepare.py mytext.txt --out=data/mytext
     python data/shakespeare/prepare.py https://example.org/mytext.txt --out=data/mytext
 
-GPT-2 tokens. The last 10% of the text, from a paragraph's start on, are val.
+Output: GPT-2 tokens. Val is the last 10% of the text, from the start of a paragraph.
 
-Token 50256 stands once before each of the two parts and nowhere else. It means "what comes next has nothing to do
-with what came before", and that is true only there: the file runs from play to play without a mark, and its blank
-lines part speeches, each of which answers the one before it. 50256 before each speech would teach the model to
-forget whom it answers, and to stop after one speech when it writes.
+Token 50256 stands once before each of the two parts and nowhere else. It tells the model that what follows has nothing
+to do with what precedes it. That is true only there: nothing in the file marks where a play ends, and its blank lines
+separate speeches, each of which answers the one before it. With 50256 before each speech, the model would learn to
+ignore the previous speech, and to stop after one speech when it generates text.
 """
 
 import sys
@@ -20,15 +20,21 @@ import urllib.request
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))  # data/common.py, from any working directory
-from common import EOT, OneLineParser, fail, gpt2_encoding, one_line, write_shard
+sys.path[:0] = [str(HERE.parent.parent), str(HERE.parent)]  # for nanofp8 and common, from any working directory
+from common import OneLineParser, UserError, error_line, gpt2_encoding, root_cause, run_script  # noqa: E402
+
+from nanofp8.shards import EOT, write_shard  # noqa: E402
 
 SOURCE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
-VAL_FRACTION = 0.1
+VAL_FRACTION = 0.1  # of the text's characters
+MIN_CHARACTERS = 100
 
 
-def read_text(source):
-    """The text at `source`, a path or an http(s) address, with \\n line ends; ValueError, one line, if it fails."""
+def read_text(source: str) -> str:
+    """Read UTF-8 text from a path or an http(s) address; line ends become \\n.
+
+    Raises: ValueError, one line with the remedy, if it cannot be read or has fewer than MIN_CHARACTERS characters.
+    """
     try:
         if source.startswith(("http://", "https://")):
             with urllib.request.urlopen(source, timeout=30) as response:
@@ -36,22 +42,23 @@ def read_text(source):
         else:
             data = Path(source).expanduser().read_bytes()
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or one_line(error)
+        reason = getattr(error, "strerror", None) or root_cause(error)
         remedy = "check the network" if "://" in source else "check the path"
         raise ValueError(f"cannot read {source} ({reason}); {remedy}, or give another file or address") from None
     try:
         text = data.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{source} is not UTF-8 text (byte {error.start}); convert it, e.g. with iconv") from None
-    if len(text.strip()) < 100:
-        raise ValueError(f"{source} holds {len(text.strip())} characters of text; give one of at least 100")
+    length = len(text.strip())
+    if length < MIN_CHARACTERS:
+        raise ValueError(f"{source} has {length} characters of text; give a text of at least {MIN_CHARACTERS}")
     return text
 
 
-def split_text(text):
-    """(train, val), which joined give `text`: val is the last 10%, from the next paragraph's start on."""
+def split_text(text: str) -> tuple[str, str]:
+    """Return (train, val). Val is the last 10%, from the start of the next paragraph, else line, else word."""
     cut = int(len(text) * (1 - VAL_FRACTION))
-    for boundary in ("\n\n", "\n", " "):  # a text without paragraphs is cut at a line or a word
+    for boundary in ("\n\n", "\n", " "):
         at = text.find(boundary, cut)
         if at >= 0 and text[at:].strip():
             cut = at + len(boundary)
@@ -59,13 +66,12 @@ def split_text(text):
     return text[:cut], text[cut:]
 
 
-def main():
+def main() -> None:
+    """Build the shards that the command line asks for."""
     parser = OneLineParser(description=__doc__)
     parser.add_argument("source", nargs="?", default=SOURCE, help="path or http(s) address (default %(default)s)")
-    parser.add_argument(
-        "--out", type=Path, default=HERE, metavar="DIR", help="where the shards go (default %(default)s)"
-    )
-    parser.add_argument("--name", default="shakespeare", help="how their file names begin (default %(default)s)")
+    parser.add_argument("--out", type=Path, default=HERE, metavar="DIR", help="output folder (default %(default)s)")
+    parser.add_argument("--name", default="shakespeare", help="first part of the file names (default %(default)s)")
     args = parser.parse_args()
     try:
         train, val = split_text(read_text(args.source))
@@ -77,10 +83,12 @@ def main():
             write_shard(path, tokens)
             print(f"{path}: {len(tokens):,} tokens")
     except ValueError as error:
-        fail(error)
+        raise UserError(str(error)) from None
     except OSError as error:
-        fail(f"cannot write to {args.out} ({one_line(error)}); choose another folder with --out")
+        raise UserError(
+            f"cannot write to {args.out} ({error_line(error)}); choose another folder with --out"
+        ) from None
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)
