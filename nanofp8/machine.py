@@ -6,6 +6,7 @@ import glob
 import hashlib
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -38,6 +39,15 @@ def peak_memory_gb(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 1e9
     import resource
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
+
+
+def card_name() -> str:
+    """Return a short name of the first GPU for folders of results, such as h100 or rtx-5090; "cpu" without a GPU."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    words = torch.cuda.get_device_name(0).lower().replace("nvidia", "").replace("geforce", "").split()
+    known = [word for word in words if re.fullmatch(r"(gb|[habl])\d+\w*", word)]
+    return known[0] if known else "-".join(words)
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
