@@ -10,12 +10,12 @@ from typing import NamedTuple
 
 import torch
 
-from nanofp8.kernels import triton
-
-if triton is not None:
-    from nanofp8.kernels import (
-        add_norm_backward, add_norm_forward, relu2_backward, relu2_forward, rope_qk_norm_backward, rope_qk_norm_forward,
-    )
+try:
+    import triton
+except ImportError:  # no GPU build of torch: the plain versions serve
+    triton = None
+else:
+    from nanofp8 import kernels
 
 
 def kernels_fit(cfg, device):
@@ -188,8 +188,9 @@ def add_norm(x, delta, gain, eps, s):
     y = torch.empty(N, C, dtype=torch.bfloat16 if s is None else s.dtype, device=x.device)
     rstd = torch.empty(N, dtype=torch.float32, device=x.device)
     rows = 4
-    add_norm_forward[(triton.cdiv(N, rows),)](x, x if delta is None else delta, gain, stream, y, rstd, s and s.scale, s and s.amax,
-                                              N, C, eps, delta is not None, s is not None, rows, triton.next_power_of_2(C))
+    kernels.add_norm_forward[(triton.cdiv(N, rows),)](
+        x, x if delta is None else delta, gain, stream, y, rstd, s and s.scale, s and s.amax, N, C, eps,
+        delta is not None, s is not None, rows, triton.next_power_of_2(C))
     return stream, y if s is None else Fp8(y, s.inverse), rstd
 
 
@@ -198,8 +199,9 @@ def add_norm_grad(dy, stream, gain, rstd, residual):
     N, C = stream.shape
     rows = 16
     dx, partial = torch.empty_like(stream), torch.empty(triton.cdiv(N, rows), C, dtype=torch.float32, device=dy.device)
-    add_norm_backward[(len(partial),)](dy, stream, gain, rstd, dx if residual is None else residual, dx, partial, N, C,
-                                       residual is not None, rows, triton.next_power_of_2(C), num_warps=8)
+    kernels.add_norm_backward[(len(partial),)](
+        dy, stream, gain, rstd, dx if residual is None else residual, dx, partial, N, C,
+        residual is not None, rows, triton.next_power_of_2(C), num_warps=8)
     return dx, partial.sum(0).to(gain.dtype)
 
 
@@ -256,7 +258,8 @@ def rope_qk_norm_in_place(qkv, cos, sin, T, n_head, eps):
     """rope_qk_norm of qkv (N, 3C) bf16 in place; returns 1 / RMS of each head of q and k, (N * 2 * n_head,) fp32."""
     N, C3 = qkv.shape
     rstd = torch.empty(N * 2 * n_head, dtype=torch.float32, device=qkv.device)
-    rope_qk_norm_forward[(triton.cdiv(len(rstd), 16),)](qkv, cos, sin, rstd, len(rstd), T, 2 * n_head, C3, eps, C3 // 6 // n_head, 16)
+    kernels.rope_qk_norm_forward[(triton.cdiv(len(rstd), 16),)](
+        qkv, cos, sin, rstd, len(rstd), T, 2 * n_head, C3, eps, C3 // 6 // n_head, 16)
     return rstd
 
 
@@ -275,7 +278,7 @@ def rope_qk_norm_grad(dq, dk, dv, qkv, rstd, p):
     fp8 = p.grad is not None
     rows = torch.empty(N, C3, dtype=p.grad.dtype, device=grad.device) if fp8 else grad
     cols = torch.empty(C3, N, dtype=p.grad.dtype, device=grad.device) if fp8 else None
-    rope_qk_norm_backward[(triton.cdiv(N, 128), (3 if fp8 else 2) * H)](
+    kernels.rope_qk_norm_backward[(triton.cdiv(N, 128), (3 if fp8 else 2) * H)](
         grad, qkv, p.cos, p.sin, rstd, rows, words(cols), p.grad and p.grad.scale, p.grad and p.grad.amax, N, T, 2 * H, C3, fp8,
         D // 2, 32)
     return (Fp8(rows, p.grad.inverse), Fp8(cols, p.grad.inverse)) if fp8 else (grad, grad.t())
@@ -316,8 +319,8 @@ class FusedMLP(torch.autograd.Function):
         stream, y, rstd = add_norm(x, matmul(o_rows, w_proj[0], fast=True), gain, p.eps, p.input)
         u = matmul(y, w_fc1[0], fast=True)                                             # (N, 4C)
         a = torch.empty(u.shape, dtype=u.dtype if p.a is None else p.a.dtype, device=u.device)
-        relu2_forward[(triton.cdiv(u.numel(), 8192),)](u, a, p.a and p.a.scale, p.a and p.a.amax, u.numel(), p.a is not None,
-                                                       8192, num_warps=8)
+        kernels.relu2_forward[(triton.cdiv(u.numel(), 8192),)](
+            u, a, p.a and p.a.scale, p.a and p.a.amax, u.numel(), p.a is not None, 8192, num_warps=8)
         out = matmul(a if p.a is None else Fp8(a, p.a.inverse), w_fc2[0], fast=True)
         ctx.p, ctx.in_place, ctx.w_cols = p, p.fused.in_place, (w_proj[1], w_fc1[1], w_fc2[1])
         ctx.save_for_backward(o if p.o is None else o_rows.data, stream, gain, rstd, u, proj, fc1, fc2,
@@ -335,7 +338,7 @@ class FusedMLP(torch.autograd.Function):
         du = torch.empty(M, K, dtype=p.d_u.dtype, device=u.device) if fp8 else da
         du_cols = torch.empty(K, M, dtype=p.d_u.dtype, device=u.device) if fp8 else None
         a_cols = torch.empty(K, M, dtype=p.a.dtype, device=u.device) if fp8 else None
-        relu2_backward[(triton.cdiv(M, 128), triton.cdiv(K, 64))](
+        kernels.relu2_backward[(triton.cdiv(M, 128), triton.cdiv(K, 64))](
             da, u, du, words(du_cols), words(a_cols), p.d_u and p.d_u.scale, p.d_u and p.d_u.amax, p.a and p.a.scale, M, K, fp8,
             32, 64)
         if fp8:

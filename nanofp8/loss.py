@@ -3,10 +3,13 @@
 import torch
 
 from nanofp8.fused import Fp8, Scaling, current_scaling, matmul, quantize, te_gemm, use_kernels, words
-from nanofp8.kernels import triton
 
-if triton is not None:
-    from nanofp8.kernels import cross_entropy_gradient, cross_entropy_loss
+try:
+    import triton
+except ImportError:  # no GPU build of torch: the plain versions serve
+    triton = None
+else:
+    from nanofp8 import kernels
 
 
 def softcap_cross_entropy(logits, targets, softcap):
@@ -33,7 +36,7 @@ def softcap_cross_entropy_and_grad(logits, targets, softcap, s=None):
         N, V = logits.shape
         rows = logits if s is None else torch.empty(N, V, dtype=s.dtype, device=logits.device)
         cols = None if s is None else torch.empty(V, N, dtype=s.dtype, device=logits.device)
-        cross_entropy_gradient[(triton.cdiv(N, 64), triton.cdiv(V, 64))](
+        kernels.cross_entropy_gradient[(triton.cdiv(N, 64), triton.cdiv(V, 64))](
             logits, targets, lse, rows, words(cols), N, V, softcap or 1.0, LOGIT_GRAD_SCALE, softcap > 0, s is not None, 16, 64)
         return loss, (rows, rows.t()) if s is None else (Fp8(rows, s.inverse), Fp8(cols, s.inverse))
     z = logits.float()
@@ -55,7 +58,7 @@ def cross_entropy_kernels(logits, targets, softcap):
     """Summed loss (scalar fp32) and the log-sum-exp of each row (N,) fp32."""
     N, V = logits.shape
     loss, lse = torch.empty(2, N, dtype=torch.float32, device=logits.device)
-    cross_entropy_loss[(N,)](logits, targets, loss, lse, V, softcap or 1.0, softcap > 0, 2048, num_warps=8)
+    kernels.cross_entropy_loss[(N,)](logits, targets, loss, lse, V, softcap or 1.0, softcap > 0, 2048, num_warps=8)
     return loss.sum(), lse
 
 
