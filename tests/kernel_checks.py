@@ -181,9 +181,9 @@ def test_first_part_of_a_block(fp8):
     leaves = [t.clone().requires_grad_() for t in (x, delta, gain, weight)]
     E = (lambda scale, t: scaling(scale, t)) if fp8 else (lambda *_: None)
     called = []
-    p = SimpleNamespace(fused=FUSED, eps=1e-6, n_head=H, cos=cos, sin=sin, last=lambda: called.append(1),
-                        input=E(90, E4M3), grad=E(2000, E5M2), weight=E(400, E4M3))
-    outputs = FusedQKV.apply(*leaves, p)
+    layer = SimpleNamespace(fused=FUSED, eps=1e-6, n_head=H, cos=cos, sin=sin, on_last_gradient=lambda: called.append(1),
+                            input=E(90, E4M3), d_qkv=E(2000, E5M2), weight=E(400, E4M3))
+    outputs = FusedQKV.apply(*leaves, layer)
     torch.autograd.backward(outputs, [g.to(o.dtype) for g, o in zip(grads, outputs)])
     plain = [t.float().clone().requires_grad_() for t in (x, delta, gain, weight)]
     expected = reference_qkv(*plain, cos, sin)
@@ -195,7 +195,7 @@ def test_first_part_of_a_block(fp8):
         assert relative(ours.grad, theirs.grad) < (0.08 if fp8 else 1e-2)
     assert torch.equal(leaves[0].grad, leaves[1].grad)
     if fp8:  # every tensor that is quantized tells its amax
-        assert p.input.amax > 0 and p.grad.amax > 0
+        assert layer.input.amax > 0 and layer.d_qkv.amax > 0
 
 
 @pytest.mark.parametrize("together", [False, True])
@@ -227,9 +227,11 @@ def test_second_part_of_a_block(fp8):
     grads = randn(B, T, C, seed=8), randn(B, T, C, seed=9)
     leaves = [t.clone().requires_grad_() for t in (o, x, proj, gain, fc1, fc2)]
     E = (lambda scale, t: scaling(scale, t)) if fp8 else (lambda *_: None)
-    p = SimpleNamespace(fused=FUSED, eps=1e-6, o=E(90, E4M3), d_proj=E(1000, E5M2), proj=E(400, E4M3), input=E(90, E4M3),
-                        d_u=E(500, E5M2), a=E(8, E4M3), d_out=E(5000, E5M2), fc1=E(400, E4M3), fc2=E(400, E4M3))
-    outputs = FusedMLP.apply(*leaves, p)
+    layer = SimpleNamespace(
+        fused=FUSED, eps=1e-6, attention_out=E(90, E4M3), d_proj=E(1000, E5M2), proj=E(400, E4M3), input=E(90, E4M3),
+        d_pre_activation=E(500, E5M2), activation=E(8, E4M3), d_mlp_out=E(5000, E5M2), fc1=E(400, E4M3),
+        fc2=E(400, E4M3))
+    outputs = FusedMLP.apply(*leaves, layer)
     torch.autograd.backward(outputs, [g.to(out.dtype) for g, out in zip(grads, outputs)])
     plain = [t.float().clone().requires_grad_() for t in (o, x, proj, gain, fc1, fc2)]
     po, px, pproj, pgain, pfc1, pfc2 = plain
@@ -241,7 +243,8 @@ def test_second_part_of_a_block(fp8):
     for ours, theirs in zip(leaves, plain):
         assert relative(ours.grad, theirs.grad) < (0.15 if fp8 else 1.5e-2)
     if fp8:
-        assert all(getattr(p, name).amax > 0 for name in "o d_proj input d_u a d_out".split())
+        quantized = "attention_out d_proj input d_pre_activation activation d_mlp_out"
+        assert all(getattr(layer, name).amax > 0 for name in quantized.split())
 
 
 def test_weight_gradients_in_place():
