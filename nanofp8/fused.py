@@ -5,7 +5,7 @@ import functools
 import itertools
 import math
 import os
-from types import SimpleNamespace
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -46,6 +46,16 @@ class Scaling(NamedTuple):
     amax: torch.Tensor
     dtype: torch.dtype
     quantizer: object = None  # TE's, where it is kept
+
+
+def as_operand(data, scaling):
+    """Values that a kernel wrote as a matmul operand: in FP8 by a Scaling, or in bf16 (scaling None)."""
+    return data if scaling is None else Fp8(data, scaling.inverse)
+
+
+def scale_and_amax(scaling):
+    """The arguments scale and amax of a kernel that writes FP8; (None, None) where it writes bf16."""
+    return (None, None) if scaling is None else (scaling.scale, scaling.amax)
 
 
 @functools.cache
@@ -198,9 +208,9 @@ def add_norm(x, delta, gain, eps, scaling):
     rstd = torch.empty(N, dtype=torch.float32, device=x.device)
     rows_per_program = 4
     kernels.add_norm_forward[(triton.cdiv(N, rows_per_program),)](
-        x, x if delta is None else delta, gain, residual, y, rstd, scaling and scaling.scale, scaling and scaling.amax,
-        N, C, eps, delta is not None, scaling is not None, rows_per_program, triton.next_power_of_2(C))
-    return residual, y if scaling is None else Fp8(y, scaling.inverse), rstd
+        x, x if delta is None else delta, gain, residual, y, rstd, *scale_and_amax(scaling), N, C, eps,
+        delta is not None, scaling is not None, rows_per_program, triton.next_power_of_2(C))
+    return residual, as_operand(y, scaling), rstd
 
 
 def add_norm_grad(dy, residual, gain, rstd, d_residual):
@@ -232,6 +242,20 @@ def weight_gradient(dy_cols, x_cols, weight, in_place):
     return matmul(dy_cols, x_cols, weight.dtype)
 
 
+class QKVLayer(NamedTuple):
+    """What FusedQKV needs beside its tensors; input, weight, d_qkv: these tensors' Scaling, or None for bf16."""
+
+    fused: "FusedBlocks"
+    eps: float
+    n_head: int
+    cos: torch.Tensor
+    sin: torch.Tensor
+    on_last_gradient: Callable | None
+    input: Scaling | None
+    weight: Scaling | None
+    d_qkv: Scaling | None
+
+
 class FusedQKV(torch.autograd.Function):
     """The block's first part: x + delta -> RMSNorm -> q, k, v -> RoPE and QK norm.
 
@@ -255,11 +279,10 @@ class FusedQKV(torch.autograd.Function):
     def backward(ctx, d_residual, dq, dk, dv):
         residual, gain, rstd, weight, qkv, rope_rstd, y = ctx.saved_tensors
         layer = ctx.layer
-        d_rows, d_cols = rope_qk_norm_grad(dq, dk, dv, qkv, rope_rstd, layer)
+        d_rows, d_cols = rope_qk_norm_grad(dq, dk, dv, qkv, rope_rstd, layer.cos, layer.sin, layer.d_qkv)
         dy = matmul(d_rows, ctx.weight_cols)
         dx, dgain = add_norm_grad(dy, residual, gain, rstd, d_residual)
-        d_weight = weight_gradient(
-            d_cols, transposed(y if layer.input is None else Fp8(y, layer.input.inverse)), weight, ctx.in_place)
+        d_weight = weight_gradient(d_cols, transposed(as_operand(y, layer.input)), weight, ctx.in_place)
         if layer.on_last_gradient:  # every gradient of this pass is quantized
             layer.on_last_gradient()
         dx = dx.view(d_residual.shape)
@@ -275,15 +298,15 @@ def rope_qk_norm_in_place(qkv, cos, sin, T, n_head, eps):
     return rstd
 
 
-def rope_qk_norm_grad(dq, dk, dv, qkv, rstd, layer):
+def rope_qk_norm_grad(dq, dk, dv, qkv, rstd, cos, sin, scaling):
     """The gradient of what went into RoPE and QK norm, from their outputs qkv (N, 3C): operands (rows, cols).
 
-    layer: cos, sin, and d_qkv, the Scaling of the result or None for bf16, which takes the place of dq, dk, dv where
-    they are parts of one tensor, as attention returns them.
+    scaling: of the result, or None for bf16, which takes the place of dq, dk, dv where they are parts of one tensor,
+    as attention returns them.
     """
     B, T, H, D = dq.shape
     N, C3 = qkv.shape
-    packed, scaling = qkv.view(B, T, 3, H, D), layer.d_qkv
+    packed = qkv.view(B, T, 3, H, D)
     is_packed = all(
         grad.stride() == packed.stride()[:2] + packed.stride()[3:] and grad.data_ptr() == dq.data_ptr() + i * H * D * 2
         and grad.untyped_storage().data_ptr() == dq.untyped_storage().data_ptr() for i, grad in enumerate((dq, dk, dv)))
@@ -292,9 +315,8 @@ def rope_qk_norm_grad(dq, dk, dv, qkv, rstd, layer):
     rows = torch.empty(N, C3, dtype=scaling.dtype, device=grad.device) if fp8 else grad
     cols = torch.empty(C3, N, dtype=scaling.dtype, device=grad.device) if fp8 else None
     kernels.rope_qk_norm_backward[(triton.cdiv(N, 128), (3 if fp8 else 2) * H)](
-        grad, qkv, layer.cos, layer.sin, rstd, rows, as_int32(cols), scaling and scaling.scale,
-        scaling and scaling.amax, N, T, 2 * H, C3, fp8, D // 2, 32)
-    return (Fp8(rows, scaling.inverse), Fp8(cols, scaling.inverse)) if fp8 else (grad, grad.t())
+        grad, qkv, cos, sin, rstd, rows, as_int32(cols), *scale_and_amax(scaling), N, T, 2 * H, C3, fp8, D // 2, 32)
+    return (as_operand(rows, scaling), as_operand(cols, scaling)) if fp8 else (grad, grad.t())
 
 
 class RopeQKNorm(torch.autograd.Function):
@@ -310,8 +332,24 @@ class RopeQKNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dq, dk, dv):
         qkv, rstd, cos, sin = ctx.saved_tensors
-        rows, _ = rope_qk_norm_grad(dq, dk, dv, qkv, rstd, SimpleNamespace(cos=cos, sin=sin, d_qkv=None))
+        rows, _ = rope_qk_norm_grad(dq, dk, dv, qkv, rstd, cos, sin, None)
         return rows.view(*dq.shape[:2], -1), None, None, None, None
+
+
+class MLPLayer(NamedTuple):
+    """What FusedMLP needs beside its tensors; from attention_out on: these tensors' Scaling, or None for bf16."""
+
+    fused: "FusedBlocks"
+    eps: float
+    attention_out: Scaling | None
+    proj: Scaling | None
+    d_proj: Scaling | None
+    input: Scaling | None
+    fc1: Scaling | None
+    d_pre_activation: Scaling | None
+    activation: Scaling | None
+    fc2: Scaling | None
+    d_mlp_out: Scaling | None
 
 
 class FusedMLP(torch.autograd.Function):
@@ -338,9 +376,8 @@ class FusedMLP(torch.autograd.Function):
         activation = torch.empty(pre_activation.shape, dtype=pre_activation.dtype if scaling is None else scaling.dtype,
                                  device=pre_activation.device)
         kernels.relu2_forward[(triton.cdiv(size, 8192),)](
-            pre_activation, activation, scaling and scaling.scale, scaling and scaling.amax, size, scaling is not None,
-            8192, num_warps=8)
-        mlp_out = matmul(activation if scaling is None else Fp8(activation, scaling.inverse), fc2_rows, fast=True)
+            pre_activation, activation, *scale_and_amax(scaling), size, scaling is not None, 8192, num_warps=8)
+        mlp_out = matmul(as_operand(activation, scaling), fc2_rows, fast=True)
         ctx.layer, ctx.in_place, ctx.weight_cols = layer, layer.fused.in_place, (proj_cols, fc1_cols, fc2_cols)
         ctx.save_for_backward(attention_out if layer.attention_out is None else attention_rows.data, residual, gain,
                               rstd, pre_activation, proj, fc1, fc2,
@@ -361,8 +398,7 @@ class FusedMLP(torch.autograd.Function):
         activation_cols = torch.empty(K, M, dtype=activation_scaling.dtype, device=device) if fp8 else None
         kernels.relu2_backward[(triton.cdiv(M, 128), triton.cdiv(K, 64))](
             d_activation, pre_activation, d_pre_rows, as_int32(d_pre_cols), as_int32(activation_cols),
-            scaling and scaling.scale, scaling and scaling.amax, activation_scaling and activation_scaling.scale,
-            M, K, fp8, 32, 64)
+            *scale_and_amax(scaling), scale_and_amax(activation_scaling)[0], M, K, fp8, 32, 64)
         if fp8:
             d_pre_rows, d_pre_cols = Fp8(d_pre_rows, scaling.inverse), Fp8(d_pre_cols, scaling.inverse)
             activation_cols = Fp8(activation_cols, activation_scaling.inverse)
@@ -371,14 +407,11 @@ class FusedMLP(torch.autograd.Function):
         d_fc2 = weight_gradient(d_cols, activation_cols, fc2, ctx.in_place)
         dy = matmul(d_pre_rows, fc1_cols)
         dx, dgain = add_norm_grad(dy, residual, gain, rstd, d_residual.flatten(0, 1))
-        d_fc1 = weight_gradient(
-            d_pre_cols, transposed(Fp8(y, layer.input.inverse) if fp8 else y), fc1, ctx.in_place)
+        d_fc1 = weight_gradient(d_pre_cols, transposed(as_operand(y, layer.input)), fc1, ctx.in_place)
         d_rows, d_cols = quantize(dx, layer.d_proj)
         d_attention_out = matmul(d_rows, proj_cols)
-        scaling = layer.attention_out
-        d_proj = weight_gradient(
-            d_cols, transposed(attention_out if scaling is None else Fp8(attention_out, scaling.inverse)), proj,
-            ctx.in_place)
+        attention_cols = transposed(as_operand(attention_out, layer.attention_out))
+        d_proj = weight_gradient(d_cols, attention_cols, proj, ctx.in_place)
         return d_attention_out.view(shape), dx.view(shape), d_proj, dgain, d_fc1, d_fc2, None
 
 
@@ -436,18 +469,17 @@ class FusedBlocks:
         blocks, forward, backward = [], "scaling_fwd", "scaling_bwd"
         for i, block in enumerate(self.model.blocks):
             attn, qkv, proj, mlp = block.attn, block.attn.qkv, block.attn.proj, block.mlp
-            shared = dict(fused=self, eps=attn.eps)
             # TE's own modules do the same when the backward pass leaves the first of them
             on_last_gradient = None
             if i == 0 and fp8_metas:
                 on_last_gradient = functools.partial(state.reduce_and_update_fp8_tensors, forward=False)
             blocks.append((
-                SimpleNamespace(
-                    **shared, n_head=attn.n_head, cos=self.model.cos, sin=self.model.sin,
+                QKVLayer(
+                    fused=self, eps=attn.eps, n_head=attn.n_head, cos=self.model.cos, sin=self.model.sin,
                     on_last_gradient=on_last_gradient, input=tensor_scaling(qkv, forward, 0),
                     weight=tensor_scaling(qkv, forward, 1), d_qkv=tensor_scaling(qkv, backward, 0)),
-                SimpleNamespace(
-                    **shared, attention_out=tensor_scaling(proj, forward, 0, colwise=False),
+                MLPLayer(
+                    fused=self, eps=attn.eps, attention_out=tensor_scaling(proj, forward, 0, colwise=False),
                     proj=tensor_scaling(proj, forward, 1), d_proj=tensor_scaling(proj, backward, 0),
                     input=tensor_scaling(mlp, forward, 0), fc1=tensor_scaling(mlp, forward, 1),
                     d_pre_activation=tensor_scaling(mlp, backward, 0), activation=tensor_scaling(mlp, forward, 3),

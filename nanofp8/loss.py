@@ -2,7 +2,7 @@
 
 import torch
 
-from nanofp8.fused import Fp8, Scaling, as_int32, current_scaling, matmul, quantize, te_gemm, use_kernels
+from nanofp8.fused import Fp8, Scaling, as_int32, as_operand, current_scaling, matmul, quantize, te_gemm, use_kernels
 
 try:
     import triton
@@ -40,7 +40,7 @@ def softcap_cross_entropy_and_grad(logits, targets, softcap, scaling=None):
         kernels.cross_entropy_gradient[(triton.cdiv(N, 64), triton.cdiv(V, 64))](
             logits, targets, lse, rows, as_int32(cols), N, V, softcap or 1.0, LOGIT_GRAD_SCALE,
             softcap > 0, scaling is not None, 16, 64)
-        return loss, (rows, rows.t()) if scaling is None else (Fp8(rows, scaling.inverse), Fp8(cols, scaling.inverse))
+        return loss, (rows, rows.t()) if scaling is None else (as_operand(rows, scaling), as_operand(cols, scaling))
     capped = logits.float()
     if softcap:
         tanh = capped.div_(softcap).tanh_()

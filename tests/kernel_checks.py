@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from nanofp8.fused import FusedMLP, FusedQKV, RopeQKNorm, Scaling, add_norm, add_norm_grad, current_scaling, quantize, transposed, weight_gradient, weight_operand
+from nanofp8.fused import FusedMLP, FusedQKV, MLPLayer, QKVLayer, RopeQKNorm, Scaling, add_norm, add_norm_grad, current_scaling, quantize, transposed, weight_gradient, weight_operand
 from nanofp8.loss import LOGIT_GRAD_SCALE, softcap_cross_entropy, softcap_cross_entropy_and_grad
 from nanofp8.plain import rope_qk_norm
 
@@ -181,8 +181,8 @@ def test_first_part_of_a_block(fp8):
     leaves = [t.clone().requires_grad_() for t in (x, delta, gain, weight)]
     E = (lambda scale, t: scaling(scale, t)) if fp8 else (lambda *_: None)
     called = []
-    layer = SimpleNamespace(fused=FUSED, eps=1e-6, n_head=H, cos=cos, sin=sin, on_last_gradient=lambda: called.append(1),
-                            input=E(90, E4M3), d_qkv=E(2000, E5M2), weight=E(400, E4M3))
+    layer = QKVLayer(fused=FUSED, eps=1e-6, n_head=H, cos=cos, sin=sin, on_last_gradient=lambda: called.append(1),
+                     input=E(90, E4M3), d_qkv=E(2000, E5M2), weight=E(400, E4M3))
     outputs = FusedQKV.apply(*leaves, layer)
     torch.autograd.backward(outputs, [g.to(o.dtype) for g, o in zip(grads, outputs)])
     plain = [t.float().clone().requires_grad_() for t in (x, delta, gain, weight)]
@@ -227,7 +227,7 @@ def test_second_part_of_a_block(fp8):
     grads = randn(B, T, C, seed=8), randn(B, T, C, seed=9)
     leaves = [t.clone().requires_grad_() for t in (o, x, proj, gain, fc1, fc2)]
     E = (lambda scale, t: scaling(scale, t)) if fp8 else (lambda *_: None)
-    layer = SimpleNamespace(
+    layer = MLPLayer(
         fused=FUSED, eps=1e-6, attention_out=E(90, E4M3), d_proj=E(1000, E5M2), proj=E(400, E4M3), input=E(90, E4M3),
         d_pre_activation=E(500, E5M2), activation=E(8, E4M3), d_mlp_out=E(5000, E5M2), fc1=E(400, E4M3),
         fc2=E(400, E4M3))
