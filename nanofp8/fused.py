@@ -1,4 +1,32 @@
-"""Fused blocks: the block's two halves as autograd functions, cuBLAS's matmuls with Triton kernels between them."""
+"""Run transformer blocks as two autograd functions each: cuBLAS matmuls with Triton kernels between them.
+
+Block.forward in train.py without `fused` is the same mathematics in Transformer Engine's (TE's) modules.
+
+**How a block is split.** Attention itself stays outside, so that any implementation of it can be used:
+
+    FusedQKV   residual = x + delta; q, k, v = RoPE and QK norm of RMSNorm(residual) @ qkv.T
+               attention(q, k, v) -> attention_out
+    FusedMLP   residual = residual + attention_out @ proj.T; delta = relu(RMSNorm(residual) @ fc1.T)^2 @ fc2.T
+
+`delta` is not added to the residual here: the next block's FusedQKV (or the model's last AddNorm) adds it in the
+kernel that computes the norm, which saves one pass over memory.
+
+**What is saved for backward.** The residual (bf16) and 1 / RMS of each row, from which the norm's output follows; q and
+k after RoPE and QK norm with the 1 / RMS of each head; relu^2's input (bf16); and the inputs of the matmuls. In FP8
+those inputs are saved as quantized, without transposes: backward makes the transposes. relu^2's output is not saved in
+FP8: the backward kernel computes and quantizes it once more, by the same scale.
+
+**Delayed scaling.** Scales, amax histories and their update belong to TE's layers (`fp8_meta`), so that checkpoints,
+calibration and the reduction over ranks are TE's own. TE overwrites the scales in place when te.autocast ends after the
+forward pass, but the backward pass still needs the old ones. FusedBlocks.begin() therefore copies all scales at the
+start of a pass. The kernels raise the first row of TE's amax histories directly.
+
+**Addresses do not change.** Scales, amaxes and cached quantized weights keep their buffers as long as a CUDA graph
+(MicroBatchGraphs) may be replayed, because it runs its kernels with the addresses that it was captured with.
+
+Layouts: N = B * T tokens, C = n_embd. A matmul operand is "rows" (N, K), summed over K, or "cols", its transpose
+(K, N), summed over tokens: Hopper's FP8 matmuls want the summed dimension contiguous in both operands.
+"""
 
 import contextlib
 import functools
@@ -6,62 +34,66 @@ import itertools
 import math
 import os
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 try:
     import triton
-except ImportError:  # no GPU build of torch: the plain versions serve
+except ImportError:  # only some builds of torch bring it; without it the plain PyTorch path is used
     triton = None
 else:
     from nanofp8 import kernels
 
 
-def kernels_fit(cfg, device):
-    """Whether our own Triton kernels can run the blocks: on a GPU, for head sizes that are powers of two."""
+class Fp8(NamedTuple):
+    """An FP8 matrix and the factor that its values must be multiplied by."""
+
+    data: torch.Tensor           # float8; fp32 holding FP8 values where FP8 is emulated
+    inverse_scale: torch.Tensor  # one element, fp32
+
+
+Operand = Fp8 | torch.Tensor               # a matmul's operand: FP8, or bf16
+Operands = tuple[Operand, Operand | None]  # rows and cols of one matrix; None: cols were not wanted
+
+
+class Scaling(NamedTuple):
+    """How one tensor is quantized: tensors of one fp32 element, and the format."""
+
+    scale: torch.Tensor        # values are multiplied by it before rounding
+    inverse: torch.Tensor      # 1 / scale
+    amax: torch.Tensor | None  # raised in place to the largest |value| seen; None: not recorded
+    dtype: torch.dtype         # float8_e4m3fn or float8_e5m2
+    quantizer: object = None   # TE's quantizer, if one was made for this tensor
+
+
+def kernels_fit(cfg: Any, device: torch.device) -> bool:
+    """Return whether our Triton kernels can run the blocks: on a GPU, with head sizes that are powers of two."""
     head = cfg.n_embd // cfg.n_head
     return cfg.USE_TRITON and triton is not None and device.type == "cuda" and head & (head - 1) == 0
 
 
-def use_kernels(x):
-    """Whether a tensor is one for the kernels: on a GPU, or anywhere in Triton's interpreter, for tests."""
+def use_kernels(x: torch.Tensor) -> bool:
+    """Return whether the kernels take this tensor: on a GPU, or anywhere in Triton's interpreter, for tests."""
     return triton is not None and (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")
 
 
-class Fp8(NamedTuple):
-    """An FP8 matrix (its values in fp32 where it is emulated) and the factor, one fp32 element, that they must be
-    multiplied by."""
-
-    data: torch.Tensor
-    inverse_scale: torch.Tensor
-
-
-class Scaling(NamedTuple):
-    """How one tensor is quantized: one-element fp32 tensors scale, 1 / scale, amax (raised in place; None: not
-    wanted)."""
-
-    scale: torch.Tensor
-    inverse: torch.Tensor
-    amax: torch.Tensor
-    dtype: torch.dtype
-    quantizer: object = None  # TE's, where it is kept
-
-
-def as_operand(data, scaling):
-    """Values that a kernel wrote as a matmul operand: in FP8 by a Scaling, or in bf16 (scaling None)."""
+def as_operand(data: torch.Tensor, scaling: Scaling | None) -> Operand:
+    """Return what a kernel wrote as a matmul operand: FP8 by `scaling`, or bf16 (scaling None)."""
     return data if scaling is None else Fp8(data, scaling.inverse)
 
 
-def scale_and_amax(scaling):
-    """The arguments scale and amax of a kernel that writes FP8; (None, None) where it writes bf16."""
+def scale_and_amax(scaling: Scaling | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Return a kernel's arguments scale and amax; (None, None) if it writes bf16."""
     return (None, None) if scaling is None else (scaling.scale, scaling.amax)
 
 
 @functools.cache
-def te_gemm():
-    """TE's FP8 matmul as function(a, b, dtype, out, add, fast), see matmul(); None where it cannot run: then it is
-    emulated."""
+def te_gemm() -> Callable | None:
+    """Return TE's FP8 matmul as function(a, b, dtype, out, add, fast), with matmul()'s arguments.
+
+    Return None where it cannot run (no TE, or a GPU older than sm_89): FP8 is then emulated.
+    """
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9):
         return None
     try:
@@ -74,44 +106,52 @@ def te_gemm():
         return Float8TensorStorage(data=x.data.view(torch.uint8), fp8_scale_inv=x.inverse_scale,
                                    fp8_dtype=te_types()[0][x.data.dtype], fake_dtype=torch.bfloat16)
 
-    # BLAS counts columns where torch counts rows: its first operand is our second
+    # BLAS is column-major and torch row-major: its first operand is our second
     return lambda a, b, dtype, out, add, fast: general_gemm(
         operand(b), operand(a), dtype, out=out, accumulate=add, layout="TN", use_split_accumulator=not fast)[0]
 
 
-def matmul(a, b, dtype=torch.bfloat16, out=None, add=True, fast=False):
-    """a @ b.T with fp32 accumulation, (M, K) and (N, K): both Fp8 (K contiguous), or both bf16 (transposed views too).
+def matmul(a: Operand, b: Operand, dtype: torch.dtype = torch.bfloat16, out: torch.Tensor | None = None,
+           add: bool = True, fast: bool = False) -> torch.Tensor:
+    """Return a @ b.T (M, N) with fp32 accumulation.
 
     Args:
-        dtype: of the result, unless `out`, fp32 (M, N), takes it: added to what is there, or in its place (add=False).
-        fast: FP8 sums stay in the tensor cores, as TE has it for forward passes; else they are carried on in fp32.
-    A CPU multiplies in fp32, which holds the same products exactly, and returns fp32: its caller rounds, if at all.
+        a, b: (M, K) and (N, K); both Fp8 with K contiguous, or both bf16, transposed views too.
+        dtype: the result's dtype, if `out` is None.
+        out: fp32 (M, N) that receives the result.
+        add: add to `out` (True) or overwrite it (False).
+        fast: let FP8 sums stay in the tensor cores, as TE does in forward passes. Otherwise partial sums are promoted
+            to fp32 (cuBLAS's "split accumulator").
+    A CPU multiplies in fp32, which holds the same products exactly, and returns fp32; the caller rounds if it has to.
     """
     scale = None
     if isinstance(a, Fp8):
         if a.data.is_cuda and te_gemm():
             return te_gemm()(a, b, dtype if out is None else out.dtype, out, add and out is not None, fast)
-        # Emulated: exact products of the values, scaled after the sum
+        # Emulation: exact products of the FP8 values, scaled after the sum as in cuBLAS
         scale, a, b = a.inverse_scale * b.inverse_scale, a.data.float(), b.data.float()
     if a.is_cuda and scale is None:
         if out is not None:
             return torch.addmm(out, a, b.t(), beta=float(add), out_dtype=torch.float32, out=out)
         return a @ b.t() if dtype == a.dtype else torch.mm(a, b.t(), out_dtype=dtype)
-    with torch.autocast(a.device.type, enabled=False):  # which would make the matmul bf16 again
+    with torch.autocast(a.device.type, enabled=False):  # autocast would run the matmul in bf16
         product = a.float() @ b.float().t() if scale is None else (a @ b.t()) * scale
         return product if out is None else out.add_(product) if add else out.copy_(product)
 
 
 @functools.cache
-def te_types():
-    """TE's enumeration of number formats by torch's dtype, and its module of kernels."""
+def te_types() -> tuple[dict[torch.dtype, Any], Any]:
+    """Return TE's enumeration of number formats by torch's dtype, and TE's extension module with its kernels."""
     import transformer_engine_torch
     from transformer_engine.pytorch.constants import DType
     return {torch.float8_e4m3fn: DType.kFloat8E4M3, torch.float8_e5m2: DType.kFloat8E5M2}, transformer_engine_torch
 
 
-def te_quantizer(scaling, colwise=True):
-    """TE's quantizer for a Scaling; its results are bare storages rather than tensors that autograd would follow."""
+def te_quantizer(scaling: Scaling, colwise: bool = True) -> Any:
+    """Return TE's quantizer for `scaling`; colwise: make the transpose too.
+
+    Its results are bare storages (internal = True), because autograd does not need to follow them.
+    """
     from transformer_engine.pytorch import Float8Quantizer
     amax = torch.empty_like(scaling.scale) if scaling.amax is None else scaling.amax
     quantizer = Float8Quantizer(scaling.scale, amax, te_types()[0][scaling.dtype], columnwise=colwise)
@@ -119,8 +159,12 @@ def te_quantizer(scaling, colwise=True):
     return quantizer
 
 
-def quantize(x, scaling, colwise=True):
-    """x (M, K) as matmul operands (rows, cols): itself and its transpose, in FP8, or bf16 views (scaling None)."""
+def quantize(x: torch.Tensor, scaling: Scaling | None, colwise: bool = True) -> Operands:
+    """Return x (M, K) and its transpose as matmul operands (rows, cols).
+
+    In FP8 by `scaling`, saturating, with NaN staying NaN; or x itself and its view x.t(), if `scaling` is None.
+    colwise=False: an FP8 transpose is not made, and cols is None.
+    """
     if scaling is None:
         return x, x.t()
     if x.is_cuda and te_gemm():
@@ -128,7 +172,7 @@ def quantize(x, scaling, colwise=True):
         rows = Fp8(quantized._data.view(scaling.dtype), scaling.inverse)
         if not colwise:
             return rows, None
-        # Where matmuls take any layout (B200), TE makes no transpose
+        # TE makes no transpose on GPUs whose FP8 matmuls take any layout (B200)
         if quantized._transpose is None:
             return rows, transposed(rows)
         return rows, Fp8(quantized._transpose.view(scaling.dtype), scaling.inverse)
@@ -136,12 +180,12 @@ def quantize(x, scaling, colwise=True):
     quantized = (x.float() * scaling.scale).clamp_(-fp8_max, fp8_max).to(scaling.dtype)
     if scaling.amax is not None:
         scaling.amax.copy_(torch.maximum(scaling.amax, x.detach().abs().max().float()))
-    quantized = quantized.float()  # which is what is multiplied where there is no FP8
+    quantized = quantized.float()  # without FP8 hardware the values are multiplied in fp32
     return Fp8(quantized, scaling.inverse), Fp8(quantized.t(), scaling.inverse) if colwise else None
 
 
-def transposed(operand):
-    """A row-wise operand as the operand of a sum over its rows."""
+def transposed(operand: Operand) -> Operand:
+    """Return the cols operand (K, M) of a rows operand (M, K)."""
     if not isinstance(operand, Fp8):
         return operand.t()
     if not operand.data.is_cuda or not te_gemm():
@@ -152,18 +196,22 @@ def transposed(operand):
     return Fp8(cols.view(dtype), operand.inverse_scale)
 
 
-def weight_operand(weight, scaling, first, cache):
-    """A weight as matmul operands (rows, cols), by scaling(weight) in FP8, or in bf16 where that is None.
+def weight_operand(weight: torch.nn.Parameter, scaling: Callable[[torch.Tensor], Scaling | None], first: bool | None,
+                   cache: dict[torch.nn.Parameter, Operands]) -> Operands:
+    """Return a weight (M, K) as matmul operands (rows, cols).
 
-    first: True in a step's first micro-batch, which fills the cache, False in the others, which use it; None: made
-    anew.
+    Args:
+        scaling: function(weight) that returns how to quantize it, or None for bf16.
+        first: True in a step's first micro-batch, which fills `cache`; False in the others, which read it;
+            None: quantize anew and leave the cache alone.
+        cache: the operands of all weights.
     """
     if first is False and weight in cache:
         return cache[weight]
     values = weight.detach()
     weight_scaling = scaling(values)
     if weight_scaling is not None:
-        # Delayed scaling's scale moves on between micro-batches, while these values stay
+        # Delayed scaling updates its scale between micro-batches; the cached values keep theirs
         operands = quantize(values, weight_scaling._replace(inverse=weight_scaling.inverse.clone()))
     else:
         # A CPU multiplies these values in fp32
@@ -174,33 +222,41 @@ def weight_operand(weight, scaling, first, cache):
     return operands
 
 
-def current_scaling(x, dtype):
-    """Scaling by the tensor's own amax, so that its largest value becomes the format's; 1 for a tensor of zeros."""
+def current_scaling(x: torch.Tensor, dtype: torch.dtype) -> Scaling:
+    """Return the Scaling that maps the largest |value| of x to the largest of the format; scale 1 if x is all zeros."""
     amax = torch.linalg.vector_norm(x.detach(), math.inf, dtype=torch.float32).reshape(1)
     scale = torch.where(amax > 0, torch.finfo(dtype).max / amax, torch.ones_like(amax))
     return Scaling(scale, 1.0 / scale, None, dtype)
 
 
 class AddNorm(torch.autograd.Function):
-    """RMSNorm(x + delta) * gain in bf16, and nothing else in between (delta may be None)."""
+    """Compute RMSNorm(x + delta) * gain in bf16, for the norms outside the blocks.
+
+    x (..., C) bf16 or fp32; delta, of x's shape, bf16 or None; gain (C,) fp32.
+    """
 
     @staticmethod
-    def forward(ctx, x, delta, gain, eps):
+    def forward(ctx, x: torch.Tensor, delta: torch.Tensor | None, gain: torch.Tensor, eps: float) -> torch.Tensor:
         residual, y, rstd = add_norm(x, delta, gain, eps, None)
         ctx.save_for_backward(residual, gain, rstd)
         ctx.add = delta is not None
         return y.view(x.shape)
 
     @staticmethod
-    def backward(ctx, dy):
+    def backward(ctx, dy: torch.Tensor) -> tuple:
         residual, gain, rstd = ctx.saved_tensors
         dx, dgain = add_norm_grad(dy.flatten(0, -2), residual, gain, rstd, None)
         dx = dx.view(dy.shape)
         return dx, dx if ctx.add else None, dgain, None
 
 
-def add_norm(x, delta, gain, eps, scaling):
-    """residual (N, C) = x + delta, y = RMSNorm(residual) * gain (bf16, or FP8 by `scaling`), rstd (N,) fp32."""
+def add_norm(x: torch.Tensor, delta: torch.Tensor | None, gain: torch.Tensor, eps: float,
+             scaling: Scaling | None) -> tuple[torch.Tensor, Operand, torch.Tensor]:
+    """Return (residual, y, rstd): residual = x + delta (N, C), y = RMSNorm(residual) * gain (N, C), rstd (N,) fp32.
+
+    x (..., C); without delta the residual is x itself. y is bf16, or FP8 by `scaling`. rstd is 1 / RMS of each row.
+    RMSNorm: arXiv 1910.07467.
+    """
     x = x.flatten(0, -2)
     N, C = x.shape
     residual = x if delta is None else torch.empty(N, C, dtype=torch.bfloat16, device=x.device)
@@ -213,8 +269,12 @@ def add_norm(x, delta, gain, eps, scaling):
     return residual, as_operand(y, scaling), rstd
 
 
-def add_norm_grad(dy, residual, gain, rstd, d_residual):
-    """Gradients of the residual (N, C) and gain (C,)."""
+def add_norm_grad(dy: torch.Tensor, residual: torch.Tensor, gain: torch.Tensor, rstd: torch.Tensor,
+                  d_residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the gradients of add_norm's residual (N, C), which x and delta share, and of gain (C,).
+
+    dy (N, C): gradient of y. d_residual (N, C): gradient that reaches the residual past the norm; None: there is none.
+    """
     N, C = residual.shape
     rows_per_program = 16
     dx = torch.empty_like(residual)
@@ -225,16 +285,19 @@ def add_norm_grad(dy, residual, gain, rstd, d_residual):
     return dx, dgain_parts.sum(0).to(gain.dtype)
 
 
-def as_int32(cols):
-    """An FP8 matrix (K, M) as the kernels write it, (K, M / 4) words; None for None."""
+def as_int32(cols: torch.Tensor | None) -> torch.Tensor | None:
+    """View an FP8 matrix (K, M) as the 32-bit words (K, M / 4) that the kernels write; None for None.
+
+    M must be a multiple of 4: torch raises RuntimeError otherwise.
+    """
     return None if cols is None else cols.view(torch.int32)
 
 
-def weight_gradient(dy_cols, x_cols, weight, in_place):
-    """dy.T @ x for a weight, from both operands' transposes.
+def weight_gradient(dy_cols: Operand, x_cols: Operand, weight: torch.Tensor, in_place: str) -> torch.Tensor | None:
+    """Compute a weight's gradient dy.T @ x (M, K) from dy_cols (M, N) and x_cols (K, N).
 
-    in_place: "" returns it; "add" adds it onto weight.grad where there is one, and "write" puts it there, and return
-    None.
+    in_place: "" returns it in the weight's dtype. "add" adds it to weight.grad, "write" overwrites weight.grad; both
+    return None, or the gradient if weight.grad does not exist yet.
     """
     if in_place and weight.grad is not None:
         matmul(dy_cols, x_cols, out=weight.grad, add=in_place == "add")
@@ -243,29 +306,34 @@ def weight_gradient(dy_cols, x_cols, weight, in_place):
 
 
 class QKVLayer(NamedTuple):
-    """What FusedQKV needs beside its tensors; input, weight, d_qkv: these tensors' Scaling, or None for bf16."""
+    """What one block's FusedQKV needs besides tensors. The last three: how these tensors are quantized; None: bf16."""
 
     fused: "FusedBlocks"
-    eps: float
+    eps: float                         # RMSNorm's
     n_head: int
-    cos: torch.Tensor
+    cos: torch.Tensor                  # (T, D / 2) fp32
     sin: torch.Tensor
-    on_last_gradient: Callable | None
-    input: Scaling | None
+    on_last_gradient: Callable | None  # called when the backward pass has quantized its last gradient
+    input: Scaling | None              # RMSNorm's output, the matmul's input
     weight: Scaling | None
-    d_qkv: Scaling | None
+    d_qkv: Scaling | None              # gradient of the matmul's output
 
 
 class FusedQKV(torch.autograd.Function):
-    """The block's first part: x + delta -> RMSNorm -> q, k, v -> RoPE and QK norm.
+    """Compute a block's first part: x + delta -> RMSNorm -> q, k, v -> RoPE and QK norm.
 
-    Arguments: x, delta (B, T, C) bf16 (delta, the block before's MLP, may be None), gain (C,), weight (3C, C), and
-    `layer`, from FusedBlocks.register(). Returns the residual x + delta, and q, k, v, each (B, T, H, D), parts of one
-    tensor, which attention takes as it is (TE's layout bs3hd).
+    Args:
+        x: (B, T, C) bf16, the residual stream.
+        delta: (B, T, C) bf16, output of the previous block's MLP; None in the first block.
+        gain, weight: (C,) and (3C, C), fp32.
+        layer: from FusedBlocks.register().
+    Returns: the residual x + delta (B, T, C), and q, k, v (B, T, H, D), bf16. q, k and v are views of one tensor (TE's
+    layout bs3hd), which attention takes without a copy.
     """
 
     @staticmethod
-    def forward(ctx, x, delta, gain, weight, layer):
+    def forward(ctx, x: torch.Tensor, delta: torch.Tensor | None, gain: torch.Tensor, weight: torch.Tensor,
+                layer: QKVLayer) -> tuple[torch.Tensor, ...]:
         B, T, C = x.shape
         residual, y, rstd = add_norm(x, delta, gain, layer.eps, layer.input)
         weight_rows, ctx.weight_cols = layer.fused.operand(weight, layer.weight)
@@ -276,21 +344,25 @@ class FusedQKV(torch.autograd.Function):
         return residual.view(B, T, C), *qkv.view(B, T, 3, layer.n_head, C // layer.n_head).unbind(2)
 
     @staticmethod
-    def backward(ctx, d_residual, dq, dk, dv):
+    def backward(ctx, d_residual: torch.Tensor, dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor) -> tuple:
         residual, gain, rstd, weight, qkv, rope_rstd, y = ctx.saved_tensors
         layer = ctx.layer
         d_rows, d_cols = rope_qk_norm_grad(dq, dk, dv, qkv, rope_rstd, layer.cos, layer.sin, layer.d_qkv)
         dy = matmul(d_rows, ctx.weight_cols)
         dx, dgain = add_norm_grad(dy, residual, gain, rstd, d_residual)
         d_weight = weight_gradient(d_cols, transposed(as_operand(y, layer.input)), weight, ctx.in_place)
-        if layer.on_last_gradient:  # every gradient of this pass is quantized
+        if layer.on_last_gradient:
             layer.on_last_gradient()
         dx = dx.view(d_residual.shape)
         return dx, dx if ctx.add else None, dgain, d_weight, None
 
 
-def rope_qk_norm_in_place(qkv, cos, sin, T, n_head, eps):
-    """rope_qk_norm of qkv (N, 3C) bf16 in place; returns 1 / RMS of each head of q and k, (N * 2 * n_head,) fp32."""
+def rope_qk_norm_in_place(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, T: int, n_head: int,
+                          eps: float) -> torch.Tensor:
+    """Apply nanofp8.plain.rope_qk_norm to qkv (N, 3C) bf16 in place.
+
+    Return 1 / RMS of each head of q and k: (N * 2 * n_head,) fp32.
+    """
     N, C3 = qkv.shape
     rstd = torch.empty(N * 2 * n_head, dtype=torch.float32, device=qkv.device)
     kernels.rope_qk_norm_forward[(triton.cdiv(len(rstd), 16),)](
@@ -298,11 +370,13 @@ def rope_qk_norm_in_place(qkv, cos, sin, T, n_head, eps):
     return rstd
 
 
-def rope_qk_norm_grad(dq, dk, dv, qkv, rstd, cos, sin, scaling):
-    """The gradient of what went into RoPE and QK norm, from their outputs qkv (N, 3C): operands (rows, cols).
+def rope_qk_norm_grad(dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor, qkv: torch.Tensor, rstd: torch.Tensor,
+                      cos: torch.Tensor, sin: torch.Tensor, scaling: Scaling | None) -> Operands:
+    """Return the gradient of what went into RoPE and QK norm, as matmul operands (N, 3C) and (3C, N).
 
-    scaling: of the result, or None for bf16, which takes the place of dq, dk, dv where they are parts of one tensor,
-    as attention returns them.
+    dq, dk, dv (B, T, H, D) bf16: gradients of the outputs; qkv (N, 3C) bf16: the outputs; rstd: from
+    rope_qk_norm_in_place(). FP8 by `scaling`. In bf16 (scaling None) the result overwrites dq, dk and dv if they are
+    views of one tensor, as attention returns them.
     """
     B, T, H, D = dq.shape
     N, C3 = qkv.shape
@@ -320,50 +394,59 @@ def rope_qk_norm_grad(dq, dk, dv, qkv, rstd, cos, sin, scaling):
 
 
 class RopeQKNorm(torch.autograd.Function):
-    """rope_qk_norm in place of qkv (B, T, 3C), whose own values nothing needs any more, for blocks of TE's modules."""
+    """Apply nanofp8.plain.rope_qk_norm in place, for blocks built from TE's modules.
+
+    qkv (B, T, 3C) bf16 is overwritten: backward needs the outputs alone. cos, sin (T, D / 2) fp32. Returns q, k, v,
+    each (B, T, H, D), views of qkv.
+    """
 
     @staticmethod
-    def forward(ctx, qkv, cos, sin, n_head, eps):
+    def forward(ctx, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, n_head: int,
+                eps: float) -> tuple[torch.Tensor, ...]:
         B, T, C3 = qkv.shape
         qkv = qkv.detach().view(B * T, C3)
         ctx.save_for_backward(qkv, rope_qk_norm_in_place(qkv, cos, sin, T, n_head, eps), cos, sin)
         return qkv.view(B, T, 3, n_head, C3 // 3 // n_head).unbind(2)
 
     @staticmethod
-    def backward(ctx, dq, dk, dv):
+    def backward(ctx, dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor) -> tuple:
         qkv, rstd, cos, sin = ctx.saved_tensors
         rows, _ = rope_qk_norm_grad(dq, dk, dv, qkv, rstd, cos, sin, None)
         return rows.view(*dq.shape[:2], -1), None, None, None, None
 
 
 class MLPLayer(NamedTuple):
-    """What FusedMLP needs beside its tensors; from attention_out on: these tensors' Scaling, or None for bf16."""
+    """What one block's FusedMLP needs besides tensors. From the third: how these tensors are quantized; None: bf16."""
 
     fused: "FusedBlocks"
-    eps: float
+    eps: float                        # RMSNorm's
     attention_out: Scaling | None
-    proj: Scaling | None
-    d_proj: Scaling | None
-    input: Scaling | None
+    proj: Scaling | None              # weights: proj, fc1, fc2
+    d_proj: Scaling | None            # gradient of proj's output
+    input: Scaling | None             # RMSNorm's output, fc1's input
     fc1: Scaling | None
-    d_pre_activation: Scaling | None
-    activation: Scaling | None
+    d_pre_activation: Scaling | None  # gradient of fc1's output
+    activation: Scaling | None        # relu^2's output, fc2's input
     fc2: Scaling | None
-    d_mlp_out: Scaling | None
+    d_mlp_out: Scaling | None         # gradient of fc2's output
 
 
 class FusedMLP(torch.autograd.Function):
-    """The block's second part: attention's output -> projection, residual -> RMSNorm -> MLP with relu^2.
+    """Compute a block's second part: attention's output -> projection -> add -> RMSNorm -> MLP with relu^2.
 
-    Arguments: attention_out and x, the residual, (B, T, C) bf16; proj (C, C), gain (C,), fc1 (4C, C), fc2 (C, 4C), and
-    `layer`, from FusedBlocks.register(). Returns the residual x + proj(attention_out), and the MLP's output, which the
-    next part adds. Kept for the backward pass: attention_out and the norm's output (in FP8 as quantized), the residual,
-    and relu^2's input; in FP8 relu^2 is quantized once more for the weight gradient, by the same scale, rather than
-    kept.
+    Args:
+        attention_out: (B, T, C) bf16, attention's output.
+        x: (B, T, C) bf16, the residual stream.
+        proj, fc1, fc2: weights (C, C), (4C, C), (C, 4C), fp32.
+        gain: (C,) fp32.
+        layer: from FusedBlocks.register().
+    Returns: the residual x + attention_out @ proj.T, and the MLP's output, which the next part adds, (B, T, C) bf16.
+    relu^2: arXiv 2109.08668.
     """
 
     @staticmethod
-    def forward(ctx, attention_out, x, proj, gain, fc1, fc2, layer):
+    def forward(ctx, attention_out: torch.Tensor, x: torch.Tensor, proj: torch.Tensor, gain: torch.Tensor,
+                fc1: torch.Tensor, fc2: torch.Tensor, layer: MLPLayer) -> tuple[torch.Tensor, torch.Tensor]:
         B, T, C = x.shape
         attention_out = attention_out.view(B * T, C)
         proj_rows, proj_cols = layer.fused.operand(proj, layer.proj)
@@ -385,7 +468,7 @@ class FusedMLP(torch.autograd.Function):
         return residual.view(B, T, C), mlp_out.view(B, T, C)
 
     @staticmethod
-    def backward(ctx, d_residual, d_mlp_out):
+    def backward(ctx, d_residual: torch.Tensor, d_mlp_out: torch.Tensor) -> tuple:
         attention_out, residual, gain, rstd, pre_activation, proj, fc1, fc2, y, activation = ctx.saved_tensors
         layer, shape, (proj_cols, fc1_cols, fc2_cols) = ctx.layer, d_mlp_out.shape, ctx.weight_cols
         M, K = pre_activation.shape
@@ -416,32 +499,40 @@ class FusedMLP(torch.autograd.Function):
 
 
 class FusedBlocks:
-    """What the fused blocks need beside their tensors: which layers run in FP8, by which scales, with which weights.
+    """Hold what the fused blocks share: which layers run in FP8, their scales, and the cache of quantized weights.
 
-    Delayed scaling's state is TE's own, held by the layers: their scales are copied when a pass begins, since TE
-    updates them in place when its forward half ends, and the kernels raise the live amaxes. One pass at a time: a
-    backward pass must be over before the next forward pass begins. Buffers stay where they are, so that CUDA graphs may
-    hold on to them.
+    Delayed scaling's state stays in TE's layers; the module's docstring says how it is shared. Only one pass at a time:
+    a backward pass must end before the next forward pass begins, because begin() overwrites the scales.
     """
 
-    def __init__(self, model):
+    def __init__(self, model: Any) -> None:
+        """model: train.GPT, whose blocks are made of TE's layers."""
         self.model, self.cache = model, {}
-        self.formats = {}  # {whether FP8 is on: (blocks, live scales, their copy, its inverse)}
+        self.formats = {}  # {whether FP8 is on: (blocks, TE's scales, buffer for their copy, buffer for its inverse)}
 
-    def begin(self, x, first, in_place):
-        """Start a pass; x: any tensor on the model's device, first and in_place: as GPT.forward() has them."""
+    def begin(self, x: torch.Tensor, first: bool | None, in_place: str) -> None:
+        """Start a pass: choose the layers of the present format and copy their scales.
+
+        x: any tensor on the model's device. first: as in GPT.forward(). in_place: as in weight_gradient().
+        """
         state = self.model.te.quantization.FP8GlobalStateManager
         enabled = state.is_fp8_enabled()
         if enabled not in self.formats:
             self.formats[enabled] = self.register(x, state)
         self.first, self.in_place = first, in_place
-        self.blocks, live, scale, inverse = self.formats[enabled]
-        if live:
-            torch.cat(live, out=scale)
+        self.blocks, live_scales, scale, inverse = self.formats[enabled]
+        if live_scales:
+            torch.cat(live_scales, out=scale)
             torch.reciprocal(scale[:, None], out=inverse[:, :1])
 
-    def register(self, x, state):
-        """Let TE set its layers up for the present format, and lay out what each block needs."""
+    def register(self, x: torch.Tensor, state: Any) -> tuple[list[tuple[QKVLayer, MLPLayer]], list[torch.Tensor],
+                                                             torch.Tensor, torch.Tensor]:
+        """Let TE set up its layers for the present format, and allocate the buffers of their scales.
+
+        x: any tensor on the model's device. state: TE's FP8GlobalStateManager.
+        Returns: (QKVLayer, MLPLayer) of each block; the layers' own scales; buffers for a copy of all scales (total,)
+        and for its inverse (total, 4), of which the first column is used.
+        """
         te, fp8_metas = self.model.te, []
         for block in self.model.blocks:
             for layer, gemms in ((block.attn.qkv, 1), (block.attn.proj, 1), (block.mlp, 2)):
@@ -452,13 +543,16 @@ class FusedBlocks:
                     fp8_metas += [(layer, key, layer.fp8_meta[key]) for key in ("scaling_fwd", "scaling_bwd")]
         total = sum(len(meta.scale) for *_, meta in fp8_metas)
         scale = torch.ones(total, device=x.device)
-        inverse = torch.ones(total, 4, device=x.device)  # 16 bytes apart: cuBLAS wants them so aligned
+        inverse = torch.ones(total, 4, device=x.device)  # 16 bytes apart: cuBLAS requires this alignment
         offsets = dict(zip(((layer, key) for layer, key, _ in fp8_metas),
                            itertools.accumulate((len(meta.scale) for *_, meta in fp8_metas), initial=0), strict=False))
 
-        def tensor_scaling(layer, key, i, colwise=True):
-            """Of a layer's i-th tensor, by TE's numbers: input 0, weight 1, a second matmul's 3 and 4; gradients 0 and
-            2."""
+        def tensor_scaling(layer: Any, key: str, i: int, colwise: bool = True) -> Scaling | None:
+            """Return the Scaling of a layer's i-th tensor, or None if the layer runs in bf16.
+
+            TE numbers the tensors (FP8FwdTensors, FP8BwdTensors): forward, input 0 and weight 1 of the first matmul, 3
+            and 4 of the second; backward, output gradient 0 of the first matmul, 2 of the second.
+            """
             if (layer, key) not in offsets:
                 return None
             offset, dtype = offsets[layer, key] + i, torch.float8_e4m3fn if key == "scaling_fwd" else torch.float8_e5m2
@@ -469,7 +563,7 @@ class FusedBlocks:
         blocks, forward, backward = [], "scaling_fwd", "scaling_bwd"
         for i, block in enumerate(self.model.blocks):
             attn, qkv, proj, mlp = block.attn, block.attn.qkv, block.attn.proj, block.mlp
-            # TE's own modules do the same when the backward pass leaves the first of them
+            # The first block is the last in backward: TE's own modules update the gradients' scales there too
             on_last_gradient = None
             if i == 0 and fp8_metas:
                 on_last_gradient = functools.partial(state.reduce_and_update_fp8_tensors, forward=False)
@@ -486,42 +580,49 @@ class FusedBlocks:
                     fc2=tensor_scaling(mlp, forward, 4), d_mlp_out=tensor_scaling(mlp, backward, 2))))
         return blocks, [meta.scale for *_, meta in fp8_metas], scale, inverse
 
-    def operand(self, weight, scaling):
-        """A weight as matmul operands, by its Scaling or in bf16."""
+    def operand(self, weight: torch.nn.Parameter, scaling: Scaling | None) -> Operands:
+        """Return a weight as matmul operands (rows, cols), quantized once a step; scaling None: bf16."""
         return weight_operand(weight, lambda _: scaling, self.first, self.cache)
 
 
 class MicroBatchGraphs:
-    """Forward and backward pass of a micro-batch as CUDA graphs: one for a step's first, which writes its gradients and
-    quantizes the weights, and one for the others, which add to them. Python is then out of the way between kernels.
+    """Run the forward and backward pass of a micro-batch as a CUDA graph, to save the time of launching kernels.
 
-    Everything that a graph reads or writes keeps its place: inputs, loss, gradients, scales, quantized weights.
+    There are two graphs: the one for a step's first micro-batch overwrites the gradients and quantizes the weights, the
+    one for the others adds to the gradients and uses the same quantized weights.
+
+    Everything that a graph reads or writes keeps its address: inputs, loss, gradients, scales, quantized weights.
+    Gradients must therefore not be set to None. https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
     """
 
-    def __init__(self, parallel, loader, precision, procs):
+    def __init__(self, parallel: Any, loader: Any, precision: Any, procs: Any) -> None:
+        """Allocate gradients and capture the graphs; arguments: train.Parallel, DataLoader, Precision, Processes."""
         self.model, self.loader, self.precision, self.procs = parallel.model, loader, precision, procs
         self.graphs, self.pool = {}, torch.cuda.graph_pool_handle()
         self.batch, self.loss = list(loader.peek()), torch.zeros((), device=procs.device)
         for parameter in self.model.parameters():
             parameter.grad = torch.zeros_like(parameter)
-        # Gradients that autograd adds up: all but the matmuls' own
+        # Autograd accumulates these gradients, so that they start from zero; matmuls write the weights' own
         self.summed_gradients = [parameter.grad for name, parameter in self.model.named_parameters()
                        if parameter.ndim == 1 or name.startswith("embed")]
         for first in (True, False)[:loader.accumulation]:
             self.capture(first)
 
-    def __call__(self, x, y, first):
-        """Run one micro-batch, x (B, T) int32, y (B, T) int64; returns its share of the step's loss, a scalar that the
-        next overwrites."""
+    def __call__(self, x: torch.Tensor, y: torch.Tensor, first: bool) -> torch.Tensor:
+        """Run one micro-batch and return its share of the step's loss, a scalar that the next call overwrites.
+
+        x (B, T) int32: tokens; y (B, T) int64: targets; first: whether it is the step's first micro-batch.
+        """
         self.batch[0].copy_(x)
         self.batch[1].copy_(y)
         self.graphs[first].replay()
         return self.loss
 
-    def capture(self, first):
+    def capture(self, first: bool) -> None:
+        """Capture the graph of a step's first micro-batch (first=True) or of its others."""
         self.model.in_place = "write" if first else "add"
         self.graphs[first] = torch.cuda.CUDAGraph()
-        # The loader's thread allocates pinned memory meanwhile, which only this thread must not
+        # thread_local: the loader's thread may allocate pinned memory meanwhile, which a global capture forbids
         with torch.cuda.graph(self.graphs[first], pool=self.pool, capture_error_mode="thread_local"):
             if first:
                 torch._foreach_zero_(self.summed_gradients)

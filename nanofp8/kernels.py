@@ -1,9 +1,19 @@
-"""
-Kernels in Triton, which a first reading may skip: Block.forward without `fused` is the same mathematics, and fused.py
-puts these together. All that lies between the matmuls of a block, each in one pass over memory.
-N = B * T tokens ("rows"), C = n_embd. Where FP8 is true they write E4M3 or E5M2 (by the type of the output), values
-times `scale`, and raise `amax`, the largest |value| so far, for delayed scaling's next scale. *_cols is the transpose,
-which Hopper's FP8 matmuls want when they sum over tokens.
+"""Triton kernels for what lies between a block's matmuls, each in one pass over memory, and for the loss.
+
+Importing this module needs Triton. Set TRITON_INTERPRET=1 before the import to run the kernels on a CPU in Triton's
+interpreter, which the tests do.
+
+Conventions:
+- N = B * T tokens (rows), C = n_embd, V = vocabulary, H heads of D = 2 * HALF values. Matrices are row-major and
+  contiguous. Values are bf16 in memory and fp32 in registers.
+- An argument *_ptr points to a tensor; the docstrings name the tensor without _ptr. `columns`, `rows` and `tokens` are
+  vectors of indices, `offsets` are the distances of the elements from a tensor's first element.
+- FP8: outputs are rounded to E4M3 (largest value 448; activations) or E5M2 (57344; gradients) after multiplication by
+  `scale` (one fp32 element), and saturate. `amax` (one fp32 element) is raised to the largest |value| before scaling:
+  delayed scaling derives its next scale from it. Without FP8 outputs are bf16, and scale and amax are None.
+- *_cols is the transpose of an FP8 output. Hopper's FP8 matmuls need it when they sum over tokens. It is written as
+  32-bit words of four tokens each. A program therefore takes QUADS groups of four consecutive tokens: token
+  4 * quad + i for i from 0 to 3. Launches need N divisible by 4 for a matrix with *_cols.
 """
 
 import os
@@ -11,21 +21,22 @@ import os
 import triton
 import triton.language as tl
 
-INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")  # by Triton's interpreter, for tests on CPUs
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")  # the interpreter cannot run PTX
 
 
 @triton.jit
 def as_fp8(values, scale, output_ptr, MAX: tl.constexpr):
-    """values * scale rounded to what `output_ptr` points to, saturating at MAX; NaN stays NaN."""
+    """Return values * scale in the dtype that `output_ptr` points to, saturating at MAX; NaN stays NaN."""
     return tl.clamp(values * scale, -MAX, MAX, propagate_nan=tl.PropagateNan.ALL).to(output_ptr.dtype.element_ty)
 
 
 @triton.jit
 def pack_fp8(values0, values1, values2, values3, scale, E5M2: tl.constexpr):
-    """Four fp32 tensors times scale as the bytes of one tensor of 32-bit words, lowest first, in E5M2 or E4M3.
+    """Return four fp32 tensors times scale as FP8 bytes of one tensor of 32-bit words, lowest byte first.
 
-    Transposes are written in words, four tokens each. Taking FP8 values apart into bytes is left to no compiler:
-    ptxas of CUDA 13.0 gets every fourth wrong (a 16-bit shift of a register that holds two pairs, seen on an H100).
+    E5M2 if true, E4M3 otherwise; saturating. The conversion is inline PTX because a compiler may get it wrong: ptxas of
+    CUDA 13.0 breaks every fourth value when FP8 values are taken apart into bytes (a 16-bit shift of a register that
+    holds two pairs; seen on an H100).
     """
     values0, values1, values2, values3 = values0 * scale, values1 * scale, values2 * scale, values3 * scale
     if INTERPRETED:
@@ -46,7 +57,10 @@ def pack_fp8(values0, values1, values2, values3, scale, E5M2: tl.constexpr):
 
 @triton.jit
 def raise_amax(amax_ptr, largest):
-    """One atomic for a whole program, and none where it would change nothing: they all go to one address."""
+    """Raise amax to `largest`, a scalar, with one atomic operation a program, and none if it would change nothing.
+
+    All programs write to the same address, so that atomics would wait for each other.
+    """
     if largest > tl.load(amax_ptr):
         tl.atomic_max(amax_ptr, largest)
 
@@ -54,9 +68,10 @@ def raise_amax(amax_ptr, largest):
 @triton.jit
 def add_norm_forward(x_ptr, delta_ptr, gain_ptr, residual_ptr, y_ptr, rstd_ptr, scale_ptr, amax_ptr, N, C, eps,
                      ADD: tl.constexpr, FP8: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """residual = x + delta (if ADD), then y = RMSNorm(residual) * gain.
+    """Compute residual = x + delta (if ADD), then y = RMSNorm(residual) * gain; ROWS rows a program.
 
-    x, delta, residual (N, C), gain (C,), rstd (N,) fp32.
+    x (N, C) bf16, or fp32 without ADD; delta, residual (N, C) bf16, unused without ADD; gain (C,); y (N, C) bf16 or
+    E4M3; rstd (N,) fp32: 1 / RMS of each row, written for backward. BLOCK: power of two >= C.
     """
     columns = tl.arange(0, BLOCK)
     gain = tl.load(gain_ptr + columns, mask=columns < C, other=0.0).to(tl.float32)
@@ -67,7 +82,7 @@ def add_norm_forward(x_ptr, delta_ptr, gain_ptr, residual_ptr, y_ptr, rstd_ptr, 
         value = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         if ADD:
             value += tl.load(delta_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-            value = value.to(tl.bfloat16).to(tl.float32)  # the norm is of what the residual stream holds
+            value = value.to(tl.bfloat16).to(tl.float32)  # the norm of the rounded values, as backward sees them
             tl.store(residual_ptr + offsets, value.to(tl.bfloat16), mask=mask)
         rstd = 1.0 / tl.sqrt(tl.sum(value * value, axis=0) / C + eps)
         value = value * rstd * gain
@@ -84,7 +99,11 @@ def add_norm_forward(x_ptr, delta_ptr, gain_ptr, residual_ptr, y_ptr, rstd_ptr, 
 @triton.jit
 def add_norm_backward(dy_ptr, residual_ptr, gain_ptr, rstd_ptr, d_residual_ptr, dx_ptr, dgain_ptr, N, C,
                       ADD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """dx = RMSNorm's gradient + d_residual (if ADD); dgain (programs, C) fp32, to be added up."""
+    """Compute dx = gradient through RMSNorm (+ d_residual, if ADD) and each program's share of dgain.
+
+    dy, residual, dx (N, C); d_residual (N, C): gradient that reaches the residual past the norm; rstd (N,) fp32 from
+    add_norm_forward; dgain (programs, C) fp32, which the caller sums over programs.
+    """
     columns = tl.arange(0, BLOCK)
     gain = tl.load(gain_ptr + columns, mask=columns < C, other=0.0).to(tl.float32)
     dgain = tl.zeros((BLOCK,), tl.float32)
@@ -105,7 +124,7 @@ def add_norm_backward(dy_ptr, residual_ptr, gain_ptr, rstd_ptr, d_residual_ptr, 
 @triton.jit
 def relu2_forward(pre_activation_ptr, activation_ptr, scale_ptr, amax_ptr, size,
                   FP8: tl.constexpr, BLOCK: tl.constexpr):
-    """activation = relu(pre_activation)^2, elementwise over `size` values."""
+    """Compute activation = relu(pre_activation)^2 of `size` values; activation in bf16 or E4M3."""
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     activation = tl.maximum(tl.load(pre_activation_ptr + offsets, mask=offsets < size, other=0.0).to(tl.float32), 0.0)
     activation *= activation
@@ -117,9 +136,11 @@ def relu2_forward(pre_activation_ptr, activation_ptr, scale_ptr, amax_ptr, size,
         tl.store(activation_ptr + offsets, activation.to(tl.bfloat16), mask=offsets < size)
 
 
-# The *_rows functions take every fourth token of a program, as pack_fp8() wants them, write the gradient and return it
+# Each *_rows function computes the gradient of every fourth token of a program, stores it and returns it in fp32, so
+# that its caller can pass four of them to pack_fp8().
 @triton.jit
 def relu2_backward_rows(grad_ptr, pre_activation_ptr, out_ptr, scale_ptr, rows, columns, M, K, FP8: tl.constexpr):
+    """Store the gradient through relu^2 of the given rows and columns; return it, and relu^2."""
     offsets, mask = rows.to(tl.int64)[:, None] * K + columns[None, :], (rows < M)[:, None] & (columns < K)[None, :]
     relu = tl.maximum(tl.load(pre_activation_ptr + offsets, mask=mask, other=0.0).to(tl.float32), 0.0)
     grad = tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(tl.float32) * 2.0 * relu
@@ -133,9 +154,11 @@ def relu2_backward_rows(grad_ptr, pre_activation_ptr, out_ptr, scale_ptr, rows, 
 @triton.jit
 def relu2_backward(grad_ptr, pre_activation_ptr, out_ptr, cols_ptr, activation_cols_ptr, scale_ptr, amax_ptr,
                    activation_scale_ptr, M, K, FP8: tl.constexpr, QUADS: tl.constexpr, BLOCK: tl.constexpr):
-    """out = grad * 2 relu(pre_activation); in FP8 also its transpose, and that of relu^2 for the weight gradient.
+    """Compute out = grad * 2 * relu(pre_activation); in FP8 also cols = out.T and activation_cols = (relu^2).T.
 
-    grad, pre_activation (M, K) bf16.
+    grad, pre_activation (M, K) bf16; out (M, K) bf16 (may be grad itself) or E5M2; cols (K, M / 4) words of E5M2;
+    activation_cols (K, M / 4) words of E4M3, quantized by activation_scale as in the forward pass, for the weight
+    gradient. A program takes 4 * QUADS rows and BLOCK columns.
     """
     quads, columns = tl.program_id(0) * QUADS + tl.arange(0, QUADS), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     grad0, activation0 = relu2_backward_rows(
@@ -161,9 +184,10 @@ def relu2_backward(grad_ptr, pre_activation_ptr, out_ptr, cols_ptr, activation_c
 @triton.jit
 def rope_qk_norm_forward(qkv_ptr, cos_ptr, sin_ptr, rstd_ptr, n_rows, T, heads, C3, eps,
                          HALF: tl.constexpr, ROWS: tl.constexpr):
-    """rope_qk_norm of q and k in place. A row is one head of q or k of one token, `heads` = 2 * n_head of them.
+    """Apply rotary position embedding (half-split), then RMSNorm without gain, to q and k in place.
 
-    qkv (B*T, C3) bf16; cos, sin (T, HALF) fp32; rstd (n_rows,) fp32, written: 1 / RMS of each row.
+    qkv (N, C3 = 3C) bf16; cos, sin (T, HALF) fp32; rstd (n_rows,) fp32: 1 / RMS of each row, written for backward.
+    A row is one head of q or k of one token: `heads` = 2 * n_head rows a token, n_rows = N * heads. v is not touched.
     """
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     tokens, dims, mask = rows // heads, tl.arange(0, HALF)[None, :], (rows < n_rows)[:, None]
@@ -172,7 +196,7 @@ def rope_qk_norm_forward(qkv_ptr, cos_ptr, sin_ptr, rstd_ptr, n_rows, T, heads, 
     cos, sin = tl.load(cos_ptr + angles, mask=mask), tl.load(sin_ptr + angles, mask=mask)
     x1 = tl.load(qkv_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     x2 = tl.load(qkv_ptr + offsets + HALF, mask=mask, other=0.0).to(tl.float32)
-    rstd = 1.0 / tl.sqrt(tl.sum(x1 * x1 + x2 * x2, axis=1) / (2 * HALF) + eps)  # a rotation keeps the norm
+    rstd = 1.0 / tl.sqrt(tl.sum(x1 * x1 + x2 * x2, axis=1) / (2 * HALF) + eps)  # rotation does not change it
     tl.store(qkv_ptr + offsets, ((x1 * cos - x2 * sin) * rstd[:, None]).to(tl.bfloat16), mask=mask)
     tl.store(qkv_ptr + offsets + HALF, ((x1 * sin + x2 * cos) * rstd[:, None]).to(tl.bfloat16), mask=mask)
     tl.store(rstd_ptr + rows, rstd, mask=rows < n_rows)
@@ -181,6 +205,7 @@ def rope_qk_norm_forward(qkv_ptr, cos_ptr, sin_ptr, rstd_ptr, n_rows, T, heads, 
 @triton.jit
 def rope_qk_norm_backward_rows(grad_ptr, qkv_ptr, cos_ptr, sin_ptr, rstd_ptr, out_ptr, scale_ptr, tokens, head,
                                N, T, heads, C3, FP8: tl.constexpr, HALF: tl.constexpr):
+    """Store the gradient of one head of the given tokens; return its two halves, fp32."""
     dims, mask = tl.arange(0, HALF), (tokens < N)[:, None]
     offsets = tokens.to(tl.int64)[:, None] * C3 + head * (2 * HALF) + dims[None, :]
     grad1 = tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
@@ -206,10 +231,12 @@ def rope_qk_norm_backward_rows(grad_ptr, qkv_ptr, cos_ptr, sin_ptr, rstd_ptr, ou
 @triton.jit
 def rope_qk_norm_backward(grad_ptr, qkv_ptr, cos_ptr, sin_ptr, rstd_ptr, out_ptr, cols_ptr, scale_ptr, amax_ptr,
                           N, T, heads, C3, FP8: tl.constexpr, HALF: tl.constexpr, QUADS: tl.constexpr):
-    """The gradient from the forward pass's outputs y: rstd * (dy - y * mean(dy * y)), rotated back; v's stays as it is.
+    """Compute the gradient through QK norm and RoPE of q and k; copy v's.
 
-    A program takes one head (of q, k or v) of 4 * QUADS tokens. grad, out (N, C3), cols (C3, N / 4); in bf16 out is
-    grad.
+    QK norm's is rstd * (grad - y * mean(grad * y)) with the forward pass's outputs y = qkv; it is then rotated back.
+    grad, qkv (N, C3) bf16; out (N, C3) bf16 (grad itself) or E5M2; cols (C3, N / 4) words of E5M2; rstd (N * heads,)
+    fp32 from rope_qk_norm_forward. A program takes one head of q, k or v of 4 * QUADS tokens: the grid's second
+    dimension is 3 * n_head, or `heads` = 2 * n_head in bf16, where v's gradient is in place already.
     """
     quads, head = tl.program_id(0) * QUADS + tl.arange(0, QUADS), tl.program_id(1)
     grad1_0, grad2_0 = rope_qk_norm_backward_rows(
@@ -240,7 +267,10 @@ def rope_qk_norm_backward(grad_ptr, qkv_ptr, cos_ptr, sin_ptr, rstd_ptr, out_ptr
 
 @triton.jit
 def softcapped(logits, softcap, CAP: tl.constexpr):
-    """softcap * tanh(logits / softcap), and tanh; by exp, which a GPU has in hardware."""
+    """Return softcap * tanh(logits / softcap) (the logits themselves without CAP), and tanh.
+
+    tanh is computed from exp, for which GPUs have an instruction.
+    """
     tanh = 1.0 - 2.0 / (tl.exp(logits * (2.0 / softcap)) + 1.0)
     if CAP:
         logits = tanh * softcap
@@ -249,9 +279,11 @@ def softcapped(logits, softcap, CAP: tl.constexpr):
 
 @triton.jit
 def cross_entropy_loss(logits_ptr, targets_ptr, loss_ptr, lse_ptr, V, softcap, CAP: tl.constexpr, BLOCK: tl.constexpr):
-    """loss, lse (N,) fp32: cross-entropy and log-sum-exp of softcapped logits (N, V) bf16, one row a program.
+    """Compute each row's cross-entropy `loss` and log-sum-exp `lse` of the softcapped logits, one row a program.
 
-    Each lane keeps its own sum, and its own maximum unless the softcap bounds it.
+    logits (N, V) bf16, before the softcap; targets (N,) int64, negative: loss 0; loss, lse (N,) fp32. Each of the BLOCK
+    lanes keeps its own sum, and its own maximum (Milakov and Gimelshein, arXiv 1805.02867) unless the softcap bounds
+    the logits.
     """
     row = tl.program_id(0)
     row_ptr = logits_ptr + row.to(tl.int64) * V
@@ -276,6 +308,7 @@ def cross_entropy_loss(logits_ptr, targets_ptr, loss_ptr, lse_ptr, V, softcap, C
 @triton.jit
 def cross_entropy_gradient_rows(logits_ptr, targets_ptr, lse_ptr, out_ptr, tokens, columns, N, V, softcap, scale,
                                 CAP: tl.constexpr, FP8: tl.constexpr):
+    """Store the gradient of the given tokens and columns; return it, fp32."""
     offsets, mask = tokens.to(tl.int64)[:, None] * V + columns[None, :], (tokens < N)[:, None] & (columns < V)[None, :]
     capped, tanh = softcapped(tl.load(logits_ptr + offsets, mask=mask, other=0.0).to(tl.float32), softcap, CAP)
     target = tl.load(targets_ptr + tokens, mask=tokens < N, other=-1)[:, None]
@@ -294,7 +327,12 @@ def cross_entropy_gradient_rows(logits_ptr, targets_ptr, lse_ptr, out_ptr, token
 @triton.jit
 def cross_entropy_gradient(logits_ptr, targets_ptr, lse_ptr, out_ptr, cols_ptr, N, V, softcap, scale,
                            CAP: tl.constexpr, FP8: tl.constexpr, QUADS: tl.constexpr, BLOCK: tl.constexpr):
-    """Gradient of the summed loss for the logits before the softcap, (N, V); out may be logits itself in bf16."""
+    """Compute the gradient of the summed loss for the logits before the softcap.
+
+    logits, targets, lse: as in cross_entropy_loss; out (N, V) bf16 (may be logits itself) or E5M2; cols (V, N / 4)
+    words of E5M2. Here scale is a number: gradients of logits lie in [-1, 1], so that a constant serves. A program
+    takes 4 * QUADS tokens and BLOCK columns.
+    """
     quads, columns = tl.program_id(0) * QUADS + tl.arange(0, QUADS), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     grad0 = cross_entropy_gradient_rows(
         logits_ptr, targets_ptr, lse_ptr, out_ptr, 4 * quads, columns, N, V, softcap, scale, CAP, FP8)
