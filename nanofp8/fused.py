@@ -32,7 +32,6 @@ import contextlib
 import functools
 import itertools
 import math
-import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -44,6 +43,8 @@ except ImportError:  # only some builds of torch bring it; without it the plain 
     triton = None
 else:
     from nanofp8 import kernels
+
+INTERPRET_ON_CPU = False  # for tests: run the kernels on CPU tensors too, in Triton's interpreter (TRITON_INTERPRET=1)
 
 
 class Fp8(NamedTuple):
@@ -74,8 +75,8 @@ def kernels_fit(cfg: Any, device: torch.device) -> bool:
 
 
 def use_kernels(x: torch.Tensor) -> bool:
-    """Return whether the kernels take this tensor: on a GPU, or anywhere in Triton's interpreter, for tests."""
-    return triton is not None and (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")
+    """Return whether the kernels take this tensor, which is on a GPU except in tests (INTERPRET_ON_CPU)."""
+    return triton is not None and (x.is_cuda or INTERPRET_ON_CPU)
 
 
 def as_operand(data: torch.Tensor, scaling: Scaling | None) -> Operand:
