@@ -3,6 +3,11 @@
 conftest.py sets TRITON_INTERPRET=1, which Triton reads when it is imported.
 """
 
+import contextlib
+import os
+import pathlib
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +15,7 @@ import torch
 
 from nanofp8 import fused
 from nanofp8.fused import (
+    FusedBlocks,
     FusedMLP,
     FusedQKV,
     MLPLayer,
@@ -299,3 +305,94 @@ def test_weight_gradients_in_place():
     assert relative(weight_gradient(dy.t(), x.t(), weight, ""), expected) < 1e-4
     weight.grad = None
     assert relative(weight_gradient(dy.t(), x.t(), weight, "add"), expected) < 1e-4
+
+
+class LayerStub:
+    """What FusedBlocks reads of a TE layer with one or two matmuls."""
+
+    def __init__(self, gemms, fp8=True):
+        self.gemms, self.fp8, self.prepared = gemms, fp8, []
+        self.fp8_meta = {key: SimpleNamespace(scale=torch.full((count * gemms,), scale, device=DEVICE),
+                                              amax_history=torch.zeros(4, count * gemms, device=DEVICE))
+                         for key, count, scale in (("scaling_fwd", 3, 90.0), ("scaling_bwd", 2, 1000.0))}
+
+    def prepare_forward(self, x, num_gemms):
+        self.prepared.append(num_gemms)
+
+    def end_forward(self):
+        assert self.prepared == [self.gemms]
+
+
+def test_fused_blocks_share_delayed_scaling_with_te(monkeypatch):
+    """begin() copies TE's scales; kernels raise TE's amaxes; the backward pass ends with TE's update of its scales."""
+    if fused.te_gemm() is None:
+        monkeypatch.setattr(fused, "te_quantizer", lambda scaling, colwise: None)
+    updates = []
+    state = SimpleNamespace(is_fp8_enabled=lambda: True,
+                            reduce_and_update_fp8_tensors=lambda **arguments: updates.append(arguments))
+    te = SimpleNamespace(quantization=SimpleNamespace(FP8GlobalStateManager=state),
+                         autocast=lambda enabled: contextlib.nullcontext())
+    blocks = [SimpleNamespace(attn=SimpleNamespace(qkv=LayerStub(1), proj=LayerStub(1), n_head=H, eps=1e-6),
+                              mlp=LayerStub(2, fp8=block == 0)) for block in range(2)]
+    cos, sin = tables()
+    shared = FusedBlocks(SimpleNamespace(te=te, blocks=blocks, cos=cos, sin=sin))
+    x = randn(B, T, C)
+    blocks[0].mlp.fp8_meta["scaling_fwd"].scale[3] = 8.0
+    shared.begin(x, True, "")
+    (first_qkv, first_mlp), (last_qkv, last_mlp) = shared.blocks
+    assert last_mlp.input is last_mlp.activation is last_mlp.d_mlp_out is None  # runs in bf16
+    assert last_qkv.on_last_gradient is None and last_qkv.input.dtype == E4M3 and last_qkv.d_qkv.dtype == E5M2
+    assert first_mlp.activation.scale.item() == 8 and first_mlp.activation.inverse.item() == 1 / 8
+    addresses = [part.data_ptr() for part in first_mlp.activation[:3]]
+
+    weights = [SIZE * randn(*shape, seed=i, dtype=torch.float32) for i, shape in enumerate(
+        [(3 * C, C), (C, C), (4 * C, C), (C, 4 * C)])]
+    qkv, proj, fc1, fc2 = (torch.nn.Parameter(weight) for weight in weights)
+    gain = torch.ones(C, device=DEVICE)
+    residual, q, k, v = FusedQKV.apply(x.requires_grad_(), None, gain, qkv, first_qkv)
+    outputs = FusedMLP.apply((q + k + v).flatten(2), residual, proj, gain, fc1, fc2, first_mlp)
+    scales = [layer.fp8_meta[key].scale for layer in (blocks[0].attn.qkv, blocks[0].attn.proj, blocks[0].mlp)
+              for key in layer.fp8_meta]
+    for scale in scales:  # TE updates them in place after the forward pass; backward must use the old ones
+        scale.mul_(2)
+    assert first_mlp.activation.scale.item() == 8 and updates == []
+    torch.autograd.backward(outputs, [randn(B, T, C, seed=i).to(output.dtype) for i, output in enumerate(outputs)])
+    assert updates == [{"forward": False}]
+
+    # TE's numbers of the quantized tensors: inputs and weights, then output gradients
+    for layer, forward, backward in ((blocks[0].attn.qkv, [0, 1], [0]), (blocks[0].attn.proj, [0, 1], [0]),
+                                     (blocks[0].mlp, [0, 1, 3, 4], [0, 2])):
+        for key, slots in (("scaling_fwd", forward), ("scaling_bwd", backward)):
+            history = layer.fp8_meta[key].amax_history
+            assert history[0].nonzero().flatten().tolist() == slots and (history[1:] == 0).all()
+    expected = norm_reference(x.detach(), gain).abs().max()
+    assert relative(blocks[0].attn.qkv.fp8_meta["scaling_fwd"].amax_history[0, 0], expected) < 1e-3
+    assert relative(blocks[0].mlp.fp8_meta["scaling_bwd"].amax_history[0, 2], randn(B, T, C, seed=1).abs().max()) == 0
+
+    shared.begin(x, False, "")
+    assert first_mlp is shared.blocks[0][1] and first_mlp.activation.scale.item() == 16
+    assert [part.data_ptr() for part in first_mlp.activation[:3]] == addresses
+    rows, _ = shared.operand(fc1, first_mlp.fc1)
+    assert rows.inverse_scale.item() == pytest.approx(1 / 90)  # quantized in the first micro-batch
+
+
+PLAIN_PATH = """
+import sys
+if sys.argv[1] == "missing":
+    sys.modules["triton"] = None
+import torch
+import train
+from nanofp8 import fused, loss
+logits = torch.arange(12.0).view(3, 4)
+assert not fused.use_kernels(logits) and (fused.triton is None) == (sys.argv[1] == "missing")
+value, (rows, cols) = loss.softcap_cross_entropy_and_grad(logits.clone(), torch.tensor([0, 1, -1]), 15.0)
+assert torch.allclose(value, loss.softcap_cross_entropy(logits, torch.tensor([0, 1, -1]), 15.0))
+"""
+
+
+@pytest.mark.parametrize("triton", ["missing", "interpreted"])
+def test_cpu_tensors_take_the_plain_path(triton):
+    """Without Triton everything is imported and runs; TRITON_INTERPRET=1 alone sends no tensor through the kernels."""
+    env = os.environ | {"TRITON_INTERPRET": "1"}
+    subprocess.run([sys.executable, "-c", PLAIN_PATH, triton], env=env, check=True,
+                   cwd=pathlib.Path(__file__).resolve().parents[1])
