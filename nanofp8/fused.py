@@ -1,54 +1,100 @@
-"""Fused blocks: the block's two halves as autograd functions, cuBLAS's matmuls with Triton kernels between them."""
+"""Run transformer blocks as two autograd functions each: cuBLAS matmuls with Triton kernels between them.
+
+Block.forward in train.py without `fused` is the same mathematics in Transformer Engine's (TE's) modules.
+
+**How a block is split.** Attention itself stays outside, so that any implementation of it can be used:
+
+    FusedQKV   residual = x + delta; q, k, v = RoPE and QK norm of RMSNorm(residual) @ qkv.T
+               attention(q, k, v) -> attention_out
+    FusedMLP   residual = residual + attention_out @ proj.T; delta = relu(RMSNorm(residual) @ fc1.T)^2 @ fc2.T
+
+`delta` is not added to the residual here: the next block's FusedQKV (or the model's last AddNorm) adds it in the
+kernel that computes the norm, which saves one pass over memory.
+
+**What is saved for backward.** The residual (bf16) and 1 / RMS of each row, from which the norm's output follows; q and
+k after RoPE and QK norm with the 1 / RMS of each head; relu^2's input (bf16); and the inputs of the matmuls. In FP8
+those inputs are saved as quantized, without transposes: backward makes the transposes. relu^2's output is not saved in
+FP8: the backward kernel computes and quantizes it once more, by the same scale.
+
+**Delayed scaling.** Scales, amax histories and their update belong to TE's layers (`fp8_meta`), so that checkpoints,
+calibration and the reduction over ranks are TE's own. TE overwrites the scales in place when te.autocast ends after the
+forward pass, but the backward pass still needs the old ones. FusedBlocks.begin() therefore copies all scales at the
+start of a pass. The kernels raise the first row of TE's amax histories directly.
+
+**Addresses do not change.** Scales, amaxes and cached quantized weights keep their buffers as long as a CUDA graph
+(MicroBatchGraphs) may be replayed, because it runs its kernels with the addresses that it was captured with.
+
+Layouts: N = B * T tokens, C = n_embd. A matmul operand is "rows" (N, K), summed over K, or "cols", its transpose
+(K, N), summed over tokens: Hopper's FP8 matmuls want the summed dimension contiguous in both operands.
+"""
 
 import contextlib
 import functools
 import itertools
 import math
-import os
-from types import SimpleNamespace
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 
-from nanofp8.kernels import triton
+try:
+    import triton
+except ImportError:  # only some builds of torch bring it; without it the plain PyTorch path is used
+    triton = None
+else:
+    from nanofp8 import kernels
 
-if triton is not None:
-    from nanofp8.kernels import (
-        add_norm_backward, add_norm_forward, relu2_backward, relu2_forward, rope_qk_norm_backward, rope_qk_norm_forward,
-    )
+INTERPRET_ON_CPU = False  # for tests: run the kernels on CPU tensors too, in Triton's interpreter (TRITON_INTERPRET=1)
 
 
-def kernels_fit(cfg, device):
-    """Whether our own Triton kernels can run the blocks: on a GPU, for head sizes that are powers of two."""
+class Fp8(NamedTuple):
+    """An FP8 matrix and the factor that its values must be multiplied by."""
+
+    data: torch.Tensor           # float8; fp32 holding FP8 values where FP8 is emulated
+    inverse_scale: torch.Tensor  # one element, fp32
+
+
+Operand = Fp8 | torch.Tensor               # a matmul's operand: FP8, or bf16
+Operands = tuple[Operand, Operand | None]  # rows and cols of one matrix; None: cols were not wanted
+
+
+class Scaling(NamedTuple):
+    """How one tensor is quantized: tensors of one fp32 element, and the format."""
+
+    scale: torch.Tensor        # values are multiplied by it before rounding
+    inverse: torch.Tensor      # 1 / scale
+    amax: torch.Tensor | None  # raised in place to the largest |value| seen; None: not recorded
+    dtype: torch.dtype         # float8_e4m3fn or float8_e5m2
+    quantizer: object = None   # TE's quantizer, if one was made for this tensor
+
+
+def kernels_fit(cfg: Any, device: torch.device) -> bool:
+    """Return whether our Triton kernels can run the blocks: on a GPU, with head sizes that are powers of two."""
     head = cfg.n_embd // cfg.n_head
     return cfg.USE_TRITON and triton is not None and device.type == "cuda" and head & (head - 1) == 0
 
 
-def use_kernels(x):
-    """Whether a tensor is one for the kernels: on a GPU, or anywhere in Triton's interpreter, for tests."""
-    return triton is not None and (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")
+def use_kernels(x: torch.Tensor) -> bool:
+    """Return whether the kernels take this tensor, which is on a GPU except in tests (INTERPRET_ON_CPU)."""
+    return triton is not None and (x.is_cuda or INTERPRET_ON_CPU)
 
 
-class Fp8(NamedTuple):
-    """An FP8 matrix (its values in fp32 where it is emulated) and the factor, one fp32 element, that they must be multiplied by."""
-
-    data: torch.Tensor
-    inverse_scale: torch.Tensor
+def as_operand(data: torch.Tensor, scaling: Scaling | None) -> Operand:
+    """Return what a kernel wrote as a matmul operand: FP8 by `scaling`, or bf16 (scaling None)."""
+    return data if scaling is None else Fp8(data, scaling.inverse)
 
 
-class Scaling(NamedTuple):
-    """How one tensor is quantized: one-element fp32 tensors scale, 1 / scale, amax (raised in place; None: not wanted)."""
-
-    scale: torch.Tensor
-    inverse: torch.Tensor
-    amax: torch.Tensor
-    dtype: torch.dtype
-    quantizer: object = None  # TE's, where it is kept
+def scale_and_amax(scaling: Scaling | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Return a kernel's arguments scale and amax; (None, None) if it writes bf16."""
+    return (None, None) if scaling is None else (scaling.scale, scaling.amax)
 
 
 @functools.cache
-def te_gemm():
-    """TE's FP8 matmul as function(a, b, dtype, out, add, fast), see matmul(); None where it cannot run: then it is emulated."""
+def te_gemm() -> Callable | None:
+    """Return TE's FP8 matmul as function(a, b, dtype, out, add, fast), with matmul()'s arguments.
+
+    Return None where it cannot run (no TE, or a GPU older than sm_89): FP8 is then emulated.
+    """
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9):
         return None
     try:
@@ -61,157 +107,198 @@ def te_gemm():
         return Float8TensorStorage(data=x.data.view(torch.uint8), fp8_scale_inv=x.inverse_scale,
                                    fp8_dtype=te_types()[0][x.data.dtype], fake_dtype=torch.bfloat16)
 
-    # BLAS counts columns where torch counts rows: its first operand is our second
-    return lambda a, b, dtype, out, add, fast: general_gemm(operand(b), operand(a), dtype, out=out, accumulate=add, layout="TN",
-                                                            use_split_accumulator=not fast)[0]
+    # BLAS is column-major and torch row-major: its first operand is our second
+    return lambda a, b, dtype, out, add, fast: general_gemm(
+        operand(b), operand(a), dtype, out=out, accumulate=add, layout="TN", use_split_accumulator=not fast)[0]
 
 
-def matmul(a, b, dtype=torch.bfloat16, out=None, add=True, fast=False):
-    """a @ b.T with fp32 accumulation, (M, K) and (N, K): both Fp8 (K contiguous), or both bf16 (transposed views too).
+def matmul(a: Operand, b: Operand, dtype: torch.dtype = torch.bfloat16, out: torch.Tensor | None = None,
+           add: bool = True, fast: bool = False) -> torch.Tensor:
+    """Return a @ b.T (M, N) with fp32 accumulation.
 
     Args:
-        dtype: of the result, unless `out`, fp32 (M, N), takes it: added to what is there, or in its place (add=False).
-        fast: FP8 sums stay in the tensor cores, as TE has it for forward passes; else they are carried on in fp32.
-    A CPU multiplies in fp32, which holds the same products exactly, and returns fp32: its caller rounds, if at all.
+        a, b: (M, K) and (N, K); both Fp8 with K contiguous, or both bf16, transposed views too.
+        dtype: the result's dtype, if `out` is None.
+        out: fp32 (M, N) that receives the result.
+        add: add to `out` (True) or overwrite it (False).
+        fast: let FP8 sums stay in the tensor cores, as TE does in forward passes. Otherwise partial sums are promoted
+            to fp32 (cuBLAS's "split accumulator").
+    A CPU multiplies in fp32, which holds the same products exactly, and returns fp32; the caller rounds if it has to.
     """
     scale = None
     if isinstance(a, Fp8):
         if a.data.is_cuda and te_gemm():
             return te_gemm()(a, b, dtype if out is None else out.dtype, out, add and out is not None, fast)
-        # Emulated: exact products of the values, scaled after the sum
+        # Emulation: exact products of the FP8 values, scaled after the sum as in cuBLAS
         scale, a, b = a.inverse_scale * b.inverse_scale, a.data.float(), b.data.float()
     if a.is_cuda and scale is None:
         if out is not None:
             return torch.addmm(out, a, b.t(), beta=float(add), out_dtype=torch.float32, out=out)
         return a @ b.t() if dtype == a.dtype else torch.mm(a, b.t(), out_dtype=dtype)
-    with torch.autocast(a.device.type, enabled=False):  # which would make the matmul bf16 again
+    with torch.autocast(a.device.type, enabled=False):  # autocast would run the matmul in bf16
         product = a.float() @ b.float().t() if scale is None else (a @ b.t()) * scale
         return product if out is None else out.add_(product) if add else out.copy_(product)
 
 
 @functools.cache
-def te_types():
-    """TE's enumeration of number formats by torch's dtype, and its module of kernels."""
+def te_types() -> tuple[dict[torch.dtype, Any], Any]:
+    """Return TE's enumeration of number formats by torch's dtype, and TE's extension module with its kernels."""
     import transformer_engine_torch
     from transformer_engine.pytorch.constants import DType
     return {torch.float8_e4m3fn: DType.kFloat8E4M3, torch.float8_e5m2: DType.kFloat8E5M2}, transformer_engine_torch
 
 
-def te_quantizer(s, colwise=True):
-    """TE's quantizer for Scaling s; its results are bare storages rather than tensors that autograd would follow."""
+def te_quantizer(scaling: Scaling, colwise: bool = True) -> Any:
+    """Return TE's quantizer for `scaling`; colwise: make the transpose too.
+
+    Its results are bare storages (internal = True), because autograd does not need to follow them.
+    """
     from transformer_engine.pytorch import Float8Quantizer
-    amax = torch.empty_like(s.scale) if s.amax is None else s.amax
-    quantizer = Float8Quantizer(s.scale, amax, te_types()[0][s.dtype], columnwise=colwise)
+    amax = torch.empty_like(scaling.scale) if scaling.amax is None else scaling.amax
+    quantizer = Float8Quantizer(scaling.scale, amax, te_types()[0][scaling.dtype], columnwise=colwise)
     quantizer.internal = True
     return quantizer
 
 
-def quantize(x, s, colwise=True):
-    """x (M, K) as matmul operands (rows, cols): itself and its transpose, in FP8 by Scaling s, or bf16 views (s None)."""
-    if s is None:
+def quantize(x: torch.Tensor, scaling: Scaling | None, colwise: bool = True) -> Operands:
+    """Return x (M, K) and its transpose as matmul operands (rows, cols).
+
+    In FP8 by `scaling`, saturating, with NaN staying NaN; or x itself and its view x.t(), if `scaling` is None.
+    colwise=False: an FP8 transpose is not made, and cols is None.
+    """
+    if scaling is None:
         return x, x.t()
     if x.is_cuda and te_gemm():
-        q = (s.quantizer or te_quantizer(s, colwise))(x)
-        rows = Fp8(q._data.view(s.dtype), s.inverse)
+        quantized = (scaling.quantizer or te_quantizer(scaling, colwise))(x)
+        rows = Fp8(quantized._data.view(scaling.dtype), scaling.inverse)
         if not colwise:
             return rows, None
-        # Where matmuls take any layout (B200), TE makes no transpose
-        return rows, transposed(rows) if q._transpose is None else Fp8(q._transpose.view(s.dtype), s.inverse)
-    top = torch.finfo(s.dtype).max
-    q = (x.float() * s.scale).clamp_(-top, top).to(s.dtype)
-    if s.amax is not None:
-        s.amax.copy_(torch.maximum(s.amax, x.detach().abs().max().float()))
-    q = q.float()  # which is what is multiplied where there is no FP8
-    return Fp8(q, s.inverse), Fp8(q.t(), s.inverse) if colwise else None
+        # TE makes no transpose on GPUs whose FP8 matmuls take any layout (B200)
+        if quantized._transpose is None:
+            return rows, transposed(rows)
+        return rows, Fp8(quantized._transpose.view(scaling.dtype), scaling.inverse)
+    fp8_max = torch.finfo(scaling.dtype).max
+    quantized = (x.float() * scaling.scale).clamp_(-fp8_max, fp8_max).to(scaling.dtype)
+    if scaling.amax is not None:
+        scaling.amax.copy_(torch.maximum(scaling.amax, x.detach().abs().max().float()))
+    quantized = quantized.float()  # without FP8 hardware the values are multiplied in fp32
+    return Fp8(quantized, scaling.inverse), Fp8(quantized.t(), scaling.inverse) if colwise else None
 
 
-def transposed(y):
-    """A row-wise operand as the operand of a sum over its rows."""
-    if not isinstance(y, Fp8):
-        return y.t()
-    if not y.data.is_cuda or not te_gemm():
-        return Fp8(y.data.t(), y.inverse_scale)
-    kinds, tex = te_types()
-    return Fp8(tex.fp8_transpose(y.data.view(torch.uint8), kinds[y.data.dtype], out=None).view(y.data.dtype), y.inverse_scale)
+def transposed(operand: Operand) -> Operand:
+    """Return the cols operand (K, M) of a rows operand (M, K)."""
+    if not isinstance(operand, Fp8):
+        return operand.t()
+    if not operand.data.is_cuda or not te_gemm():
+        return Fp8(operand.data.t(), operand.inverse_scale)
+    te_dtypes, te_kernels = te_types()
+    dtype = operand.data.dtype
+    cols = te_kernels.fp8_transpose(operand.data.view(torch.uint8), te_dtypes[dtype], out=None)
+    return Fp8(cols.view(dtype), operand.inverse_scale)
 
 
-def weight_operand(weight, scaling, first, cache):
-    """A weight as matmul operands (rows, cols), by scaling(weight) in FP8, or in bf16 where that is None.
+def weight_operand(weight: torch.nn.Parameter, scaling: Callable[[torch.Tensor], Scaling | None], first: bool | None,
+                   cache: dict[torch.nn.Parameter, Operands]) -> Operands:
+    """Return a weight (M, K) as matmul operands (rows, cols).
 
-    first: True in a step's first micro-batch, which fills the cache, False in the others, which use it; None: made anew.
+    Args:
+        scaling: function(weight) that returns how to quantize it, or None for bf16.
+        first: True in a step's first micro-batch, which fills `cache`; False in the others, which read it;
+            None: quantize anew and leave the cache alone.
+        cache: the operands of all weights.
     """
     if first is False and weight in cache:
         return cache[weight]
-    w = weight.detach()
-    s = scaling(w)
-    if s is not None:
-        # Delayed scaling's scale moves on between micro-batches, while these values stay
-        made = quantize(w, s._replace(inverse=s.inverse.clone()))
+    values = weight.detach()
+    weight_scaling = scaling(values)
+    if weight_scaling is not None:
+        # Delayed scaling updates its scale between micro-batches; the cached values keep theirs
+        operands = quantize(values, weight_scaling._replace(inverse=weight_scaling.inverse.clone()))
     else:
-        w = w.bfloat16() if w.is_cuda else w.bfloat16().float()  # a CPU multiplies these values in fp32
-        made = w, w.t()
+        # A CPU multiplies these values in fp32
+        values = values.bfloat16() if values.is_cuda else values.bfloat16().float()
+        operands = values, values.t()
     if first is not None:
-        cache[weight] = made
-    return made
+        cache[weight] = operands
+    return operands
 
 
-def current_scaling(x, dtype):
-    """Scaling by the tensor's own amax, so that its largest value becomes the format's; 1 for a tensor of zeros."""
+def current_scaling(x: torch.Tensor, dtype: torch.dtype) -> Scaling:
+    """Return the Scaling that maps the largest |value| of x to the largest of the format; scale 1 if x is all zeros."""
     amax = torch.linalg.vector_norm(x.detach(), math.inf, dtype=torch.float32).reshape(1)
     scale = torch.where(amax > 0, torch.finfo(dtype).max / amax, torch.ones_like(amax))
     return Scaling(scale, 1.0 / scale, None, dtype)
 
 
 class AddNorm(torch.autograd.Function):
-    """RMSNorm(x + delta) * gain in bf16, and nothing else in between (delta may be None)."""
+    """Compute RMSNorm(x + delta) * gain in bf16, for the norms outside the blocks.
+
+    x (..., C) bf16 or fp32; delta, of x's shape, bf16 or None; gain (C,) fp32.
+    """
 
     @staticmethod
-    def forward(ctx, x, delta, gain, eps):
-        stream, y, rstd = add_norm(x, delta, gain, eps, None)
-        ctx.save_for_backward(stream, gain, rstd)
+    def forward(ctx, x: torch.Tensor, delta: torch.Tensor | None, gain: torch.Tensor, eps: float) -> torch.Tensor:
+        residual, y, rstd = add_norm(x, delta, gain, eps, None)
+        ctx.save_for_backward(residual, gain, rstd)
         ctx.add = delta is not None
         return y.view(x.shape)
 
     @staticmethod
-    def backward(ctx, dy):
-        stream, gain, rstd = ctx.saved_tensors
-        dx, dgain = add_norm_grad(dy.flatten(0, -2), stream, gain, rstd, None)
+    def backward(ctx, dy: torch.Tensor) -> tuple:
+        residual, gain, rstd = ctx.saved_tensors
+        dx, dgain = add_norm_grad(dy.flatten(0, -2), residual, gain, rstd, None)
         dx = dx.view(dy.shape)
         return dx, dx if ctx.add else None, dgain, None
 
 
-def add_norm(x, delta, gain, eps, s):
-    """stream (N, C) = x + delta, y = RMSNorm(stream) * gain (bf16, or FP8 by Scaling s), rstd (N,) fp32."""
+def add_norm(x: torch.Tensor, delta: torch.Tensor | None, gain: torch.Tensor, eps: float,
+             scaling: Scaling | None) -> tuple[torch.Tensor, Operand, torch.Tensor]:
+    """Return (residual, y, rstd): residual = x + delta (N, C), y = RMSNorm(residual) * gain (N, C), rstd (N,) fp32.
+
+    x (..., C); without delta the residual is x itself. y is bf16, or FP8 by `scaling`. rstd is 1 / RMS of each row.
+    RMSNorm: arXiv 1910.07467.
+    """
     x = x.flatten(0, -2)
     N, C = x.shape
-    stream = x if delta is None else torch.empty(N, C, dtype=torch.bfloat16, device=x.device)
-    y = torch.empty(N, C, dtype=torch.bfloat16 if s is None else s.dtype, device=x.device)
+    residual = x if delta is None else torch.empty(N, C, dtype=torch.bfloat16, device=x.device)
+    y = torch.empty(N, C, dtype=torch.bfloat16 if scaling is None else scaling.dtype, device=x.device)
     rstd = torch.empty(N, dtype=torch.float32, device=x.device)
-    rows = 4
-    add_norm_forward[(triton.cdiv(N, rows),)](x, x if delta is None else delta, gain, stream, y, rstd, s and s.scale, s and s.amax,
-                                              N, C, eps, delta is not None, s is not None, rows, triton.next_power_of_2(C))
-    return stream, y if s is None else Fp8(y, s.inverse), rstd
+    rows_per_program = 4
+    kernels.add_norm_forward[(triton.cdiv(N, rows_per_program),)](
+        x, x if delta is None else delta, gain, residual, y, rstd, *scale_and_amax(scaling), N, C, eps,
+        delta is not None, scaling is not None, rows_per_program, triton.next_power_of_2(C))
+    return residual, as_operand(y, scaling), rstd
 
 
-def add_norm_grad(dy, stream, gain, rstd, residual):
-    """Gradients of stream (N, C) and gain (C,)."""
-    N, C = stream.shape
-    rows = 16
-    dx, partial = torch.empty_like(stream), torch.empty(triton.cdiv(N, rows), C, dtype=torch.float32, device=dy.device)
-    add_norm_backward[(len(partial),)](dy, stream, gain, rstd, dx if residual is None else residual, dx, partial, N, C,
-                                       residual is not None, rows, triton.next_power_of_2(C), num_warps=8)
-    return dx, partial.sum(0).to(gain.dtype)
+def add_norm_grad(dy: torch.Tensor, residual: torch.Tensor, gain: torch.Tensor, rstd: torch.Tensor,
+                  d_residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the gradients of add_norm's residual (N, C), which x and delta share, and of gain (C,).
+
+    dy (N, C): gradient of y. d_residual (N, C): gradient that reaches the residual past the norm; None: there is none.
+    """
+    N, C = residual.shape
+    rows_per_program = 16
+    dx = torch.empty_like(residual)
+    dgain_parts = torch.empty(triton.cdiv(N, rows_per_program), C, dtype=torch.float32, device=dy.device)
+    kernels.add_norm_backward[(len(dgain_parts),)](
+        dy, residual, gain, rstd, dx if d_residual is None else d_residual, dx, dgain_parts, N, C,
+        d_residual is not None, rows_per_program, triton.next_power_of_2(C), num_warps=8)
+    return dx, dgain_parts.sum(0).to(gain.dtype)
 
 
-def words(cols):
-    """An FP8 matrix (K, M) as the kernels write it, (K, M / 4) words; None for None."""
+def as_int32(cols: torch.Tensor | None) -> torch.Tensor | None:
+    """View an FP8 matrix (K, M) as the 32-bit words (K, M / 4) that the kernels write; None for None.
+
+    M must be a multiple of 4: torch raises RuntimeError otherwise.
+    """
     return None if cols is None else cols.view(torch.int32)
 
 
-def weight_gradient(dy_cols, x_cols, weight, in_place):
-    """dy.T @ x for a weight, from both operands' transposes.
+def weight_gradient(dy_cols: Operand, x_cols: Operand, weight: torch.Tensor, in_place: str) -> torch.Tensor | None:
+    """Compute a weight's gradient dy.T @ x (M, K) from dy_cols (M, N) and x_cols (K, N).
 
-    in_place: "" returns it; "add" adds it onto weight.grad where there is one, and "write" puts it there, and return None.
+    in_place: "" returns it in the weight's dtype. "add" adds it to weight.grad, "write" overwrites weight.grad; both
+    return None, or the gradient if weight.grad does not exist yet.
     """
     if in_place and weight.grad is not None:
         matmul(dy_cols, x_cols, out=weight.grad, add=in_place == "add")
@@ -219,238 +306,327 @@ def weight_gradient(dy_cols, x_cols, weight, in_place):
     return matmul(dy_cols, x_cols, weight.dtype)
 
 
-class FusedQKV(torch.autograd.Function):
-    """The block's first part: x + delta -> RMSNorm -> q, k, v -> RoPE and QK norm.
+class QKVLayer(NamedTuple):
+    """What one block's FusedQKV needs besides tensors. The last three: how these tensors are quantized; None: bf16."""
 
-    Arguments: x, delta (B, T, C) bf16 (delta, the block before's MLP, may be None), gain (C,), weight (3C, C), and `p`,
-    from FusedBlocks.register(). Returns the stream x + delta, and q, k, v, each (B, T, H, D), parts of one tensor, which attention
-    takes as it is (TE's layout bs3hd).
+    fused: "FusedBlocks"
+    eps: float                         # RMSNorm's
+    n_head: int
+    cos: torch.Tensor                  # (T, D / 2) fp32
+    sin: torch.Tensor
+    on_last_gradient: Callable | None  # called when the backward pass has quantized its last gradient
+    input: Scaling | None              # RMSNorm's output, the matmul's input
+    weight: Scaling | None
+    d_qkv: Scaling | None              # gradient of the matmul's output
+
+
+class FusedQKV(torch.autograd.Function):
+    """Compute a block's first part: x + delta -> RMSNorm -> q, k, v -> RoPE and QK norm.
+
+    Args:
+        x: (B, T, C) bf16, the residual stream.
+        delta: (B, T, C) bf16, output of the previous block's MLP; None in the first block.
+        gain, weight: (C,) and (3C, C), fp32.
+        layer: from FusedBlocks.register().
+    Returns: the residual x + delta (B, T, C), and q, k, v (B, T, H, D), bf16. q, k and v are views of one tensor (TE's
+    layout bs3hd), which attention takes without a copy.
     """
 
     @staticmethod
-    def forward(ctx, x, delta, gain, weight, p):
+    def forward(ctx, x: torch.Tensor, delta: torch.Tensor | None, gain: torch.Tensor, weight: torch.Tensor,
+                layer: QKVLayer) -> tuple[torch.Tensor, ...]:
         B, T, C = x.shape
-        stream, y, rstd = add_norm(x, delta, gain, p.eps, p.input)
-        w, ctx.w_cols = p.fused.operand(weight, p.weight)
-        qkv = matmul(y, w, fast=True)                                                  # (N, 3C)
-        rope_rstd = rope_qk_norm_in_place(qkv, p.cos, p.sin, T, p.n_head, p.eps)
-        ctx.p, ctx.add, ctx.in_place = p, delta is not None, p.fused.in_place
-        ctx.save_for_backward(stream, gain, rstd, weight, qkv, rope_rstd, y if p.input is None else y.data)
-        return stream.view(B, T, C), *qkv.view(B, T, 3, p.n_head, C // p.n_head).unbind(2)
+        residual, y, rstd = add_norm(x, delta, gain, layer.eps, layer.input)
+        weight_rows, ctx.weight_cols = layer.fused.operand(weight, layer.weight)
+        qkv = matmul(y, weight_rows, fast=True)                                        # (N, 3C)
+        rope_rstd = rope_qk_norm_in_place(qkv, layer.cos, layer.sin, T, layer.n_head, layer.eps)
+        ctx.layer, ctx.add, ctx.in_place = layer, delta is not None, layer.fused.in_place
+        ctx.save_for_backward(residual, gain, rstd, weight, qkv, rope_rstd, y if layer.input is None else y.data)
+        return residual.view(B, T, C), *qkv.view(B, T, 3, layer.n_head, C // layer.n_head).unbind(2)
 
     @staticmethod
-    def backward(ctx, d_stream, dq, dk, dv):
-        stream, gain, rstd, weight, qkv, rope_rstd, y = ctx.saved_tensors
-        p, (N, C3) = ctx.p, qkv.shape
-        d_rows, d_cols = rope_qk_norm_grad(dq, dk, dv, qkv, rope_rstd, p)
-        dy = matmul(d_rows, ctx.w_cols)
-        dx, dgain = add_norm_grad(dy, stream, gain, rstd, d_stream)
-        dw = weight_gradient(d_cols, transposed(y if p.input is None else Fp8(y, p.input.inverse)), weight, ctx.in_place)
-        if p.last:  # every gradient of this pass is quantized
-            p.last()
-        dx = dx.view(d_stream.shape)
-        return dx, dx if ctx.add else None, dgain, dw, None
+    def backward(ctx, d_residual: torch.Tensor, dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor) -> tuple:
+        residual, gain, rstd, weight, qkv, rope_rstd, y = ctx.saved_tensors
+        layer = ctx.layer
+        d_rows, d_cols = rope_qk_norm_grad(dq, dk, dv, qkv, rope_rstd, layer.cos, layer.sin, layer.d_qkv)
+        dy = matmul(d_rows, ctx.weight_cols)
+        dx, dgain = add_norm_grad(dy, residual, gain, rstd, d_residual)
+        d_weight = weight_gradient(d_cols, transposed(as_operand(y, layer.input)), weight, ctx.in_place)
+        if layer.on_last_gradient:
+            layer.on_last_gradient()
+        dx = dx.view(d_residual.shape)
+        return dx, dx if ctx.add else None, dgain, d_weight, None
 
 
-def rope_qk_norm_in_place(qkv, cos, sin, T, n_head, eps):
-    """rope_qk_norm of qkv (N, 3C) bf16 in place; returns 1 / RMS of each head of q and k, (N * 2 * n_head,) fp32."""
+def rope_qk_norm_in_place(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, T: int, n_head: int,
+                          eps: float) -> torch.Tensor:
+    """Apply nanofp8.plain.rope_qk_norm to qkv (N, 3C) bf16 in place.
+
+    Return 1 / RMS of each head of q and k: (N * 2 * n_head,) fp32.
+    """
     N, C3 = qkv.shape
     rstd = torch.empty(N * 2 * n_head, dtype=torch.float32, device=qkv.device)
-    rope_qk_norm_forward[(triton.cdiv(len(rstd), 16),)](qkv, cos, sin, rstd, len(rstd), T, 2 * n_head, C3, eps, C3 // 6 // n_head, 16)
+    kernels.rope_qk_norm_forward[(triton.cdiv(len(rstd), 16),)](
+        qkv, cos, sin, rstd, len(rstd), T, 2 * n_head, C3, eps, C3 // 6 // n_head, 16)
     return rstd
 
 
-def rope_qk_norm_grad(dq, dk, dv, qkv, rstd, p):
-    """The gradient of what went into RoPE and QK norm, from their outputs qkv (N, 3C): operands (rows, cols).
+def rope_qk_norm_grad(dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor, qkv: torch.Tensor, rstd: torch.Tensor,
+                      cos: torch.Tensor, sin: torch.Tensor, scaling: Scaling | None) -> Operands:
+    """Return the gradient of what went into RoPE and QK norm, as matmul operands (N, 3C) and (3C, N).
 
-    p: cos, sin, and grad, the Scaling of the result or None for bf16, which takes the place of dq, dk, dv where they are parts of
-    one tensor, as attention returns them.
+    dq, dk, dv (B, T, H, D) bf16: gradients of the outputs; qkv (N, 3C) bf16: the outputs; rstd: from
+    rope_qk_norm_in_place(). FP8 by `scaling`. In bf16 (scaling None) the result overwrites dq, dk and dv if they are
+    views of one tensor, as attention returns them.
     """
     B, T, H, D = dq.shape
     N, C3 = qkv.shape
     packed = qkv.view(B, T, 3, H, D)
-    together = all(g.stride() == packed.stride()[:2] + packed.stride()[3:] and g.data_ptr() == dq.data_ptr() + i * H * D * 2
-                   and g.untyped_storage().data_ptr() == dq.untyped_storage().data_ptr() for i, g in enumerate((dq, dk, dv)))
-    grad = (dq.as_strided(packed.shape, packed.stride()) if together else torch.stack((dq, dk, dv), dim=2)).view(N, C3)
-    fp8 = p.grad is not None
-    rows = torch.empty(N, C3, dtype=p.grad.dtype, device=grad.device) if fp8 else grad
-    cols = torch.empty(C3, N, dtype=p.grad.dtype, device=grad.device) if fp8 else None
-    rope_qk_norm_backward[(triton.cdiv(N, 128), (3 if fp8 else 2) * H)](
-        grad, qkv, p.cos, p.sin, rstd, rows, words(cols), p.grad and p.grad.scale, p.grad and p.grad.amax, N, T, 2 * H, C3, fp8,
-        D // 2, 32)
-    return (Fp8(rows, p.grad.inverse), Fp8(cols, p.grad.inverse)) if fp8 else (grad, grad.t())
+    is_packed = all(
+        grad.stride() == packed.stride()[:2] + packed.stride()[3:] and grad.data_ptr() == dq.data_ptr() + i * H * D * 2
+        and grad.untyped_storage().data_ptr() == dq.untyped_storage().data_ptr() for i, grad in enumerate((dq, dk, dv)))
+    grad = dq.as_strided(packed.shape, packed.stride()) if is_packed else torch.stack((dq, dk, dv), dim=2)
+    grad, fp8 = grad.view(N, C3), scaling is not None
+    rows = torch.empty(N, C3, dtype=scaling.dtype, device=grad.device) if fp8 else grad
+    cols = torch.empty(C3, N, dtype=scaling.dtype, device=grad.device) if fp8 else None
+    kernels.rope_qk_norm_backward[(triton.cdiv(N, 128), (3 if fp8 else 2) * H)](
+        grad, qkv, cos, sin, rstd, rows, as_int32(cols), *scale_and_amax(scaling), N, T, 2 * H, C3, fp8, D // 2, 32)
+    return (as_operand(rows, scaling), as_operand(cols, scaling)) if fp8 else (grad, grad.t())
 
 
 class RopeQKNorm(torch.autograd.Function):
-    """rope_qk_norm in place of qkv (B, T, 3C), whose own values nothing needs any more, for blocks of TE's modules."""
+    """Apply nanofp8.plain.rope_qk_norm in place, for blocks built from TE's modules.
+
+    qkv (B, T, 3C) bf16 is overwritten: backward needs the outputs alone. cos, sin (T, D / 2) fp32. Returns q, k, v,
+    each (B, T, H, D), views of qkv.
+    """
 
     @staticmethod
-    def forward(ctx, qkv, cos, sin, n_head, eps):
+    def forward(ctx, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, n_head: int,
+                eps: float) -> tuple[torch.Tensor, ...]:
         B, T, C3 = qkv.shape
         qkv = qkv.detach().view(B * T, C3)
         ctx.save_for_backward(qkv, rope_qk_norm_in_place(qkv, cos, sin, T, n_head, eps), cos, sin)
         return qkv.view(B, T, 3, n_head, C3 // 3 // n_head).unbind(2)
 
     @staticmethod
-    def backward(ctx, dq, dk, dv):
+    def backward(ctx, dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor) -> tuple:
         qkv, rstd, cos, sin = ctx.saved_tensors
-        rows, _ = rope_qk_norm_grad(dq, dk, dv, qkv, rstd, SimpleNamespace(cos=cos, sin=sin, grad=None))
+        rows, _ = rope_qk_norm_grad(dq, dk, dv, qkv, rstd, cos, sin, None)
         return rows.view(*dq.shape[:2], -1), None, None, None, None
 
 
-class FusedMLP(torch.autograd.Function):
-    """The block's second part: attention's output -> projection, residual -> RMSNorm -> MLP with relu^2.
+class MLPLayer(NamedTuple):
+    """What one block's FusedMLP needs besides tensors. From the third: how these tensors are quantized; None: bf16."""
 
-    Arguments: o (B, T, C) attention's output, x (B, T, C) the stream, both bf16; proj (C, C), gain (C,), fc1 (4C, C), fc2 (C, 4C),
-    and `p`, from FusedBlocks.register(). Returns the stream x + proj(o), and the MLP's output, which the next part adds.
-    Kept for the backward pass: o and the norm's output (in FP8 as quantized), the stream, and relu^2's input; in FP8 relu^2 is
-    quantized once more for the weight gradient, by the same scale, rather than kept.
+    fused: "FusedBlocks"
+    eps: float                        # RMSNorm's
+    attention_out: Scaling | None
+    proj: Scaling | None              # weights: proj, fc1, fc2
+    d_proj: Scaling | None            # gradient of proj's output
+    input: Scaling | None             # RMSNorm's output, fc1's input
+    fc1: Scaling | None
+    d_pre_activation: Scaling | None  # gradient of fc1's output
+    activation: Scaling | None        # relu^2's output, fc2's input
+    fc2: Scaling | None
+    d_mlp_out: Scaling | None         # gradient of fc2's output
+
+
+class FusedMLP(torch.autograd.Function):
+    """Compute a block's second part: attention's output -> projection -> add -> RMSNorm -> MLP with relu^2.
+
+    Args:
+        attention_out: (B, T, C) bf16, attention's output.
+        x: (B, T, C) bf16, the residual stream.
+        proj, fc1, fc2: weights (C, C), (4C, C), (C, 4C), fp32.
+        gain: (C,) fp32.
+        layer: from FusedBlocks.register().
+    Returns: the residual x + attention_out @ proj.T, and the MLP's output, which the next part adds, (B, T, C) bf16.
+    relu^2: arXiv 2109.08668.
     """
 
     @staticmethod
-    def forward(ctx, o, x, proj, gain, fc1, fc2, p):
+    def forward(ctx, attention_out: torch.Tensor, x: torch.Tensor, proj: torch.Tensor, gain: torch.Tensor,
+                fc1: torch.Tensor, fc2: torch.Tensor, layer: MLPLayer) -> tuple[torch.Tensor, torch.Tensor]:
         B, T, C = x.shape
-        o = o.view(B * T, C)
-        w_proj, w_fc1, w_fc2 = p.fused.operand(proj, p.proj), p.fused.operand(fc1, p.fc1), p.fused.operand(fc2, p.fc2)
-        o_rows, _ = quantize(o, p.o, colwise=False)
-        stream, y, rstd = add_norm(x, matmul(o_rows, w_proj[0], fast=True), gain, p.eps, p.input)
-        u = matmul(y, w_fc1[0], fast=True)                                             # (N, 4C)
-        a = torch.empty(u.shape, dtype=u.dtype if p.a is None else p.a.dtype, device=u.device)
-        relu2_forward[(triton.cdiv(u.numel(), 8192),)](u, a, p.a and p.a.scale, p.a and p.a.amax, u.numel(), p.a is not None,
-                                                       8192, num_warps=8)
-        out = matmul(a if p.a is None else Fp8(a, p.a.inverse), w_fc2[0], fast=True)
-        ctx.p, ctx.in_place, ctx.w_cols = p, p.fused.in_place, (w_proj[1], w_fc1[1], w_fc2[1])
-        ctx.save_for_backward(o if p.o is None else o_rows.data, stream, gain, rstd, u, proj, fc1, fc2,
-                              *((y, a) if p.a is None else (y.data, None)))
-        return stream.view(B, T, C), out.view(B, T, C)
+        attention_out = attention_out.view(B * T, C)
+        proj_rows, proj_cols = layer.fused.operand(proj, layer.proj)
+        fc1_rows, fc1_cols = layer.fused.operand(fc1, layer.fc1)
+        fc2_rows, fc2_cols = layer.fused.operand(fc2, layer.fc2)
+        attention_rows, _ = quantize(attention_out, layer.attention_out, colwise=False)
+        residual, y, rstd = add_norm(x, matmul(attention_rows, proj_rows, fast=True), gain, layer.eps, layer.input)
+        pre_activation = matmul(y, fc1_rows, fast=True)                                # (N, 4C)
+        size, scaling = pre_activation.numel(), layer.activation
+        activation = torch.empty(pre_activation.shape, dtype=pre_activation.dtype if scaling is None else scaling.dtype,
+                                 device=pre_activation.device)
+        kernels.relu2_forward[(triton.cdiv(size, 8192),)](
+            pre_activation, activation, *scale_and_amax(scaling), size, scaling is not None, 8192, num_warps=8)
+        mlp_out = matmul(as_operand(activation, scaling), fc2_rows, fast=True)
+        ctx.layer, ctx.in_place, ctx.weight_cols = layer, layer.fused.in_place, (proj_cols, fc1_cols, fc2_cols)
+        ctx.save_for_backward(attention_out if layer.attention_out is None else attention_rows.data, residual, gain,
+                              rstd, pre_activation, proj, fc1, fc2,
+                              *((y, activation) if scaling is None else (y.data, None)))
+        return residual.view(B, T, C), mlp_out.view(B, T, C)
 
     @staticmethod
-    def backward(ctx, d_stream, d_out):
-        o, stream, gain, rstd, u, proj, fc1, fc2, y, a = ctx.saved_tensors
-        p, shape, (w_proj, w_fc1, w_fc2) = ctx.p, d_out.shape, ctx.w_cols
-        M, K = u.shape
-        d_rows, d_cols = quantize(d_out.flatten(0, 1), p.d_out)
-        da = matmul(d_rows, w_fc2)
-        fp8 = p.d_u is not None
-        du = torch.empty(M, K, dtype=p.d_u.dtype, device=u.device) if fp8 else da
-        du_cols = torch.empty(K, M, dtype=p.d_u.dtype, device=u.device) if fp8 else None
-        a_cols = torch.empty(K, M, dtype=p.a.dtype, device=u.device) if fp8 else None
-        relu2_backward[(triton.cdiv(M, 128), triton.cdiv(K, 64))](
-            da, u, du, words(du_cols), words(a_cols), p.d_u and p.d_u.scale, p.d_u and p.d_u.amax, p.a and p.a.scale, M, K, fp8,
-            32, 64)
+    def backward(ctx, d_residual: torch.Tensor, d_mlp_out: torch.Tensor) -> tuple:
+        attention_out, residual, gain, rstd, pre_activation, proj, fc1, fc2, y, activation = ctx.saved_tensors
+        layer, shape, (proj_cols, fc1_cols, fc2_cols) = ctx.layer, d_mlp_out.shape, ctx.weight_cols
+        M, K = pre_activation.shape
+        d_rows, d_cols = quantize(d_mlp_out.flatten(0, 1), layer.d_mlp_out)
+        d_activation = matmul(d_rows, fc2_cols)
+        scaling, activation_scaling, device = layer.d_pre_activation, layer.activation, pre_activation.device
+        fp8 = scaling is not None
+        d_pre_rows = torch.empty(M, K, dtype=scaling.dtype, device=device) if fp8 else d_activation
+        d_pre_cols = torch.empty(K, M, dtype=scaling.dtype, device=device) if fp8 else None
+        activation_cols = torch.empty(K, M, dtype=activation_scaling.dtype, device=device) if fp8 else None
+        kernels.relu2_backward[(triton.cdiv(M, 128), triton.cdiv(K, 64))](
+            d_activation, pre_activation, d_pre_rows, as_int32(d_pre_cols), as_int32(activation_cols),
+            *scale_and_amax(scaling), scale_and_amax(activation_scaling)[0], M, K, fp8, 32, 64)
         if fp8:
-            du, du_cols, a_cols = Fp8(du, p.d_u.inverse), Fp8(du_cols, p.d_u.inverse), Fp8(a_cols, p.a.inverse)
+            d_pre_rows, d_pre_cols = Fp8(d_pre_rows, scaling.inverse), Fp8(d_pre_cols, scaling.inverse)
+            activation_cols = Fp8(activation_cols, activation_scaling.inverse)
         else:
-            du_cols, a_cols = du.t(), a.t()
-        dw2 = weight_gradient(d_cols, a_cols, fc2, ctx.in_place)
-        dy = matmul(du, w_fc1)
-        dx, dgain = add_norm_grad(dy, stream, gain, rstd, d_stream.flatten(0, 1))
-        dw1 = weight_gradient(du_cols, transposed(Fp8(y, p.input.inverse) if fp8 else y), fc1, ctx.in_place)
-        d_rows, d_cols = quantize(dx, p.d_proj)
-        do = matmul(d_rows, w_proj)
-        dwp = weight_gradient(d_cols, transposed(o if p.o is None else Fp8(o, p.o.inverse)), proj, ctx.in_place)
-        return do.view(shape), dx.view(shape), dwp, dgain, dw1, dw2, None
+            d_pre_cols, activation_cols = d_pre_rows.t(), activation.t()
+        d_fc2 = weight_gradient(d_cols, activation_cols, fc2, ctx.in_place)
+        dy = matmul(d_pre_rows, fc1_cols)
+        dx, dgain = add_norm_grad(dy, residual, gain, rstd, d_residual.flatten(0, 1))
+        d_fc1 = weight_gradient(d_pre_cols, transposed(as_operand(y, layer.input)), fc1, ctx.in_place)
+        d_rows, d_cols = quantize(dx, layer.d_proj)
+        d_attention_out = matmul(d_rows, proj_cols)
+        attention_cols = transposed(as_operand(attention_out, layer.attention_out))
+        d_proj = weight_gradient(d_cols, attention_cols, proj, ctx.in_place)
+        return d_attention_out.view(shape), dx.view(shape), d_proj, dgain, d_fc1, d_fc2, None
 
 
 class FusedBlocks:
-    """What the fused blocks need beside their tensors: which layers run in FP8, by which scales, with which weights.
+    """Hold what the fused blocks share: which layers run in FP8, their scales, and the cache of quantized weights.
 
-    Delayed scaling's state is TE's own, held by the layers: their scales are copied when a pass begins, since TE updates
-    them in place when its forward half ends, and the kernels raise the live amaxes. One pass at a time: a backward pass must be
-    over before the next forward pass begins. Buffers stay where they are, so that CUDA graphs may hold on to them.
+    Delayed scaling's state stays in TE's layers; the module's docstring says how it is shared. Only one pass at a time:
+    a backward pass must end before the next forward pass begins, because begin() overwrites the scales.
     """
 
-    def __init__(self, model):
+    def __init__(self, model: Any) -> None:
+        """model: train.GPT, whose blocks are made of TE's layers."""
         self.model, self.cache = model, {}
-        self.formats = {}  # {whether FP8 is on: (blocks, live scales, their copy, its inverse)}
+        self.formats = {}  # {whether FP8 is on: (blocks, TE's scales, buffer for their copy, buffer for its inverse)}
 
-    def begin(self, x, first, in_place):
-        """Start a pass; x: any tensor on the model's device, first and in_place: as GPT.forward() has them."""
+    def begin(self, x: torch.Tensor, first: bool | None, in_place: str) -> None:
+        """Start a pass: choose the layers of the present format and copy their scales.
+
+        x: any tensor on the model's device. first: as in GPT.forward(). in_place: as in weight_gradient().
+        """
         state = self.model.te.quantization.FP8GlobalStateManager
         enabled = state.is_fp8_enabled()
         if enabled not in self.formats:
             self.formats[enabled] = self.register(x, state)
         self.first, self.in_place = first, in_place
-        self.blocks, live, scale, inverse = self.formats[enabled]
-        if live:
-            torch.cat(live, out=scale)
+        self.blocks, live_scales, scale, inverse = self.formats[enabled]
+        if live_scales:
+            torch.cat(live_scales, out=scale)
             torch.reciprocal(scale[:, None], out=inverse[:, :1])
 
-    def register(self, x, state):
-        """Let TE set its layers up for the present format, and lay out what each block needs."""
-        te, held = self.model.te, []
+    def register(self, x: torch.Tensor, state: Any) -> tuple[list[tuple[QKVLayer, MLPLayer]], list[torch.Tensor],
+                                                             torch.Tensor, torch.Tensor]:
+        """Let TE set up its layers for the present format, and allocate the buffers of their scales.
+
+        x: any tensor on the model's device. state: TE's FP8GlobalStateManager.
+        Returns: (QKVLayer, MLPLayer) of each block; the layers' own scales; buffers for a copy of all scales (total,)
+        and for its inverse (total, 4), of which the first column is used.
+        """
+        te, fp8_metas = self.model.te, []
         for block in self.model.blocks:
             for layer, gemms in ((block.attn.qkv, 1), (block.attn.proj, 1), (block.mlp, 2)):
                 with te.autocast(enabled=False) if getattr(layer, "in_bf16", False) else contextlib.nullcontext():
                     layer.prepare_forward(x, num_gemms=gemms)
                     layer.end_forward()
                 if layer.fp8:
-                    held += [(layer, key, layer.fp8_meta[key]) for key in ("scaling_fwd", "scaling_bwd")]
-        total = sum(len(meta.scale) for *_, meta in held)
+                    fp8_metas += [(layer, key, layer.fp8_meta[key]) for key in ("scaling_fwd", "scaling_bwd")]
+        total = sum(len(meta.scale) for *_, meta in fp8_metas)
         scale = torch.ones(total, device=x.device)
-        inverse = torch.ones(total, 4, device=x.device)  # 16 bytes apart: cuBLAS wants them so aligned
-        offsets = dict(zip(((layer, key) for layer, key, _ in held), itertools.accumulate((len(m.scale) for *_, m in held), initial=0)))
+        inverse = torch.ones(total, 4, device=x.device)  # 16 bytes apart: cuBLAS requires this alignment
+        offsets = dict(zip(((layer, key) for layer, key, _ in fp8_metas),
+                           itertools.accumulate((len(meta.scale) for *_, meta in fp8_metas), initial=0), strict=False))
 
-        def scaling(layer, key, i, colwise=True):
-            """Of a layer's i-th tensor, by TE's numbers: input 0, weight 1, a second matmul's 3 and 4; gradients 0 and 2."""
+        def tensor_scaling(layer: Any, key: str, i: int, colwise: bool = True) -> Scaling | None:
+            """Return the Scaling of a layer's i-th tensor, or None if the layer runs in bf16.
+
+            TE numbers the tensors (FP8FwdTensors, FP8BwdTensors): forward, input 0 and weight 1 of the first matmul, 3
+            and 4 of the second; backward, output gradient 0 of the first matmul, 2 of the second.
+            """
             if (layer, key) not in offsets:
                 return None
-            at, dtype = offsets[layer, key] + i, torch.float8_e4m3fn if key == "scaling_fwd" else torch.float8_e5m2
-            s = Scaling(scale[at:at + 1], inverse[at, :1], layer.fp8_meta[key].amax_history[0, i:i + 1], dtype)
-            return s._replace(quantizer=te_quantizer(s, colwise))
+            offset, dtype = offsets[layer, key] + i, torch.float8_e4m3fn if key == "scaling_fwd" else torch.float8_e5m2
+            amax = layer.fp8_meta[key].amax_history[0, i:i + 1]
+            scaling = Scaling(scale[offset:offset + 1], inverse[offset, :1], amax, dtype)
+            return scaling._replace(quantizer=te_quantizer(scaling, colwise))
 
         blocks, forward, backward = [], "scaling_fwd", "scaling_bwd"
         for i, block in enumerate(self.model.blocks):
             attn, qkv, proj, mlp = block.attn, block.attn.qkv, block.attn.proj, block.mlp
-            shared = dict(fused=self, eps=attn.eps)
-            # TE's own modules do the same when the backward pass leaves the first of them
-            last = functools.partial(state.reduce_and_update_fp8_tensors, forward=False) if i == 0 and held else None
+            # The first block is the last in backward: TE's own modules update the gradients' scales there too
+            on_last_gradient = None
+            if i == 0 and fp8_metas:
+                on_last_gradient = functools.partial(state.reduce_and_update_fp8_tensors, forward=False)
             blocks.append((
-                SimpleNamespace(**shared, n_head=attn.n_head, cos=self.model.cos, sin=self.model.sin, last=last,
-                                input=scaling(qkv, forward, 0), weight=scaling(qkv, forward, 1), grad=scaling(qkv, backward, 0)),
-                SimpleNamespace(**shared, o=scaling(proj, forward, 0, colwise=False), proj=scaling(proj, forward, 1),
-                                d_proj=scaling(proj, backward, 0), input=scaling(mlp, forward, 0), fc1=scaling(mlp, forward, 1),
-                                d_u=scaling(mlp, backward, 0), a=scaling(mlp, forward, 3), fc2=scaling(mlp, forward, 4),
-                                d_out=scaling(mlp, backward, 2))))
-        return blocks, [meta.scale for *_, meta in held], scale, inverse
+                QKVLayer(
+                    fused=self, eps=attn.eps, n_head=attn.n_head, cos=self.model.cos, sin=self.model.sin,
+                    on_last_gradient=on_last_gradient, input=tensor_scaling(qkv, forward, 0),
+                    weight=tensor_scaling(qkv, forward, 1), d_qkv=tensor_scaling(qkv, backward, 0)),
+                MLPLayer(
+                    fused=self, eps=attn.eps, attention_out=tensor_scaling(proj, forward, 0, colwise=False),
+                    proj=tensor_scaling(proj, forward, 1), d_proj=tensor_scaling(proj, backward, 0),
+                    input=tensor_scaling(mlp, forward, 0), fc1=tensor_scaling(mlp, forward, 1),
+                    d_pre_activation=tensor_scaling(mlp, backward, 0), activation=tensor_scaling(mlp, forward, 3),
+                    fc2=tensor_scaling(mlp, forward, 4), d_mlp_out=tensor_scaling(mlp, backward, 2))))
+        return blocks, [meta.scale for *_, meta in fp8_metas], scale, inverse
 
-    def operand(self, weight, s):
-        """A weight as matmul operands, by Scaling s or in bf16."""
-        return weight_operand(weight, lambda w: s, self.first, self.cache)
+    def operand(self, weight: torch.nn.Parameter, scaling: Scaling | None) -> Operands:
+        """Return a weight as matmul operands (rows, cols), quantized once a step; scaling None: bf16."""
+        return weight_operand(weight, lambda _: scaling, self.first, self.cache)
 
 
 class MicroBatchGraphs:
-    """Forward and backward pass of a micro-batch as CUDA graphs: one for a step's first, which writes its gradients and quantizes
-    the weights, and one for the others, which add to them. Python is then out of the way between kernels.
+    """Run the forward and backward pass of a micro-batch as a CUDA graph, to save the time of launching kernels.
 
-    Everything that a graph reads or writes keeps its place: inputs, loss, gradients, scales, quantized weights.
+    There are two graphs: the one for a step's first micro-batch overwrites the gradients and quantizes the weights, the
+    one for the others adds to the gradients and uses the same quantized weights.
+
+    Everything that a graph reads or writes keeps its address: inputs, loss, gradients, scales, quantized weights.
+    Gradients must therefore not be set to None. https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
     """
 
-    def __init__(self, parallel, loader, precision, procs):
+    def __init__(self, parallel: Any, loader: Any, precision: Any, procs: Any) -> None:
+        """Allocate gradients and capture the graphs; arguments: train.Parallel, DataLoader, Precision, Processes."""
         self.model, self.loader, self.precision, self.procs = parallel.model, loader, precision, procs
         self.graphs, self.pool = {}, torch.cuda.graph_pool_handle()
         self.batch, self.loss = list(loader.peek()), torch.zeros((), device=procs.device)
-        for p in self.model.parameters():
-            p.grad = torch.zeros_like(p)
-        # Gradients that autograd adds up: all but the matmuls' own
-        self.summed = [p.grad for n, p in self.model.named_parameters() if p.ndim == 1 or n.startswith("embed")]
+        for parameter in self.model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        # Autograd accumulates these gradients, so that they start from zero; matmuls write the weights' own
+        self.summed_gradients = [parameter.grad for name, parameter in self.model.named_parameters()
+                       if parameter.ndim == 1 or name.startswith("embed")]
         for first in (True, False)[:loader.accumulation]:
             self.capture(first)
 
-    def __call__(self, x, y, first):
-        """Run one micro-batch, x (B, T) int32, y (B, T) int64; returns its share of the step's loss, a scalar that the next overwrites."""
+    def __call__(self, x: torch.Tensor, y: torch.Tensor, first: bool) -> torch.Tensor:
+        """Run one micro-batch and return its share of the step's loss, a scalar that the next call overwrites.
+
+        x (B, T) int32: tokens; y (B, T) int64: targets; first: whether it is the step's first micro-batch.
+        """
         self.batch[0].copy_(x)
         self.batch[1].copy_(y)
         self.graphs[first].replay()
         return self.loss
 
-    def capture(self, first):
+    def capture(self, first: bool) -> None:
+        """Capture the graph of a step's first micro-batch (first=True) or of its others."""
         self.model.in_place = "write" if first else "add"
         self.graphs[first] = torch.cuda.CUDAGraph()
-        # The loader's thread allocates pinned memory meanwhile, which only this thread must not
+        # thread_local: the loader's thread may allocate pinned memory meanwhile, which a global capture forbids
         with torch.cuda.graph(self.graphs[first], pool=self.pool, capture_error_mode="thread_local"):
             if first:
-                torch._foreach_zero_(self.summed)
+                torch._foreach_zero_(self.summed_gradients)
             with self.precision.autocast(self.procs):
                 loss = self.model(*self.batch, first=first) * self.loader.loss_scale
             loss.backward()

@@ -1,262 +1,348 @@
-"""
-Kernels in Triton, which a first reading may skip: Block.forward without `fused` is the same mathematics, and fused.py
-puts these together. All that lies between the matmuls of a block, each in one pass over memory.
-N = B * T tokens ("rows"), C = n_embd. Where FP8 is true they write E4M3 or E5M2 (by the type of the output), values times
-`scale`, and raise `amax`, the largest |value| so far, for delayed scaling's next scale. *_cols is the transpose, which
-Hopper's FP8 matmuls want when they sum over tokens.
+"""Triton kernels for what lies between a block's matmuls, each in one pass over memory, and for the loss.
+
+Importing this module needs Triton. Set TRITON_INTERPRET=1 before the import to run the kernels on a CPU in Triton's
+interpreter, which the tests do.
+
+Conventions:
+- N = B * T tokens (rows), C = n_embd, V = vocabulary, H heads of D = 2 * HALF values. Matrices are row-major and
+  contiguous. Values are bf16 in memory and fp32 in registers.
+- An argument *_ptr points to a tensor; the docstrings name the tensor without _ptr. `columns`, `rows` and `tokens` are
+  vectors of indices, `offsets` are the distances of the elements from a tensor's first element.
+- FP8: outputs are rounded to E4M3 (largest value 448; activations) or E5M2 (57344; gradients) after multiplication by
+  `scale` (one fp32 element), and saturate. `amax` (one fp32 element) is raised to the largest |value| before scaling:
+  delayed scaling derives its next scale from it. Without FP8 outputs are bf16, and scale and amax are None.
+- *_cols is the transpose of an FP8 output. Hopper's FP8 matmuls need it when they sum over tokens. It is written as
+  32-bit words of four tokens each. A program therefore takes QUADS groups of four consecutive tokens: token
+  4 * quad + i for i from 0 to 3. Launches need N divisible by 4 for a matrix with *_cols.
 """
 
 import os
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # no GPU build of torch: the plain versions serve
-    triton = None
+import triton
+import triton.language as tl
+
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")  # the interpreter cannot run PTX
 
 
-if triton is not None:
-    INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")  # by Triton's interpreter, for tests on CPUs
+@triton.jit
+def as_fp8(values, scale, output_ptr, MAX: tl.constexpr):
+    """Return values * scale in the dtype that `output_ptr` points to, saturating at MAX; NaN stays NaN."""
+    return tl.clamp(values * scale, -MAX, MAX, propagate_nan=tl.PropagateNan.ALL).to(output_ptr.dtype.element_ty)
 
-    @triton.jit
-    def as_fp8(x, scale, pointer, MAX: tl.constexpr):
-        """x * scale rounded to what `pointer` points to, saturating at MAX; NaN stays NaN."""
-        return tl.clamp(x * scale, -MAX, MAX, propagate_nan=tl.PropagateNan.ALL).to(pointer.dtype.element_ty)
 
-    @triton.jit
-    def as_word(x0, x1, x2, x3, scale, E5M2: tl.constexpr):
-        """Four fp32 tensors times scale as the bytes of one tensor of 32-bit words, lowest first, in E5M2 or E4M3.
+@triton.jit
+def pack_fp8(values0, values1, values2, values3, scale, E5M2: tl.constexpr):
+    """Return four fp32 tensors times scale as FP8 bytes of one tensor of 32-bit words, lowest byte first.
 
-        Transposes are written in words, four tokens each. Taking FP8 values apart into bytes is left to no compiler:
-        ptxas of CUDA 13.0 gets every fourth wrong (a 16-bit shift of a register that holds two pairs, seen on an H100).
-        """
-        x0, x1, x2, x3 = x0 * scale, x1 * scale, x2 * scale, x3 * scale
-        if INTERPRETED:
-            word = tl.zeros(x0.shape, tl.uint32)
-            for x, shift in ((x0, 0), (x1, 8), (x2, 16), (x3, 24)):
-                if E5M2:
-                    q = tl.clamp(x, -57344.0, 57344.0).to(tl.float8e5)
-                else:
-                    q = tl.clamp(x, -448.0, 448.0).to(tl.float8e4nv)
-                word |= q.to(tl.uint8, bitcast=True).to(tl.uint32) << shift
-            return word
-        kind: tl.constexpr = "e5m2x2" if E5M2 else "e4m3x2"
-        return tl.inline_asm_elementwise(
-            "{ .reg .b16 lo, hi; cvt.rn.satfinite." + kind + ".f32 lo, $2, $1; "
-            "cvt.rn.satfinite." + kind + ".f32 hi, $4, $3; mov.b32 $0, {lo, hi}; }",
-            "=r,f,f,f,f", [x0, x1, x2, x3], dtype=tl.uint32, is_pure=True, pack=1)
-
-    @triton.jit
-    def raise_amax(amax, largest):
-        """One atomic for a whole program, and none where it would change nothing: they all go to one address."""
-        if largest > tl.load(amax):
-            tl.atomic_max(amax, largest)
-
-    @triton.jit
-    def add_norm_forward(x, delta, gain, stream, y, rstd, scale, amax, N, C, eps,
-                         ADD: tl.constexpr, FP8: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-        """stream = x + delta (if ADD), then y = RMSNorm(stream) * gain. x, delta, stream (N, C), gain (C,), rstd (N,) fp32."""
-        c = tl.arange(0, BLOCK)
-        g = tl.load(gain + c, mask=c < C, other=0.0).to(tl.float32)
-        largest = 0.0
-        for i in range(ROWS):
-            row = tl.program_id(0) * ROWS + i
-            at, mask = row.to(tl.int64) * C + c, (c < C) & (row < N)
-            v = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
-            if ADD:
-                v += tl.load(delta + at, mask=mask, other=0.0).to(tl.float32)
-                v = v.to(tl.bfloat16).to(tl.float32)  # the norm is of what the stream holds
-                tl.store(stream + at, v.to(tl.bfloat16), mask=mask)
-            r = 1.0 / tl.sqrt(tl.sum(v * v, axis=0) / C + eps)
-            v = v * r * g
-            tl.store(rstd + row, r, mask=row < N)
-            if FP8:
-                largest = tl.maximum(largest, tl.max(tl.abs(v), axis=0))
-                tl.store(y + at, as_fp8(v, tl.load(scale), y, 448.0), mask=mask)
+    E5M2 if true, E4M3 otherwise; saturating. The conversion is inline PTX because a compiler may get it wrong: ptxas of
+    CUDA 13.0 breaks every fourth value when FP8 values are taken apart into bytes (a 16-bit shift of a register that
+    holds two pairs; seen on an H100).
+    """
+    values0, values1, values2, values3 = values0 * scale, values1 * scale, values2 * scale, values3 * scale
+    if INTERPRETED:
+        packed = tl.zeros(values0.shape, tl.uint32)
+        for values, shift in ((values0, 0), (values1, 8), (values2, 16), (values3, 24)):
+            if E5M2:
+                fp8 = tl.clamp(values, -57344.0, 57344.0).to(tl.float8e5)
             else:
-                tl.store(y + at, v.to(tl.bfloat16), mask=mask)
-        if FP8:
-            raise_amax(amax, largest)
+                fp8 = tl.clamp(values, -448.0, 448.0).to(tl.float8e4nv)
+            packed |= fp8.to(tl.uint8, bitcast=True).to(tl.uint32) << shift
+        return packed
+    pair: tl.constexpr = "e5m2x2" if E5M2 else "e4m3x2"
+    return tl.inline_asm_elementwise(
+        "{ .reg .b16 lo, hi; cvt.rn.satfinite." + pair + ".f32 lo, $2, $1; "
+        "cvt.rn.satfinite." + pair + ".f32 hi, $4, $3; mov.b32 $0, {lo, hi}; }",
+        "=r,f,f,f,f", [values0, values1, values2, values3], dtype=tl.uint32, is_pure=True, pack=1)
 
-    @triton.jit
-    def add_norm_backward(dy, stream, gain, rstd, residual, dx, dgain, N, C, ADD: tl.constexpr, ROWS: tl.constexpr,
-                          BLOCK: tl.constexpr):
-        """dx = RMSNorm's gradient + residual (the stream's own, if ADD); dgain (programs, C) fp32, to be added up."""
-        c = tl.arange(0, BLOCK)
-        g = tl.load(gain + c, mask=c < C, other=0.0).to(tl.float32)
-        total = tl.zeros((BLOCK,), tl.float32)
-        for i in range(ROWS):
-            row = tl.program_id(0) * ROWS + i
-            at, mask = row.to(tl.int64) * C + c, (c < C) & (row < N)
-            d = tl.load(dy + at, mask=mask, other=0.0).to(tl.float32)
-            r = tl.load(rstd + row, mask=row < N, other=0.0)
-            v = tl.load(stream + at, mask=mask, other=0.0).to(tl.float32) * r
-            grad = (d * g - v * (tl.sum(d * g * v, axis=0) / C)) * r
-            if ADD:
-                grad += tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
-            tl.store(dx + at, grad.to(dx.dtype.element_ty), mask=mask)
-            total += d * v
-        tl.store(dgain + tl.program_id(0) * C + c, total, mask=c < C)
 
-    @triton.jit
-    def relu2_forward(u, a, scale, amax, n, FP8: tl.constexpr, BLOCK: tl.constexpr):
-        """a = relu(u)^2, elementwise over n values."""
-        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        v = tl.maximum(tl.load(u + at, mask=at < n, other=0.0).to(tl.float32), 0.0)
-        v *= v
+@triton.jit
+def raise_amax(amax_ptr, largest):
+    """Raise amax to `largest`, a scalar, with one atomic operation a program, and none if it would change nothing.
+
+    All programs write to the same address, so that atomics would wait for each other.
+    """
+    if largest > tl.load(amax_ptr):
+        tl.atomic_max(amax_ptr, largest)
+
+
+@triton.jit
+def add_norm_forward(x_ptr, delta_ptr, gain_ptr, residual_ptr, y_ptr, rstd_ptr, scale_ptr, amax_ptr, N, C, eps,
+                     ADD: tl.constexpr, FP8: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Compute residual = x + delta (if ADD), then y = RMSNorm(residual) * gain; ROWS rows a program.
+
+    x (N, C) bf16, or fp32 without ADD; delta, residual (N, C) bf16, unused without ADD; gain (C,); y (N, C) bf16 or
+    E4M3; rstd (N,) fp32: 1 / RMS of each row, written for backward. BLOCK: power of two >= C.
+    """
+    columns = tl.arange(0, BLOCK)
+    gain = tl.load(gain_ptr + columns, mask=columns < C, other=0.0).to(tl.float32)
+    largest = 0.0
+    for i in range(ROWS):
+        row = tl.program_id(0) * ROWS + i
+        offsets, mask = row.to(tl.int64) * C + columns, (columns < C) & (row < N)
+        value = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        if ADD:
+            value += tl.load(delta_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+            value = value.to(tl.bfloat16).to(tl.float32)  # the norm of the rounded values, as backward sees them
+            tl.store(residual_ptr + offsets, value.to(tl.bfloat16), mask=mask)
+        rstd = 1.0 / tl.sqrt(tl.sum(value * value, axis=0) / C + eps)
+        value = value * rstd * gain
+        tl.store(rstd_ptr + row, rstd, mask=row < N)
         if FP8:
-            tl.store(a + at, as_fp8(v, tl.load(scale), a, 448.0), mask=at < n)
-            raise_amax(amax, tl.max(v, axis=0))
+            largest = tl.maximum(largest, tl.max(tl.abs(value), axis=0))
+            tl.store(y_ptr + offsets, as_fp8(value, tl.load(scale_ptr), y_ptr, 448.0), mask=mask)
         else:
-            tl.store(a + at, v.to(tl.bfloat16), mask=at < n)
+            tl.store(y_ptr + offsets, value.to(tl.bfloat16), mask=mask)
+    if FP8:
+        raise_amax(amax_ptr, largest)
 
-    # The *_row functions take every fourth token of a program, as as_word() wants them, write the gradient and return it
-    @triton.jit
-    def relu2_backward_row(da, u, du, scale, m, k, M, K, FP8: tl.constexpr):
-        at, mask = m.to(tl.int64)[:, None] * K + k[None, :], (m < M)[:, None] & (k < K)[None, :]
-        v = tl.maximum(tl.load(u + at, mask=mask, other=0.0).to(tl.float32), 0.0)
-        d = tl.load(da + at, mask=mask, other=0.0).to(tl.float32) * 2.0 * v
-        if FP8:
-            tl.store(du + at, as_fp8(d, tl.load(scale), du, 57344.0), mask=mask)
-        else:
-            tl.store(du + at, d.to(tl.bfloat16), mask=mask)
-        return d, v * v
 
-    @triton.jit
-    def relu2_backward(da, u, du, du_cols, a_cols, scale, amax, a_scale, M, K, FP8: tl.constexpr,
-                       QUADS: tl.constexpr, BLOCK: tl.constexpr):
-        """du = da * 2 relu(u); in FP8 also its transpose, and that of relu(u)^2 for the weight gradient. da, u (M, K) bf16."""
-        quad, k = tl.program_id(0) * QUADS + tl.arange(0, QUADS), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        d0, a0 = relu2_backward_row(da, u, du, scale, 4 * quad, k, M, K, FP8)
-        d1, a1 = relu2_backward_row(da, u, du, scale, 4 * quad + 1, k, M, K, FP8)
-        d2, a2 = relu2_backward_row(da, u, du, scale, 4 * quad + 2, k, M, K, FP8)
-        d3, a3 = relu2_backward_row(da, u, du, scale, 4 * quad + 3, k, M, K, FP8)
-        if FP8:
-            across, mask = k.to(tl.int64)[:, None] * (M // 4) + quad[None, :], (k < K)[:, None] & (4 * quad < M)[None, :]
-            tl.store(du_cols + across, tl.trans(as_word(d0, d1, d2, d3, tl.load(scale), True)), mask=mask)
-            tl.store(a_cols + across, tl.trans(as_word(a0, a1, a2, a3, tl.load(a_scale), False)), mask=mask)
-            raise_amax(amax, tl.max(tl.maximum(tl.maximum(tl.abs(d0), tl.abs(d1)), tl.maximum(tl.abs(d2), tl.abs(d3)))))
+@triton.jit
+def add_norm_backward(dy_ptr, residual_ptr, gain_ptr, rstd_ptr, d_residual_ptr, dx_ptr, dgain_ptr, N, C,
+                      ADD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Compute dx = gradient through RMSNorm (+ d_residual, if ADD) and each program's share of dgain.
 
-    @triton.jit
-    def rope_qk_norm_forward(qkv, cos, sin, rstd, n_rows, T, heads, C3, eps, HALF: tl.constexpr, ROWS: tl.constexpr):
-        """rope_qk_norm of q and k in place. A row is one head of q or k of one token, `heads` = 2 * n_head of them.
+    dy, residual, dx (N, C); d_residual (N, C): gradient that reaches the residual past the norm; rstd (N,) fp32 from
+    add_norm_forward; dgain (programs, C) fp32, which the caller sums over programs.
+    """
+    columns = tl.arange(0, BLOCK)
+    gain = tl.load(gain_ptr + columns, mask=columns < C, other=0.0).to(tl.float32)
+    dgain = tl.zeros((BLOCK,), tl.float32)
+    for i in range(ROWS):
+        row = tl.program_id(0) * ROWS + i
+        offsets, mask = row.to(tl.int64) * C + columns, (columns < C) & (row < N)
+        dy = tl.load(dy_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        rstd = tl.load(rstd_ptr + row, mask=row < N, other=0.0)
+        normed = tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32) * rstd
+        dx = (dy * gain - normed * (tl.sum(dy * gain * normed, axis=0) / C)) * rstd
+        if ADD:
+            dx += tl.load(d_residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        tl.store(dx_ptr + offsets, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+        dgain += dy * normed
+    tl.store(dgain_ptr + tl.program_id(0) * C + columns, dgain, mask=columns < C)
 
-        qkv (B*T, C3) bf16; cos, sin (T, HALF) fp32; rstd (n_rows,) fp32, written: 1 / RMS of each row.
-        """
-        row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-        token, d, mask = row // heads, tl.arange(0, HALF)[None, :], (row < n_rows)[:, None]
-        at = token.to(tl.int64)[:, None] * C3 + (row % heads)[:, None] * (2 * HALF) + d
-        angle = (token % T)[:, None] * HALF + d
-        c, s = tl.load(cos + angle, mask=mask), tl.load(sin + angle, mask=mask)
-        x1 = tl.load(qkv + at, mask=mask, other=0.0).to(tl.float32)
-        x2 = tl.load(qkv + at + HALF, mask=mask, other=0.0).to(tl.float32)
-        r = 1.0 / tl.sqrt(tl.sum(x1 * x1 + x2 * x2, axis=1) / (2 * HALF) + eps)  # a rotation keeps the norm
-        tl.store(qkv + at, ((x1 * c - x2 * s) * r[:, None]).to(tl.bfloat16), mask=mask)
-        tl.store(qkv + at + HALF, ((x1 * s + x2 * c) * r[:, None]).to(tl.bfloat16), mask=mask)
-        tl.store(rstd + row, r, mask=row < n_rows)
 
-    @triton.jit
-    def rope_qk_norm_backward_row(grad, qkv, cos, sin, rstd, out, scale, n, head, N, T, heads, C3, FP8: tl.constexpr,
-                                  HALF: tl.constexpr):
-        d, mask = tl.arange(0, HALF), (n < N)[:, None]
-        at = n.to(tl.int64)[:, None] * C3 + head * (2 * HALF) + d[None, :]
-        g1 = tl.load(grad + at, mask=mask, other=0.0).to(tl.float32)
-        g2 = tl.load(grad + at + HALF, mask=mask, other=0.0).to(tl.float32)
-        if head < heads:
-            angle = (n % T)[:, None] * HALF + d[None, :]
-            c, s = tl.load(cos + angle, mask=mask, other=0.0), tl.load(sin + angle, mask=mask, other=0.0)
-            y1 = tl.load(qkv + at, mask=mask, other=0.0).to(tl.float32)
-            y2 = tl.load(qkv + at + HALF, mask=mask, other=0.0).to(tl.float32)
-            r = tl.load(rstd + n * heads + head, mask=n < N, other=0.0)[:, None]
-            dot = (tl.sum(g1 * y1 + g2 * y2, axis=1) / (2 * HALF))[:, None]
-            h1, h2 = r * (g1 - y1 * dot), r * (g2 - y2 * dot)
-            g1, g2 = h1 * c + h2 * s, h2 * c - h1 * s
-        if FP8:
-            tl.store(out + at, as_fp8(g1, tl.load(scale), out, 57344.0), mask=mask)
-            tl.store(out + at + HALF, as_fp8(g2, tl.load(scale), out, 57344.0), mask=mask)
-        else:
-            tl.store(out + at, g1.to(tl.bfloat16), mask=mask)
-            tl.store(out + at + HALF, g2.to(tl.bfloat16), mask=mask)
-        return g1, g2
+@triton.jit
+def relu2_forward(pre_activation_ptr, activation_ptr, scale_ptr, amax_ptr, size,
+                  FP8: tl.constexpr, BLOCK: tl.constexpr):
+    """Compute activation = relu(pre_activation)^2 of `size` values; activation in bf16 or E4M3."""
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    activation = tl.maximum(tl.load(pre_activation_ptr + offsets, mask=offsets < size, other=0.0).to(tl.float32), 0.0)
+    activation *= activation
+    if FP8:
+        tl.store(activation_ptr + offsets, as_fp8(activation, tl.load(scale_ptr), activation_ptr, 448.0),
+                 mask=offsets < size)
+        raise_amax(amax_ptr, tl.max(activation, axis=0))
+    else:
+        tl.store(activation_ptr + offsets, activation.to(tl.bfloat16), mask=offsets < size)
 
-    @triton.jit
-    def rope_qk_norm_backward(grad, qkv, cos, sin, rstd, out, cols, scale, amax, N, T, heads, C3, FP8: tl.constexpr,
-                              HALF: tl.constexpr, QUADS: tl.constexpr):
-        """The gradient from the forward pass's outputs y: rstd * (dy - y * mean(dy * y)), rotated back; v's stays as it is.
 
-        A program takes one head (of q, k or v) of 4 * QUADS tokens. grad, out (N, C3), cols (C3, N / 4); in bf16 out is grad.
-        """
-        quad, head = tl.program_id(0) * QUADS + tl.arange(0, QUADS), tl.program_id(1)
-        p0, q0 = rope_qk_norm_backward_row(grad, qkv, cos, sin, rstd, out, scale, 4 * quad, head, N, T, heads, C3, FP8, HALF)
-        p1, q1 = rope_qk_norm_backward_row(grad, qkv, cos, sin, rstd, out, scale, 4 * quad + 1, head, N, T, heads, C3, FP8, HALF)
-        p2, q2 = rope_qk_norm_backward_row(grad, qkv, cos, sin, rstd, out, scale, 4 * quad + 2, head, N, T, heads, C3, FP8, HALF)
-        p3, q3 = rope_qk_norm_backward_row(grad, qkv, cos, sin, rstd, out, scale, 4 * quad + 3, head, N, T, heads, C3, FP8, HALF)
-        if FP8:
-            across = (head * (2 * HALF) + tl.arange(0, HALF)).to(tl.int64)[:, None] * (N // 4) + quad[None, :]
-            mask = (4 * quad < N)[None, :]
-            tl.store(cols + across, tl.trans(as_word(p0, p1, p2, p3, tl.load(scale), True)), mask=mask)
-            tl.store(cols + across + HALF * (N // 4), tl.trans(as_word(q0, q1, q2, q3, tl.load(scale), True)), mask=mask)
-            p = tl.maximum(tl.maximum(tl.abs(p0), tl.abs(p1)), tl.maximum(tl.abs(p2), tl.abs(p3)))
-            q = tl.maximum(tl.maximum(tl.abs(q0), tl.abs(q1)), tl.maximum(tl.abs(q2), tl.abs(q3)))
-            raise_amax(amax, tl.max(tl.maximum(p, q)))
+# Each *_rows function computes the gradient of every fourth token of a program, stores it and returns it in fp32, so
+# that its caller can pass four of them to pack_fp8().
+@triton.jit
+def relu2_backward_rows(grad_ptr, pre_activation_ptr, out_ptr, scale_ptr, rows, columns, M, K, FP8: tl.constexpr):
+    """Store the gradient through relu^2 of the given rows and columns; return it, and relu^2."""
+    offsets, mask = rows.to(tl.int64)[:, None] * K + columns[None, :], (rows < M)[:, None] & (columns < K)[None, :]
+    relu = tl.maximum(tl.load(pre_activation_ptr + offsets, mask=mask, other=0.0).to(tl.float32), 0.0)
+    grad = tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(tl.float32) * 2.0 * relu
+    if FP8:
+        tl.store(out_ptr + offsets, as_fp8(grad, tl.load(scale_ptr), out_ptr, 57344.0), mask=mask)
+    else:
+        tl.store(out_ptr + offsets, grad.to(tl.bfloat16), mask=mask)
+    return grad, relu * relu
 
-    @triton.jit
-    def softcapped(logits, softcap, CAP: tl.constexpr):
-        """softcap * tanh(logits / softcap), and tanh; by exp, which a GPU has in hardware."""
-        t = 1.0 - 2.0 / (tl.exp(logits * (2.0 / softcap)) + 1.0)
-        if CAP:
-            logits = t * softcap
-        return logits, t
 
-    @triton.jit
-    def cross_entropy_loss(logits, targets, loss, lse, V, softcap, CAP: tl.constexpr, BLOCK: tl.constexpr):
-        """loss, lse (N,) fp32: cross-entropy and log-sum-exp of softcapped logits (N, V) bf16, one row a program.
+@triton.jit
+def relu2_backward(grad_ptr, pre_activation_ptr, out_ptr, cols_ptr, activation_cols_ptr, scale_ptr, amax_ptr,
+                   activation_scale_ptr, M, K, FP8: tl.constexpr, QUADS: tl.constexpr, BLOCK: tl.constexpr):
+    """Compute out = grad * 2 * relu(pre_activation); in FP8 also cols = out.T and activation_cols = (relu^2).T.
 
-        Each lane keeps its own sum, and its own maximum unless the softcap bounds it.
-        """
-        row = tl.program_id(0)
-        at = logits + row.to(tl.int64) * V
-        highest = tl.full((BLOCK,), softcap if CAP else -1e30, tl.float32)
-        total = tl.zeros((BLOCK,), tl.float32)
-        for start in range(0, V, BLOCK):
-            c = start + tl.arange(0, BLOCK)
-            z, _ = softcapped(tl.load(at + c, mask=c < V, other=0.0).to(tl.float32), softcap, CAP)
-            if not CAP:
-                higher = tl.maximum(highest, tl.where(c < V, z, -1e30))
-                total *= tl.exp(highest - higher)
-                highest = higher
-            total += tl.where(c < V, tl.exp(z - highest), 0.0)
-        top = tl.max(highest, axis=0)
-        log_sum = top + tl.log(tl.sum(total * tl.exp(highest - top), axis=0))
-        target = tl.load(targets + row)
-        z, _ = softcapped(tl.load(at + tl.maximum(target, 0)).to(tl.float32), softcap, CAP)
-        tl.store(lse + row, log_sum)
-        tl.store(loss + row, tl.where(target >= 0, log_sum - z, 0.0))
+    grad, pre_activation (M, K) bf16; out (M, K) bf16 (may be grad itself) or E5M2; cols (K, M / 4) words of E5M2;
+    activation_cols (K, M / 4) words of E4M3, quantized by activation_scale as in the forward pass, for the weight
+    gradient. A program takes 4 * QUADS rows and BLOCK columns.
+    """
+    quads, columns = tl.program_id(0) * QUADS + tl.arange(0, QUADS), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    grad0, activation0 = relu2_backward_rows(
+        grad_ptr, pre_activation_ptr, out_ptr, scale_ptr, 4 * quads, columns, M, K, FP8)
+    grad1, activation1 = relu2_backward_rows(
+        grad_ptr, pre_activation_ptr, out_ptr, scale_ptr, 4 * quads + 1, columns, M, K, FP8)
+    grad2, activation2 = relu2_backward_rows(
+        grad_ptr, pre_activation_ptr, out_ptr, scale_ptr, 4 * quads + 2, columns, M, K, FP8)
+    grad3, activation3 = relu2_backward_rows(
+        grad_ptr, pre_activation_ptr, out_ptr, scale_ptr, 4 * quads + 3, columns, M, K, FP8)
+    if FP8:
+        cols_offsets = columns.to(tl.int64)[:, None] * (M // 4) + quads[None, :]
+        mask = (columns < K)[:, None] & (4 * quads < M)[None, :]
+        tl.store(cols_ptr + cols_offsets,
+                 tl.trans(pack_fp8(grad0, grad1, grad2, grad3, tl.load(scale_ptr), True)), mask=mask)
+        tl.store(activation_cols_ptr + cols_offsets,
+                 tl.trans(pack_fp8(activation0, activation1, activation2, activation3,
+                                   tl.load(activation_scale_ptr), False)), mask=mask)
+        largest = tl.maximum(tl.maximum(tl.abs(grad0), tl.abs(grad1)), tl.maximum(tl.abs(grad2), tl.abs(grad3)))
+        raise_amax(amax_ptr, tl.max(largest))
 
-    @triton.jit
-    def cross_entropy_gradient_row(logits, targets, lse, out, n, c, N, V, softcap, scale, CAP: tl.constexpr, FP8: tl.constexpr):
-        at, mask = n.to(tl.int64)[:, None] * V + c[None, :], (n < N)[:, None] & (c < V)[None, :]
-        z, t = softcapped(tl.load(logits + at, mask=mask, other=0.0).to(tl.float32), softcap, CAP)
-        target = tl.load(targets + n, mask=n < N, other=-1)[:, None]
-        g = tl.exp(z - tl.load(lse + n, mask=n < N, other=0.0)[:, None]) - tl.where(c[None, :] == target, 1.0, 0.0)
-        if CAP:
-            g *= 1.0 - t * t
-        g = tl.where(target >= 0, g, 0.0)
-        if FP8:
-            tl.store(out + at, as_fp8(g, scale, out, 57344.0), mask=mask)
-        else:
-            tl.store(out + at, g.to(tl.bfloat16), mask=mask)
-        return g
 
-    @triton.jit
-    def cross_entropy_gradient(logits, targets, lse, out, cols, N, V, softcap, scale, CAP: tl.constexpr, FP8: tl.constexpr,
-                               QUADS: tl.constexpr, BLOCK: tl.constexpr):
-        """Gradient of the summed loss for the logits before the softcap, (N, V); out may be logits itself in bf16."""
-        quad, c = tl.program_id(0) * QUADS + tl.arange(0, QUADS), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        g0 = cross_entropy_gradient_row(logits, targets, lse, out, 4 * quad, c, N, V, softcap, scale, CAP, FP8)
-        g1 = cross_entropy_gradient_row(logits, targets, lse, out, 4 * quad + 1, c, N, V, softcap, scale, CAP, FP8)
-        g2 = cross_entropy_gradient_row(logits, targets, lse, out, 4 * quad + 2, c, N, V, softcap, scale, CAP, FP8)
-        g3 = cross_entropy_gradient_row(logits, targets, lse, out, 4 * quad + 3, c, N, V, softcap, scale, CAP, FP8)
-        if FP8:
-            across, mask = c.to(tl.int64)[:, None] * (N // 4) + quad[None, :], (c < V)[:, None] & (4 * quad < N)[None, :]
-            tl.store(cols + across, tl.trans(as_word(g0, g1, g2, g3, scale, True)), mask=mask)
+@triton.jit
+def rope_qk_norm_forward(qkv_ptr, cos_ptr, sin_ptr, rstd_ptr, n_rows, T, heads, C3, eps,
+                         HALF: tl.constexpr, ROWS: tl.constexpr):
+    """Apply rotary position embedding (half-split), then RMSNorm without gain, to q and k in place.
+
+    qkv (N, C3 = 3C) bf16; cos, sin (T, HALF) fp32; rstd (n_rows,) fp32: 1 / RMS of each row, written for backward.
+    A row is one head of q or k of one token: `heads` = 2 * n_head rows a token, n_rows = N * heads. v is not touched.
+    """
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    tokens, dims, mask = rows // heads, tl.arange(0, HALF)[None, :], (rows < n_rows)[:, None]
+    offsets = tokens.to(tl.int64)[:, None] * C3 + (rows % heads)[:, None] * (2 * HALF) + dims
+    angles = (tokens % T)[:, None] * HALF + dims
+    cos, sin = tl.load(cos_ptr + angles, mask=mask), tl.load(sin_ptr + angles, mask=mask)
+    x1 = tl.load(qkv_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    x2 = tl.load(qkv_ptr + offsets + HALF, mask=mask, other=0.0).to(tl.float32)
+    rstd = 1.0 / tl.sqrt(tl.sum(x1 * x1 + x2 * x2, axis=1) / (2 * HALF) + eps)  # rotation does not change it
+    tl.store(qkv_ptr + offsets, ((x1 * cos - x2 * sin) * rstd[:, None]).to(tl.bfloat16), mask=mask)
+    tl.store(qkv_ptr + offsets + HALF, ((x1 * sin + x2 * cos) * rstd[:, None]).to(tl.bfloat16), mask=mask)
+    tl.store(rstd_ptr + rows, rstd, mask=rows < n_rows)
+
+
+@triton.jit
+def rope_qk_norm_backward_rows(grad_ptr, qkv_ptr, cos_ptr, sin_ptr, rstd_ptr, out_ptr, scale_ptr, tokens, head,
+                               N, T, heads, C3, FP8: tl.constexpr, HALF: tl.constexpr):
+    """Store the gradient of one head of the given tokens; return its two halves, fp32."""
+    dims, mask = tl.arange(0, HALF), (tokens < N)[:, None]
+    offsets = tokens.to(tl.int64)[:, None] * C3 + head * (2 * HALF) + dims[None, :]
+    grad1 = tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    grad2 = tl.load(grad_ptr + offsets + HALF, mask=mask, other=0.0).to(tl.float32)
+    if head < heads:
+        angles = (tokens % T)[:, None] * HALF + dims[None, :]
+        cos, sin = tl.load(cos_ptr + angles, mask=mask, other=0.0), tl.load(sin_ptr + angles, mask=mask, other=0.0)
+        y1 = tl.load(qkv_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        y2 = tl.load(qkv_ptr + offsets + HALF, mask=mask, other=0.0).to(tl.float32)
+        rstd = tl.load(rstd_ptr + tokens * heads + head, mask=tokens < N, other=0.0)[:, None]
+        dot = (tl.sum(grad1 * y1 + grad2 * y2, axis=1) / (2 * HALF))[:, None]
+        rotated_grad1, rotated_grad2 = rstd * (grad1 - y1 * dot), rstd * (grad2 - y2 * dot)
+        grad1, grad2 = rotated_grad1 * cos + rotated_grad2 * sin, rotated_grad2 * cos - rotated_grad1 * sin
+    if FP8:
+        tl.store(out_ptr + offsets, as_fp8(grad1, tl.load(scale_ptr), out_ptr, 57344.0), mask=mask)
+        tl.store(out_ptr + offsets + HALF, as_fp8(grad2, tl.load(scale_ptr), out_ptr, 57344.0), mask=mask)
+    else:
+        tl.store(out_ptr + offsets, grad1.to(tl.bfloat16), mask=mask)
+        tl.store(out_ptr + offsets + HALF, grad2.to(tl.bfloat16), mask=mask)
+    return grad1, grad2
+
+
+@triton.jit
+def rope_qk_norm_backward(grad_ptr, qkv_ptr, cos_ptr, sin_ptr, rstd_ptr, out_ptr, cols_ptr, scale_ptr, amax_ptr,
+                          N, T, heads, C3, FP8: tl.constexpr, HALF: tl.constexpr, QUADS: tl.constexpr):
+    """Compute the gradient through QK norm and RoPE of q and k; copy v's.
+
+    QK norm's is rstd * (grad - y * mean(grad * y)) with the forward pass's outputs y = qkv; it is then rotated back.
+    grad, qkv (N, C3) bf16; out (N, C3) bf16 (grad itself) or E5M2; cols (C3, N / 4) words of E5M2; rstd (N * heads,)
+    fp32 from rope_qk_norm_forward. A program takes one head of q, k or v of 4 * QUADS tokens: the grid's second
+    dimension is 3 * n_head, or `heads` = 2 * n_head in bf16, where v's gradient is in place already.
+    """
+    quads, head = tl.program_id(0) * QUADS + tl.arange(0, QUADS), tl.program_id(1)
+    grad1_0, grad2_0 = rope_qk_norm_backward_rows(
+        grad_ptr, qkv_ptr, cos_ptr, sin_ptr, rstd_ptr, out_ptr, scale_ptr, 4 * quads, head,
+        N, T, heads, C3, FP8, HALF)
+    grad1_1, grad2_1 = rope_qk_norm_backward_rows(
+        grad_ptr, qkv_ptr, cos_ptr, sin_ptr, rstd_ptr, out_ptr, scale_ptr, 4 * quads + 1, head,
+        N, T, heads, C3, FP8, HALF)
+    grad1_2, grad2_2 = rope_qk_norm_backward_rows(
+        grad_ptr, qkv_ptr, cos_ptr, sin_ptr, rstd_ptr, out_ptr, scale_ptr, 4 * quads + 2, head,
+        N, T, heads, C3, FP8, HALF)
+    grad1_3, grad2_3 = rope_qk_norm_backward_rows(
+        grad_ptr, qkv_ptr, cos_ptr, sin_ptr, rstd_ptr, out_ptr, scale_ptr, 4 * quads + 3, head,
+        N, T, heads, C3, FP8, HALF)
+    if FP8:
+        cols_offsets = (head * (2 * HALF) + tl.arange(0, HALF)).to(tl.int64)[:, None] * (N // 4) + quads[None, :]
+        mask = (4 * quads < N)[None, :]
+        tl.store(cols_ptr + cols_offsets,
+                 tl.trans(pack_fp8(grad1_0, grad1_1, grad1_2, grad1_3, tl.load(scale_ptr), True)), mask=mask)
+        tl.store(cols_ptr + cols_offsets + HALF * (N // 4),
+                 tl.trans(pack_fp8(grad2_0, grad2_1, grad2_2, grad2_3, tl.load(scale_ptr), True)), mask=mask)
+        largest1 = tl.maximum(tl.maximum(tl.abs(grad1_0), tl.abs(grad1_1)),
+                              tl.maximum(tl.abs(grad1_2), tl.abs(grad1_3)))
+        largest2 = tl.maximum(tl.maximum(tl.abs(grad2_0), tl.abs(grad2_1)),
+                              tl.maximum(tl.abs(grad2_2), tl.abs(grad2_3)))
+        raise_amax(amax_ptr, tl.max(tl.maximum(largest1, largest2)))
+
+
+@triton.jit
+def softcapped(logits, softcap, CAP: tl.constexpr):
+    """Return softcap * tanh(logits / softcap) (the logits themselves without CAP), and tanh.
+
+    tanh is computed from exp, for which GPUs have an instruction.
+    """
+    tanh = 1.0 - 2.0 / (tl.exp(logits * (2.0 / softcap)) + 1.0)
+    if CAP:
+        logits = tanh * softcap
+    return logits, tanh
+
+
+@triton.jit
+def cross_entropy_loss(logits_ptr, targets_ptr, loss_ptr, lse_ptr, V, softcap, CAP: tl.constexpr, BLOCK: tl.constexpr):
+    """Compute each row's cross-entropy `loss` and log-sum-exp `lse` of the softcapped logits, one row a program.
+
+    logits (N, V) bf16, before the softcap; targets (N,) int64, negative: loss 0; loss, lse (N,) fp32. Each of the BLOCK
+    lanes keeps its own sum, and its own maximum (Milakov and Gimelshein, arXiv 1805.02867) unless the softcap bounds
+    the logits.
+    """
+    row = tl.program_id(0)
+    row_ptr = logits_ptr + row.to(tl.int64) * V
+    maximum = tl.full((BLOCK,), softcap if CAP else -1e30, tl.float32)
+    sums = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, V, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        capped, _ = softcapped(tl.load(row_ptr + columns, mask=columns < V, other=0.0).to(tl.float32), softcap, CAP)
+        if not CAP:
+            new_maximum = tl.maximum(maximum, tl.where(columns < V, capped, -1e30))
+            sums *= tl.exp(maximum - new_maximum)
+            maximum = new_maximum
+        sums += tl.where(columns < V, tl.exp(capped - maximum), 0.0)
+    row_maximum = tl.max(maximum, axis=0)
+    lse = row_maximum + tl.log(tl.sum(sums * tl.exp(maximum - row_maximum), axis=0))
+    target = tl.load(targets_ptr + row)
+    capped, _ = softcapped(tl.load(row_ptr + tl.maximum(target, 0)).to(tl.float32), softcap, CAP)
+    tl.store(lse_ptr + row, lse)
+    tl.store(loss_ptr + row, tl.where(target >= 0, lse - capped, 0.0))
+
+
+@triton.jit
+def cross_entropy_gradient_rows(logits_ptr, targets_ptr, lse_ptr, out_ptr, tokens, columns, N, V, softcap, scale,
+                                CAP: tl.constexpr, FP8: tl.constexpr):
+    """Store the gradient of the given tokens and columns; return it, fp32."""
+    offsets, mask = tokens.to(tl.int64)[:, None] * V + columns[None, :], (tokens < N)[:, None] & (columns < V)[None, :]
+    capped, tanh = softcapped(tl.load(logits_ptr + offsets, mask=mask, other=0.0).to(tl.float32), softcap, CAP)
+    target = tl.load(targets_ptr + tokens, mask=tokens < N, other=-1)[:, None]
+    lse = tl.load(lse_ptr + tokens, mask=tokens < N, other=0.0)[:, None]
+    grad = tl.exp(capped - lse) - tl.where(columns[None, :] == target, 1.0, 0.0)
+    if CAP:
+        grad *= 1.0 - tanh * tanh
+    grad = tl.where(target >= 0, grad, 0.0)
+    if FP8:
+        tl.store(out_ptr + offsets, as_fp8(grad, scale, out_ptr, 57344.0), mask=mask)
+    else:
+        tl.store(out_ptr + offsets, grad.to(tl.bfloat16), mask=mask)
+    return grad
+
+
+@triton.jit
+def cross_entropy_gradient(logits_ptr, targets_ptr, lse_ptr, out_ptr, cols_ptr, N, V, softcap, scale,
+                           CAP: tl.constexpr, FP8: tl.constexpr, QUADS: tl.constexpr, BLOCK: tl.constexpr):
+    """Compute the gradient of the summed loss for the logits before the softcap.
+
+    logits, targets, lse: as in cross_entropy_loss; out (N, V) bf16 (may be logits itself) or E5M2; cols (V, N / 4)
+    words of E5M2. Here scale is a number: gradients of logits lie in [-1, 1], so that a constant serves. A program
+    takes 4 * QUADS tokens and BLOCK columns.
+    """
+    quads, columns = tl.program_id(0) * QUADS + tl.arange(0, QUADS), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    grad0 = cross_entropy_gradient_rows(
+        logits_ptr, targets_ptr, lse_ptr, out_ptr, 4 * quads, columns, N, V, softcap, scale, CAP, FP8)
+    grad1 = cross_entropy_gradient_rows(
+        logits_ptr, targets_ptr, lse_ptr, out_ptr, 4 * quads + 1, columns, N, V, softcap, scale, CAP, FP8)
+    grad2 = cross_entropy_gradient_rows(
+        logits_ptr, targets_ptr, lse_ptr, out_ptr, 4 * quads + 2, columns, N, V, softcap, scale, CAP, FP8)
+    grad3 = cross_entropy_gradient_rows(
+        logits_ptr, targets_ptr, lse_ptr, out_ptr, 4 * quads + 3, columns, N, V, softcap, scale, CAP, FP8)
+    if FP8:
+        cols_offsets = columns.to(tl.int64)[:, None] * (N // 4) + quads[None, :]
+        mask = (columns < V)[:, None] & (4 * quads < N)[None, :]
+        tl.store(cols_ptr + cols_offsets, tl.trans(pack_fp8(grad0, grad1, grad2, grad3, scale, True)), mask=mask)

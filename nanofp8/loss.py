@@ -1,77 +1,110 @@
-"""Loss: head, softcap and cross-entropy in chunks, so that all logits never exist at once."""
+"""Compute the loss in chunks of tokens: head matmul, softcap, cross-entropy.
+
+The logits of all tokens never exist at once: those of 32,768 tokens and a vocabulary of 65,536 take 4.3 GB in bf16.
+"""
 
 import torch
 import torch.nn as nn
 
-from nanofp8.fused import Fp8, Scaling, current_scaling, matmul, quantize, te_gemm, use_kernels, weight_operand, words
-from nanofp8.kernels import triton
+from nanofp8.fused import (
+    Fp8,
+    Operands,
+    Scaling,
+    as_int32,
+    as_operand,
+    current_scaling,
+    matmul,
+    quantize,
+    te_gemm,
+    use_kernels,
+    weight_operand,
+)
 
-if triton is not None:
-    from nanofp8.kernels import cross_entropy_gradient, cross_entropy_loss
+try:
+    import triton
+except ImportError:  # only some builds of torch bring it; without it the plain PyTorch path is used
+    triton = None
+else:
+    from nanofp8 import kernels
+
+LOGIT_GRAD_SCALE = 2.0 ** 15  # gradients of logits lie in [-1, 1]: this constant maps them into E5M2's range
 
 
-def softcap_cross_entropy(logits, targets, softcap):
-    """Summed cross-entropy of softcapped logits. logits (N, V), targets (N,) int64, -1 ignored. Scalar fp32."""
+def softcap_cross_entropy(logits: torch.Tensor, targets: torch.Tensor, softcap: float) -> torch.Tensor:
+    """Return the summed cross-entropy of softcap * tanh(logits / softcap), a scalar fp32.
+
+    logits (N, V); targets (N,) int64, -1: ignored; softcap 0: none. Softcap: arXiv 2408.00118.
+    """
     if use_kernels(logits):
         return cross_entropy_kernels(logits, targets, softcap)[0]
-    z = logits.float()
+    capped = logits.float()
     if softcap:
-        z = torch.tanh(z / softcap) * softcap
-    picked = z.gather(1, targets.clamp(min=0)[:, None])[:, 0]
-    return ((torch.logsumexp(z, dim=1) - picked) * (targets >= 0)).sum()
+        capped = torch.tanh(capped / softcap) * softcap
+    target_logits = capped.gather(1, targets.clamp(min=0)[:, None])[:, 0]
+    return ((torch.logsumexp(capped, dim=1) - target_logits) * (targets >= 0)).sum()
 
 
-LOGIT_GRAD_SCALE = 2.0 ** 15  # gradients of logits are within [-1, 1] by nature: a fixed power of two serves E5M2
+def softcap_cross_entropy_and_grad(logits: torch.Tensor, targets: torch.Tensor, softcap: float,
+                                   scaling: Scaling | None = None) -> tuple[torch.Tensor, Operands]:
+    """Return softcap_cross_entropy(), and its gradient for the logits as matmul operands (N, V) and (V, N).
 
-
-def softcap_cross_entropy_and_grad(logits, targets, softcap, s=None):
-    """The summed loss as above, and its gradient for the logits before the softcap as matmul operands, (N, V) and (V, N).
-
-    The gradient is in the logits' dtype (in their place), or in FP8 by Scaling s.
+    The gradient is FP8 by `scaling`, whose scale must be LOGIT_GRAD_SCALE; or, if that is None, in the logits' dtype.
+    The logits may be overwritten.
     """
-    if use_kernels(logits) and (s is None or te_gemm() or not logits.is_cuda):  # GPUs without FP8 cannot round to it either
+    # A GPU without FP8 matmuls has no instructions to round to FP8 either
+    if use_kernels(logits) and (scaling is None or te_gemm() or not logits.is_cuda):
         loss, lse = cross_entropy_kernels(logits, targets, softcap)
         N, V = logits.shape
-        rows = logits if s is None else torch.empty(N, V, dtype=s.dtype, device=logits.device)
-        cols = None if s is None else torch.empty(V, N, dtype=s.dtype, device=logits.device)
-        cross_entropy_gradient[(triton.cdiv(N, 64), triton.cdiv(V, 64))](
-            logits, targets, lse, rows, words(cols), N, V, softcap or 1.0, LOGIT_GRAD_SCALE, softcap > 0, s is not None, 16, 64)
-        return loss, (rows, rows.t()) if s is None else (Fp8(rows, s.inverse), Fp8(cols, s.inverse))
-    z = logits.float()
+        rows = logits if scaling is None else torch.empty(N, V, dtype=scaling.dtype, device=logits.device)
+        cols = None if scaling is None else torch.empty(V, N, dtype=scaling.dtype, device=logits.device)
+        kernels.cross_entropy_gradient[(triton.cdiv(N, 64), triton.cdiv(V, 64))](
+            logits, targets, lse, rows, as_int32(cols), N, V, softcap or 1.0, LOGIT_GRAD_SCALE,
+            softcap > 0, scaling is not None, 16, 64)
+        return loss, (rows, rows.t()) if scaling is None else (as_operand(rows, scaling), as_operand(cols, scaling))
+    capped = logits.float()
     if softcap:
-        t = z.div_(softcap).tanh_()
-        z = t * softcap
+        tanh = capped.div_(softcap).tanh_()
+        capped = tanh * softcap
     valid, index = targets >= 0, targets.clamp(min=0)[:, None]
-    lse = torch.logsumexp(z, dim=1)
-    loss = ((lse - z.gather(1, index)[:, 0]) * valid).sum()
+    lse = torch.logsumexp(capped, dim=1)
+    loss = ((lse - capped.gather(1, index)[:, 0]) * valid).sum()
     # d loss / d z = softmax(z) - onehot(target);  d z / d logits = 1 - tanh^2
-    grad = z.sub_(lse[:, None]).exp_()
+    grad = capped.sub_(lse[:, None]).exp_()
     grad.scatter_add_(1, index, torch.full_like(index, -1, dtype=grad.dtype))
     if softcap:
-        grad = grad.mul_(t.square_().neg_().add_(1))
-    return loss, quantize(grad.mul_(valid[:, None]).to(logits.dtype), s)
+        grad = grad.mul_(tanh.square_().neg_().add_(1))
+    return loss, quantize(grad.mul_(valid[:, None]).to(logits.dtype), scaling)
 
 
-def cross_entropy_kernels(logits, targets, softcap):
-    """Summed loss (scalar fp32) and the log-sum-exp of each row (N,) fp32."""
+def cross_entropy_kernels(logits: torch.Tensor, targets: torch.Tensor,
+                          softcap: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the summed loss (scalar fp32) and the log-sum-exp of each row (N,) fp32, by Triton."""
     N, V = logits.shape
     loss, lse = torch.empty(2, N, dtype=torch.float32, device=logits.device)
-    cross_entropy_loss[(N,)](logits, targets, loss, lse, V, softcap or 1.0, softcap > 0, 2048, num_warps=8)
+    kernels.cross_entropy_loss[(N,)](logits, targets, loss, lse, V, softcap or 1.0, softcap > 0, 2048, num_warps=8)
     return loss.sum(), lse
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """Summed cross-entropy of softcap(h @ weight.T) against targets, `chunk` tokens at a time.
+    """Compute the summed cross-entropy of softcap(h @ weight.T) against targets, `chunk` tokens at a time.
 
-    With recompute=False the gradients of h and weight are formed chunk by chunk in the forward pass, while the
-    logits are there anyway; with True the forward pass keeps nothing and the backward pass makes the logits again.
-
-    forward arguments: h (N, C) bf16, weight (V, C), targets (N,) int64 with -1 ignored, operand: the weight's matmul
-    operands, Fp8 for FP8 matmuls (h by its amax, gradients of logits by LOGIT_GRAD_SCALE), softcap (0: none).
+    Args:
+        h: (N, C) bf16, the head's input.
+        weight: (V, C) fp32.
+        targets: (N,) int64, -1: ignored.
+        operand: the weight's matmul operands (rows, cols). Fp8: all matmuls of the head run in FP8, with h scaled by
+            its amax and the gradients of the logits by LOGIT_GRAD_SCALE.
+        softcap: 0: none.
+        chunk: tokens whose logits exist at once.
+        recompute: False computes the gradients of h and weight in the forward pass, while each chunk's logits exist.
+            True keeps nothing in the forward pass and computes the logits again in the backward pass.
+        in_place: as in fused.weight_gradient().
+    Returns: the loss, a scalar fp32.
     """
 
     @staticmethod
-    def forward(ctx, h, weight, targets, operand, softcap, chunk, recompute, in_place):
+    def forward(ctx, h: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, operand: Operands, softcap: float,
+                chunk: int, recompute: bool, in_place: str) -> torch.Tensor:
         ctx.arguments, ctx.in_place = (operand, softcap, chunk), in_place
         needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         if needs_grad and not recompute:
@@ -80,27 +113,32 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             return loss
         if needs_grad:
             ctx.save_for_backward(weight, h, targets)
-        s = current_scaling(h, torch.float8_e4m3fn) if isinstance(operand[0], Fp8) else None
-        return sum(softcap_cross_entropy(matmul(quantize(hc, s, colwise=False)[0], operand[0]), tc, softcap)
-                   for hc, tc in zip(h.split(chunk), targets.split(chunk)))
+        scaling = current_scaling(h, torch.float8_e4m3fn) if isinstance(operand[0], Fp8) else None
+        return sum(
+            softcap_cross_entropy(
+                matmul(quantize(h_chunk, scaling, colwise=False)[0], operand[0]), target_chunk, softcap)
+            for h_chunk, target_chunk in zip(h.split(chunk), targets.split(chunk), strict=True))
 
     @staticmethod
-    def loss_and_grads(h, targets, operand, softcap, chunk):
-        """Loss, its gradient for h (N, C) bf16, and for the weight (V, C) fp32."""
-        s = current_scaling(h, torch.float8_e4m3fn) if isinstance(operand[0], Fp8) else None
-        g = s and Scaling(torch.full_like(s.scale, LOGIT_GRAD_SCALE), torch.full_like(s.scale, 1 / LOGIT_GRAD_SCALE), None,
-                          torch.float8_e5m2)
+    def loss_and_grads(h: torch.Tensor, targets: torch.Tensor, operand: Operands, softcap: float,
+                       chunk: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return the loss (scalar fp32), its gradient for h (N, C) bf16, and for the weight (V, C) fp32."""
+        scaling = current_scaling(h, torch.float8_e4m3fn) if isinstance(operand[0], Fp8) else None
+        grad_scaling = scaling and Scaling(
+            torch.full_like(scaling.scale, LOGIT_GRAD_SCALE), torch.full_like(scaling.scale, 1 / LOGIT_GRAD_SCALE),
+            None, torch.float8_e5m2)
         loss, dh, dw = torch.zeros((), device=h.device), torch.empty_like(h), None
-        for hc, tc, dhc in zip(h.split(chunk), targets.split(chunk), dh.split(chunk)):
-            h_rows, h_cols = quantize(hc, s)
-            loss_c, (g_rows, g_cols) = softcap_cross_entropy_and_grad(matmul(h_rows, operand[0]), tc, softcap, g)
-            loss += loss_c
-            dhc.copy_(matmul(g_rows, operand[1]))
-            dw = matmul(g_cols, h_cols, torch.float32) if dw is None else matmul(g_cols, h_cols, out=dw)
+        for h_chunk, target_chunk, dh_chunk in zip(h.split(chunk), targets.split(chunk), dh.split(chunk), strict=True):
+            h_rows, h_cols = quantize(h_chunk, scaling)
+            chunk_loss, (grad_rows, grad_cols) = softcap_cross_entropy_and_grad(
+                matmul(h_rows, operand[0]), target_chunk, softcap, grad_scaling)
+            loss += chunk_loss
+            dh_chunk.copy_(matmul(grad_rows, operand[1]))
+            dw = matmul(grad_cols, h_cols, torch.float32) if dw is None else matmul(grad_cols, h_cols, out=dw)
         return loss, dh, dw
 
     @staticmethod
-    def backward(ctx, grad_loss):
+    def backward(ctx, grad_loss: torch.Tensor) -> tuple:
         weight, *rest = ctx.saved_tensors
         dh, dw = ChunkedCrossEntropy.loss_and_grads(*rest, *ctx.arguments)[1:] if rest else ctx.grads
         ctx.grads = None

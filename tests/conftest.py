@@ -13,14 +13,18 @@ for path in (str(HERE), str(HERE.parent)):
         sys.path.insert(0, path)
 
 import pytest  # noqa: E402
+import torch  # noqa: E402
+
+if not torch.cuda.is_available():  # before triton is imported: test_kernels.py then runs the kernels in its interpreter
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture
 def fresh(monkeypatch):
     """Seeds, the emulation's state, no GPU and no torchrun around: the same start for every test in this process."""
-    from nanofp8 import te_emulation
-    import torch
     import torch.distributed as dist
+
+    from nanofp8 import te_emulation
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):

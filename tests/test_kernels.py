@@ -1,18 +1,398 @@
-"""train.py's Triton kernels on a CPU, in Triton's interpreter: tests/kernel_checks.py in a process of its own."""
+"""The Triton kernels against plain PyTorch: on a GPU if there is one, otherwise on the CPU in Triton's interpreter.
 
+conftest.py sets TRITON_INTERPRET=1, which Triton reads when it is imported.
+"""
+
+import contextlib
 import os
 import pathlib
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+import torch
 
-HERE = pathlib.Path(__file__).resolve().parent
+from nanofp8 import fused
+from nanofp8.fused import (
+    FusedBlocks,
+    FusedMLP,
+    FusedQKV,
+    MLPLayer,
+    QKVLayer,
+    RopeQKNorm,
+    Scaling,
+    add_norm,
+    add_norm_grad,
+    current_scaling,
+    quantize,
+    transposed,
+    weight_gradient,
+    weight_operand,
+)
+from nanofp8.loss import LOGIT_GRAD_SCALE, softcap_cross_entropy, softcap_cross_entropy_and_grad
+from nanofp8.plain import rope_qk_norm
+
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+B, T, H, D = (2, 32, 3, 16) if DEVICE == "cpu" else (2, 512, 10, 128)
+C, N = H * D, B * T
+SIZE = 0.2 * (48 / C) ** 0.5  # standard deviation of weights: products keep theirs at any width
+
+pytest.importorskip("triton")
+pytestmark = [  # both come from the interpreter; the softcap's tanh is computed from exp, which may overflow
+    pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning"),
+]
 
 
-def test_kernels_in_the_interpreter():
-    pytest.importorskip("triton")
-    env = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "kernel_checks.py")],
-                            env=env, cwd=HERE.parent, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout[-4000:]
+def convert_float(x, source, target, rounding):
+    """Triton's interpreter._convert_float, but rounding to nearest as a GPU does: the interpreter truncates."""
+    types = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8e4nv": E4M3, "fp8e5": E5M2}
+    words = {1: torch.uint8, 2: torch.uint16, 4: torch.uint32}
+    source, target = types[str(source)], types[str(target)]
+    x = torch.from_numpy(x.copy()).view(source) if x.dtype.kind == "u" else torch.from_numpy(x.copy()).to(source)
+    return x.to(target).view(words[target.itemsize]).numpy()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kernels_on_cpu():
+    """Without a GPU, run these tests' CPU tensors through the kernels in the interpreter; all other tests do not."""
+    with pytest.MonkeyPatch.context() as patch:
+        if DEVICE == "cpu":
+            from triton.runtime import interpreter
+            patch.setattr(interpreter, "_convert_float", convert_float)
+            patch.setattr(fused, "INTERPRET_ON_CPU", True)
+        yield
+
+
+def randn(*shape, seed=0, dtype=torch.bfloat16):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+
+
+def make_scaling(scale, dtype, fp8=True):
+    """A Scaling that records the amax from zero; None unless fp8."""
+    if not fp8:
+        return None
+    scale = torch.full((1,), float(scale), device=DEVICE)
+    return Scaling(scale, 1 / scale, torch.zeros(1, device=DEVICE), dtype)
+
+
+def cast(x, scaling):
+    """Quantize x by torch's own casts."""
+    fp8_max = torch.finfo(scaling.dtype).max
+    return (x.float() * scaling.scale).clamp(-fp8_max, fp8_max).to(scaling.dtype)
+
+
+def relative(a, b):
+    """Norm of the difference by the norm of b."""
+    return ((a.double() - b.double()).norm() / b.double().norm()).item()
+
+
+def near(a, b, share=0.01):
+    """Whether few FP8 elements differ: sums in another order move some across a rounding boundary."""
+    return (a.float() != b.float()).float().mean().item() <= share
+
+
+def norm_reference(x, gain, eps=1e-6):
+    """RMSNorm with gain, fp32."""
+    x = x.float()
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * gain
+
+
+def tables():
+    """RoPE's cos and sin, each (T, D / 2)."""
+    angle = torch.outer(torch.arange(T).double(), 10000.0 ** (-torch.arange(D // 2).double() / (D // 2)))
+    return angle.cos().float().to(DEVICE), angle.sin().float().to(DEVICE)
+
+
+@pytest.mark.parametrize("add", [False, True])
+@pytest.mark.parametrize("fp8", [False, True])
+def test_add_norm_and_its_gradient(add, fp8):
+    x, delta, dy, d_residual = (randn(N, C, seed=i) for i in range(4))
+    gain = 1 + 0.1 * randn(C, seed=5, dtype=torch.float32)
+    scaling = make_scaling(250.0, E4M3, fp8)
+    residual, y, rstd = add_norm(x, delta if add else None, gain, 1e-6, scaling)
+    reference = (x.float() + delta.float()).bfloat16() if add else x
+    leaf, gain_leaf = reference.float().requires_grad_(), gain.clone().requires_grad_()
+    expected = norm_reference(leaf, gain_leaf)
+    assert torch.equal(residual, reference)
+    assert relative(rstd, torch.rsqrt(reference.float().square().mean(-1) + 1e-6)) < 1e-6
+    if fp8:
+        assert near(y.data, cast(expected, scaling)) and relative(scaling.amax, expected.detach().abs().max()) < 1e-5
+        assert (y.data.float() == 448).any()  # the scale is large enough that some values saturate
+    else:
+        assert relative(y, expected) < 3e-3
+    dx, dgain = add_norm_grad(dy, residual, gain, rstd, d_residual if add else None)
+    expected.backward(dy.float())
+    assert relative(dx, leaf.grad + (d_residual.float() if add else 0)) < 4e-3
+    assert relative(dgain, gain_leaf.grad) < 1e-4
+    y_cols = transposed(y)
+    assert torch.equal((y_cols.data if fp8 else y_cols).t().float(), (y.data if fp8 else y).float())
+
+
+@pytest.mark.parametrize("shape", [(64, 128), (48, 80)])
+@pytest.mark.parametrize("dtype", [E4M3, E5M2])
+@pytest.mark.parametrize("source", [torch.bfloat16, torch.float32])
+def test_quantize(shape, dtype, source):
+    x = randn(*shape, dtype=source)
+    x[0, :4] = torch.tensor([0.0, 1e9, -1e9, float("nan")])
+    scaling = make_scaling(64.0, dtype)
+    rows, cols = quantize(x, scaling)
+    expected = cast(x, scaling)
+    assert torch.equal(rows.data.float().nan_to_num(nan=12345.0), expected.float().nan_to_num(nan=12345.0))
+    assert torch.equal(cols.data.float().nan_to_num(nan=12345.0), rows.data.t().float().nan_to_num(nan=12345.0))
+    if DEVICE == "cuda":  # on a CPU the amax of NaN is NaN
+        assert scaling.amax.item() == torch.tensor(1e9).to(source).item()
+    only_rows, nothing = quantize(x, scaling, colwise=False)
+    assert nothing is None and torch.equal(only_rows.data.view(torch.uint8), rows.data.view(torch.uint8))
+
+
+def test_weight_operand_is_made_once_a_step():
+    weight, cache = torch.nn.Parameter(randn(32, 16, dtype=torch.float32)), {}
+    calls = []
+
+    def by_amax(w):
+        calls.append(1)
+        return current_scaling(w, E4M3)
+
+    first = weight_operand(weight, by_amax, True, cache)
+    assert weight_operand(weight, by_amax, False, cache) is first and len(calls) == 1
+    assert weight_operand(weight, by_amax, True, cache) is not first
+    weight_operand(weight, by_amax, None, {})
+    assert len(calls) == 3
+    assert first[0].data.float().abs().max() == 448
+
+
+def test_a_cached_weight_keeps_the_scale_it_was_quantized_by():
+    weight, cache, scaling = torch.nn.Parameter(randn(32, 16, dtype=torch.float32)), {}, make_scaling(100.0, E4M3)
+    rows, cols = weight_operand(weight, lambda _: scaling, True, cache)
+    scaling.scale.mul_(2), scaling.inverse.div_(2)  # in place, as delayed scaling does between micro-batches
+    again = weight_operand(weight, lambda _: scaling, False, cache)
+    assert again[0] is rows and again[1] is cols
+    for operand, shape in ((rows, (32, 16)), (cols, (16, 32))):
+        value = operand.data.float() * operand.inverse_scale
+        assert relative(value if shape == (32, 16) else value.t(), weight) < 0.04
+
+
+@pytest.mark.parametrize("softcap", [0.0, 15.0])
+@pytest.mark.parametrize("fp8", [False, True])
+def test_cross_entropy(softcap, fp8):
+    V = 200
+    logits = 8 * randn(N, V)
+    targets = torch.randint(V, (N,), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    targets[::7] = -1
+    leaf = logits.float().requires_grad_()
+    capped = softcap * torch.tanh(leaf / softcap) if softcap else leaf
+    expected = torch.nn.functional.cross_entropy(capped, targets, ignore_index=-1, reduction="sum")
+    expected.backward()
+    assert relative(softcap_cross_entropy(logits, targets, softcap), expected) < 1e-5
+    scaling = make_scaling(LOGIT_GRAD_SCALE, E5M2, fp8)
+    loss, (rows, cols) = softcap_cross_entropy_and_grad(logits.clone(), targets, softcap, scaling)
+    assert relative(loss, expected) < 1e-5
+    if fp8:
+        assert near(rows.data, cast(leaf.grad, scaling), 0.02) and torch.equal(cols.data.t().float(), rows.data.float())
+        assert (rows.data[::7].float() == 0).all()
+    else:
+        assert relative(rows, leaf.grad) < 4e-3
+
+
+def reference_qkv(x, delta, gain, weight, cos, sin):
+    residual = x + delta
+    q, k, v = (norm_reference(residual, gain) @ weight.t()).view(B, T, 3, H, D).unbind(2)
+    cos, sin = cos[None, :, None], sin[None, :, None]
+
+    def rotate_and_norm(head):
+        x1, x2 = head.chunk(2, dim=-1)
+        return norm_reference(torch.cat((x1 * cos - x2 * sin, x1 * sin + x2 * cos), -1), 1.0)
+
+    return residual, rotate_and_norm(q), rotate_and_norm(k), v
+
+
+# Stands for FusedBlocks: weights are quantized anew at every use
+FUSED = SimpleNamespace(
+    in_place="", operand=lambda weight, scaling: weight_operand(weight, lambda _: scaling, None, {}))
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_first_part_of_a_block(fp8):
+    """Within the format's rounding: E4M3 has 3 bits of mantissa and E5M2 has 2, products are off by 4% and 7%."""
+    cos, sin = tables()
+    x, delta = randn(B, T, C), randn(B, T, C, seed=1)
+    gain, weight = 1 + 0.1 * randn(C, seed=2, dtype=torch.float32), SIZE * randn(3 * C, C, seed=3, dtype=torch.float32)
+    grads = [randn(B, T, C, seed=4)] + [randn(B, T, H, D, seed=5 + i) for i in range(3)]
+    leaves = [tensor.clone().requires_grad_() for tensor in (x, delta, gain, weight)]
+    updates = []
+    layer = QKVLayer(
+        fused=FUSED, eps=1e-6, n_head=H, cos=cos, sin=sin, on_last_gradient=lambda: updates.append(1),
+        input=make_scaling(90, E4M3, fp8), weight=make_scaling(400, E4M3, fp8), d_qkv=make_scaling(2000, E5M2, fp8))
+    outputs = FusedQKV.apply(*leaves, layer)
+    torch.autograd.backward(outputs, [grad.to(output.dtype) for grad, output in zip(grads, outputs, strict=True)])
+    plain = [tensor.float().clone().requires_grad_() for tensor in (x, delta, gain, weight)]
+    expected = reference_qkv(*plain, cos, sin)
+    torch.autograd.backward(expected, [grad.float() for grad in grads])
+    assert updates == [1]
+    for ours, theirs in zip(outputs, expected, strict=True):
+        assert ours.shape == theirs.shape and relative(ours, theirs) < (0.05 if fp8 else 6e-3)
+    for ours, theirs in zip(leaves, plain, strict=True):
+        assert relative(ours.grad, theirs.grad) < (0.08 if fp8 else 1e-2)
+    assert torch.equal(leaves[0].grad, leaves[1].grad)
+    if fp8:  # quantizing records the amax
+        assert layer.input.amax > 0 and layer.d_qkv.amax > 0
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_rope_and_qk_norm_in_place(packed):
+    """Against plain PyTorch. packed: the gradients are views of one tensor, as attention returns them."""
+    cos, sin = tables()
+    qkv, grads = randn(B, T, 3 * C), randn(B, T, 3, H, D, seed=1)
+    grad_parts = [grad.contiguous() for grad in grads.unbind(2)]
+
+    def run(function):
+        leaf = qkv.clone().requires_grad_()
+        outputs = function(leaf * 1, cos, sin, H, 1e-6)  # * 1: a leaf must not be overwritten
+        output_grads = grads.clone().unbind(2) if packed else [grad.clone() for grad in grad_parts]
+        torch.autograd.backward(outputs, output_grads)
+        return outputs, leaf.grad
+
+    (plain, plain_grad), (in_place, in_place_grad) = run(rope_qk_norm), run(RopeQKNorm.apply)
+    for a, b in zip(in_place, plain, strict=True):
+        assert a.shape == (B, T, H, D) and relative(a, b) < 3e-3
+    assert relative(in_place_grad, plain_grad) < 6e-3
+    # Views of one tensor with the strides of TE's layout bs3hd
+    assert all(x.stride() == (T * 3 * C, 3 * C, D, 1) for x in in_place)
+    assert [x.storage_offset() for x in in_place] == [0, C, 2 * C]
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_second_part_of_a_block(fp8):
+    attention_out, x = randn(B, T, C), randn(B, T, C, seed=1)
+    shapes = [(C, C), (4 * C, C), (C, 4 * C)]
+    proj, fc1, fc2 = (SIZE * randn(*shape, seed=2 + i, dtype=torch.float32) for i, shape in enumerate(shapes))
+    gain = 1 + 0.1 * randn(C, seed=7, dtype=torch.float32)
+    grads = randn(B, T, C, seed=8), randn(B, T, C, seed=9)
+    leaves = [tensor.clone().requires_grad_() for tensor in (attention_out, x, proj, gain, fc1, fc2)]
+    layer = MLPLayer(
+        fused=FUSED, eps=1e-6, attention_out=make_scaling(90, E4M3, fp8), proj=make_scaling(400, E4M3, fp8),
+        d_proj=make_scaling(1000, E5M2, fp8), input=make_scaling(90, E4M3, fp8), fc1=make_scaling(400, E4M3, fp8),
+        d_pre_activation=make_scaling(500, E5M2, fp8), activation=make_scaling(8, E4M3, fp8),
+        fc2=make_scaling(400, E4M3, fp8), d_mlp_out=make_scaling(5000, E5M2, fp8))
+    outputs = FusedMLP.apply(*leaves, layer)
+    torch.autograd.backward(outputs, [grad.to(output.dtype) for grad, output in zip(grads, outputs, strict=True)])
+    plain = [tensor.float().clone().requires_grad_() for tensor in (attention_out, x, proj, gain, fc1, fc2)]
+    attention_out, x, proj, gain, fc1, fc2 = plain
+    residual = x + attention_out @ proj.t()
+    mlp_out = torch.relu(norm_reference(residual, gain) @ fc1.t()).square() @ fc2.t()
+    torch.autograd.backward((residual, mlp_out), [grad.float() for grad in grads])
+    for ours, theirs in zip(outputs, (residual, mlp_out), strict=True):
+        assert relative(ours, theirs) < (0.08 if fp8 else 1e-2)
+    for ours, theirs in zip(leaves, plain, strict=True):
+        assert relative(ours.grad, theirs.grad) < (0.15 if fp8 else 1.5e-2)
+    if fp8:
+        quantized = "attention_out d_proj input d_pre_activation activation d_mlp_out"
+        assert all(getattr(layer, name).amax > 0 for name in quantized.split())
+
+
+def test_weight_gradients_in_place():
+    x, dy = randn(N, C), randn(N, 2 * C, seed=1)
+    weight = torch.nn.Parameter(torch.zeros(2 * C, C, device=DEVICE))
+    expected = dy.t().float() @ x.float()
+    weight.grad = torch.ones_like(weight)
+    assert weight_gradient(dy.t(), x.t(), weight, "add") is None
+    assert relative(weight.grad, 1 + expected) < 1e-4
+    assert weight_gradient(dy.t(), x.t(), weight, "write") is None
+    assert relative(weight.grad, expected) < 1e-4
+    assert relative(weight_gradient(dy.t(), x.t(), weight, ""), expected) < 1e-4
+    weight.grad = None
+    assert relative(weight_gradient(dy.t(), x.t(), weight, "add"), expected) < 1e-4
+
+
+class LayerStub:
+    """What FusedBlocks reads of a TE layer with one or two matmuls."""
+
+    def __init__(self, gemms, fp8=True):
+        self.gemms, self.fp8, self.prepared = gemms, fp8, []
+        self.fp8_meta = {key: SimpleNamespace(scale=torch.full((count * gemms,), scale, device=DEVICE),
+                                              amax_history=torch.zeros(4, count * gemms, device=DEVICE))
+                         for key, count, scale in (("scaling_fwd", 3, 90.0), ("scaling_bwd", 2, 1000.0))}
+
+    def prepare_forward(self, x, num_gemms):
+        self.prepared.append(num_gemms)
+
+    def end_forward(self):
+        assert self.prepared == [self.gemms]
+
+
+def test_fused_blocks_share_delayed_scaling_with_te(monkeypatch):
+    """begin() copies TE's scales; kernels raise TE's amaxes; the backward pass ends with TE's update of its scales."""
+    if fused.te_gemm() is None:
+        monkeypatch.setattr(fused, "te_quantizer", lambda scaling, colwise: None)
+    updates = []
+    state = SimpleNamespace(is_fp8_enabled=lambda: True,
+                            reduce_and_update_fp8_tensors=lambda **arguments: updates.append(arguments))
+    te = SimpleNamespace(quantization=SimpleNamespace(FP8GlobalStateManager=state),
+                         autocast=lambda enabled: contextlib.nullcontext())
+    blocks = [SimpleNamespace(attn=SimpleNamespace(qkv=LayerStub(1), proj=LayerStub(1), n_head=H, eps=1e-6),
+                              mlp=LayerStub(2, fp8=block == 0)) for block in range(2)]
+    cos, sin = tables()
+    shared = FusedBlocks(SimpleNamespace(te=te, blocks=blocks, cos=cos, sin=sin))
+    x = randn(B, T, C)
+    blocks[0].mlp.fp8_meta["scaling_fwd"].scale[3] = 8.0
+    shared.begin(x, True, "")
+    (first_qkv, first_mlp), (last_qkv, last_mlp) = shared.blocks
+    assert last_mlp.input is last_mlp.activation is last_mlp.d_mlp_out is None  # runs in bf16
+    assert last_qkv.on_last_gradient is None and last_qkv.input.dtype == E4M3 and last_qkv.d_qkv.dtype == E5M2
+    assert first_mlp.activation.scale.item() == 8 and first_mlp.activation.inverse.item() == 1 / 8
+    addresses = [part.data_ptr() for part in first_mlp.activation[:3]]
+
+    weights = [SIZE * randn(*shape, seed=i, dtype=torch.float32) for i, shape in enumerate(
+        [(3 * C, C), (C, C), (4 * C, C), (C, 4 * C)])]
+    qkv, proj, fc1, fc2 = (torch.nn.Parameter(weight) for weight in weights)
+    gain = torch.ones(C, device=DEVICE)
+    residual, q, k, v = FusedQKV.apply(x.requires_grad_(), None, gain, qkv, first_qkv)
+    outputs = FusedMLP.apply((q + k + v).flatten(2), residual, proj, gain, fc1, fc2, first_mlp)
+    scales = [layer.fp8_meta[key].scale for layer in (blocks[0].attn.qkv, blocks[0].attn.proj, blocks[0].mlp)
+              for key in layer.fp8_meta]
+    for scale in scales:  # TE updates them in place after the forward pass; backward must use the old ones
+        scale.mul_(2)
+    assert first_mlp.activation.scale.item() == 8 and updates == []
+    torch.autograd.backward(outputs, [randn(B, T, C, seed=i).to(output.dtype) for i, output in enumerate(outputs)])
+    assert updates == [{"forward": False}]
+
+    # TE's numbers of the quantized tensors: inputs and weights, then output gradients
+    for layer, forward, backward in ((blocks[0].attn.qkv, [0, 1], [0]), (blocks[0].attn.proj, [0, 1], [0]),
+                                     (blocks[0].mlp, [0, 1, 3, 4], [0, 2])):
+        for key, slots in (("scaling_fwd", forward), ("scaling_bwd", backward)):
+            history = layer.fp8_meta[key].amax_history
+            assert history[0].nonzero().flatten().tolist() == slots and (history[1:] == 0).all()
+    expected = norm_reference(x.detach(), gain).abs().max()
+    assert relative(blocks[0].attn.qkv.fp8_meta["scaling_fwd"].amax_history[0, 0], expected) < 1e-3
+    assert relative(blocks[0].mlp.fp8_meta["scaling_bwd"].amax_history[0, 2], randn(B, T, C, seed=1).abs().max()) == 0
+
+    shared.begin(x, False, "")
+    assert first_mlp is shared.blocks[0][1] and first_mlp.activation.scale.item() == 16
+    assert [part.data_ptr() for part in first_mlp.activation[:3]] == addresses
+    rows, _ = shared.operand(fc1, first_mlp.fc1)
+    assert rows.inverse_scale.item() == pytest.approx(1 / 90)  # quantized in the first micro-batch
+
+
+PLAIN_PATH = """
+import sys
+if sys.argv[1] == "missing":
+    sys.modules["triton"] = None
+import torch
+import train
+from nanofp8 import fused, loss
+logits = torch.arange(12.0).view(3, 4)
+assert not fused.use_kernels(logits) and (fused.triton is None) == (sys.argv[1] == "missing")
+value, (rows, cols) = loss.softcap_cross_entropy_and_grad(logits.clone(), torch.tensor([0, 1, -1]), 15.0)
+assert torch.allclose(value, loss.softcap_cross_entropy(logits, torch.tensor([0, 1, -1]), 15.0))
+"""
+
+
+@pytest.mark.parametrize("triton", ["missing", "interpreted"])
+def test_cpu_tensors_take_the_plain_path(triton):
+    """Without Triton everything is imported and runs; TRITON_INTERPRET=1 alone sends no tensor through the kernels."""
+    env = os.environ | {"TRITON_INTERPRET": "1"}
+    subprocess.run([sys.executable, "-c", PLAIN_PATH, triton], env=env, check=True,
+                   cwd=pathlib.Path(__file__).resolve().parents[1])
