@@ -122,7 +122,7 @@ def test_e8m0_rounds_up():
     x = np.concatenate([x, np.nextafter(x[np.isfinite(x)], np.float32(0)), edges])
     x = np.abs(x)
     got = te.float_to_e8m0(torch.from_numpy(x)).numpy()
-    for v, e in zip(x.tolist(), got.tolist()):
+    for v, e in zip(x.tolist(), got.tolist(), strict=True):
         if math.isnan(v):
             assert e == 255
         elif math.isinf(v):
@@ -254,7 +254,7 @@ def test_stochastic_rounding_takes_only_neighbours_and_is_unbiased():
     draws = te.stochastic_round_e2m1(x.expand(10_000, -1))
     grid = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
     grid = torch.cat([-grid.flip(0), grid])
-    for value, column in zip(x, draws.T):
+    for value, column in zip(x, draws.T, strict=True):
         lower, upper = grid[grid <= value].max(), grid[grid >= value].min()
         assert set(column.tolist()) <= {lower.item(), upper.item()}
         # five standard errors of the mean of 10,000 draws
@@ -488,7 +488,7 @@ class Stack(torch.nn.Module):
         self.out = te.Linear(3 * width, width)
         self.mlp = te.LayerNormMLP(width, 2 * width, checkpoint=checkpoint_mlp)
         self.recompute = recompute
-        for name, p in self.named_parameters():
+        for p in self.parameters():
             with torch.no_grad():
                 p.copy_(torch.randn(p.shape) * (1 / math.sqrt(p.shape[-1]) if p.dim() == 2 else 0.2) + (p.dim() == 1))
 
@@ -530,7 +530,7 @@ def test_layers_are_close_to_fp32(name):
     ref.square().mean().backward()
     assert y.dtype == torch.bfloat16 or y.dtype == torch.float32
     assert relative(y, ref) < TOLERANCE[name]
-    for got, want in zip(grads, [x2.grad] + [p.grad for p in stack.parameters()]):
+    for got, want in zip(grads, [x2.grad] + [p.grad for p in stack.parameters()], strict=True):
         assert got.dtype == want.dtype and relative(got, want) < TOLERANCE[name]
 
 
@@ -611,7 +611,7 @@ def test_nvfp4_random_parts():
     assert torch.equal(plain[0], rht[0]) and torch.equal(plain[1], rht[1]) and not torch.equal(plain[2], rht[2])
     a, b, again = grads(1), grads(2), grads(1)
     assert torch.equal(a[0], b[0]) and not torch.equal(a[1], b[1]) and not torch.equal(a[2], b[2])
-    assert all(torch.equal(p, q) for p, q in zip(a, again))
+    assert all(torch.equal(p, q) for p, q in zip(a, again, strict=True))
     # the mean over draws approaches the gradient of the unrounded dy
     mean = sum(grads(s)[1].double() for s in range(64)) / 64
     torch.manual_seed(0)
@@ -653,7 +653,7 @@ def test_activations(activation):
     torch.testing.assert_close(y, want, atol=1e-5, rtol=1e-4)
     inputs = [x, *mlp.parameters()]
     g = torch.randn_like(y)
-    for got, ref in zip(torch.autograd.grad(y, inputs, g), torch.autograd.grad(want, inputs, g)):
+    for got, ref in zip(torch.autograd.grad(y, inputs, g), torch.autograd.grad(want, inputs, g), strict=True):
         torch.testing.assert_close(got, ref, atol=1e-4, rtol=1e-3)
 
 
@@ -674,7 +674,7 @@ def test_rmsnorm():
     y, g = norm(x), torch.randn(4, 8, 64)
     want = rms(x, norm.weight, 1e-6)
     torch.testing.assert_close(y, want)
-    for got, ref in zip(*(torch.autograd.grad(t, [x, norm.weight], g) for t in (y, want))):
+    for got, ref in zip(*(torch.autograd.grad(t, [x, norm.weight], g) for t in (y, want)), strict=True):
         torch.testing.assert_close(got, ref, atol=1e-5, rtol=1e-5)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert norm(x).dtype == torch.bfloat16
@@ -765,7 +765,7 @@ def test_recomputation_changes_nothing(name, how):
     recompute = {"reentrant": True, "non-reentrant": False, "mlp": None, "both": False}[how]
     again = Stack(recompute=recompute, checkpoint_mlp=how in ("mlp", "both"))
     want, got = train(plain, rcp), train(again, rcp)
-    assert len(want) == len(got) and all(torch.equal(a, b) for a, b in zip(want, got))
+    assert len(want) == len(got) and all(torch.equal(a, b) for a, b in zip(want, got, strict=True))
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -783,7 +783,7 @@ def test_interleaved_recomputation_uses_each_pass_own_scales(reentrant):
             loss.backward()
         histories = [m.fp8_meta["scaling_fwd"].amax_history for m in (stack.qkv, stack.mlp)]
         results.append([p.grad for p in stack.parameters()] + histories)
-    assert all(torch.equal(a, b) for a, b in zip(*results))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_checkpoint_without_gradients_just_runs():
@@ -798,7 +798,7 @@ def test_autocast_inside_a_checkpointed_function():
         torch.manual_seed(3)
         layer = te.Linear(32, 16)
 
-        def function(x):
+        def function(x, layer=layer):
             with torch.autocast("cpu", dtype=torch.bfloat16), te.autocast(recipe=rcp):
                 return layer(x)
 
@@ -919,7 +919,7 @@ def test_torch_compile(name):
             y = function(x)
         y.float().square().mean().backward()
         results.append([y] + [p.grad for p in layer.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*results))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 WORKER = textwrap.dedent(
@@ -1007,10 +1007,11 @@ def test_two_ranks_share_amaxes_under_ddp_and_fsdp2(tmp_path):
     finally:
         for w in workers:
             w.kill()
-    assert all(w.returncode == 0 and "fine" in out for w, out in zip(workers, outputs)), "\n".join(outputs)
+    assert all(w.returncode == 0 and "fine" in out for w, out in zip(workers, outputs, strict=True)), "\n".join(outputs)
 
 
-@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler on a CPU")
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")),
+                    reason="torch.compile needs a C++ compiler on a CPU")
 @pytest.mark.parametrize("name", ["delayed", "nvfp4"])
 def test_compiled_kernels(name):
     """compile_kernels(): quantizers, norm and their gradients go through torch.compile, inside checkpoints too."""
@@ -1034,12 +1035,13 @@ def test_compiled_kernels(name):
             te.compile_kernels(False)
         assert (torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 5) == compiling
         results.append([y] + [p.grad for p in layer.parameters()])
-    for a, b in zip(*results):  # compiled and eager norms sum in another order: a value may go to its neighbour
+    # Compiled and eager norms sum in different orders, so a value may be rounded to its neighbour.
+    for a, b in zip(*results, strict=True):
         assert relative(b, a) < 2e-3
 
 
 def test_random_numbers_are_uniform_and_independent():
-    """The hashed numbers of stochastic rounding: bits, mean and variance; neighbours, rows and calls without correlation."""
+    """The hashed numbers of stochastic rounding are uniform; neighbours, rows and calls are not correlated."""
     te.manual_seed(3)
     a, b = te._uniform(torch.empty(512, 512)), te._uniform(torch.empty(512, 512))
     n = a.numel()
@@ -1065,7 +1067,8 @@ def test_blocks_of_zeros_nan_and_inf(quantize, inverse, of_inf):
     clean = inverse(scale)[0, -1].item()
     x[0, 200] = math.nan
     q, scale = quantize(x)
-    assert q.float().isnan().nonzero().tolist() == [[0, 200]] and inverse(scale)[0, -1 if len(scale[0]) == 2 else 200 // 32] == clean
+    assert q.float().isnan().nonzero().tolist() == [[0, 200]]
+    assert inverse(scale)[0, -1 if len(scale[0]) == 2 else 200 // 32] == clean
     x[0, 200] = -math.inf
     q, scale = quantize(x)
     assert q.float()[0, 200] == -448 and inverse(scale)[0, -1 if len(scale[0]) == 2 else 200 // 32] == of_inf

@@ -10,11 +10,11 @@ import sys
 from types import SimpleNamespace
 from unittest import mock
 
+import helpers
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-import helpers
 import sample
 from nanofp8.config import UserError
 
@@ -48,10 +48,12 @@ def save(model, folder):
     """A checkpoint as train.py lays it out, without training first."""
     step = int(folder.name.removeprefix("step_"))
     folder.parent.mkdir(parents=True)
-    dcp.save({"model": {name: p.detach() for name, p in model.named_parameters()}}, checkpoint_id=str(folder), no_dist=True)
+    state = {"model": {name: p.detach() for name, p in model.named_parameters()}}
+    dcp.save(state, checkpoint_id=str(folder), no_dist=True)
     flags = {name: value for name, value in vars(model.cfg).items() if name != "explicit"}
     (folder / "meta.json").write_text(json.dumps(dict(
-        step=step, tokens=256 * step, loader=dict(step=step, micro_batch=0), flags=flags, world_size=1, train_seconds=1.0)))
+        step=step, tokens=256 * step, loader=dict(step=step, micro_batch=0), flags=flags, world_size=1,
+        train_seconds=1.0)))
     return folder
 
 
@@ -92,14 +94,15 @@ def assert_refused(result, code, *words):
 def generated(sampler, prompt, new, **options):
     """Columns of generate(): a list of ids per sample."""
     rows = list(sampler.generate(prompt, new, **options))
-    return [[token for token in column if token is not None] for column in zip(*rows)]
+    return [[token for token in column if token is not None] for column in zip(*rows, strict=True)]
 
 
 # -----------------------------------------------------------------------------------------------------
 # The model
 
 
-@pytest.mark.parametrize("changes", [{}, dict(logit_softcap=0, rope_base=500.0), dict(n_head=4, n_layer=3, norm_eps=1e-2)])
+@pytest.mark.parametrize("changes", [
+    {}, dict(logit_softcap=0, rope_base=500.0), dict(n_head=4, n_layer=3, norm_eps=1e-2)])
 def test_logits_are_those_of_train_gpt(changes):
     """As near as bf16 rounding lets train.GPT be, in fp32 and in bf16."""
     model = helpers.make_model(**changes)
@@ -170,9 +173,9 @@ def test_samples_of_a_batch_continue_on_their_own():
         sampler.head *= 4
     g = torch.Generator().manual_seed(3)
     rows = sampler.generate([1, 2, 3], 10, num_samples=4, choice=sample.Choice(1.0, 0, 1.0), generator=g)
-    samples = list(zip(*rows))
+    samples = list(zip(*rows, strict=True))
     assert len(set(samples)) == 4
-    s, T = sampler.state, 3
+    s = sampler.state
     for i, ids in enumerate(samples):
         whole = torch.tensor([[1, 2, 3, *ids[:-1]]])
         cache = sampler.new_cache(1, whole.shape[1])
@@ -186,13 +189,14 @@ def test_the_whole_context_can_be_filled_and_no_more():
     choice = sample.Choice(1.0, 0, 1.0)
     assert len(generated(sampler, [1] * 20, 12, choice=choice)[0]) == 12
     assert len(generated(sampler, [1] * 31, 1, choice=choice)[0]) == 1
-    for prompt, new, word in (([1] * 20, 13, "--max_new_tokens=12"), ([1] * 32, 1, "at most 31"), ([], 1, "empty"), ([512], 1, "512")):
+    for prompt, new, word in (([1] * 20, 13, "--max_new_tokens=12"), ([1] * 32, 1, "at most 31"), ([], 1, "empty"),
+                              ([512], 1, "512")):
         with pytest.raises(UserError, match=word):
             next(sampler.generate(prompt, new))
 
 
 def test_compile_option_runs_the_compiled_step(monkeypatch):
-    """--compile goes through torch.compile, with shapes that never change (here the backend without code generation)."""
+    """--compile runs the step through torch.compile with shapes that never change (here without code generation)."""
     seen = []
 
     def compile(f, **options):
@@ -237,7 +241,8 @@ def test_a_replayed_step_gives_what_the_eager_one_gives(monkeypatch):
     monkeypatch.setattr(sample.Sampler, "capture", lambda self, s: SimpleNamespace(replay=lambda: self.step(s)))
     for new in (9, 14):
         g1, g2 = (torch.Generator().manual_seed(5) for _ in range(2))
-        assert generated(sampler, [1, 2], new, num_samples=2, generator=g1) == generated(plain, [1, 2], new, num_samples=2, generator=g2)
+        replayed = generated(sampler, [1, 2], new, num_samples=2, generator=g1)
+        assert replayed == generated(plain, [1, 2], new, num_samples=2, generator=g2)
         assert sampler.state.graph is not None
 
 
@@ -295,7 +300,8 @@ def test_generate_draws_from_the_model():
     sampler = sampler_of(model)
     g = torch.Generator().manual_seed(1)
     n = 20_000
-    first = torch.tensor(next(sampler.generate([1, 5, 2], 1, num_samples=n, choice=sample.Choice(0.7, 0, 1.0), generator=g)))
+    rows = sampler.generate([1, 5, 2], 1, num_samples=n, choice=sample.Choice(0.7, 0, 1.0), generator=g)
+    first = torch.tensor(next(rows))
     want = (sampler.forward(torch.tensor([[1, 5, 2]]))[0, -1] / 0.7).softmax(-1)
     got = torch.bincount(first, minlength=8) / n
     assert ((got - want).abs() <= 5 * (want * (1 - want) / n).sqrt()).all()
@@ -312,7 +318,8 @@ def test_ids_beyond_gpt2s_are_never_sampled(choice):
     favoured = torch.zeros(50432)
     favoured[sample.GPT2_VOCAB :] = 1e4
     sampler.logits = lambda h, head=None: (z := original(h, head)) + favoured[: z.shape[-1]]
-    assert original(torch.zeros(1, 32), sampler.short_head).shape[-1] > sample.GPT2_VOCAB  # some are there to be cut off
+    # The model gives logits for ids beyond GPT-2's, which must be cut off
+    assert original(torch.zeros(1, 32), sampler.short_head).shape[-1] > sample.GPT2_VOCAB
     g = torch.Generator().manual_seed(0)
     for ids in generated(sampler, [1, 2, 3], 20, num_samples=8, choice=choice, generator=g):
         assert max(ids) < sample.GPT2_VOCAB
@@ -397,14 +404,15 @@ def test_text_comes_piece_by_piece(out_dir, tokenizer, monkeypatch):
     sample.main([f"--ckpt={out_dir}", "--prompt=To be", "--max_new_tokens=6"])
     events = [e for e in events if e]
     assert events[:2] == ["To be", "flush"] and events.count("step") == 5
-    for before, event in zip(events, events[1:]):  # before a step, whatever was written is flushed
+    for before, event in zip(events, events[1:], strict=False):  # before a step, whatever was written is flushed
         assert event != "step" or before in ("step", "flush")
     assert len([e for e in events[: len(events) - events[::-1].index("step")] if e not in ("step", "flush")]) >= 2
 
 
 def test_checkpoint_can_be_named_by_run_or_step_and_default_is_out(out_dir, tokenizer, capsys, monkeypatch, tmp_path):
+    run = out_dir / "mine"
     outs = {main_here(capsys, f"--ckpt={path}", "--max_new_tokens=6").out
-            for path in (out_dir, out_dir / "mine", out_dir / "mine" / "ckpt", out_dir / "mine" / "ckpt" / "step_000007")}
+            for path in (out_dir, run, run / "ckpt", run / "ckpt" / "step_000007")}
     (tmp_path / "out").symlink_to(out_dir)
     monkeypatch.chdir(tmp_path)
     outs.add(main_here(capsys, "--max_new_tokens=6").out)
@@ -420,8 +428,8 @@ def test_prompt_from_a_file(out_dir, tokenizer, capsys, tmp_path):
 def test_interactive_answers_each_line_and_survives_bad_ones(out_dir, tokenizer):
     """As a process: prompts through stdin, a line that is too long in between, nothing for an empty line."""
     lines = "Hello\n\n" + "word " * 80 + "\nÜber\n"
-    result = subprocess.run([sys.executable, SCRIPT, f"--ckpt={out_dir}", "--interactive", "--max_new_tokens=4", "--temperature=0"],
-                            input=lines.encode(), capture_output=True, cwd=out_dir,
+    command = [sys.executable, SCRIPT, f"--ckpt={out_dir}", "--interactive", "--max_new_tokens=4", "--temperature=0"]
+    result = subprocess.run(command, input=lines.encode(), capture_output=True, cwd=out_dir,
                             env=helpers.script_env(PYTHONIOENCODING="utf-8"), timeout=120)
     out, err = result.stdout.decode(), result.stderr.decode()
     assert result.returncode == 0, err
@@ -501,7 +509,8 @@ def test_damaged_checkpoints_are_one_line(tmp_path, tokenizer, capsys):
     model = text_model()
     folder = save(model, tmp_path / "run" / "ckpt" / "step_000001")
     meta = json.loads((folder / "meta.json").read_text())
-    for text, word in (("{", "no complete checkpoint"), ("{}", "no complete checkpoint"), ("[]", "no complete checkpoint"),
+    for text, word in (("{", "no complete checkpoint"), ("{}", "no complete checkpoint"),
+                       ("[]", "no complete checkpoint"),
                        (json.dumps(meta | {"flags": {}}), "meta.json"),
                        (json.dumps(meta | {"flags": meta["flags"] | {"n_embd": "wide"}}), "meta.json"),
                        (json.dumps(meta | {"flags": meta["flags"] | {"n_embd": 64}}), "cannot be loaded"),
@@ -517,8 +526,9 @@ def test_damaged_checkpoints_are_one_line(tmp_path, tokenizer, capsys):
 
 
 def test_a_reader_that_leaves_ends_it_quietly(out_dir, tokenizer):
-    process = subprocess.Popen([sys.executable, SCRIPT, f"--ckpt={out_dir}", "--max_new_tokens=60"], cwd=out_dir, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=helpers.script_env())
+    command = [sys.executable, SCRIPT, f"--ckpt={out_dir}", "--max_new_tokens=60"]
+    process = subprocess.Popen(command, cwd=out_dir, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               env=helpers.script_env())
     process.stdout.close()
     err = process.stderr.read()
     assert process.wait(60) == 1 and "Traceback" not in err and "Exception" not in err, err
@@ -549,7 +559,8 @@ def test_export_loads_in_transformers_with_the_same_logits(tmp_path, tokenizer, 
     assert helpers.relative(logits, train_logits(model, tokens)) < 0.015
 
     # Generation: the same greedy text, and its configuration leaves out the ids beyond GPT-2's
-    new = hf.generate(tokens[:1, :9], do_sample=False, max_new_tokens=20, attention_mask=torch.ones(1, 9, dtype=torch.int64))
+    new = hf.generate(tokens[:1, :9], do_sample=False, max_new_tokens=20,
+                      attention_mask=torch.ones(1, 9, dtype=torch.int64))
     assert new[0, 9:].tolist() == generated(sampler, tokens[0, :9].tolist(), 20, choice=sample.Choice(0))[0]
     assert hf.generation_config.eos_token_id == sample.EOT
     assert sorted(hf.generation_config.suppress_tokens) == list(range(sample.GPT2_VOCAB, VOCAB))
@@ -577,7 +588,7 @@ def test_export_in_bf16_and_never_over_other_files(tmp_path, out_dir, tokenizer,
     with mock.patch.object(torch_file, "save_file", side_effect=OSError(28, "No space left on device")):
         result = main_here(capsys, f"--ckpt={out_dir}", f"--export={tmp_path}/again")
     assert result.code == 1 and "No space left on device; make room" in result.err
-    assert main_here(capsys, f"--ckpt={out_dir}", f"--export={tmp_path}/again").code == 0  # the same command, when there is
+    assert main_here(capsys, f"--ckpt={out_dir}", f"--export={tmp_path}/again").code == 0  # the same command again
     (tmp_path / "file").write_text("")
     result = main_here(capsys, f"--ckpt={out_dir}", f"--export={tmp_path}/file")
     assert result.code == 1 and result.err.splitlines()[-1].startswith("sample.py: error: --export=")
@@ -599,8 +610,9 @@ def test_upload_only_when_asked_and_its_failure_is_one_line(tmp_path, out_dir, t
     monkeypatch.setattr(hub, "HfApi", Api)
     assert main_here(capsys, f"--ckpt={out_dir}", f"--export={tmp_path}/a").code == 0 and not calls
     result = main_here(capsys, f"--ckpt={out_dir}", f"--export={tmp_path}/b", "--push_to_hub=me/gpt")
-    assert result.code == 0 and "https://hub/me/gpt" in result.out and calls[0] == ("me/gpt", dict(private=True, exist_ok=True))
-    assert "model.safetensors" in calls[1][1] and 'from_pretrained("me/gpt")' in (tmp_path / "b" / "README.md").read_text()
+    assert result.code == 0 and "https://hub/me/gpt" in result.out
+    assert calls[0] == ("me/gpt", dict(private=True, exist_ok=True)) and "model.safetensors" in calls[1][1]
+    assert 'from_pretrained("me/gpt")' in (tmp_path / "b" / "README.md").read_text()
 
     def refuse(self, repo, **options):
         raise OSError("401 Unauthorized\nlong text")
