@@ -1,15 +1,15 @@
-"""
-What quantizing does to the tensors of a run: train.py's FP8_STATS_INTERVAL.
+"""Measure what quantizing does to the tensors of a run: train.py's FP8_STATS_INTERVAL.
 
     python train.py --FP8_STATS_INTERVAL=50     # log.jsonl: kind "fp8_stats"; the picture: fp8_stats.png
 
-Every so many steps an extra forward and backward pass on the first tokens of the next micro-batch, off the clock, walks the blocks in plain
-bf16 operations, whatever library and kernels train them, and hands each operand of the blocks' and of an FP8 head's
-matmuls to te_emulation.quantization_stats() as it comes by. Weights, optimizers, data position, scales, amax history and random
-numbers stay as they are. The few functions that train.py has too are written out here: train.py runs as a script, and
-importing it would make a second one of everything in it. Under DDP and FSDP2 all ranks make the pass on their own micro-batch, and rank 0's is logged.
+Every FP8_STATS_INTERVAL steps, collect() runs one extra forward and backward pass on the first tokens of the next
+micro-batch. Training time does not include it. The pass runs the blocks in plain bf16 (plain.py), whatever library and
+kernels train them. It hands each operand of the blocks' matmuls, and of an FP8 head's, to
+te_emulation.quantization_stats(). It changes no weights, optimizer state, data position, scales, amax history or random
+numbers. Under DDP and FSDP2 every rank runs the pass on its own micro-batch, and rank 0's numbers are logged.
 """
 
+import functools
 import itertools
 import math
 import os
@@ -18,12 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch.distributed.tensor import DTensor
 
-from nanofp8 import te_emulation
+from nanofp8 import plain, te_emulation
 
 KINDS = ("input", "weight", "gradient")
 TOKENS = 4096       # of the micro-batch, in whole sequences: more change the numbers little, and take their time
 HEAD_TOKENS = 1024  # the first of them, whose logits' gradients are looked at: each has as many as there are words
-# Matmul -> where its layer keeps delayed scaling's state: (layer, slots of input and weight in scaling_fwd, slot in scaling_bwd)
+# Matmul -> where its layer keeps delayed scaling's state:
+# (layer, slots of input and weight in scaling_fwd, slot of the gradient in scaling_bwd)
 MATMULS = {"attn.qkv": ("attn.qkv", (0, 1), 0), "attn.proj": ("attn.proj", (0, 1), 0),
            "mlp.fc1": ("mlp", (0, 1), 0), "mlp.fc2": ("mlp", (3, 4), 2)}
 
@@ -39,6 +40,11 @@ def whole(parameter):
 def multiply(a, b):
     """a @ b of bf16 matrices, in bf16. A CPU multiplies in fp32, which is fast on every CPU."""
     return a @ b if a.is_cuda else (a.float() @ b.float()).to(a.dtype)
+
+
+def rms_norm_with_gain(x, eps, gain):
+    """RMSNorm with gain (C,) fp32 over the last dimension of x, in fp32, returned in bf16."""
+    return (x.float() * plain.inverse_rms(x, eps) * gain).bfloat16()
 
 
 class WatchedMatmul(torch.autograd.Function):
@@ -57,32 +63,24 @@ class WatchedMatmul(torch.autograd.Function):
         return multiply(dy, ctx.weight), None, None
 
 
-def rms_norm(x, eps, gain=None):
-    """RMSNorm over the last dimension in fp32, returned in bf16."""
-    y = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)
-    return (y if gain is None else y * gain).bfloat16()
-
-
 def block_forward(block, x, cos, sin, n_head, eps, see):
     """A block of train.py's model on x (B, T, C) bf16; see(matmul, kind, tensor) is shown what its matmuls take."""
-    B, T, C = x.shape
     attn, mlp = block.attn, block.mlp
+    gains = {"attn.qkv": attn.qkv.layer_norm_weight, "mlp.fc1": mlp.layer_norm_weight}
+    weights = {"attn.qkv": attn.qkv.weight, "attn.proj": attn.proj.weight,
+               "mlp.fc1": mlp.fc1_weight, "mlp.fc2": mlp.fc2_weight}
 
-    def linear(h, weight, name):
-        return WatchedMatmul.apply(h, whole(weight), lambda kind, tensor: see(name, kind, tensor.flatten(0, -2)))
+    def linear(name, h):
+        return WatchedMatmul.apply(h, whole(weights[name]), lambda kind, tensor: see(name, kind, tensor.flatten(0, -2)))
 
-    def rotate_and_norm(h):  # (B, T, H, D)
-        h1, h2 = h.float().chunk(2, dim=-1)
-        c, s = cos[:T, None, :], sin[:T, None, :]
-        return rms_norm(torch.cat((h1 * c - h2 * s, h1 * s + h2 * c), dim=-1), eps)
+    def attend(qkv):
+        q, k, v = (heads.transpose(1, 2) for heads in plain.rope_qk_norm(qkv, cos, sin, n_head, eps))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
 
-    qkv = linear(rms_norm(x, eps, whole(attn.qkv.layer_norm_weight)), attn.qkv.weight, "attn.qkv")
-    q, k, v = qkv.view(B, T, 3, n_head, C // n_head).unbind(2)
-    q, k, v = (h.transpose(1, 2) for h in (rotate_and_norm(q), rotate_and_norm(k), v))
-    y = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(B, T, C)
-    x = x + linear(y, attn.proj.weight, "attn.proj")
-    z = linear(rms_norm(x, eps, whole(mlp.layer_norm_weight)), mlp.fc1_weight, "mlp.fc1")
-    return x + linear(torch.relu(z.float()).square().bfloat16(), mlp.fc2_weight, "mlp.fc2")
+    def norm(name, h):
+        return rms_norm_with_gain(h, eps, whole(gains[name]))
+
+    return plain.block_forward(x, linear, norm, attend)
 
 
 def head_gradient(head, h, targets, loss_scale, see):
@@ -94,10 +92,9 @@ def head_gradient(head, h, targets, loss_scale, see):
     see("input", h)
     see("weight", weight)
     weight = weight.to(h.dtype)
-    for hc, tc in zip(h.split(HEAD_TOKENS), targets.split(HEAD_TOKENS)):
+    for hc, tc in zip(h.split(HEAD_TOKENS), targets.split(HEAD_TOKENS), strict=True):
         logits = multiply(hc, weight.t()).float().requires_grad_()
-        capped = head.softcap * torch.tanh(logits / head.softcap) if head.softcap else logits
-        loss = F.cross_entropy(capped, tc, ignore_index=-1, reduction="sum") * loss_scale
+        loss = F.cross_entropy(plain.softcap(logits, head.softcap), tc, ignore_index=-1, reduction="sum") * loss_scale
         (gradient,) = torch.autograd.grad(loss, logits)
         if not gradients:
             see("gradient", gradient)
@@ -106,9 +103,10 @@ def head_gradient(head, h, targets, loss_scale, see):
 
 
 def collect(model, x, y, recipe, scales, in_bf16, loss_scale, logit_scale=None):
-    """Statistics of one micro-batch: {"blocks.0.attn.qkv": {"input": {"amax": 3.1, ...}, "weight": ..., "gradient": ...}, ...}.
+    """Statistics of one micro-batch.
 
-    Gradients are those of the mean loss of a step, the head's too, which training multiplies by loss_scale only after its matmuls.
+    Gradients are those of the mean loss of a step, the head's too, which training multiplies by loss_scale only after
+    its matmuls.
 
     A block's inputs are kept from a first pass without gradients; then, from the last block to the first, each runs
     again with them, so that no more than one block's activations exist at once.
@@ -120,8 +118,10 @@ def collect(model, x, y, recipe, scales, in_bf16, loss_scale, logit_scale=None):
         scales: train.fp8_state(model), for delayed scaling's live scales.
         in_bf16: names of the layers that are not quantized; they have no statistics, {"blocks.0.attn.qkv": {}}.
         loss_scale: what training multiplies a micro-batch's summed loss by.
-        logit_scale: of an FP8 head, the scale of the summed loss's gradients; None: the head is in bf16, and has no statistics.
-    Returns: numbers that are not finite as None.
+        logit_scale: of an FP8 head, the scale of the summed loss's gradients; None: the head is in bf16, and has no
+            statistics.
+    Returns: {"blocks.0.attn.qkv": {"input": {"amax": 3.1, ...}, "weight": {...}, "gradient": {...}}, ...}; numbers that
+        are not finite are None.
     """
     cfg, seen = model.cfg, {}
     x, y = (t[:max(1, TOKENS // t.shape[1])] for t in (x, y))
@@ -133,38 +133,41 @@ def collect(model, x, y, recipe, scales, in_bf16, loss_scale, logit_scale=None):
             return
         scale = None
         if recipe.delayed():
-            held, slot = ("scaling_bwd", backward_slot) if kind == "gradient" else ("scaling_fwd", forward_slots[kind == "weight"])
+            held, slot = "scaling_fwd", forward_slots[kind == "weight"]
+            if kind == "gradient":
+                held, slot = "scaling_bwd", backward_slot
             scale = scales[f"blocks.{block}.{layer}.{held}.scale"][slot]
         seen[f"blocks.{block}.{matmul}", kind] = te_emulation.quantization_stats(tensor, recipe, kind, scale)
 
     def watch_head(kind, tensor):
         if logit_scale is not None:
             scale = torch.tensor(logit_scale / loss_scale, device=tensor.device) if kind == "gradient" else None
-            seen["head", kind] = te_emulation.quantization_stats(tensor, te_emulation.recipe.Float8CurrentScaling(), kind, scale)
+            recipe_of_head = te_emulation.recipe.Float8CurrentScaling()
+            seen["head", kind] = te_emulation.quantization_stats(tensor, recipe_of_head, kind, scale)
 
     def run_block(i, h, see):
         return block_forward(model.blocks[i], h, model.cos, model.sin, cfg.n_head, cfg.norm_eps, see)
 
     with torch.no_grad():
-        inputs = [rms_norm(F.embedding(x.long(), whole(model.embed.weight)), cfg.norm_eps)]
+        inputs = [plain.rms_norm(F.embedding(x.long(), whole(model.embed.weight)), cfg.norm_eps)]
         for i in range(cfg.n_layer):
             inputs.append(run_block(i, inputs[-1], lambda *_: None))
     last = inputs.pop().requires_grad_()
-    h = rms_norm(last, cfg.norm_eps, whole(model.norm.weight))
+    h = rms_norm_with_gain(last, cfg.norm_eps, whole(model.norm.weight))
     gradient = head_gradient(model.head, h.detach().flatten(0, 1), y.flatten(), loss_scale, watch_head).view_as(h)
     (gradient,) = torch.autograd.grad(h, last, gradient)
     for i in reversed(range(cfg.n_layer)):
         h = inputs.pop().requires_grad_()
-        out = run_block(i, h, lambda *seen_by: watch(i, *seen_by))
+        out = run_block(i, h, functools.partial(watch, i))
         (gradient,) = torch.autograd.grad(out, h, gradient)
     te_emulation.set_rng_state(random_state)
 
     layers = {}
     if seen:
         rows = torch.stack(list(seen.values())).tolist()  # waits for the GPU, once
-        for (layer, kind), row in zip(seen, rows):
+        for (layer, kind), row in zip(seen, rows, strict=True):
             numbers = [v if math.isfinite(v) else None for v in row]
-            layers.setdefault(layer, {})[kind] = dict(zip(te_emulation.STATISTICS, numbers))
+            layers.setdefault(layer, {})[kind] = dict(zip(te_emulation.STATISTICS, numbers, strict=True))
     names = [f"blocks.{i}.{m}" for i in range(cfg.n_layer) for m in MATMULS] + ["head"]
     return {n: {k: layers[n][k] for k in KINDS} if n in layers else {} for n in names}
 
@@ -197,8 +200,8 @@ def plot(records, path):
     steps = [r["step"] + 1 for r in records]
     stats = te_emulation.STATISTICS
     fig, axes = plt.subplots(len(stats), len(KINDS), figsize=(13, 15), sharex=True, sharey=True, layout="constrained")
-    for row, stat in zip(axes, stats):
-        for ax, kind in zip(row, KINDS):
+    for row, stat in zip(axes, stats, strict=True):
+        for ax, kind in zip(row, KINDS, strict=True):
             cells = [[r["layers"].get(n, {}).get(kind, {}).get(stat) for r in records] for n in layers]
             grid = np.ma.masked_invalid(np.array(cells, dtype=float))
             share = stat in ("saturated", "underflow")
@@ -214,8 +217,8 @@ def plot(records, path):
                 low, high = (positive.min(), positive.max()) if positive.size else (1, 1)
                 norm = LogNorm(low, high if high > low else low * 10)
                 grid = np.ma.masked_less_equal(grid, 0)
-            image = ax.imshow(np.ma.maximum(grid, FLOOR / 2) if share else grid, aspect="auto", interpolation="nearest", cmap=cmap,
-                              norm=norm, extent=(-0.5, len(steps) - 0.5, len(layers) - 0.5, -0.5))
+            image = ax.imshow(np.ma.maximum(grid, FLOOR / 2) if share else grid, aspect="auto", interpolation="nearest",
+                              cmap=cmap, norm=norm, extent=(-0.5, len(steps) - 0.5, len(layers) - 0.5, -0.5))
             bar = fig.colorbar(image, ax=ax, pad=0.01, aspect=16, extend="min" if share else "neither")
             bar.ax.tick_params(which="both", labelsize=7)
             if share or (norm.vmin > 0 and norm.vmax > 30 * norm.vmin):  # whole powers of ten are enough
@@ -227,14 +230,15 @@ def plot(records, path):
             for side in ax.spines.values():
                 side.set_color("0.35")
         row[0].set_ylabel(TITLES[stat], fontsize=9)
-    axes[0, 0].set_yticks([end - len(band) / 2 - 0.5 for end, band in zip(ends, bands)], [band[0].split(".")[-1] for band in bands])
+    middles = [end - len(band) / 2 - 0.5 for end, band in zip(ends, bands, strict=True)]
+    axes[0, 0].set_yticks(middles, [band[0].split(".")[-1] for band in bands])
     shown = sorted({round(i * (len(steps) - 1) / 5) for i in range(6)})
     axes[0, 0].set_xticks(shown, [f"{steps[i]:,}" for i in shown])
     for ax in axes[-1]:
         ax.set_xlabel("optimizer steps", fontsize=9)
     fig.suptitle(f"What {records[-1]['format']} does to the matmuls' operands\n"
-                 f"in the bands of the blocks' matmuls block 0 is at the top, block {n_blocks - 1} at the bottom; grey: kept in bf16, or nothing to show",
-                 fontsize=11)
+                 f"each matmul's band goes from block 0 (top) to block {n_blocks - 1} (bottom); "
+                 "grey: kept in bf16, or nothing to show", fontsize=11)
     temporary = path + ".new"
     fig.savefig(temporary, dpi=110, format="png")
     os.replace(temporary, path)
