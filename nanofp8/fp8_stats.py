@@ -65,20 +65,17 @@ class WatchedMatmul(torch.autograd.Function):
 
 def block_forward(block, x, cos, sin, n_head, eps, see):
     """A block of train.py's model on x (B, T, C) bf16; see(matmul, kind, tensor) is shown what its matmuls take."""
-    attn, mlp = block.attn, block.mlp
-    gains = {"attn.qkv": attn.qkv.layer_norm_weight, "mlp.fc1": mlp.layer_norm_weight}
-    weights = {"attn.qkv": attn.qkv.weight, "attn.proj": attn.proj.weight,
-               "mlp.fc1": mlp.fc1_weight, "mlp.fc2": mlp.fc2_weight}
 
     def linear(name, h):
-        return WatchedMatmul.apply(h, whole(weights[name]), lambda kind, tensor: see(name, kind, tensor.flatten(0, -2)))
+        weight = whole(block.get_parameter(plain.MATRICES[name]))
+        return WatchedMatmul.apply(h, weight, lambda kind, tensor: see(name, kind, tensor.flatten(0, -2)))
 
     def attend(qkv):
         q, k, v = (heads.transpose(1, 2) for heads in plain.rope_qk_norm(qkv, cos, sin, n_head, eps))
         return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
 
     def norm(name, h):
-        return rms_norm_with_gain(h, eps, whole(gains[name]))
+        return rms_norm_with_gain(h, eps, whole(block.get_parameter(plain.GAINS[name])))
 
     return plain.block_forward(x, linear, norm, attend)
 

@@ -11,6 +11,11 @@ from typing import Callable
 import torch
 from torch import Tensor
 
+# The four matmuls of a block, and the RMSNorm gains in front of two of them -> their parameters in train.py's Block
+MATRICES = {"attn.qkv": "attn.qkv.weight", "attn.proj": "attn.proj.weight", "mlp.fc1": "mlp.fc1_weight",
+            "mlp.fc2": "mlp.fc2_weight"}
+GAINS = {"attn.qkv": "attn.qkv.layer_norm_weight", "mlp.fc1": "mlp.layer_norm_weight"}
+
 
 def rope_tables(
     block_size: int, head_size: int, base: float, device: torch.device | str = "cpu"
@@ -85,9 +90,9 @@ def block_forward(
 
     Args:
         x: (B, T, C), the residual.
-        linear: linear(name, h) multiplies h by the transposed weight `name`: "attn.qkv" (3C, C), "attn.proj" (C, C),
-            "mlp.fc1" (4C, C) or "mlp.fc2" (C, 4C).
-        norm: norm(name, h) applies the RMSNorm in front of the matmul `name`, "attn.qkv" or "mlp.fc1".
+        linear: linear(name, h) multiplies h by the transposed weight `name` of MATRICES: "attn.qkv" (3C, C),
+            "attn.proj" (C, C), "mlp.fc1" (4C, C) or "mlp.fc2" (C, 4C).
+        norm: norm(name, h) applies the RMSNorm in front of the matmul `name` of GAINS.
         attend: attend(qkv) takes (B, T, 3C) through RoPE, QK norm and causal attention to (B, T, C).
     Returns: (B, T, C) in the dtype of x.
     """

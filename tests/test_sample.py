@@ -129,7 +129,7 @@ def test_a_wrong_model_would_be_noticed():
         elif spoil == "softcap":
             wrong.shape.logit_softcap = 0
         else:
-            wrong.layers[0].qkv = model.blocks[0].attn.qkv.weight.detach()
+            wrong.blocks[0]["attn.qkv"] = model.blocks[0].attn.qkv.weight.detach()
         assert helpers.relative(wrong.forward(tokens), reference) > 0.03, spoil
 
 
