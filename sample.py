@@ -121,7 +121,7 @@ def load_checkpoint(path):
 
 
 @dataclass(frozen=True)
-class Choice:
+class SamplingOptions:
     """How the next token is chosen. temperature 0: the likeliest; top_k 0 and top_p 1: off."""
 
     temperature: float = 0.8
@@ -220,9 +220,9 @@ class Sampler:
         return plain.softcap(logits, self.shape.logit_softcap)
 
     def new_cache(self, batch, span):
-        s = self.shape
-        return torch.zeros(s.n_layer, 2, batch, s.n_head, span, s.n_embd // s.n_head, dtype=self.dtype,
-                           device=self.device)
+        shape = self.shape
+        size = (shape.n_layer, 2, batch, shape.n_head, span, shape.n_embd // shape.n_head)
+        return torch.zeros(size, dtype=self.dtype, device=self.device)
 
     @torch.no_grad()
     def forward(self, tokens):
@@ -233,72 +233,73 @@ class Sampler:
 
     # ---- decoding
 
-    def make_state(self, batch, needed, choice):
+    def make_state(self, batch, needed, options):
         """Buffers for `batch` samples of at most `needed` tokens, and with a CUDA graph the captured step."""
         old = self.state
-        if old and (old.batch, old.choice) == (batch, choice) and old.span >= needed:
+        if old and (old.batch, old.options) == (batch, options) and old.span >= needed:
             return old
         self.state = None  # frees the old cache (and graph) before the new one is made
         del old
         span = min(-(-needed // 256) * 256, self.shape.block_size)
         zeros = lambda *size: torch.zeros(size, dtype=torch.int64, device=self.device)  # noqa: E731
-        s = SimpleNamespace(batch=batch, choice=choice, span=span, cache=self.new_cache(batch, span), graph=None,
+        state = SimpleNamespace(batch=batch, options=options, span=span, cache=self.new_cache(batch, span), graph=None,
                             token=zeros(batch, 1), position=zeros(1), places=torch.arange(span, device=self.device),
                             noise=torch.ones(batch, self.n_tokens, device=self.device))
         # The same shapes in every step: a mask hides the places that are still empty
-        s.static = self.cuda_graph or self.compiled is not None
+        state.static = self.cuda_graph or self.compiled is not None
         if self.compiled:
             try:
-                self.step(s)
+                self.step(state)
             except Exception as error:
                 lines = str(error).strip().splitlines() or [type(error).__name__]
                 raise UserError(f"--compile does not work here ({lines[0]}): leave it out") from error
         if self.cuda_graph:
             try:
-                s.graph = self.capture(s)
+                state.graph = self.capture(state)
             except Exception as error:
                 lines = str(error).strip().splitlines() or [type(error).__name__]
                 print(f"no CUDA graph ({lines[0]}): decoding step by step", file=sys.stderr, flush=True)
                 self.cuda_graph = False
-                s.static = self.compiled is not None
-        self.state = s
-        return s
+                state.static = self.compiled is not None
+        self.state = state
+        return state
 
-    def capture(self, s):
-        """Record step(s) as a CUDA graph. Its buffers are those of s: replaying it reads and writes them."""
+    def capture(self, state):
+        """Record step(state) as a CUDA graph. Replaying it reads and writes the buffers of this state."""
         side = torch.cuda.Stream(self.device)
         side.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(side):  # lazy initialisation and compilation must not be recorded
             for _ in range(3):
-                s.position.zero_()
-                self.step(s)
-            s.position.zero_()
+                state.position.zero_()
+                self.step(state)
+            state.position.zero_()
         torch.cuda.current_stream(self.device).wait_stream(side)
         torch.cuda.synchronize(self.device)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            self.step(s)
+            self.step(state)
         return graph
 
-    def step(self, s, place=None):
-        """One token further for all samples: reads token, position, noise and cache of s, writes the next token.
+    def step(self, state, place=None):
+        """One token further for all samples: reads token, position, noise and cache of the state, writes the next
+        token.
 
         place: the position as an int, for shapes that grow; None: static shapes.
         """
         if place is None:
-            mask = torch.where(s.places <= s.position, 0.0, -torch.inf).to(self.dtype)[None]
-            h = (self.compiled or self.hidden)(s.token, s.position, s.cache, s.span, mask)
+            mask = torch.where(state.places <= state.position, 0.0, -torch.inf).to(self.dtype)[None]
+            h = (self.compiled or self.hidden)(state.token, state.position, state.cache, state.span, mask)
         else:
-            h = self.hidden(s.token, s.position, s.cache, place + 1)
-        self.choose(s, h)
-        s.position.add_(1)
+            h = self.hidden(state.token, state.position, state.cache, place + 1)
+        self.choose(state, h)
+        state.position.add_(1)
 
-    def choose(self, s, h):
+    def choose(self, state, h):
         logits = self.logits(h[:, -1], self.short_head)[:, : self.n_tokens]
-        s.token.copy_(s.choice.pick(logits, s.noise).view(-1, 1).expand_as(s.token))
+        state.token.copy_(state.options.pick(logits, state.noise).view(-1, 1).expand_as(state.token))
 
     @torch.no_grad()
-    def generate(self, prompt, max_new_tokens, num_samples=1, choice=Choice(), generator=None, stats=None):
+    def generate(self, prompt, max_new_tokens, num_samples=1, options=SamplingOptions(), generator=None, stats=None):
         """Continue a prompt; yields, for each new place, a list with a token id per sample, or None after its end.
 
         Args:
@@ -321,7 +322,7 @@ class Sampler:
                             f"give --max_new_tokens={limit - T} or less", 2)
         if num_samples < 1 or max_new_tokens < 1:
             raise UserError("num_samples and max_new_tokens must be at least 1", 2)
-        s = self.make_state(num_samples, T + max_new_tokens, choice)
+        state = self.make_state(num_samples, T + max_new_tokens, options)
         on_gpu = self.device.type == "cuda"
         if on_gpu:
             torch.cuda.synchronize(self.device)
@@ -329,11 +330,11 @@ class Sampler:
 
         # Prefill: the prompt once, for all samples
         tokens = torch.tensor([prompt], device=self.device)
-        h = self.hidden(tokens, torch.arange(T, device=self.device), s.cache[:, :, :1], T)
-        s.cache[:, :, 1:, :, :T] = s.cache[:, :, :1, :, :T]
-        s.position.fill_(T)
-        s.noise.exponential_(generator=generator)
-        self.choose(s, h.expand(num_samples, -1, -1))
+        h = self.hidden(tokens, torch.arange(T, device=self.device), state.cache[:, :, :1], T)
+        state.cache[:, :, 1:, :, :T] = state.cache[:, :, :1, :, :T]
+        state.position.fill_(T)
+        state.noise.exponential_(generator=generator)
+        self.choose(state, h.expand(num_samples, -1, -1))
 
         # On a GPU tokens are read one step late: the next step is already under way while the host waits and prints
         arrived = torch.empty(max_new_tokens, num_samples, dtype=torch.int64, pin_memory=on_gpu)
@@ -341,12 +342,12 @@ class Sampler:
         for i in range(max_new_tokens + lag):
             if i < max_new_tokens:
                 if i:
-                    s.noise.exponential_(generator=generator)
-                    if s.graph:
-                        s.graph.replay()
+                    state.noise.exponential_(generator=generator)
+                    if state.graph:
+                        state.graph.replay()
                     else:
-                        self.step(s, None if s.static else T + i - 1)
-                arrived[i].copy_(s.token[:, 0], non_blocking=True)
+                        self.step(state, None if state.static else T + i - 1)
+                arrived[i].copy_(state.token[:, 0], non_blocking=True)
                 event = torch.cuda.Event() if on_gpu else None
                 if on_gpu:
                     event.record()
@@ -508,7 +509,7 @@ def export(folder, shape, weights, meta, dtype=torch.float32, name=None):
         bos_token_id=EOT, eos_token_id=EOT, pad_token_id=None, dtype=str(dtype).removeprefix("torch."),
     )
     generation = dict(bos_token_id=EOT, eos_token_id=EOT, pad_token_id=EOT, do_sample=True,
-                      temperature=Choice.temperature, top_k=Choice.top_k)
+                      temperature=SamplingOptions.temperature, top_k=SamplingOptions.top_k)
     if shape.vocab_size > GPT2_VOCAB:
         generation["suppress_tokens"] = list(range(GPT2_VOCAB, shape.vocab_size))
     special = {kind: "<|endoftext|>" for kind in ("bos_token", "eos_token", "unk_token")}
@@ -545,7 +546,7 @@ def export(folder, shape, weights, meta, dtype=torch.float32, name=None):
         raise UserError(f"--export={folder}: {reason}; make room, or name another folder") from error
 
 
-def push(folder, repo):
+def upload(folder, repo):
     """Upload an exported folder to the Hugging Face Hub; a repository that is not there yet is made, private."""
     try:
         from huggingface_hub import HfApi
@@ -572,7 +573,7 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (--help lists the options)", 2)
 
 
-def number(kind, low, high, what, open_low=False):
+def number_type(kind, low, high, what, open_low=False):
     """An argparse type: a finite number of this kind from `low` (exclusive with open_low) to `high`."""
 
     def parse(text):
@@ -588,24 +589,26 @@ def number(kind, low, high, what, open_low=False):
 
 
 def parse_arguments(argv):
-    count = number(int, 1, math.inf, "a whole number of at least 1")
+    count = number_type(int, 1, math.inf, "a whole number of at least 1")
     parser = Parser(prog="sample.py", description=__doc__, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--ckpt", default="out", metavar="PATH", help="a checkpoint, a run folder, or a folder of runs, of which the "
         "newest checkpoint counts (default: out)")
     add("--prompt", metavar="TEXT", help='the beginning, or FILE:path (default: "The")')
-    add("--num_samples", type=number(int, 1, 4096, "a whole number from 1 to 4096"), default=1, metavar="N",
+    add("--num_samples", type=number_type(int, 1, 4096, "a whole number from 1 to 4096"), default=1, metavar="N",
         help="continuations of the prompt, made at once (default 1)")
     add("--max_new_tokens", type=count, metavar="N",
         help=f"(default: {DEFAULT_NEW_TOKENS}, or what fits into block_size)")
-    add("--temperature", type=number(float, 0, math.inf, "a number of at least 0"), default=Choice.temperature,
-        metavar="X", help="0: always the likeliest token (default %(default)s)")
-    add("--top_k", type=number(int, 0, math.inf, "a whole number of at least 0"), default=Choice.top_k, metavar="N",
+    add("--temperature", type=number_type(float, 0, math.inf, "a number of at least 0"),
+        default=SamplingOptions.temperature, metavar="X", help="0: always the likeliest token (default %(default)s)")
+    add("--top_k", type=number_type(int, 0, math.inf, "a whole number of at least 0"),
+        default=SamplingOptions.top_k, metavar="N",
         help="only from the N likeliest tokens; 0: from all (default %(default)s)")
-    add("--top_p", type=number(float, 0, 1, "a number above 0, up to 1", open_low=True), default=Choice.top_p,
-        metavar="X", help="only from the likeliest tokens that have probability X together (default %(default)s)")
-    add("--seed", type=number(int, 0, 2**63 - 1, "a whole number from 0 to 2^63 - 1"), default=1337, metavar="N",
+    add("--top_p", type=number_type(float, 0, 1, "a number above 0, up to 1", open_low=True),
+        default=SamplingOptions.top_p, metavar="X",
+        help="only from the likeliest tokens that have probability X together (default %(default)s)")
+    add("--seed", type=number_type(int, 0, 2**63 - 1, "a whole number from 0 to 2^63 - 1"), default=1337, metavar="N",
         help="same seed, same text on the same device (default %(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default auto: a GPU if there is one)")
     add("--dtype", choices=("auto", "bfloat16", "float32"), default="auto",
@@ -652,11 +655,11 @@ def write_samples(sampler, tokenizer, text, args, generator):
     prompt = encode_prompt(text, tokenizer)
     room = sampler.shape.block_size - len(prompt)
     new = args.max_new_tokens or max(1, min(DEFAULT_NEW_TOKENS, room))
-    choice = Choice(args.temperature, args.top_k, args.top_p)
+    options = SamplingOptions(args.temperature, args.top_k, args.top_p)
     streams = [TextStream(tokenizer) for _ in range(args.num_samples)]
     pieces = [[] for _ in streams]
     stats = SimpleNamespace(prefill_ms=0.0, decode_tokens=0, decode_seconds=0.0)
-    rows = sampler.generate(prompt, new, args.num_samples, choice, generator, stats)
+    rows = sampler.generate(prompt, new, args.num_samples, options, generator, stats)
     shown = "" if args.interactive else text.replace("<|endoftext|>", "")
     for i, row in enumerate(rows):
         if i == 0 and len(streams) == 1:  # not before generate() has accepted the prompt
@@ -691,7 +694,7 @@ def run(args):
         export(args.export, shape, weights, meta, dtype, args.push_to_hub)
         print(f'{args.export}: AutoModelForCausalLM.from_pretrained("{args.export}") loads it')
         if args.push_to_hub is not None:
-            print(push(args.export, args.push_to_hub))
+            print(upload(args.export, args.push_to_hub))
         return
     tokenizer = load_tokenizer()
     auto = torch.bfloat16 if device.type == "cuda" else torch.float32

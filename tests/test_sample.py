@@ -17,6 +17,7 @@ import torch.distributed.checkpoint as dcp
 
 import sample
 from nanofp8.config import UserError
+from sample import SamplingOptions
 
 SCRIPT = str(helpers.ROOT / "sample.py")
 VOCAB = 50304  # the smallest that holds GPT-2's ids
@@ -91,9 +92,9 @@ def assert_refused(result, code, *words):
         assert word in result.err, result.err
 
 
-def generated(sampler, prompt, new, **options):
+def generated(sampler, prompt, new, **arguments):
     """Columns of generate(): a list of ids per sample."""
-    rows = list(sampler.generate(prompt, new, **options))
+    rows = list(sampler.generate(prompt, new, **arguments))
     return [[token for token in column if token is not None] for column in zip(*rows, strict=True)]
 
 
@@ -157,9 +158,9 @@ def test_greedy_decoding_takes_the_argmax_of_the_full_forward(static):
     sampler = sampler_of(helpers.make_model())
     if static:
         sampler.compiled = sampler.hidden  # the step of static shapes, uncompiled
-    prompt, greedy = [3, 100, 200, 7], sample.Choice(temperature=0)
+    prompt, greedy = [3, 100, 200, 7], SamplingOptions(temperature=0)
     for repeat in range(2):  # the second uses the first one's buffers, with what it left there
-        samples = generated(sampler, prompt, 12, num_samples=3, choice=greedy)
+        samples = generated(sampler, prompt, 12, num_samples=3, options=greedy)
         assert samples[0] == samples[1] == samples[2] and len(samples[0]) == 12
         for i, token in enumerate(samples[0]):
             assert token == sampler.forward(torch.tensor([prompt + samples[0][:i]]))[0, -1].argmax()
@@ -172,23 +173,23 @@ def test_samples_of_a_batch_continue_on_their_own():
     with torch.no_grad():
         sampler.head *= 4
     g = torch.Generator().manual_seed(3)
-    rows = sampler.generate([1, 2, 3], 10, num_samples=4, choice=sample.Choice(1.0, 0, 1.0), generator=g)
+    rows = sampler.generate([1, 2, 3], 10, num_samples=4, options=SamplingOptions(1.0, 0, 1.0), generator=g)
     samples = list(zip(*rows, strict=True))
     assert len(set(samples)) == 4
-    s = sampler.state
+    state = sampler.state
     for i, ids in enumerate(samples):
         whole = torch.tensor([[1, 2, 3, *ids[:-1]]])
         cache = sampler.new_cache(1, whole.shape[1])
         with torch.no_grad():
             sampler.hidden(whole, torch.arange(whole.shape[1]), cache, whole.shape[1])
-        torch.testing.assert_close(s.cache[:, :, i : i + 1, :, : whole.shape[1]], cache, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(state.cache[:, :, i : i + 1, :, : whole.shape[1]], cache, rtol=1e-4, atol=1e-4)
 
 
 def test_the_whole_context_can_be_filled_and_no_more():
     sampler = sampler_of(helpers.make_model())  # block_size 32
-    choice = sample.Choice(1.0, 0, 1.0)
-    assert len(generated(sampler, [1] * 20, 12, choice=choice)[0]) == 12
-    assert len(generated(sampler, [1] * 31, 1, choice=choice)[0]) == 1
+    options = SamplingOptions(1.0, 0, 1.0)
+    assert len(generated(sampler, [1] * 20, 12, options=options)[0]) == 12
+    assert len(generated(sampler, [1] * 31, 1, options=options)[0]) == 1
     for prompt, new, word in (([1] * 20, 13, "--max_new_tokens=12"), ([1] * 32, 1, "at most 31"), ([], 1, "empty"),
                               ([512], 1, "512")):
         with pytest.raises(UserError, match=word):
@@ -206,8 +207,8 @@ def test_compile_option_runs_the_compiled_step(monkeypatch):
     monkeypatch.setattr(torch, "compile", compile)
     model = helpers.make_model()
     fast, plain = sampler_of(model, compile=True), sampler_of(model)
-    greedy = sample.Choice(temperature=0)
-    assert generated(fast, [1, 2], 9, choice=greedy) == generated(plain, [1, 2], 9, choice=greedy)
+    greedy = SamplingOptions(temperature=0)
+    assert generated(fast, [1, 2], 9, options=greedy) == generated(plain, [1, 2], 9, options=greedy)
     assert len(seen) == 9 and all(shapes == seen[0] for shapes in seen)  # 8 steps and a first one that compiles
 
     def broken(*args):
@@ -224,12 +225,12 @@ def test_a_cuda_graph_that_fails_leaves_the_eager_step(monkeypatch, capsys):
     sampler, plain = sampler_of(model), sampler_of(model)
     sampler.cuda_graph = True
 
-    def capture(self, s):
+    def capture(self, state):
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
     monkeypatch.setattr(sample.Sampler, "capture", capture)
-    greedy = sample.Choice(temperature=0)
-    assert generated(sampler, [1, 2], 9, choice=greedy) == generated(plain, [1, 2], 9, choice=greedy)
+    greedy = SamplingOptions(temperature=0)
+    assert generated(sampler, [1, 2], 9, options=greedy) == generated(plain, [1, 2], 9, options=greedy)
     assert capsys.readouterr().err.count("no CUDA graph (operation not permitted") == 1 and not sampler.cuda_graph
 
 
@@ -238,7 +239,7 @@ def test_a_replayed_step_gives_what_the_eager_one_gives(monkeypatch):
     model = helpers.make_model()
     sampler, plain = sampler_of(model), sampler_of(model)
     sampler.cuda_graph = True
-    monkeypatch.setattr(sample.Sampler, "capture", lambda self, s: SimpleNamespace(replay=lambda: self.step(s)))
+    monkeypatch.setattr(sample.Sampler, "capture", lambda self, state: SimpleNamespace(replay=lambda: self.step(state)))
     for new in (9, 14):
         g1, g2 = (torch.Generator().manual_seed(5) for _ in range(2))
         replayed = generated(sampler, [1, 2], new, num_samples=2, generator=g1)
@@ -250,48 +251,48 @@ def test_a_replayed_step_gives_what_the_eager_one_gives(monkeypatch):
 # Choosing tokens
 
 
-def frequencies(choice, logits, draws=40_000):
+def frequencies(options, logits, draws=40_000):
     g = torch.Generator().manual_seed(0)
     logits = torch.tensor(logits)
     noise = torch.empty(draws, len(logits)).exponential_(generator=g)
-    picked = choice.pick(logits.expand(draws, -1), noise)
+    picked = options.pick(logits.expand(draws, -1), noise)
     return torch.bincount(picked, minlength=len(logits)) / draws
 
 
 LOGITS = [math.log(p) for p in (0.1, 0.4, 0.05, 0.3, 0.15)]
 
 
-@pytest.mark.parametrize("choice, expected", [
-    (sample.Choice(1.0, 0, 1.0), [0.1, 0.4, 0.05, 0.3, 0.15]),
-    (sample.Choice(1.0, 99, 1.0), [0.1, 0.4, 0.05, 0.3, 0.15]),
-    (sample.Choice(1.0, 2, 1.0), [0, 4 / 7, 0, 3 / 7, 0]),
-    (sample.Choice(1.0, 1, 1.0), [0, 1, 0, 0, 0]),
-    (sample.Choice(1.0, 0, 0.65), [0, 4 / 7, 0, 3 / 7, 0]),                     # 0.4 + 0.3 reach it
-    (sample.Choice(1.0, 0, 0.75), [0, 0.4 / 0.85, 0, 0.3 / 0.85, 0.15 / 0.85]),  # the token that passes it is in
-    (sample.Choice(1.0, 0, 1e-9), [0, 1, 0, 0, 0]),                             # at least one
-    (sample.Choice(1.0, 3, 0.8), [0, 4 / 7, 0, 3 / 7, 0]),                      # top_p of what top_k leaves: 0.7 / 0.85
-    (sample.Choice(0.5, 0, 1.0), [p * p / 0.285 for p in (0.1, 0.4, 0.05, 0.3, 0.15)]),
-    (sample.Choice(0, 0, 1.0), [0, 1, 0, 0, 0]),
-    (sample.Choice(1e-30, 0, 1.0), [0, 1, 0, 0, 0]),
-    (sample.Choice(1e-5, 0, 1.0), [0, 1, 0, 0, 0]),
-    (sample.Choice(1e9, 0, 1.0), [0.2] * 5),
+@pytest.mark.parametrize("options, expected", [
+    (SamplingOptions(1.0, 0, 1.0), [0.1, 0.4, 0.05, 0.3, 0.15]),
+    (SamplingOptions(1.0, 99, 1.0), [0.1, 0.4, 0.05, 0.3, 0.15]),
+    (SamplingOptions(1.0, 2, 1.0), [0, 4 / 7, 0, 3 / 7, 0]),
+    (SamplingOptions(1.0, 1, 1.0), [0, 1, 0, 0, 0]),
+    (SamplingOptions(1.0, 0, 0.65), [0, 4 / 7, 0, 3 / 7, 0]),                     # 0.4 + 0.3 reach 0.65
+    (SamplingOptions(1.0, 0, 0.75), [0, 0.4 / 0.85, 0, 0.3 / 0.85, 0.15 / 0.85]),  # the token reaching 0.75 is kept
+    (SamplingOptions(1.0, 0, 1e-9), [0, 1, 0, 0, 0]),                             # at least one token is kept
+    (SamplingOptions(1.0, 3, 0.8), [0, 4 / 7, 0, 3 / 7, 0]),                      # top_k first: 0.7 / 0.85
+    (SamplingOptions(0.5, 0, 1.0), [p * p / 0.285 for p in (0.1, 0.4, 0.05, 0.3, 0.15)]),
+    (SamplingOptions(0, 0, 1.0), [0, 1, 0, 0, 0]),
+    (SamplingOptions(1e-30, 0, 1.0), [0, 1, 0, 0, 0]),
+    (SamplingOptions(1e-5, 0, 1.0), [0, 1, 0, 0, 0]),
+    (SamplingOptions(1e9, 0, 1.0), [0.2] * 5),
 ])
-def test_tokens_are_drawn_with_the_right_probabilities(choice, expected):
+def test_tokens_are_drawn_with_the_right_probabilities(options, expected):
     """Within five standard deviations; tokens that are cut off never come."""
-    got, want = frequencies(choice, LOGITS), torch.tensor(expected)
+    got, want = frequencies(options, LOGITS), torch.tensor(expected)
     assert (got[want == 0] == 0).all()
     assert ((got - want).abs() <= 5 * (want * (1 - want) / 40_000).sqrt()).all(), (got, want)
 
 
 def test_top_k_keeps_exactly_k_of_equal_logits():
-    assert (frequencies(sample.Choice(1.0, 3, 1.0), [1.0] * 8) > 0).sum() == 3
+    assert (frequencies(SamplingOptions(1.0, 3, 1.0), [1.0] * 8) > 0).sum() == 3
 
 
 def test_extreme_noise_never_picks_an_impossible_token():
     logits = torch.tensor([[0.0, -torch.inf, -15.0]]).expand(3, -1)
     noise = torch.tensor([[1.0, 0.0, 1.0], [1e30, 0.0, 1e30], [100.0, 1e-45, 100.0]])
-    for choice in (sample.Choice(1.0, 0, 1.0), sample.Choice(0.01, 3, 0.9), sample.Choice(1.0, 2, 1.0)):
-        assert (choice.pick(logits, noise) != 1).all()
+    for how in ((1.0, 0, 1.0), (0.01, 3, 0.9), (1.0, 2, 1.0)):
+        assert (SamplingOptions(*how).pick(logits, noise) != 1).all()
 
 
 def test_generate_draws_from_the_model():
@@ -300,15 +301,17 @@ def test_generate_draws_from_the_model():
     sampler = sampler_of(model)
     g = torch.Generator().manual_seed(1)
     n = 20_000
-    rows = sampler.generate([1, 5, 2], 1, num_samples=n, choice=sample.Choice(0.7, 0, 1.0), generator=g)
+    options = SamplingOptions(0.7, 0, 1.0)
+    rows = sampler.generate([1, 5, 2], 1, num_samples=n, options=options, generator=g)
     first = torch.tensor(next(rows))
     want = (sampler.forward(torch.tensor([[1, 5, 2]]))[0, -1] / 0.7).softmax(-1)
     got = torch.bincount(first, minlength=8) / n
     assert ((got - want).abs() <= 5 * (want * (1 - want) / n).sqrt()).all()
 
 
-@pytest.mark.parametrize("choice", [sample.Choice(0), sample.Choice(100.0, 0, 1.0), sample.Choice(1.0, 200, 0.95)])
-def test_ids_beyond_gpt2s_are_never_sampled(choice):
+@pytest.mark.parametrize("options", [
+    SamplingOptions(0), SamplingOptions(100.0, 0, 1.0), SamplingOptions(1.0, 200, 0.95)])
+def test_ids_beyond_gpt2s_are_never_sampled(options):
     """Not even by a model that gives them all the probability."""
     model = text_model(vocab_size=50432)
     sampler = sampler_of(model)
@@ -321,21 +324,21 @@ def test_ids_beyond_gpt2s_are_never_sampled(choice):
     # The model gives logits for ids beyond GPT-2's, which must be cut off
     assert original(torch.zeros(1, 32), sampler.short_head).shape[-1] > sample.GPT2_VOCAB
     g = torch.Generator().manual_seed(0)
-    for ids in generated(sampler, [1, 2, 3], 20, num_samples=8, choice=choice, generator=g):
+    for ids in generated(sampler, [1, 2, 3], 20, num_samples=8, options=options, generator=g):
         assert max(ids) < sample.GPT2_VOCAB
 
 
 def test_a_sample_ends_at_eot_and_the_others_go_on():
     sampler = sampler_of(text_model())
     script = iter([[5, 6, sample.EOT], [sample.EOT, 7, 8], [9, sample.EOT, 9], [1, 1, 1]])
-    sampler.choose = lambda s, h: s.token.copy_(torch.tensor(next(script)).view(-1, 1))
+    sampler.choose = lambda state, h: state.token.copy_(torch.tensor(next(script)).view(-1, 1))
     E = sample.EOT
     assert list(sampler.generate([1], 20, num_samples=3)) == [[5, 6, E], [E, 7, None], [None, E, None]]
 
 
 def test_same_seed_same_samples():
     sampler = sampler_of(helpers.make_model())
-    draw = lambda seed: generated(sampler, [1, 2], 10, num_samples=3, choice=sample.Choice(1.0, 0, 1.0),  # noqa: E731
+    draw = lambda seed: generated(sampler, [1, 2], 10, num_samples=3, options=SamplingOptions(1.0, 0, 1.0),  # noqa: E731
                                   generator=torch.Generator().manual_seed(seed))
     assert draw(1) == draw(1) != draw(2)
 
@@ -561,7 +564,7 @@ def test_export_loads_in_transformers_with_the_same_logits(tmp_path, tokenizer, 
     # Generation: the same greedy text, and its configuration leaves out the ids beyond GPT-2's
     new = hf.generate(tokens[:1, :9], do_sample=False, max_new_tokens=20,
                       attention_mask=torch.ones(1, 9, dtype=torch.int64))
-    assert new[0, 9:].tolist() == generated(sampler, tokens[0, :9].tolist(), 20, choice=sample.Choice(0))[0]
+    assert new[0, 9:].tolist() == generated(sampler, tokens[0, :9].tolist(), 20, options=SamplingOptions(0))[0]
     assert hf.generation_config.eos_token_id == sample.EOT
     assert sorted(hf.generation_config.suppress_tokens) == list(range(sample.GPT2_VOCAB, VOCAB))
 
