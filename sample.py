@@ -27,7 +27,7 @@ import time
 import warnings
 from collections import deque
 from dataclasses import dataclass
-from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -149,6 +149,37 @@ class SamplingOptions:
         return best if index is None else index.gather(-1, best[:, None])[:, 0]
 
 
+@dataclass
+class DecodingState:
+    """What the decoding steps of one batch of samples read and write. A CUDA graph is bound to these very tensors."""
+
+    options: SamplingOptions
+    cache: torch.Tensor     # (n_layer, 2, batch, n_head, span, head size), keys and values in the model's dtype
+    token: torch.Tensor     # (batch, 1) int64, the newest token of each sample
+    position: torch.Tensor  # (1,) int64, its place in the sequence
+    places: torch.Tensor    # (span,) int64, 0 to span - 1
+    noise: torch.Tensor     # (batch, tokens to choose from) fp32, Exponential(1) draws
+    static: bool            # every step has the same shapes, and a mask hides the places that are still empty
+    graph: Any = None       # the captured step, a torch.cuda.CUDAGraph, or None
+
+    @property
+    def batch(self) -> int:
+        return self.cache.shape[2]
+
+    @property
+    def span(self) -> int:
+        return self.cache.shape[4]
+
+
+@dataclass
+class Speed:
+    """How long generate() took so far."""
+
+    prefill_ms: float = 0.0      # from the call to the first new token
+    decode_tokens: int = 0       # tokens after the first one, over all samples
+    decode_seconds: float = 0.0  # from the first new token to the newest
+
+
 class Sampler:
     """A model for inference: weights, key/value cache and the decoding loop, without Transformer Engine.
 
@@ -241,12 +272,13 @@ class Sampler:
         self.state = None  # frees the old cache (and graph) before the new one is made
         del old
         span = min(-(-needed // 256) * 256, self.shape.block_size)
-        zeros = lambda *size: torch.zeros(size, dtype=torch.int64, device=self.device)  # noqa: E731
-        state = SimpleNamespace(batch=batch, options=options, span=span, cache=self.new_cache(batch, span), graph=None,
-                            token=zeros(batch, 1), position=zeros(1), places=torch.arange(span, device=self.device),
-                            noise=torch.ones(batch, self.n_tokens, device=self.device))
-        # The same shapes in every step: a mask hides the places that are still empty
-        state.static = self.cuda_graph or self.compiled is not None
+        state = DecodingState(
+            options, self.new_cache(batch, span),
+            token=torch.zeros(batch, 1, dtype=torch.int64, device=self.device),
+            position=torch.zeros(1, dtype=torch.int64, device=self.device),
+            places=torch.arange(span, device=self.device),
+            noise=torch.ones(batch, self.n_tokens, device=self.device),
+            static=self.cuda_graph or self.compiled is not None)
         if self.compiled:
             try:
                 self.step(state)
@@ -298,8 +330,67 @@ class Sampler:
         logits = self.logits(h[:, -1], self.short_head)[:, : self.n_tokens]
         state.token.copy_(state.options.pick(logits, state.noise).view(-1, 1).expand_as(state.token))
 
+    def check_request(self, prompt, max_new_tokens, num_samples):
+        """Raise UserError if generate() cannot serve these arguments."""
+        length, limit = len(prompt), self.shape.block_size
+        if not prompt:
+            raise UserError("the prompt is empty: give it some text, or <|endoftext|> to start from nothing", 2)
+        if max(prompt) >= self.shape.vocab_size or min(prompt) < 0:
+            raise UserError(f"the prompt holds token id {max(prompt)}, but the model's vocabulary has "
+                            f"{self.shape.vocab_size} tokens", 2)
+        if length >= limit:
+            raise UserError(f"the prompt has {length} tokens, but block_size is {limit}: give at most {limit - 1}", 2)
+        if length + max_new_tokens > limit:
+            raise UserError(f"a prompt of {length} tokens and {max_new_tokens} new ones exceed block_size {limit}: "
+                            f"give --max_new_tokens={limit - length} or less", 2)
+        if num_samples < 1 or max_new_tokens < 1:
+            raise UserError("num_samples and max_new_tokens must be at least 1", 2)
+
+    def prefill(self, state, prompt, generator):
+        """Run the prompt once for all samples, and choose the first new token of each."""
+        length = len(prompt)
+        tokens = torch.tensor([prompt], device=self.device)
+        h = self.hidden(tokens, torch.arange(length, device=self.device), state.cache[:, :, :1], length)
+        state.cache[:, :, 1:, :, :length] = state.cache[:, :, :1, :, :length]
+        state.position.fill_(length)
+        state.noise.exponential_(generator=generator)
+        self.choose(state, h.expand(state.batch, -1, -1))
+
+    def decode(self, state, prompt_length, max_new_tokens, generator):
+        """Yield the new tokens, a list with one id per sample: those that prefill() chose, then one step after another.
+
+        On a GPU a row is read one step late: the next step already runs while the host waits for the row and prints it.
+        """
+        on_gpu = self.device.type == "cuda"
+        lag = 1 if on_gpu else 0
+        rows = torch.empty(max_new_tokens, state.batch, dtype=torch.int64, pin_memory=on_gpu)
+        pending = deque()
+
+        def oldest():
+            row, copied = pending.popleft()
+            if on_gpu:
+                copied.synchronize()
+            return row.tolist()
+
+        for i, row in enumerate(rows):
+            if i:
+                state.noise.exponential_(generator=generator)
+                if state.graph:
+                    state.graph.replay()
+                else:
+                    self.step(state, None if state.static else prompt_length + i - 1)
+            row.copy_(state.token[:, 0], non_blocking=True)
+            copied = torch.cuda.Event() if on_gpu else None
+            if on_gpu:
+                copied.record()
+            pending.append((row, copied))
+            if len(pending) > lag:
+                yield oldest()
+        while pending:
+            yield oldest()
+
     @torch.no_grad()
-    def generate(self, prompt, max_new_tokens, num_samples=1, options=SamplingOptions(), generator=None, stats=None):
+    def generate(self, prompt, max_new_tokens, num_samples=1, options=SamplingOptions(), generator=None, speed=None):
         """Continue a prompt; yields, for each new place, a list with a token id per sample, or None after its end.
 
         Args:
@@ -307,65 +398,24 @@ class Sampler:
             max_new_tokens: a sample ends here, or with EOT, which is still yielded. Prompt and new tokens must fit
                 into block_size (else UserError).
             generator: torch.Generator of this device (default: the device's own).
-            stats: a namespace that gets prefill_ms, decode_tokens and decode_seconds.
+            speed: a Speed to fill in.
         """
-        T, limit = len(prompt), self.shape.block_size
-        if not prompt:
-            raise UserError("the prompt is empty: give it some text, or <|endoftext|> to start from nothing", 2)
-        if max(prompt) >= self.shape.vocab_size or min(prompt) < 0:
-            raise UserError(f"the prompt holds token id {max(prompt)}, but the model's vocabulary has "
-                            f"{self.shape.vocab_size} tokens", 2)
-        if T >= limit:
-            raise UserError(f"the prompt has {T} tokens, but block_size is {limit}: give at most {limit - 1}", 2)
-        if T + max_new_tokens > limit:
-            raise UserError(f"a prompt of {T} tokens and {max_new_tokens} new ones exceed block_size {limit}: "
-                            f"give --max_new_tokens={limit - T} or less", 2)
-        if num_samples < 1 or max_new_tokens < 1:
-            raise UserError("num_samples and max_new_tokens must be at least 1", 2)
-        state = self.make_state(num_samples, T + max_new_tokens, options)
-        on_gpu = self.device.type == "cuda"
-        if on_gpu:
+        self.check_request(prompt, max_new_tokens, num_samples)
+        state = self.make_state(num_samples, len(prompt) + max_new_tokens, options)
+        if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        start = time.perf_counter()
-
-        # Prefill: the prompt once, for all samples
-        tokens = torch.tensor([prompt], device=self.device)
-        h = self.hidden(tokens, torch.arange(T, device=self.device), state.cache[:, :, :1], T)
-        state.cache[:, :, 1:, :, :T] = state.cache[:, :, :1, :, :T]
-        state.position.fill_(T)
-        state.noise.exponential_(generator=generator)
-        self.choose(state, h.expand(num_samples, -1, -1))
-
-        # On a GPU tokens are read one step late: the next step is already under way while the host waits and prints
-        arrived = torch.empty(max_new_tokens, num_samples, dtype=torch.int64, pin_memory=on_gpu)
-        lag, pending, alive, count, begin = int(on_gpu), deque(), [True] * num_samples, 0, None
-        for i in range(max_new_tokens + lag):
-            if i < max_new_tokens:
-                if i:
-                    state.noise.exponential_(generator=generator)
-                    if state.graph:
-                        state.graph.replay()
-                    else:
-                        self.step(state, None if state.static else T + i - 1)
-                arrived[i].copy_(state.token[:, 0], non_blocking=True)
-                event = torch.cuda.Event() if on_gpu else None
-                if on_gpu:
-                    event.record()
-                pending.append((arrived[i], event))
-            if len(pending) <= lag and i < max_new_tokens:
-                continue
-            row, event = pending.popleft()
-            if on_gpu:
-                event.synchronize()
-            ids = [token if ok else None for token, ok in zip(row.tolist(), alive, strict=True)]
+        speed, start, first = Speed() if speed is None else speed, time.perf_counter(), None
+        self.prefill(state, prompt, generator)
+        alive = [True] * num_samples
+        for row in self.decode(state, len(prompt), max_new_tokens, generator):
+            ids = [token if going_on else None for token, going_on in zip(row, alive, strict=True)]
             now = time.perf_counter()
-            if begin is None:
-                begin, prefill_ms = now, (now - start) * 1000
+            if first is None:
+                first, speed.prefill_ms = now, (now - start) * 1000
             else:
-                count += sum(alive)
-            alive = [ok and token != EOT for token, ok in zip(ids, alive, strict=True)]
-            if stats is not None:
-                stats.prefill_ms, stats.decode_tokens, stats.decode_seconds = prefill_ms, count, now - begin
+                speed.decode_tokens += sum(alive)
+            speed.decode_seconds = now - first
+            alive = [going_on and token != EOT for token, going_on in zip(ids, alive, strict=True)]
             yield ids
             if not any(alive):
                 return
@@ -658,8 +708,8 @@ def write_samples(sampler, tokenizer, text, args, generator):
     options = SamplingOptions(args.temperature, args.top_k, args.top_p)
     streams = [TextStream(tokenizer) for _ in range(args.num_samples)]
     pieces = [[] for _ in streams]
-    stats = SimpleNamespace(prefill_ms=0.0, decode_tokens=0, decode_seconds=0.0)
-    rows = sampler.generate(prompt, new, args.num_samples, options, generator, stats)
+    speed = Speed()
+    rows = sampler.generate(prompt, new, args.num_samples, options, generator, speed)
     shown = "" if args.interactive else text.replace("<|endoftext|>", "")
     for i, row in enumerate(rows):
         if i == 0 and len(streams) == 1:  # not before generate() has accepted the prompt
@@ -675,9 +725,9 @@ def write_samples(sampler, tokenizer, text, args, generator):
     else:
         for i, kept in enumerate(pieces):
             print(f"--- sample {i + 1} of {len(pieces)} ---\n{shown}{''.join(kept)}\n", flush=True)
-    speed = f"{stats.decode_tokens / stats.decode_seconds:,.1f} tokens/s" if stats.decode_tokens else "no further token"
-    print(f"prefill: {len(prompt)} tokens in {stats.prefill_ms:.1f} ms | decoding: {stats.decode_tokens} tokens in "
-          f"{stats.decode_seconds:.2f} s, {speed}", file=sys.stderr, flush=True)
+    rate = f"{speed.decode_tokens / speed.decode_seconds:,.1f} tokens/s" if speed.decode_tokens else "no further token"
+    print(f"prefill: {len(prompt)} tokens in {speed.prefill_ms:.1f} ms | decoding: {speed.decode_tokens} tokens in "
+          f"{speed.decode_seconds:.2f} s, {rate}", file=sys.stderr, flush=True)
 
 
 def run(args):
