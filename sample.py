@@ -34,12 +34,17 @@ import torch.nn.functional as F
 
 from nanofp8 import plain
 from nanofp8.checkpoint import find_checkpoint, load_weights, read_checkpoint
-from nanofp8.config import UserError
-from nanofp8.shards import EOT
+from nanofp8.config import OneLineParser, UserError
+from nanofp8.files import replace_file
+from nanofp8.shards import EOT, GPT2_VOCAB
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-GPT2_VOCAB = 50257  # token ids from here on are only there to round the vocabulary up: never sampled
 DEFAULT_NEW_TOKENS = 256
+
+
+def first_line(error):
+    """What an exception of torch or of the Hub says first: the cause. General advice fills the lines below."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 # =====================================================================================================
@@ -283,14 +288,12 @@ class Sampler:
             try:
                 self.step(state)
             except Exception as error:
-                lines = str(error).strip().splitlines() or [type(error).__name__]
-                raise UserError(f"--compile does not work here ({lines[0]}): leave it out") from error
+                raise UserError(f"--compile does not work here ({first_line(error)}): leave it out") from error
         if self.cuda_graph:
             try:
                 state.graph = self.capture(state)
             except Exception as error:
-                lines = str(error).strip().splitlines() or [type(error).__name__]
-                print(f"no CUDA graph ({lines[0]}): decoding step by step", file=sys.stderr, flush=True)
+                print(f"no CUDA graph ({first_line(error)}): decoding step by step", file=sys.stderr, flush=True)
                 self.cuda_graph = False
                 state.static = self.compiled is not None
         self.state = state
@@ -583,9 +586,8 @@ def export(folder, shape, weights, meta, dtype=torch.float32, name=None):
         with open(os.path.join(folder, "README.md"), "w", encoding="utf-8") as f:
             f.write(card)
         # The weights last, and under their name only when they are whole
-        temporary = os.path.join(folder, "model.safetensors.partial")
-        save_file(tensors, temporary, metadata={"format": "pt"})
-        os.replace(temporary, os.path.join(folder, "model.safetensors"))
+        replace_file(os.path.join(folder, "model.safetensors"),
+                     lambda temporary: save_file(tensors, temporary, metadata={"format": "pt"}))
     except UserError:
         raise
     except Exception as error:  # OSError, or safetensors' own
@@ -607,20 +609,12 @@ def upload(folder, repo):
         api.create_repo(repo, private=True, exist_ok=True)
         return api.upload_folder(repo_id=repo, folder_path=folder)
     except Exception as error:  # the network, the login, the name: each has exceptions of its own
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(f"upload to {repo} failed ({lines[0]}); {folder} is complete: log in with `hf auth login`, "
-                        f"then `hf upload {repo} {folder}`") from error
+        raise UserError(f"upload to {repo} failed ({first_line(error)}); {folder} is complete: log in with "
+                        f"`hf auth login`, then `hf upload {repo} {folder}`") from error
 
 
 # =====================================================================================================
 # Command line
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line."""
-
-    def error(self, message):
-        raise UserError(f"{message} (--help lists the options)", 2)
 
 
 def number_type(kind, low, high, what, open_low=False):
@@ -640,8 +634,7 @@ def number_type(kind, low, high, what, open_low=False):
 
 def parse_arguments(argv):
     count = number_type(int, 1, math.inf, "a whole number of at least 1")
-    parser = Parser(prog="sample.py", description=__doc__, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(prog="sample.py", description=__doc__)
     add = parser.add_argument
     add("--ckpt", default="out", metavar="PATH", help="a checkpoint, a run folder, or a folder of runs, of which the "
         "newest checkpoint counts (default: out)")
@@ -784,7 +777,7 @@ def main(argv=None):
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and "alloc" not in str(error) and "overflow" not in str(error):
             raise
-        print_error(f"out of memory ({str(error).splitlines()[0]}): try fewer --num_samples, or --device=cpu")
+        print_error(f"out of memory ({first_line(error)}): try fewer --num_samples, or --device=cpu")
         raise SystemExit(1) from error
     except KeyboardInterrupt as error:
         print(file=sys.stderr)

@@ -583,7 +583,9 @@ def test_export_in_bf16_and_never_over_other_files(tmp_path, out_dir, tokenizer,
     weights = torch_file.load_file(folder / "model.safetensors")
     assert {w.dtype for w in weights.values()} == {torch.bfloat16}
     assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
-    assert not list(folder.glob("*.partial"))
+    assert {f.name for f in folder.iterdir()} == {
+        "config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json",
+        "merges.txt", "README.md", "model.safetensors"}  # and no temporary file
     before = sorted((f.name, f.stat().st_mtime_ns) for f in folder.iterdir())
     result = main_here(capsys, f"--ckpt={out_dir}", f"--export={folder}")
     assert result.code == 2 and "not empty" in result.err
