@@ -12,13 +12,16 @@ numbers. Under DDP and FSDP2 every rank runs the pass on its own micro-batch, an
 import functools
 import itertools
 import math
-import os
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch.distributed.tensor import DTensor
 
 from nanofp8 import plain, te_emulation
+from nanofp8.files import replace_file
 
 KINDS = ("input", "weight", "gradient")
 TOKENS = 4096       # of the micro-batch, in whole sequences: more change the numbers little, and take their time
@@ -99,14 +102,82 @@ def head_gradient(head, h, targets, loss_scale, see):
     return torch.cat(gradients)
 
 
+@dataclass
+class Recorder:
+    """Take the statistics of each tensor that the pass shows, without waiting for the GPU."""
+
+    recipe: Any           # of te_emulation.py or of Transformer Engine
+    scales: dict          # precision.fp8_state(model): delayed scaling's live scales
+    in_bf16: Collection   # names of the layers that are not quantized
+    loss_scale: float     # factor of a micro-batch's summed loss
+    logit_scale: float | None  # scale of the gradients of an FP8 head's logits; None: the head is in bf16
+    seen: dict = field(default_factory=dict)  # {(matmul, kind): fp32 (5,), the STATISTICS}
+
+    def see_block(self, block, matmul, kind, tensor):
+        """Record an operand (M, N) of a matmul of block number `block`."""
+        layer, forward_slots, backward_slot = MATMULS[matmul]
+        if f"blocks.{block}.{layer}" in self.in_bf16:
+            return
+        scale = None
+        if self.recipe.delayed():
+            held, slot = "scaling_fwd", forward_slots[kind == "weight"]
+            if kind == "gradient":
+                held, slot = "scaling_bwd", backward_slot
+            scale = self.scales[f"blocks.{block}.{layer}.{held}.scale"][slot]
+        self.seen[f"blocks.{block}.{matmul}", kind] = te_emulation.quantization_stats(tensor, self.recipe, kind, scale)
+
+    def see_head(self, kind, tensor):
+        """Record an operand (M, N) of the head's matmuls, which use current scaling whatever the recipe."""
+        if self.logit_scale is None:
+            return
+        scale = None
+        if kind == "gradient":
+            scale = torch.tensor(self.logit_scale / self.loss_scale, device=tensor.device)
+        recipe = te_emulation.recipe.Float8CurrentScaling()
+        self.seen["head", kind] = te_emulation.quantization_stats(tensor, recipe, kind, scale)
+
+    def results(self, n_layer):
+        """Return what collect() returns. Waits for the GPU, once."""
+        layers = {f"blocks.{i}.{matmul}": {} for i in range(n_layer) for matmul in MATMULS} | {"head": {}}
+        rows = torch.stack(list(self.seen.values())).tolist() if self.seen else []
+        found = dict(zip(self.seen, rows, strict=True))
+        for layer, kind in itertools.product(layers, KINDS):
+            if (layer, kind) in found:
+                numbers = [v if math.isfinite(v) else None for v in found[layer, kind]]
+                layers[layer][kind] = dict(zip(te_emulation.STATISTICS, numbers, strict=True))
+        return layers
+
+
+def run_pass(model, x, y, recorder):
+    """Run one forward and backward pass that shows the recorder each operand.
+
+    A first forward pass without gradients keeps the input of each block. Then, from the last block to the first, each
+    block runs again with gradients, so that only one block's activations exist at once.
+    """
+    cfg = model.cfg
+
+    def run_block(i, h, see):
+        return block_forward(model.blocks[i], h, model.cos, model.sin, cfg.n_head, cfg.norm_eps, see)
+
+    with torch.no_grad():
+        inputs = [plain.rms_norm(F.embedding(x.long(), whole(model.embed.weight)), cfg.norm_eps)]
+        for i in range(cfg.n_layer):
+            inputs.append(run_block(i, inputs[-1], lambda *_: None))
+    last = inputs.pop().requires_grad_()
+    h = rms_norm_with_gain(last, cfg.norm_eps, whole(model.norm.weight))
+    gradient = head_gradient(model.head, h.detach().flatten(0, 1), y.flatten(), recorder.loss_scale, recorder.see_head)
+    (gradient,) = torch.autograd.grad(h, last, gradient.view_as(h))
+    for i in reversed(range(cfg.n_layer)):
+        h = inputs.pop().requires_grad_()
+        out = run_block(i, h, functools.partial(recorder.see_block, i))
+        (gradient,) = torch.autograd.grad(out, h, gradient)
+
+
 def collect(model, x, y, recipe, scales, in_bf16, loss_scale, logit_scale=None):
     """Statistics of one micro-batch.
 
     Gradients are those of the mean loss of a step, the head's too, which training multiplies by loss_scale only after
     its matmuls.
-
-    A block's inputs are kept from a first pass without gradients; then, from the last block to the first, each runs
-    again with them, so that no more than one block's activations exist at once.
 
     Args:
         model: train.py's GPT, plain, or sharded by FSDP2.
@@ -120,53 +191,12 @@ def collect(model, x, y, recipe, scales, in_bf16, loss_scale, logit_scale=None):
     Returns: {"blocks.0.attn.qkv": {"input": {"amax": 3.1, ...}, "weight": {...}, "gradient": {...}}, ...}; numbers that
         are not finite are None.
     """
-    cfg, seen = model.cfg, {}
     x, y = (t[:max(1, TOKENS // t.shape[1])] for t in (x, y))
+    recorder = Recorder(recipe, scales, in_bf16, loss_scale, logit_scale)
     random_state = te_emulation.get_rng_state()
-
-    def watch(block, matmul, kind, tensor):
-        layer, forward_slots, backward_slot = MATMULS[matmul]
-        if f"blocks.{block}.{layer}" in in_bf16:
-            return
-        scale = None
-        if recipe.delayed():
-            held, slot = "scaling_fwd", forward_slots[kind == "weight"]
-            if kind == "gradient":
-                held, slot = "scaling_bwd", backward_slot
-            scale = scales[f"blocks.{block}.{layer}.{held}.scale"][slot]
-        seen[f"blocks.{block}.{matmul}", kind] = te_emulation.quantization_stats(tensor, recipe, kind, scale)
-
-    def watch_head(kind, tensor):
-        if logit_scale is not None:
-            scale = torch.tensor(logit_scale / loss_scale, device=tensor.device) if kind == "gradient" else None
-            recipe_of_head = te_emulation.recipe.Float8CurrentScaling()
-            seen["head", kind] = te_emulation.quantization_stats(tensor, recipe_of_head, kind, scale)
-
-    def run_block(i, h, see):
-        return block_forward(model.blocks[i], h, model.cos, model.sin, cfg.n_head, cfg.norm_eps, see)
-
-    with torch.no_grad():
-        inputs = [plain.rms_norm(F.embedding(x.long(), whole(model.embed.weight)), cfg.norm_eps)]
-        for i in range(cfg.n_layer):
-            inputs.append(run_block(i, inputs[-1], lambda *_: None))
-    last = inputs.pop().requires_grad_()
-    h = rms_norm_with_gain(last, cfg.norm_eps, whole(model.norm.weight))
-    gradient = head_gradient(model.head, h.detach().flatten(0, 1), y.flatten(), loss_scale, watch_head).view_as(h)
-    (gradient,) = torch.autograd.grad(h, last, gradient)
-    for i in reversed(range(cfg.n_layer)):
-        h = inputs.pop().requires_grad_()
-        out = run_block(i, h, functools.partial(watch, i))
-        (gradient,) = torch.autograd.grad(out, h, gradient)
+    run_pass(model, x, y, recorder)
     te_emulation.set_rng_state(random_state)
-
-    layers = {}
-    if seen:
-        rows = torch.stack(list(seen.values())).tolist()  # waits for the GPU, once
-        for (layer, kind), row in zip(seen, rows, strict=True):
-            numbers = [v if math.isfinite(v) else None for v in row]
-            layers.setdefault(layer, {})[kind] = dict(zip(te_emulation.STATISTICS, numbers, strict=True))
-    names = [f"blocks.{i}.{m}" for i in range(cfg.n_layer) for m in MATMULS] + ["head"]
-    return {n: {k: layers[n][k] for k in KINDS} if n in layers else {} for n in names}
+    return recorder.results(model.cfg.n_layer)
 
 
 # =====================================================================================================
@@ -174,7 +204,61 @@ def collect(model, x, y, recipe, scales, in_bf16, loss_scale, logit_scale=None):
 
 TITLES = {"amax": "largest magnitude (amax)", "scale": "scale", "saturated": "saturated, share of non-zero values",
           "underflow": "become zero, share of non-zero values", "error": "relative quantization error"}
+SHARES = ("saturated", "underflow")
 FLOOR = 1e-6  # shares below are drawn as none
+
+
+def bands_of(records):
+    """Return the layers to draw from top to bottom, in bands: one band for each matmul of the blocks, and the head's.
+
+    Returns: (bands, n_blocks); bands is a list of lists of layer names.
+    """
+    n_blocks = 1 + max(int(name.split(".")[1]) for record in records for name in record["layers"] if name != "head")
+    bands = [[f"blocks.{i}.{matmul}" for i in range(n_blocks)] for matmul in MATMULS]
+    if any(record["layers"].get("head") for record in records):
+        bands.append(["head"] * max(1, n_blocks // 4))  # drawn several rows high, or it could not be seen
+    return bands, n_blocks
+
+
+def color_scale(stat, grid):
+    """Choose matplotlib's norm for a grid of one statistic, and mask what it cannot show: (norm, grid)."""
+    import numpy as np
+    from matplotlib.colors import LogNorm, Normalize
+
+    known = grid.compressed()
+    if stat in SHARES:
+        return LogNorm(FLOOR, 1.0), np.ma.maximum(grid, FLOOR / 2)
+    if stat == "error":
+        low, high = (known.min(), known.max()) if known.size and known.max() > 0 else (0, 1)
+        return Normalize(min(low, 0.8 * high), high), grid
+    positive = known[known > 0]
+    low, high = (positive.min(), positive.max()) if positive.size else (1, 1)
+    return LogNorm(low, high if high > low else low * 10), np.ma.masked_less_equal(grid, 0)
+
+
+def draw_panel(axes, records, bands, stat, kind):
+    """Draw one heat map: layers x steps, one statistic of one kind of tensor, with its color bar."""
+    import matplotlib
+    import numpy as np
+    from matplotlib.ticker import NullFormatter
+
+    layers = sum(bands, [])
+    cells = [[record["layers"].get(name, {}).get(kind, {}).get(stat) for record in records] for name in layers]
+    norm, grid = color_scale(stat, np.ma.masked_invalid(np.array(cells, dtype=float)))
+    share = stat in SHARES
+    cmap = matplotlib.colormaps["magma_r" if share else "viridis"].with_extremes(bad="0.88", under="white")
+    image = axes.imshow(grid, aspect="auto", interpolation="nearest", cmap=cmap, norm=norm,
+                        extent=(-0.5, len(records) - 0.5, len(layers) - 0.5, -0.5))
+    bar = axes.figure.colorbar(image, ax=axes, pad=0.01, aspect=16, extend="min" if share else "neither")
+    bar.ax.tick_params(which="both", labelsize=7)
+    if share or (norm.vmin > 0 and norm.vmax > 30 * norm.vmin):  # label whole powers of ten only
+        bar.ax.yaxis.set_minor_formatter(NullFormatter())
+    for end in itertools.accumulate(map(len, bands[:-1])):
+        axes.axhline(end - 0.5, color="0.35", linewidth=0.8)
+    axes.set_title(kind if stat == te_emulation.STATISTICS[0] else "", fontsize=12, fontweight="bold")
+    axes.tick_params(labelsize=8, left=False)
+    for side in axes.spines.values():
+        side.set_color("0.35")
 
 
 def plot(records, path):
@@ -182,61 +266,26 @@ def plot(records, path):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    import numpy as np
-    from matplotlib.colors import LogNorm, Normalize
-    from matplotlib.ticker import NullFormatter
 
-    records = [r for r in records if r["kind"] == "fp8_stats" and any(r["layers"].values())]
+    records = [record for record in records if record["kind"] == "fp8_stats" and any(record["layers"].values())]
     if not records:
         return
-    n_blocks = 1 + max(int(name.split(".")[1]) for r in records for name in r["layers"] if name != "head")
-    bands = [[f"blocks.{i}.{m}" for i in range(n_blocks)] for m in MATMULS]  # one for each matmul
-    if any(r["layers"].get("head") for r in records):
-        bands.append(["head"] * max(1, n_blocks // 4))  # drawn higher than it is, to be seen
-    layers, ends = sum(bands, []), list(itertools.accumulate(map(len, bands)))
-    steps = [r["step"] + 1 for r in records]
-    stats = te_emulation.STATISTICS
-    fig, axes = plt.subplots(len(stats), len(KINDS), figsize=(13, 15), sharex=True, sharey=True, layout="constrained")
-    for row, stat in zip(axes, stats, strict=True):
-        for ax, kind in zip(row, KINDS, strict=True):
-            cells = [[r["layers"].get(n, {}).get(kind, {}).get(stat) for r in records] for n in layers]
-            grid = np.ma.masked_invalid(np.array(cells, dtype=float))
-            share = stat in ("saturated", "underflow")
-            cmap = matplotlib.colormaps["magma_r" if share else "viridis"].with_extremes(bad="0.88", under="white")
-            known = grid.compressed()
-            if share:
-                norm = LogNorm(FLOOR, 1.0)
-            elif stat == "error":
-                low, high = (known.min(), known.max()) if known.size and known.max() > 0 else (0, 1)
-                norm = Normalize(min(low, 0.8 * high), high)
-            else:
-                positive = known[known > 0]
-                low, high = (positive.min(), positive.max()) if positive.size else (1, 1)
-                norm = LogNorm(low, high if high > low else low * 10)
-                grid = np.ma.masked_less_equal(grid, 0)
-            image = ax.imshow(np.ma.maximum(grid, FLOOR / 2) if share else grid, aspect="auto", interpolation="nearest",
-                              cmap=cmap, norm=norm, extent=(-0.5, len(steps) - 0.5, len(layers) - 0.5, -0.5))
-            bar = fig.colorbar(image, ax=ax, pad=0.01, aspect=16, extend="min" if share else "neither")
-            bar.ax.tick_params(which="both", labelsize=7)
-            if share or (norm.vmin > 0 and norm.vmax > 30 * norm.vmin):  # whole powers of ten are enough
-                bar.ax.yaxis.set_minor_formatter(NullFormatter())
-            for end in ends[:-1]:
-                ax.axhline(end - 0.5, color="0.35", linewidth=0.8)
-            ax.set_title(kind if stat == stats[0] else "", fontsize=12, fontweight="bold")
-            ax.tick_params(labelsize=8, left=False)
-            for side in ax.spines.values():
-                side.set_color("0.35")
+    bands, n_blocks = bands_of(records)
+    fig, grid = plt.subplots(len(te_emulation.STATISTICS), len(KINDS), figsize=(13, 15), sharex=True, sharey=True,
+                             layout="constrained")
+    for row, stat in zip(grid, te_emulation.STATISTICS, strict=True):
+        for axes, kind in zip(row, KINDS, strict=True):
+            draw_panel(axes, records, bands, stat, kind)
         row[0].set_ylabel(TITLES[stat], fontsize=9)
+    ends = itertools.accumulate(map(len, bands))
     middles = [end - len(band) / 2 - 0.5 for end, band in zip(ends, bands, strict=True)]
-    axes[0, 0].set_yticks(middles, [band[0].split(".")[-1] for band in bands])
-    shown = sorted({round(i * (len(steps) - 1) / 5) for i in range(6)})
-    axes[0, 0].set_xticks(shown, [f"{steps[i]:,}" for i in shown])
-    for ax in axes[-1]:
-        ax.set_xlabel("optimizer steps", fontsize=9)
+    grid[0, 0].set_yticks(middles, [band[0].split(".")[-1] for band in bands])
+    shown = sorted({round(i * (len(records) - 1) / 5) for i in range(6)})
+    grid[0, 0].set_xticks(shown, [f"{records[i]['step'] + 1:,}" for i in shown])
+    for axes in grid[-1]:
+        axes.set_xlabel("optimizer steps", fontsize=9)
     fig.suptitle(f"What {records[-1]['format']} does to the matmuls' operands\n"
                  f"each matmul's band goes from block 0 (top) to block {n_blocks - 1} (bottom); "
                  "grey: kept in bf16, or nothing to show", fontsize=11)
-    temporary = path + ".new"
-    fig.savefig(temporary, dpi=110, format="png")
-    os.replace(temporary, path)
+    replace_file(path, lambda temporary: fig.savefig(temporary, dpi=110, format="png"))
     plt.close(fig)
