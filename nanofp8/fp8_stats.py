@@ -12,46 +12,48 @@ numbers. Under DDP and FSDP2 every rank runs the pass on its own micro-batch, an
 import functools
 import itertools
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from nanofp8 import plain, te_emulation
 from nanofp8.files import replace_file
 
 KINDS = ("input", "weight", "gradient")
-TOKENS = 4096       # of the micro-batch, in whole sequences: more change the numbers little, and take their time
-HEAD_TOKENS = 1024  # the first of them, whose logits' gradients are looked at: each has as many as there are words
+TOKENS = 4096       # tokens of the micro-batch that the pass uses, in whole sequences; more hardly change the numbers
+HEAD_TOKENS = 1024  # the head's gradient statistics use the first of them: logits are large (HEAD_TOKENS x vocab_size)
 # Matmul -> where its layer keeps delayed scaling's state:
 # (layer, slots of input and weight in scaling_fwd, slot of the gradient in scaling_bwd)
 MATMULS = {"attn.qkv": ("attn.qkv", (0, 1), 0), "attn.proj": ("attn.proj", (0, 1), 0),
            "mlp.fc1": ("mlp", (0, 1), 0), "mlp.fc2": ("mlp", (3, 4), 2)}
+Statistics = dict[str, dict[str, dict[str, float | None]]]  # layer -> kind of tensor -> name of the number -> number
 
 # =====================================================================================================
 # The pass
 
 
-def whole(parameter):
-    """A parameter as a plain tensor; sharded ones are gathered, so all ranks must call."""
+def whole(parameter: Tensor) -> Tensor:
+    """Return a parameter as a plain tensor. A sharded one is gathered, so all ranks must call this."""
     return (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter).detach()
 
 
-def multiply(a, b):
-    """a @ b of bf16 matrices, in bf16. A CPU multiplies in fp32, which is fast on every CPU."""
+def multiply(a: Tensor, b: Tensor) -> Tensor:
+    """Return a @ b of bf16 matrices, in bf16. On a CPU the product is computed in fp32, which every CPU does fast."""
     return a @ b if a.is_cuda else (a.float() @ b.float()).to(a.dtype)
 
 
-def rms_norm_with_gain(x, eps, gain):
-    """RMSNorm with gain (C,) fp32 over the last dimension of x, in fp32, returned in bf16."""
+def rms_norm_with_gain(x: Tensor, eps: float, gain: Tensor) -> Tensor:
+    """Apply RMSNorm with gain (C,) fp32 over the last dimension of x, computed in fp32, returned in bf16."""
     return (x.float() * plain.inverse_rms(x, eps) * gain).bfloat16()
 
 
 class WatchedMatmul(torch.autograd.Function):
-    """x (..., K) bf16 @ weight (N, K)^T; `see(kind, tensor)` is shown both, and the gradient of the result."""
+    """Compute x (..., K) bf16 @ weight (N, K)^T. see(kind, tensor) gets x, the weight and the result's gradient."""
 
     @staticmethod
     def forward(ctx, x, weight, see):
@@ -66,8 +68,14 @@ class WatchedMatmul(torch.autograd.Function):
         return multiply(dy, ctx.weight), None, None
 
 
-def block_forward(block, x, cos, sin, n_head, eps, see):
-    """A block of train.py's model on x (B, T, C) bf16; see(matmul, kind, tensor) is shown what its matmuls take."""
+def block_forward(
+    block: torch.nn.Module, x: Tensor, cos: Tensor, sin: Tensor, n_head: int, eps: float,
+    see: Callable[[str, str, Tensor], None],
+) -> Tensor:
+    """Run a block of train.py's model on x (B, T, C) bf16, with its present weights and gains.
+
+    see(matmul, kind, tensor) is called with each operand of its matmuls as a matrix; with gradients in backward.
+    """
 
     def linear(name, h):
         weight = whole(block.get_parameter(plain.MATRICES[name]))
@@ -83,18 +91,22 @@ def block_forward(block, x, cos, sin, n_head, eps, see):
     return plain.block_forward(x, linear, norm, attend)
 
 
-def head_gradient(head, h, targets, loss_scale, see):
-    """Gradient of loss_scale x summed cross-entropy for h (N, C) bf16, HEAD_TOKENS at a time.
+def head_gradient(
+    head: torch.nn.Module, h: Tensor, targets: Tensor, loss_scale: float, see: Callable[[str, Tensor], None]
+) -> Tensor:
+    """Return the gradient (N, C) bf16 of loss_scale x summed cross-entropy with respect to h (N, C) bf16.
 
-    see(kind, tensor) is shown h, the weight, and the gradient of the first logits, fp32.
+    Works on HEAD_TOKENS tokens at a time. see(kind, tensor) is called with h, the weight, and the gradient of the
+    first HEAD_TOKENS tokens' logits in fp32.
     """
     weight, gradients = whole(head.weight), []
     see("input", h)
     see("weight", weight)
     weight = weight.to(h.dtype)
-    for hc, tc in zip(h.split(HEAD_TOKENS), targets.split(HEAD_TOKENS), strict=True):
-        logits = multiply(hc, weight.t()).float().requires_grad_()
-        loss = F.cross_entropy(plain.softcap(logits, head.softcap), tc, ignore_index=-1, reduction="sum") * loss_scale
+    for some_h, some_targets in zip(h.split(HEAD_TOKENS), targets.split(HEAD_TOKENS), strict=True):
+        logits = multiply(some_h, weight.t()).float().requires_grad_()
+        capped = plain.softcap(logits, head.softcap)
+        loss = F.cross_entropy(capped, some_targets, ignore_index=-1, reduction="sum") * loss_scale
         (gradient,) = torch.autograd.grad(loss, logits)
         if not gradients:
             see("gradient", gradient)
@@ -104,16 +116,16 @@ def head_gradient(head, h, targets, loss_scale, see):
 
 @dataclass
 class Recorder:
-    """Take the statistics of each tensor that the pass shows, without waiting for the GPU."""
+    """Compute the statistics of each operand as the pass reaches it, without waiting for the GPU."""
 
-    recipe: Any           # of te_emulation.py or of Transformer Engine
-    scales: dict          # precision.fp8_state(model): delayed scaling's live scales
-    in_bf16: Collection   # names of the layers that are not quantized
-    loss_scale: float     # factor of a micro-batch's summed loss
+    recipe: Any                # of te_emulation.py or of Transformer Engine
+    scales: dict[str, Tensor]  # precision.fp8_state(model): delayed scaling's live scales
+    in_bf16: Collection[str]   # names of the layers that are not quantized
+    loss_scale: float          # factor of a micro-batch's summed loss
     logit_scale: float | None  # scale of the gradients of an FP8 head's logits; None: the head is in bf16
-    seen: dict = field(default_factory=dict)  # {(matmul, kind): fp32 (5,), the STATISTICS}
+    seen: dict[tuple[str, str], Tensor] = field(default_factory=dict)  # (matmul, kind) -> fp32 (5,), the STATISTICS
 
-    def see_block(self, block, matmul, kind, tensor):
+    def see_block(self, block: int, matmul: str, kind: str, tensor: Tensor) -> None:
         """Record an operand (M, N) of a matmul of block number `block`."""
         layer, forward_slots, backward_slot = MATMULS[matmul]
         if f"blocks.{block}.{layer}" in self.in_bf16:
@@ -126,7 +138,7 @@ class Recorder:
             scale = self.scales[f"blocks.{block}.{layer}.{held}.scale"][slot]
         self.seen[f"blocks.{block}.{matmul}", kind] = te_emulation.quantization_stats(tensor, self.recipe, kind, scale)
 
-    def see_head(self, kind, tensor):
+    def see_head(self, kind: str, tensor: Tensor) -> None:
         """Record an operand (M, N) of the head's matmuls, which use current scaling whatever the recipe."""
         if self.logit_scale is None:
             return
@@ -136,20 +148,20 @@ class Recorder:
         recipe = te_emulation.recipe.Float8CurrentScaling()
         self.seen["head", kind] = te_emulation.quantization_stats(tensor, recipe, kind, scale)
 
-    def results(self, n_layer):
-        """Return what collect() returns. Waits for the GPU, once."""
+    def results(self, n_layer: int) -> Statistics:
+        """Return what collect() returns. This waits for the GPU, once."""
         layers = {f"blocks.{i}.{matmul}": {} for i in range(n_layer) for matmul in MATMULS} | {"head": {}}
         rows = torch.stack(list(self.seen.values())).tolist() if self.seen else []
         found = dict(zip(self.seen, rows, strict=True))
         for layer, kind in itertools.product(layers, KINDS):
             if (layer, kind) in found:
-                numbers = [v if math.isfinite(v) else None for v in found[layer, kind]]
+                numbers = [number if math.isfinite(number) else None for number in found[layer, kind]]
                 layers[layer][kind] = dict(zip(te_emulation.STATISTICS, numbers, strict=True))
         return layers
 
 
-def run_pass(model, x, y, recorder):
-    """Run one forward and backward pass that shows the recorder each operand.
+def run_pass(model: torch.nn.Module, x: Tensor, y: Tensor, recorder: Recorder) -> None:
+    """Run one forward and backward pass on token ids x and targets y (B, T), and show the recorder each operand.
 
     A first forward pass without gradients keeps the input of each block. Then, from the last block to the first, each
     block runs again with gradients, so that only one block's activations exist at once.
@@ -173,25 +185,30 @@ def run_pass(model, x, y, recorder):
         (gradient,) = torch.autograd.grad(out, h, gradient)
 
 
-def collect(model, x, y, recipe, scales, in_bf16, loss_scale, logit_scale=None):
-    """Statistics of one micro-batch.
+def collect(
+    model: torch.nn.Module, x: Tensor, y: Tensor, recipe: Any, scales: dict[str, Tensor], in_bf16: Collection[str],
+    loss_scale: float, logit_scale: float | None = None,
+) -> Statistics:
+    """Compute the statistics of one micro-batch. All ranks must call this if the parameters are sharded.
 
-    Gradients are those of the mean loss of a step, the head's too, which training multiplies by loss_scale only after
-    its matmuls.
+    Gradients are those of a step's mean loss. That holds for the head as well, although training multiplies its
+    gradients by loss_scale only after its matmuls.
 
     Args:
-        model: train.py's GPT, plain, or sharded by FSDP2.
-        x, y: (B, T) token ids and targets; the first sequences are looked at, up to TOKENS tokens, and at least one.
-        recipe: of te_emulation.py or of Transformer Engine.
-        scales: train.fp8_state(model), for delayed scaling's live scales.
-        in_bf16: names of the layers that are not quantized; they have no statistics, {"blocks.0.attn.qkv": {}}.
-        loss_scale: what training multiplies a micro-batch's summed loss by.
-        logit_scale: of an FP8 head, the scale of the summed loss's gradients; None: the head is in bf16, and has no
-            statistics.
-    Returns: {"blocks.0.attn.qkv": {"input": {"amax": 3.1, ...}, "weight": {...}, "gradient": {...}}, ...}; numbers that
-        are not finite are None.
+        model: train.py's GPT, not wrapped, or sharded by FSDP2.
+        x, y: (B, T) token ids and targets (int64; -1: no target). The first sequences are used: TOKENS tokens at most,
+            one sequence at least.
+        recipe: the blocks' recipe, of te_emulation.py or of Transformer Engine.
+        scales: precision.fp8_state(model), which holds delayed scaling's live scales.
+        in_bf16: names of the layers that are not quantized. They have no statistics: {"blocks.0.attn.qkv": {}}.
+        loss_scale: the factor by which training multiplies a micro-batch's summed loss.
+        logit_scale: the scale of the gradients of an FP8 head's logits (of the summed loss). None: the head is in
+            bf16 and has no statistics.
+    Returns: {"blocks.0.attn.qkv": {"input": {"amax": 3.1, ...}, "weight": {...}, "gradient": {...}}, ..., "head": ...}.
+        The names of the numbers are te_emulation.STATISTICS. A number that is not finite is None.
     """
-    x, y = (t[:max(1, TOKENS // t.shape[1])] for t in (x, y))
+    sequences = max(1, TOKENS // x.shape[1])
+    x, y = x[:sequences], y[:sequences]
     recorder = Recorder(recipe, scales, in_bf16, loss_scale, logit_scale)
     random_state = te_emulation.get_rng_state()
     run_pass(model, x, y, recorder)
@@ -203,25 +220,25 @@ def collect(model, x, y, recipe, scales, in_bf16, loss_scale, logit_scale=None):
 # The picture
 
 TITLES = {"amax": "largest magnitude (amax)", "scale": "scale", "saturated": "saturated, share of non-zero values",
-          "underflow": "become zero, share of non-zero values", "error": "relative quantization error"}
+          "underflow": "underflow to zero, share of non-zero values", "error": "relative quantization error"}
 SHARES = ("saturated", "underflow")
-FLOOR = 1e-6  # shares below are drawn as none
+FLOOR = 1e-6  # smaller shares are drawn like 0
 
 
-def bands_of(records):
-    """Return the layers to draw from top to bottom, in bands: one band for each matmul of the blocks, and the head's.
+def bands_of(records: list[dict]) -> tuple[list[list[str]], int]:
+    """Return the layers to draw, from top to bottom, and the number of blocks.
 
-    Returns: (bands, n_blocks); bands is a list of lists of layer names.
+    The layers come as bands, lists of layer names: one band for each matmul of the blocks, then the head's, if any.
     """
     n_blocks = 1 + max(int(name.split(".")[1]) for record in records for name in record["layers"] if name != "head")
     bands = [[f"blocks.{i}.{matmul}" for i in range(n_blocks)] for matmul in MATMULS]
     if any(record["layers"].get("head") for record in records):
-        bands.append(["head"] * max(1, n_blocks // 4))  # drawn several rows high, or it could not be seen
+        bands.append(["head"] * max(1, n_blocks // 4))  # several rows high: one row is too thin to see
     return bands, n_blocks
 
 
-def color_scale(stat, grid):
-    """Choose matplotlib's norm for a grid of one statistic, and mask what it cannot show: (norm, grid)."""
+def color_scale(stat: str, grid: Any) -> tuple[Any, Any]:
+    """Choose the color scale for a masked array of one statistic: (matplotlib norm, array with more cells masked)."""
     import numpy as np
     from matplotlib.colors import LogNorm, Normalize
 
@@ -236,8 +253,8 @@ def color_scale(stat, grid):
     return LogNorm(low, high if high > low else low * 10), np.ma.masked_less_equal(grid, 0)
 
 
-def draw_panel(axes, records, bands, stat, kind):
-    """Draw one heat map: layers x steps, one statistic of one kind of tensor, with its color bar."""
+def draw_panel(axes: Any, records: list[dict], bands: list[list[str]], stat: str, kind: str) -> None:
+    """Draw one heat map with its color bar: layers x steps, one statistic of one kind of tensor."""
     import matplotlib
     import numpy as np
     from matplotlib.ticker import NullFormatter
@@ -261,8 +278,12 @@ def draw_panel(axes, records, bands, stat, kind):
         side.set_color("0.35")
 
 
-def plot(records, path):
-    """Heat maps of a run's "fp8_stats" records: layers x steps, a panel for each statistic and kind of tensor."""
+def plot(records: list[dict], path: str) -> None:
+    """Draw heat maps of a run's "fp8_stats" records into the PNG file `path`; nothing if no record has numbers.
+
+    Each statistic and kind of tensor has a panel, layers x steps. Records of other kinds are ignored.
+    Raises: ImportError without matplotlib; OSError. `path` never holds half a picture.
+    """
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt

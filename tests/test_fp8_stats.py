@@ -1,4 +1,4 @@
-"""FP8_STATS_INTERVAL: the numbers, the pass that finds them, the records and the picture."""
+"""FP8_STATS_INTERVAL: the numbers, the pass that computes them, the records in log.jsonl and the picture."""
 
 import contextlib
 import math
@@ -34,7 +34,7 @@ def stats(x, rcp, kind="input", scale=None):
 @pytest.mark.parametrize("kind, dtype, top", [("input", ml_dtypes.float8_e4m3fn, 448),
                                               ("gradient", ml_dtypes.float8_e5m2, 57344)])
 def test_delayed_scaling_by_hand(kind, dtype, top):
-    """A scale too large saturates, one too small lets values become zero; the shares are those of numpy's own cast."""
+    """Too large a scale saturates values, too small a one rounds them to zero: as many as with numpy's cast."""
     x = torch.randn(64, 48, generator=torch.Generator().manual_seed(0)) * torch.logspace(-6, 0, 48)
     x[:, 7] = 0
     for scale in (1.0, top / 1.5, 4.0 * top):
@@ -58,17 +58,17 @@ def test_delayed_scaling_by_hand(kind, dtype, top):
     (R.NVFP4BlockScaling(), "weight", 0.13), (R.NVFP4BlockScaling(), "gradient", 0.17),
 ], ids=lambda v: getattr(type(v), "__name__", v))
 def test_scales_from_the_tensor_itself_saturate_nothing(rcp, kind, error):
-    """Errors of a normal distribution in each format; stochastic rounding (NVFP4's gradients) is the larger one."""
+    """Check the error of normal values in each format. It is largest with stochastic rounding (NVFP4's gradients)."""
     x = torch.randn(256, 256, generator=torch.Generator().manual_seed(0)).bfloat16()
     got = stats(x, rcp, kind)
-    # Stochastic rounding has no neighbour above 6, and a block's scale is rounded, down as often as up
+    # A block's scale may be rounded down, so that its largest value lies above 6, where stochastic rounding saturates
     assert got["saturated"] == 0 or rcp.nvfp4() and kind == "gradient" and got["saturated"] < 1 / 16
     assert got["underflow"] < 0.2 and got["amax"] == x.abs().max()
     assert 0.6 * error < got["error"] < error
     spread = torch.cat([x, x * 1e-6])
     assert stats(spread, R.Float8CurrentScaling())["underflow"] > 0.4
     assert stats(spread, R.MXFP8BlockScaling())["underflow"] < 0.01
-    assert stats(spread, R.NVFP4BlockScaling())["underflow"] > 0.5  # where the scale of the block itself becomes 0
+    assert stats(spread, R.NVFP4BlockScaling())["underflow"] > 0.5  # here the scale of the block itself becomes 0
 
 
 @pytest.mark.parametrize("rcp", [R.DelayedScaling(), R.Float8CurrentScaling(), R.Float8BlockScaling(),
@@ -87,7 +87,7 @@ def test_odd_tensors(rcp):
 
 
 def test_the_pass_sees_what_training_sees(fresh):
-    """Inputs, weights and gradients of all matmuls, against those of the layers themselves in a bf16 pass."""
+    """Compare the inputs, weights and gradients of all matmuls with those of the layers themselves in a bf16 pass."""
     cfg = make_cfg(USE_FP8=False)
     model, (x, y) = make_model(cfg), tokens_and_targets(cfg)
     precision = train.select_precision(cfg, torch.device("cpu"))
@@ -151,14 +151,14 @@ def test_live_scales_and_layers_in_bf16(fresh):
         assert numbers["amax"] == pytest.approx(history.max().item(), rel=0.1)  # the same batch in bf16
         assert numbers["saturated"] < 1e-3 and 0.01 < numbers["error"] < 0.08
     assert all(torch.equal(v, before[k]) for k, v in fp8_state(model).items())
-    assert all(p.grad is not None for p in model.parameters())  # and not touched: they are those of the loop above
+    assert all(p.grad is not None for p in model.parameters())  # the gradients of the loop above are still there
 
 
 def test_the_head(fresh):
-    """An FP8 head's statistics are those of the tensors that training quantizes, with its scales."""
+    """The statistics of an FP8 head describe the tensors that training quantizes, with training's scales."""
     cfg = make_cfg(logit_softcap=2.0, loss_chunk_size=1024)  # one chunk
     model, (x, y) = make_model(cfg), tokens_and_targets(cfg)
-    torch.nn.init.normal_(model.head.weight, std=0.1)  # from zero: all gradients would be alike
+    torch.nn.init.normal_(model.head.weight, std=0.1)  # with a head of zeros all gradients would be alike
     y.view(-1)[:3] = -1
     precision, quantize, seen = train.select_precision(cfg, torch.device("cpu")), fused.quantize, []
 
