@@ -148,8 +148,8 @@ class SamplingOptions:
         elif self.top_p < 1:
             logits, index = logits.sort(descending=True)
         if self.top_p < 1:  # the fewest tokens, likeliest first, that have top_p together
-            p = logits.softmax(-1)
-            logits = logits.masked_fill(p.cumsum(-1) - p >= self.top_p, -torch.inf)
+            probabilities = logits.softmax(-1)
+            logits = logits.masked_fill(probabilities.cumsum(-1) - probabilities >= self.top_p, -torch.inf)
         best = (logits - noise[:, : logits.shape[-1]].clamp_min(1e-30).log()).argmax(-1)
         return best if index is None else index.gather(-1, best[:, None])[:, 0]
 
@@ -162,7 +162,7 @@ class DecodingState:
     cache: torch.Tensor     # (n_layer, 2, batch, n_head, span, head size), keys and values in the model's dtype
     token: torch.Tensor     # (batch, 1) int64, the newest token of each sample
     position: torch.Tensor  # (1,) int64, its place in the sequence
-    places: torch.Tensor    # (span,) int64, 0 to span - 1
+    cache_positions: torch.Tensor  # (span,) int64, 0 to span - 1
     noise: torch.Tensor     # (batch, tokens to choose from) fp32, Exponential(1) draws
     static: bool            # every step has the same shapes, and a mask hides the places that are still empty
     graph: Any = None       # the captured step, a torch.cuda.CUDAGraph, or None
@@ -269,19 +269,19 @@ class Sampler:
 
     # ---- decoding
 
-    def make_state(self, batch, needed, options):
-        """Buffers for `batch` samples of at most `needed` tokens, and with a CUDA graph the captured step."""
+    def make_state(self, batch, length, options):
+        """Buffers for `batch` samples of at most `length` tokens, and with a CUDA graph the captured step."""
         old = self.state
-        if old and (old.batch, old.options) == (batch, options) and old.span >= needed:
+        if old and (old.batch, old.options) == (batch, options) and old.span >= length:
             return old
         self.state = None  # frees the old cache (and graph) before the new one is made
         del old
-        span = min(-(-needed // 256) * 256, self.shape.block_size)
+        span = min(-(-length // 256) * 256, self.shape.block_size)
         state = DecodingState(
             options, self.new_cache(batch, span),
             token=torch.zeros(batch, 1, dtype=torch.int64, device=self.device),
             position=torch.zeros(1, dtype=torch.int64, device=self.device),
-            places=torch.arange(span, device=self.device),
+            cache_positions=torch.arange(span, device=self.device),
             noise=torch.ones(batch, self.n_tokens, device=self.device),
             static=self.cuda_graph or self.compiled is not None)
         if self.compiled:
@@ -315,17 +315,17 @@ class Sampler:
             self.step(state)
         return graph
 
-    def step(self, state, place=None):
+    def step(self, state, position=None):
         """One token further for all samples: reads token, position, noise and cache of the state, writes the next
         token.
 
-        place: the position as an int, for shapes that grow; None: static shapes.
+        position: the place in the sequence as an int, for shapes that grow; None: static shapes.
         """
-        if place is None:
-            mask = torch.where(state.places <= state.position, 0.0, -torch.inf).to(self.dtype)[None]
+        if position is None:
+            mask = torch.where(state.cache_positions <= state.position, 0.0, -torch.inf).to(self.dtype)[None]
             h = (self.compiled or self.hidden)(state.token, state.position, state.cache, state.span, mask)
         else:
-            h = self.hidden(state.token, state.position, state.cache, place + 1)
+            h = self.hidden(state.token, state.position, state.cache, position + 1)
         self.choose(state, h)
         state.position.add_(1)
 
