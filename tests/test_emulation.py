@@ -430,7 +430,7 @@ def test_state_can_be_made_before_the_first_pass():
     mlp.init_fp8_meta_tensors(rcp)
     with te.autocast(recipe=rcp):
         linear.init_fp8_metadata()
-        with pytest.raises(ValueError, match="2 GEMMs"):
+        with pytest.raises(ValueError, match="num_gemms must be 2"):
             mlp.init_fp8_metadata(num_gemms=1)
     assert mlp.fp8_meta["scaling_bwd"].scale.tolist() == [1] * 4
     state = linear.fp8_meta["scaling_fwd"]
@@ -847,7 +847,7 @@ def test_fused_wgrad_accumulation():
         (lambda: R.DelayedScaling(fp8_dpa=True), "attention"),
         (lambda: R.Float8CurrentScaling(use_power_2_scales=True), "use_power_2_scales"),
         (lambda: R.Float8BlockScaling(x_block_scaling_dim=2), "128"),
-        (lambda: R.MXFP8BlockScaling(enable_2d_quantization=True), "2D"),
+        (lambda: R.MXFP8BlockScaling(enable_2d_quantization=True), "enable_2d_quantization"),
         (lambda: R.NVFP4BlockScaling(nvfp4_4over6="all"), "4over6"),
         (lambda: R.NVFP4BlockScaling(backward_override="high_precision"), "backward_override"),
         (lambda: te.RMSNorm(), "normalized_shape"),
