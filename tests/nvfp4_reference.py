@@ -1,8 +1,8 @@
-"""Transformer Engine's own reference of NVFP4 (NVFP4QuantizerRef, plain PyTorch) beside te_emulation.py, on any device.
+"""Compare te_emulation.py with Transformer Engine's own NVFP4 reference (NVFP4QuantizerRef, plain PyTorch).
 
-On a GPU it is imported with TE. Without one, its source file is loaded alone, with stand-ins for the two base classes
-that it takes from TE's compiled part: TE_SOURCE names a checkout of TransformerEngine (2.20), or a folder that pip
-unpacked. Both tests/test_nvfp4_reference.py (CPU) and tests/gpu/test_nvfp4_vs_te.py run the comparisons below.
+On a GPU the reference is imported with TE. Without one, its source file is loaded alone, with stand-ins for the two
+base classes of TE's compiled part. TE_SOURCE is a checkout of TransformerEngine (2.20), or a folder that pip unpacked.
+tests/test_nvfp4_reference.py (CPU) and tests/gpu/test_nvfp4_vs_te.py (GPU) run the comparisons below.
 """
 
 import importlib.util
@@ -24,7 +24,7 @@ RHT_CASES = tuple(c for c in CASES if c not in ("tiny", "subnormal", "inf", "eve
 
 
 def load():
-    """The module reference_nvfp4, by import or from TE_SOURCE; None where neither is there."""
+    """Return the module reference_nvfp4, imported with TE or loaded from TE_SOURCE; None if there is neither."""
     name = "transformer_engine.pytorch.custom_recipes.reference_nvfp4"
     if torch.cuda.is_available():
         try:
@@ -58,7 +58,7 @@ def load():
 
 
 def values(case, dtype, device, shape=(256, 384)):
-    """A tensor to quantize. "ties" has the largest value 6 x 448, so that encode and block scales are exact."""
+    """Return a tensor to quantize. The largest value of "ties" is 6 x 448, so encode and block scales are exact."""
     g = torch.Generator().manual_seed(3)
     x = torch.randn(shape, generator=g)
     if case == "binades":
@@ -98,23 +98,26 @@ def values(case, dtype, device, shape=(256, 384)):
 
 
 def unpack(codes):
-    """Packed E2M1 codes (M, N/2) uint8, low half first -> codes (M, N) int32."""
+    """Unpack E2M1 codes (M, N/2) uint8, low half first, to (M, N) int32."""
     codes = codes.int()
     return torch.stack((codes & 15, codes >> 4), dim=-1).flatten(1)
 
 
 def e2m1_codes(x):
-    """Codes (int32) of fp32 values on the E2M1 grid, the sign in bit 3."""
+    """Return the codes (int32) of fp32 values on the E2M1 grid; bit 3 is the sign."""
     grid = torch.tensor([0, .5, 1, 1.5, 2, 3, 4, 6], device=x.device)
     return torch.searchsorted(grid, x.abs()).int() + 8 * torch.signbit(x).int()
 
 
 def quantize_both(reference, x, two_d=False, rht=False):
-    """(theirs, ours), each {name: tensor}: codes, block scales (as bytes) and amax, along rows and along columns."""
+    """Quantize x with the reference and with the emulation, along rows and along columns.
+
+    Returns: (theirs, ours), each {name: tensor}: codes, block scales as bytes, amax.
+    """
     quantizer = reference.NVFP4QuantizerRef(dtype=reference.reference_utils.Fp4Formats.E2M1,
                                             quant_tile_shape=(16, 16) if two_d else (1, 16), with_rht=rht)
     row, row_scale, col, col_scale, row_amax, col_amax = quantizer._quantize(x)
-    if two_d:  # the reference repeats a square's scale for each of its rows
+    if two_d:  # the reference repeats the scale of a 16x16 square for each row
         for scale in (row_scale, col_scale):
             assert torch.equal(scale[::16].repeat_interleave(16, 0).view(torch.uint8), scale.view(torch.uint8))
         row_scale, col_scale = row_scale[::16], col_scale[::16]
@@ -133,15 +136,18 @@ def quantize_both(reference, x, two_d=False, rht=False):
 
 
 def mismatches(reference, x, **how):
-    """{name: number of elements that differ} of the six tensors of quantize_both."""
+    """Return {name: number of elements that differ} for the six tensors of quantize_both()."""
     theirs, ours = quantize_both(reference, x, **how)
     assert all(theirs[n].shape == ours[n].shape for n in theirs)
     return {n: int((theirs[n] != ours[n]).sum()) for n in theirs}
 
 
 def matmul_both(reference, rht=True, tokens=128, width=64, out=96, device="cpu"):
-    """Output, input gradient and weight gradient of one linear layer by the reference's quantizers and its blockwise
-    matmul, and by the emulation (no stochastic rounding, which the reference has not): {name: (theirs, ours)}, fp32."""
+    """Run one linear layer with the reference's quantizers and matmul, and with the emulation.
+
+    Without stochastic rounding, which the reference does not have.
+    Returns: {name: (theirs, ours)} in fp32 for output, input gradient and weight gradient.
+    """
     g = torch.Generator().manual_seed(5)
     x, dy = (torch.randn(tokens, n, generator=g).bfloat16().to(device) for n in (width, out))
     layer = te.Linear(width, out, params_dtype=torch.bfloat16, device=device)

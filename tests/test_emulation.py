@@ -49,7 +49,7 @@ def bf16(*shape, scale=1.0, seed=0):
 
 
 def spread(*shape, seed=0):
-    """Values over many binades, so that blocks differ and elements fall into subnormals and zeros."""
+    """Return values over many binades, so that blocks differ and some elements become subnormal or zero."""
     g = torch.Generator().manual_seed(seed)
     exponent = torch.randint(-12, 8, shape, generator=g).float()
     x = torch.randn(shape, generator=g) * torch.exp2(exponent)
@@ -58,12 +58,12 @@ def spread(*shape, seed=0):
 
 
 def every_bf16():
-    """All 65536 bf16 values, as fp32."""
+    """Return all 65536 bf16 values, as fp32."""
     return torch.arange(-32768, 32768, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).float()
 
 
 def around(values):
-    """The values and their fp32 neighbours: decides ties and near-ties."""
+    """Return the values and their fp32 neighbours, which test ties and near-ties."""
     v = np.asarray(values, dtype=np.float32)
     above, below = (np.nextafter(v, np.float32(side)) for side in (np.inf, -np.inf))
     return torch.from_numpy(np.concatenate([v, above, below]))
@@ -199,7 +199,7 @@ def test_mxfp8_against_float64(dim):
 
 
 def reference_nvfp4(x, rows, cols):
-    """NVFP4 by its definition, in float32 numpy: (codes, block scales, amax)."""
+    """Quantize to NVFP4 by its definition, in float32 numpy: (codes, block scales, amax)."""
     f, x = np.float32, x.float().numpy()
     amax = np.abs(x).max()
     encode = f(448 * 6) / amax
@@ -293,7 +293,7 @@ def test_hadamard_transform_is_orthogonal_and_cancels():
 
 
 def reference_update(history, scale, scaled_max, algo):
-    """One update, tensor by tensor. history (H, N), scale (N,); changes them in place."""
+    """Do one update tensor by tensor; it changes history (H, N) and scale (N,) in place."""
     length, count = history.shape
     for n in range(count):
         last = history[0, n]
@@ -535,7 +535,7 @@ def test_layers_are_close_to_fp32(name):
 
 
 def test_current_scaling_linear_is_exact_up_to_summation():
-    """Forward and both gradients, from the quantized values in float64."""
+    """Compare output and both gradients with those of the quantized values in float64."""
     layer, x = te.Linear(64, 48), bf16(32, 64, scale=3).requires_grad_()
     g = bf16(32, 48, scale=1e-4, seed=7)
     with torch.autocast("cpu", dtype=torch.bfloat16), te.autocast(recipe=R.Float8CurrentScaling()):
@@ -552,14 +552,14 @@ def test_current_scaling_linear_is_exact_up_to_summation():
     gq = dequantized(g, torch.float8_e5m2)
     for got, want in ((y, xq @ wq.T), (x.grad, gq @ wq), (layer.weight.grad, gq.T @ xq)):
         torch.testing.assert_close(got.double(), want, rtol=2**-8, atol=1e-4 * want.abs().max().item())
-    # wgrad leaves the GEMM in bf16 even for an fp32 parameter
+    # the GEMM returns wgrad in bf16 even for an fp32 parameter
     assert layer.weight.grad.dtype == torch.float32
     assert torch.equal(layer.weight.grad, layer.weight.grad.bfloat16().float())
 
 
 @pytest.mark.parametrize("name", ["block", "mxfp8", "nvfp4"])
 def test_each_gemm_takes_the_direction_it_sums_over(name):
-    """dgrad and wgrad from independently dequantized operands; NVFP4 without its random parts."""
+    """Compare dgrad and wgrad with those of independently dequantized operands (NVFP4: nothing random)."""
     plain = {"disable_rht": True, "disable_stochastic_rounding": True} if name == "nvfp4" else {}
     rcp = RECIPES[name](**plain)
     layer, x = te.Linear(128, 256), spread(128, 128, seed=1).requires_grad_()
@@ -594,7 +594,7 @@ def test_each_gemm_takes_the_direction_it_sums_over(name):
 
 
 def test_nvfp4_random_parts():
-    """RHT and stochastic rounding reach the weight's gradient; only rounding reaches the input's."""
+    """RHT and stochastic rounding change the weight's gradient; only rounding changes the input's."""
     x, g = bf16(64, 64), bf16(64, 64, seed=1)
 
     def grads(seed, **kwargs):
@@ -623,7 +623,7 @@ def test_nvfp4_random_parts():
 
 
 def test_norm_is_quantized_from_fp32_under_delayed_scaling_and_from_bf16_otherwise():
-    """The recorded amax tells which values the quantizer saw."""
+    """The recorded amax shows which values were quantized."""
     x = bf16(16, 32)
     layer = te.LayerNormLinear(32, 16)
     with torch.no_grad():
@@ -770,7 +770,7 @@ def test_recomputation_changes_nothing(name, how):
 
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_interleaved_recomputation_uses_each_pass_own_scales(reentrant):
-    """Two forward passes before the two backward passes, which run in reverse order."""
+    """Run two forward passes, then their backward passes in reverse order."""
     rcp, results = R.DelayedScaling(amax_history_len=4), []
     for recompute in (None, reentrant):
         torch.manual_seed(1)
@@ -905,7 +905,7 @@ def test_availability_and_recipes():
 
 @pytest.mark.parametrize("name", ["current", "nvfp4", "delayed"])
 def test_torch_compile(name):
-    """Traced by dynamo (whole, but for delayed scaling) with the same results."""
+    """dynamo traces the layers (as one graph, except delayed scaling) and the results are the same."""
     torch.manual_seed(2)
     layer, rcp = te.LayerNormLinear(128, 128), RECIPES[name]()
     x, results = bf16(128, 128), []
@@ -964,7 +964,7 @@ WORKER = textwrap.dedent(
     ddp = torch.nn.parallel.DistributedDataParallel(build())
     train(ddp)
     assert equal_on_all_ranks(ddp)
-    # one tensor's amax is that of the rank where it is largest: the gradient of rank 1's larger inputs
+    # amax is the largest of all ranks: here rank 1's, whose inputs and so gradients are larger
     torch.testing.assert_close(states(ddp)[0][0][0], torch.tensor(448.0) / states(ddp)[0][1][:, 0].max())
     grads = [p.grad.clone() for p in ddp.parameters()]
 
@@ -1014,7 +1014,7 @@ def test_two_ranks_share_amaxes_under_ddp_and_fsdp2(tmp_path):
                     reason="torch.compile needs a C++ compiler on a CPU")
 @pytest.mark.parametrize("name", ["delayed", "nvfp4"])
 def test_compiled_kernels(name):
-    """compile_kernels(): quantizers, norm and their gradients go through torch.compile, inside checkpoints too."""
+    """compile_kernels() compiles quantizers, norm and their gradients, also inside checkpoints."""
     torch.manual_seed(2)
     layer, rcp = te.LayerNormLinear(64, 64), RECIPES[name]()
     with torch.no_grad():
@@ -1059,7 +1059,7 @@ def test_random_numbers_are_uniform_and_independent():
     (lambda x: te.quantize_block_1d(x), lambda s: s, 1.0), (lambda x: te.quantize_block_2d(x), lambda s: s, 1.0),
     (lambda x: te.quantize_mxfp8(x), te.e8m0_to_float, 2.0**127)], ids=["1x128", "128x128", "mxfp8"])
 def test_blocks_of_zeros_nan_and_inf(quantize, inverse, of_inf):
-    """A block of zeros stays zero. NaN stays one and does not touch its block's scale; inf saturates and does."""
+    """Zeros stay zero. NaN stays NaN and leaves its block's scale as it is. inf saturates and changes the scale."""
     x = torch.full((128, 256), 3.0).bfloat16()
     x[:, :128] = 0
     q, scale = quantize(x)

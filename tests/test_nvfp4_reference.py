@@ -38,7 +38,7 @@ def test_minus_zero():
 
 
 def test_nan():
-    """A NaN makes the reference's amax NaN, and with it every code; here it is skipped, as in TE's kernels (fmaxf)."""
+    """NaN makes the reference's amax and all codes NaN. The emulation skips it, as TE's kernels do (fmaxf)."""
     theirs, ours = quantize_both(REFERENCE, values("nan", torch.bfloat16, "cpu"))
     assert theirs["row_amax"].isnan().all() and ours["row_amax"].isfinite().all()
     assert ours["row"][5, 7] == 7  # E2M1 has no NaN: the largest value
