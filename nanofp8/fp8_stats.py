@@ -1,48 +1,59 @@
-"""
-What quantizing does to the tensors of a run: train.py's FP8_STATS_INTERVAL.
+"""Measure what quantizing does to the tensors of a run: train.py's FP8_STATS_INTERVAL.
 
     python train.py --FP8_STATS_INTERVAL=50     # log.jsonl: kind "fp8_stats"; the picture: fp8_stats.png
 
-Every so many steps an extra forward and backward pass on the first tokens of the next micro-batch, off the clock, walks the blocks in plain
-bf16 operations, whatever library and kernels train them, and hands each operand of the blocks' and of an FP8 head's
-matmuls to te_emulation.quantization_stats() as it comes by. Weights, optimizers, data position, scales, amax history and random
-numbers stay as they are. The few functions that train.py has too are written out here: train.py runs as a script, and
-importing it would make a second one of everything in it. Under DDP and FSDP2 all ranks make the pass on their own micro-batch, and rank 0's is logged.
+Every FP8_STATS_INTERVAL steps, collect() runs one extra forward and backward pass on the first tokens of the next
+micro-batch. Training time does not include it. The pass runs the blocks in plain bf16 (plain.py), whatever library and
+kernels train them. It hands each operand of the blocks' matmuls, and of an FP8 head's, to
+te_emulation.quantization_stats(). It changes no weights, optimizer state, data position, scales, amax history or random
+numbers. Under DDP and FSDP2 every rank runs the pass on its own micro-batch, and rank 0's numbers are logged.
 """
 
+import functools
 import itertools
 import math
-import os
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from nanofp8 import te_emulation
+from nanofp8 import plain, te_emulation
+from nanofp8.files import replace_file
 
 KINDS = ("input", "weight", "gradient")
-TOKENS = 4096       # of the micro-batch, in whole sequences: more change the numbers little, and take their time
-HEAD_TOKENS = 1024  # the first of them, whose logits' gradients are looked at: each has as many as there are words
-# Matmul -> where its layer keeps delayed scaling's state: (layer, slots of input and weight in scaling_fwd, slot in scaling_bwd)
+TOKENS = 4096       # tokens of the micro-batch that the pass uses, in whole sequences; more hardly change the numbers
+HEAD_TOKENS = 1024  # the head's gradient statistics use the first of them: logits are large (HEAD_TOKENS x vocab_size)
+# Matmul -> where its layer keeps delayed scaling's state:
+# (layer, slots of input and weight in scaling_fwd, slot of the gradient in scaling_bwd)
 MATMULS = {"attn.qkv": ("attn.qkv", (0, 1), 0), "attn.proj": ("attn.proj", (0, 1), 0),
            "mlp.fc1": ("mlp", (0, 1), 0), "mlp.fc2": ("mlp", (3, 4), 2)}
+Statistics = dict[str, dict[str, dict[str, float | None]]]  # layer -> kind of tensor -> name of the number -> number
 
 # =====================================================================================================
 # The pass
 
 
-def whole(parameter):
-    """A parameter as a plain tensor; sharded ones are gathered, so all ranks must call."""
+def whole(parameter: Tensor) -> Tensor:
+    """Return a parameter as a plain tensor. A sharded one is gathered, so all ranks must call this."""
     return (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter).detach()
 
 
-def multiply(a, b):
-    """a @ b of bf16 matrices, in bf16. A CPU multiplies in fp32, which is fast on every CPU."""
+def multiply(a: Tensor, b: Tensor) -> Tensor:
+    """Return a @ b of bf16 matrices, in bf16. On a CPU the product is computed in fp32, which every CPU does fast."""
     return a @ b if a.is_cuda else (a.float() @ b.float()).to(a.dtype)
 
 
+def rms_norm_with_gain(x: Tensor, eps: float, gain: Tensor) -> Tensor:
+    """Apply RMSNorm with gain (C,) fp32 over the last dimension of x, computed in fp32, returned in bf16."""
+    return (x.float() * plain.inverse_rms(x, eps) * gain).bfloat16()
+
+
 class WatchedMatmul(torch.autograd.Function):
-    """x (..., K) bf16 @ weight (N, K)^T; `see(kind, tensor)` is shown both, and the gradient of the result."""
+    """Compute x (..., K) bf16 @ weight (N, K)^T. see(kind, tensor) gets x, the weight and the result's gradient."""
 
     @staticmethod
     def forward(ctx, x, weight, see):
@@ -57,47 +68,45 @@ class WatchedMatmul(torch.autograd.Function):
         return multiply(dy, ctx.weight), None, None
 
 
-def rms_norm(x, eps, gain=None):
-    """RMSNorm over the last dimension in fp32, returned in bf16."""
-    y = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)
-    return (y if gain is None else y * gain).bfloat16()
+def block_forward(
+    block: torch.nn.Module, x: Tensor, cos: Tensor, sin: Tensor, n_head: int, eps: float,
+    see: Callable[[str, str, Tensor], None],
+) -> Tensor:
+    """Run a block of train.py's model on x (B, T, C) bf16, with its present weights and gains.
+
+    see(matmul, kind, tensor) is called with each operand of its matmuls as a matrix; with gradients in backward.
+    """
+
+    def linear(name, h):
+        weight = whole(block.get_parameter(plain.MATRICES[name]))
+        return WatchedMatmul.apply(h, weight, lambda kind, tensor: see(name, kind, tensor.flatten(0, -2)))
+
+    def attend(qkv):
+        q, k, v = (heads.transpose(1, 2) for heads in plain.rope_qk_norm(qkv, cos, sin, n_head, eps))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+
+    def norm(name, h):
+        return rms_norm_with_gain(h, eps, whole(block.get_parameter(plain.GAINS[name])))
+
+    return plain.block_forward(x, linear, norm, attend)
 
 
-def block_forward(block, x, cos, sin, n_head, eps, see):
-    """A block of train.py's model on x (B, T, C) bf16; see(matmul, kind, tensor) is shown what its matmuls take."""
-    B, T, C = x.shape
-    attn, mlp = block.attn, block.mlp
+def head_gradient(
+    head: torch.nn.Module, h: Tensor, targets: Tensor, loss_scale: float, see: Callable[[str, Tensor], None]
+) -> Tensor:
+    """Return the gradient (N, C) bf16 of loss_scale x summed cross-entropy with respect to h (N, C) bf16.
 
-    def linear(h, weight, name):
-        return WatchedMatmul.apply(h, whole(weight), lambda kind, tensor: see(name, kind, tensor.flatten(0, -2)))
-
-    def rotate_and_norm(h):  # (B, T, H, D)
-        h1, h2 = h.float().chunk(2, dim=-1)
-        c, s = cos[:T, None, :], sin[:T, None, :]
-        return rms_norm(torch.cat((h1 * c - h2 * s, h1 * s + h2 * c), dim=-1), eps)
-
-    qkv = linear(rms_norm(x, eps, whole(attn.qkv.layer_norm_weight)), attn.qkv.weight, "attn.qkv")
-    q, k, v = qkv.view(B, T, 3, n_head, C // n_head).unbind(2)
-    q, k, v = (h.transpose(1, 2) for h in (rotate_and_norm(q), rotate_and_norm(k), v))
-    y = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(B, T, C)
-    x = x + linear(y, attn.proj.weight, "attn.proj")
-    z = linear(rms_norm(x, eps, whole(mlp.layer_norm_weight)), mlp.fc1_weight, "mlp.fc1")
-    return x + linear(torch.relu(z.float()).square().bfloat16(), mlp.fc2_weight, "mlp.fc2")
-
-
-def head_gradient(head, h, targets, loss_scale, see):
-    """Gradient of loss_scale x summed cross-entropy for h (N, C) bf16, HEAD_TOKENS at a time.
-
-    see(kind, tensor) is shown h, the weight, and the gradient of the first logits, fp32.
+    Works on HEAD_TOKENS tokens at a time. see(kind, tensor) is called with h, the weight, and the gradient of the
+    first HEAD_TOKENS tokens' logits in fp32.
     """
     weight, gradients = whole(head.weight), []
     see("input", h)
     see("weight", weight)
     weight = weight.to(h.dtype)
-    for hc, tc in zip(h.split(HEAD_TOKENS), targets.split(HEAD_TOKENS)):
-        logits = multiply(hc, weight.t()).float().requires_grad_()
-        capped = head.softcap * torch.tanh(logits / head.softcap) if head.softcap else logits
-        loss = F.cross_entropy(capped, tc, ignore_index=-1, reduction="sum") * loss_scale
+    for some_h, some_targets in zip(h.split(HEAD_TOKENS), targets.split(HEAD_TOKENS), strict=True):
+        logits = multiply(some_h, weight.t()).float().requires_grad_()
+        capped = plain.softcap(logits, head.softcap)
+        loss = F.cross_entropy(capped, some_targets, ignore_index=-1, reduction="sum") * loss_scale
         (gradient,) = torch.autograd.grad(loss, logits)
         if not gradients:
             see("gradient", gradient)
@@ -105,137 +114,199 @@ def head_gradient(head, h, targets, loss_scale, see):
     return torch.cat(gradients)
 
 
-def collect(model, x, y, recipe, scales, in_bf16, loss_scale, logit_scale=None):
-    """Statistics of one micro-batch: {"blocks.0.attn.qkv": {"input": {"amax": 3.1, ...}, "weight": ..., "gradient": ...}, ...}.
+@dataclass
+class Recorder:
+    """Compute the statistics of each operand as the pass reaches it, without waiting for the GPU."""
 
-    Gradients are those of the mean loss of a step, the head's too, which training multiplies by loss_scale only after its matmuls.
+    recipe: Any                # of te_emulation.py or of Transformer Engine
+    scales: dict[str, Tensor]  # precision.fp8_state(model): delayed scaling's live scales
+    in_bf16: Collection[str]   # names of the layers that are not quantized
+    loss_scale: float          # factor of a micro-batch's summed loss
+    logit_scale: float | None  # scale of the gradients of an FP8 head's logits; None: the head is in bf16
+    seen: dict[tuple[str, str], Tensor] = field(default_factory=dict)  # (matmul, kind) -> fp32 (5,), the STATISTICS
 
-    A block's inputs are kept from a first pass without gradients; then, from the last block to the first, each runs
-    again with them, so that no more than one block's activations exist at once.
-
-    Args:
-        model: train.py's GPT, plain, or sharded by FSDP2.
-        x, y: (B, T) token ids and targets; the first sequences are looked at, up to TOKENS tokens, and at least one.
-        recipe: of te_emulation.py or of Transformer Engine.
-        scales: train.fp8_state(model), for delayed scaling's live scales.
-        in_bf16: names of the layers that are not quantized; they have no statistics, {"blocks.0.attn.qkv": {}}.
-        loss_scale: what training multiplies a micro-batch's summed loss by.
-        logit_scale: of an FP8 head, the scale of the summed loss's gradients; None: the head is in bf16, and has no statistics.
-    Returns: numbers that are not finite as None.
-    """
-    cfg, seen = model.cfg, {}
-    x, y = (t[:max(1, TOKENS // t.shape[1])] for t in (x, y))
-    random_state = te_emulation.get_rng_state()
-
-    def watch(block, matmul, kind, tensor):
+    def see_block(self, block: int, matmul: str, kind: str, tensor: Tensor) -> None:
+        """Record an operand (M, N) of a matmul of block number `block`."""
         layer, forward_slots, backward_slot = MATMULS[matmul]
-        if f"blocks.{block}.{layer}" in in_bf16:
+        if f"blocks.{block}.{layer}" in self.in_bf16:
             return
         scale = None
-        if recipe.delayed():
-            held, slot = ("scaling_bwd", backward_slot) if kind == "gradient" else ("scaling_fwd", forward_slots[kind == "weight"])
-            scale = scales[f"blocks.{block}.{layer}.{held}.scale"][slot]
-        seen[f"blocks.{block}.{matmul}", kind] = te_emulation.quantization_stats(tensor, recipe, kind, scale)
+        if self.recipe.delayed():
+            held, slot = "scaling_fwd", forward_slots[kind == "weight"]
+            if kind == "gradient":
+                held, slot = "scaling_bwd", backward_slot
+            scale = self.scales[f"blocks.{block}.{layer}.{held}.scale"][slot]
+        self.seen[f"blocks.{block}.{matmul}", kind] = te_emulation.quantization_stats(tensor, self.recipe, kind, scale)
 
-    def watch_head(kind, tensor):
-        if logit_scale is not None:
-            scale = torch.tensor(logit_scale / loss_scale, device=tensor.device) if kind == "gradient" else None
-            seen["head", kind] = te_emulation.quantization_stats(tensor, te_emulation.recipe.Float8CurrentScaling(), kind, scale)
+    def see_head(self, kind: str, tensor: Tensor) -> None:
+        """Record an operand (M, N) of the head's matmuls, which use current scaling whatever the recipe."""
+        if self.logit_scale is None:
+            return
+        scale = None
+        if kind == "gradient":
+            scale = torch.tensor(self.logit_scale / self.loss_scale, device=tensor.device)
+        recipe = te_emulation.recipe.Float8CurrentScaling()
+        self.seen["head", kind] = te_emulation.quantization_stats(tensor, recipe, kind, scale)
+
+    def results(self, n_layer: int) -> Statistics:
+        """Return what collect() returns. This waits for the GPU, once."""
+        layers = {f"blocks.{i}.{matmul}": {} for i in range(n_layer) for matmul in MATMULS} | {"head": {}}
+        rows = torch.stack(list(self.seen.values())).tolist() if self.seen else []
+        found = dict(zip(self.seen, rows, strict=True))
+        for layer, kind in itertools.product(layers, KINDS):
+            if (layer, kind) in found:
+                numbers = [number if math.isfinite(number) else None for number in found[layer, kind]]
+                layers[layer][kind] = dict(zip(te_emulation.STATISTICS, numbers, strict=True))
+        return layers
+
+
+def run_pass(model: torch.nn.Module, x: Tensor, y: Tensor, recorder: Recorder) -> None:
+    """Run one forward and backward pass on token ids x and targets y (B, T), and show the recorder each operand.
+
+    A first forward pass without gradients keeps the input of each block. Then, from the last block to the first, each
+    block runs again with gradients, so that only one block's activations exist at once.
+    """
+    cfg = model.cfg
 
     def run_block(i, h, see):
         return block_forward(model.blocks[i], h, model.cos, model.sin, cfg.n_head, cfg.norm_eps, see)
 
     with torch.no_grad():
-        inputs = [rms_norm(F.embedding(x.long(), whole(model.embed.weight)), cfg.norm_eps)]
+        inputs = [plain.rms_norm(F.embedding(x.long(), whole(model.embed.weight)), cfg.norm_eps)]
         for i in range(cfg.n_layer):
             inputs.append(run_block(i, inputs[-1], lambda *_: None))
     last = inputs.pop().requires_grad_()
-    h = rms_norm(last, cfg.norm_eps, whole(model.norm.weight))
-    gradient = head_gradient(model.head, h.detach().flatten(0, 1), y.flatten(), loss_scale, watch_head).view_as(h)
-    (gradient,) = torch.autograd.grad(h, last, gradient)
+    h = rms_norm_with_gain(last, cfg.norm_eps, whole(model.norm.weight))
+    gradient = head_gradient(model.head, h.detach().flatten(0, 1), y.flatten(), recorder.loss_scale, recorder.see_head)
+    (gradient,) = torch.autograd.grad(h, last, gradient.view_as(h))
     for i in reversed(range(cfg.n_layer)):
         h = inputs.pop().requires_grad_()
-        out = run_block(i, h, lambda *seen_by: watch(i, *seen_by))
+        out = run_block(i, h, functools.partial(recorder.see_block, i))
         (gradient,) = torch.autograd.grad(out, h, gradient)
-    te_emulation.set_rng_state(random_state)
 
-    layers = {}
-    if seen:
-        rows = torch.stack(list(seen.values())).tolist()  # waits for the GPU, once
-        for (layer, kind), row in zip(seen, rows):
-            numbers = [v if math.isfinite(v) else None for v in row]
-            layers.setdefault(layer, {})[kind] = dict(zip(te_emulation.STATISTICS, numbers))
-    names = [f"blocks.{i}.{m}" for i in range(cfg.n_layer) for m in MATMULS] + ["head"]
-    return {n: {k: layers[n][k] for k in KINDS} if n in layers else {} for n in names}
+
+def collect(
+    model: torch.nn.Module, x: Tensor, y: Tensor, recipe: Any, scales: dict[str, Tensor], in_bf16: Collection[str],
+    loss_scale: float, logit_scale: float | None = None,
+) -> Statistics:
+    """Compute the statistics of one micro-batch. All ranks must call this if the parameters are sharded.
+
+    Gradients are those of a step's mean loss. That holds for the head as well, although training multiplies its
+    gradients by loss_scale only after its matmuls.
+
+    Args:
+        model: train.py's GPT, not wrapped, or sharded by FSDP2.
+        x, y: (B, T) token ids and targets (int64; -1: no target). The first sequences are used: TOKENS tokens at most,
+            one sequence at least.
+        recipe: the blocks' recipe, of te_emulation.py or of Transformer Engine.
+        scales: precision.fp8_state(model), which holds delayed scaling's live scales.
+        in_bf16: names of the layers that are not quantized. They have no statistics: {"blocks.0.attn.qkv": {}}.
+        loss_scale: the factor by which training multiplies a micro-batch's summed loss.
+        logit_scale: the scale of the gradients of an FP8 head's logits (of the summed loss). None: the head is in
+            bf16 and has no statistics.
+    Returns: {"blocks.0.attn.qkv": {"input": {"amax": 3.1, ...}, "weight": {...}, "gradient": {...}}, ..., "head": ...}.
+        The names of the numbers are te_emulation.STATISTICS. A number that is not finite is None.
+    """
+    sequences = max(1, TOKENS // x.shape[1])
+    x, y = x[:sequences], y[:sequences]
+    recorder = Recorder(recipe, scales, in_bf16, loss_scale, logit_scale)
+    random_state = te_emulation.get_rng_state()
+    run_pass(model, x, y, recorder)
+    te_emulation.set_rng_state(random_state)
+    return recorder.results(model.cfg.n_layer)
 
 
 # =====================================================================================================
 # The picture
 
 TITLES = {"amax": "largest magnitude (amax)", "scale": "scale", "saturated": "saturated, share of non-zero values",
-          "underflow": "become zero, share of non-zero values", "error": "relative quantization error"}
-FLOOR = 1e-6  # shares below are drawn as none
+          "underflow": "underflow to zero, share of non-zero values", "error": "relative quantization error"}
+SHARES = ("saturated", "underflow")
+FLOOR = 1e-6  # smaller shares are drawn like 0
 
 
-def plot(records, path):
-    """Heat maps of a run's "fp8_stats" records: layers x steps, a panel for each statistic and kind of tensor."""
+def bands_of(records: list[dict]) -> tuple[list[list[str]], int]:
+    """Return the layers to draw, from top to bottom, and the number of blocks.
+
+    The layers come as bands, lists of layer names: one band for each matmul of the blocks, then the head's, if any.
+    """
+    n_blocks = 1 + max(int(name.split(".")[1]) for record in records for name in record["layers"] if name != "head")
+    bands = [[f"blocks.{i}.{matmul}" for i in range(n_blocks)] for matmul in MATMULS]
+    if any(record["layers"].get("head") for record in records):
+        bands.append(["head"] * max(1, n_blocks // 4))  # several rows high: one row is too thin to see
+    return bands, n_blocks
+
+
+def color_scale(stat: str, grid: Any) -> tuple[Any, Any]:
+    """Choose the color scale for a masked array of one statistic: (matplotlib norm, array with more cells masked)."""
+    import numpy as np
+    from matplotlib.colors import LogNorm, Normalize
+
+    known = grid.compressed()
+    if stat in SHARES:
+        return LogNorm(FLOOR, 1.0), np.ma.maximum(grid, FLOOR / 2)
+    if stat == "error":
+        low, high = (known.min(), known.max()) if known.size and known.max() > 0 else (0, 1)
+        return Normalize(min(low, 0.8 * high), high), grid
+    positive = known[known > 0]
+    low, high = (positive.min(), positive.max()) if positive.size else (1, 1)
+    return LogNorm(low, high if high > low else low * 10), np.ma.masked_less_equal(grid, 0)
+
+
+def draw_panel(axes: Any, records: list[dict], bands: list[list[str]], stat: str, kind: str) -> None:
+    """Draw one heat map with its color bar: layers x steps, one statistic of one kind of tensor."""
+    import matplotlib
+    import numpy as np
+    from matplotlib.ticker import NullFormatter
+
+    layers = sum(bands, [])
+    cells = [[record["layers"].get(name, {}).get(kind, {}).get(stat) for record in records] for name in layers]
+    norm, grid = color_scale(stat, np.ma.masked_invalid(np.array(cells, dtype=float)))
+    share = stat in SHARES
+    cmap = matplotlib.colormaps["magma_r" if share else "viridis"].with_extremes(bad="0.88", under="white")
+    image = axes.imshow(grid, aspect="auto", interpolation="nearest", cmap=cmap, norm=norm,
+                        extent=(-0.5, len(records) - 0.5, len(layers) - 0.5, -0.5))
+    bar = axes.figure.colorbar(image, ax=axes, pad=0.01, aspect=16, extend="min" if share else "neither")
+    bar.ax.tick_params(which="both", labelsize=7)
+    if share or (norm.vmin > 0 and norm.vmax > 30 * norm.vmin):  # label whole powers of ten only
+        bar.ax.yaxis.set_minor_formatter(NullFormatter())
+    for end in itertools.accumulate(map(len, bands[:-1])):
+        axes.axhline(end - 0.5, color="0.35", linewidth=0.8)
+    axes.set_title(kind if stat == te_emulation.STATISTICS[0] else "", fontsize=12, fontweight="bold")
+    axes.tick_params(labelsize=8, left=False)
+    for side in axes.spines.values():
+        side.set_color("0.35")
+
+
+def plot(records: list[dict], path: str) -> None:
+    """Draw heat maps of a run's "fp8_stats" records into the PNG file `path`; nothing if no record has numbers.
+
+    Each statistic and kind of tensor has a panel, layers x steps. Records of other kinds are ignored.
+    Raises: ImportError without matplotlib; OSError. `path` never holds half a picture.
+    """
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    import numpy as np
-    from matplotlib.colors import LogNorm, Normalize
-    from matplotlib.ticker import NullFormatter
 
-    records = [r for r in records if r["kind"] == "fp8_stats" and any(r["layers"].values())]
+    records = [record for record in records if record["kind"] == "fp8_stats" and any(record["layers"].values())]
     if not records:
         return
-    n_blocks = 1 + max(int(name.split(".")[1]) for r in records for name in r["layers"] if name != "head")
-    bands = [[f"blocks.{i}.{m}" for i in range(n_blocks)] for m in MATMULS]  # one for each matmul
-    if any(r["layers"].get("head") for r in records):
-        bands.append(["head"] * max(1, n_blocks // 4))  # drawn higher than it is, to be seen
-    layers, ends = sum(bands, []), list(itertools.accumulate(map(len, bands)))
-    steps = [r["step"] + 1 for r in records]
-    stats = te_emulation.STATISTICS
-    fig, axes = plt.subplots(len(stats), len(KINDS), figsize=(13, 15), sharex=True, sharey=True, layout="constrained")
-    for row, stat in zip(axes, stats):
-        for ax, kind in zip(row, KINDS):
-            cells = [[r["layers"].get(n, {}).get(kind, {}).get(stat) for r in records] for n in layers]
-            grid = np.ma.masked_invalid(np.array(cells, dtype=float))
-            share = stat in ("saturated", "underflow")
-            cmap = matplotlib.colormaps["magma_r" if share else "viridis"].with_extremes(bad="0.88", under="white")
-            known = grid.compressed()
-            if share:
-                norm = LogNorm(FLOOR, 1.0)
-            elif stat == "error":
-                low, high = (known.min(), known.max()) if known.size and known.max() > 0 else (0, 1)
-                norm = Normalize(min(low, 0.8 * high), high)
-            else:
-                positive = known[known > 0]
-                low, high = (positive.min(), positive.max()) if positive.size else (1, 1)
-                norm = LogNorm(low, high if high > low else low * 10)
-                grid = np.ma.masked_less_equal(grid, 0)
-            image = ax.imshow(np.ma.maximum(grid, FLOOR / 2) if share else grid, aspect="auto", interpolation="nearest", cmap=cmap,
-                              norm=norm, extent=(-0.5, len(steps) - 0.5, len(layers) - 0.5, -0.5))
-            bar = fig.colorbar(image, ax=ax, pad=0.01, aspect=16, extend="min" if share else "neither")
-            bar.ax.tick_params(which="both", labelsize=7)
-            if share or (norm.vmin > 0 and norm.vmax > 30 * norm.vmin):  # whole powers of ten are enough
-                bar.ax.yaxis.set_minor_formatter(NullFormatter())
-            for end in ends[:-1]:
-                ax.axhline(end - 0.5, color="0.35", linewidth=0.8)
-            ax.set_title(kind if stat == stats[0] else "", fontsize=12, fontweight="bold")
-            ax.tick_params(labelsize=8, left=False)
-            for side in ax.spines.values():
-                side.set_color("0.35")
+    bands, n_blocks = bands_of(records)
+    fig, grid = plt.subplots(len(te_emulation.STATISTICS), len(KINDS), figsize=(13, 15), sharex=True, sharey=True,
+                             layout="constrained")
+    for row, stat in zip(grid, te_emulation.STATISTICS, strict=True):
+        for axes, kind in zip(row, KINDS, strict=True):
+            draw_panel(axes, records, bands, stat, kind)
         row[0].set_ylabel(TITLES[stat], fontsize=9)
-    axes[0, 0].set_yticks([end - len(band) / 2 - 0.5 for end, band in zip(ends, bands)], [band[0].split(".")[-1] for band in bands])
-    shown = sorted({round(i * (len(steps) - 1) / 5) for i in range(6)})
-    axes[0, 0].set_xticks(shown, [f"{steps[i]:,}" for i in shown])
-    for ax in axes[-1]:
-        ax.set_xlabel("optimizer steps", fontsize=9)
+    ends = itertools.accumulate(map(len, bands))
+    middles = [end - len(band) / 2 - 0.5 for end, band in zip(ends, bands, strict=True)]
+    grid[0, 0].set_yticks(middles, [band[0].split(".")[-1] for band in bands])
+    shown = sorted({round(i * (len(records) - 1) / 5) for i in range(6)})
+    grid[0, 0].set_xticks(shown, [f"{records[i]['step'] + 1:,}" for i in shown])
+    for axes in grid[-1]:
+        axes.set_xlabel("optimizer steps", fontsize=9)
     fig.suptitle(f"What {records[-1]['format']} does to the matmuls' operands\n"
-                 f"in the bands of the blocks' matmuls block 0 is at the top, block {n_blocks - 1} at the bottom; grey: kept in bf16, or nothing to show",
-                 fontsize=11)
-    temporary = path + ".new"
-    fig.savefig(temporary, dpi=110, format="png")
-    os.replace(temporary, path)
+                 f"each matmul's band goes from block 0 (top) to block {n_blocks - 1} (bottom); "
+                 "grey: kept in bf16, or nothing to show", fontsize=11)
+    replace_file(path, lambda temporary: fig.savefig(temporary, dpi=110, format="png"))
     plt.close(fig)

@@ -68,6 +68,8 @@ NVFP4_GEMM_FACTOR = 1.0 / (E2M1_MAX * E2M1_MAX * 448.0 * 448.0)
 
 
 class _FormatMax(NamedTuple):
+    """Largest values of a format in the forward and in the backward pass."""
+
     max_fwd: float
     max_bwd: float
 
@@ -81,51 +83,58 @@ class Format(Enum):
     HYBRID = _FormatMax(448, 57344)
 
 
-def _require(condition, message):
-    """Arguments that the emulation cannot honour are refused, never ignored."""
+def _require(condition: bool, message: str) -> None:
+    """Raise ValueError unless `condition` holds. Arguments that are not emulated are refused, never ignored."""
     if not condition:
         raise ValueError(message)
 
 
 class Recipe:
-    """Base of the recipes, with TE's questions about the kind of a recipe."""
+    """Base class of the recipes. Its methods tell the kind of a recipe, by TE's names."""
 
-    def nvfp4(self):
+    def nvfp4(self) -> bool:
         return isinstance(self, NVFP4BlockScaling)
 
-    def mxfp8(self):
+    def mxfp8(self) -> bool:
         return isinstance(self, MXFP8BlockScaling)
 
-    def delayed(self):
+    def delayed(self) -> bool:
         return isinstance(self, DelayedScaling)
 
-    def float8_current_scaling(self):
+    def float8_current_scaling(self) -> bool:
         return isinstance(self, Float8CurrentScaling)
 
-    def float8_per_tensor_scaling(self):
+    def float8_per_tensor_scaling(self) -> bool:
         return isinstance(self, (DelayedScaling, Float8CurrentScaling))
 
-    def float8_block_scaling(self):
+    def float8_block_scaling(self) -> bool:
         return isinstance(self, Float8BlockScaling)
 
-    def custom(self):
+    def custom(self) -> bool:
         return False
 
-    def _check(self, formats=(Format.E4M3, Format.HYBRID)):
+    def _check(self, formats: tuple = (Format.E4M3, Format.HYBRID)) -> None:
+        """Raise ValueError for values of the shared fields that are not emulated."""
         name = type(self).__name__
-        _require(self.fp8_format in formats, f"{name}: fp8_format={self.fp8_format} is not supported")
-        _require(not (self.fp8_dpa or self.fp8_mha), f"{name}: FP8 attention is not emulated")
-        _require(self.backward_override is None, f"{name}: backward_override is not emulated")
+        _require(
+            self.fp8_format in formats,
+            f"{name}: fp8_format={self.fp8_format} is not supported; use {' or '.join(map(str, formats))}",
+        )
+        _require(
+            not (self.fp8_dpa or self.fp8_mha),
+            f"{name}: FP8 attention is not emulated; leave out fp8_dpa and fp8_mha",
+        )
+        _require(self.backward_override is None, f"{name}: backward_override is not emulated; leave it at None")
 
     def fp8_dtype(self, forward: bool) -> torch.dtype:
-        """E4M3, except for the gradients of a HYBRID recipe."""
+        """Return E4M3; E5M2 for the gradients of a HYBRID recipe."""
         hybrid_grad = self.fp8_format == Format.HYBRID and not forward
         return torch.float8_e5m2 if hybrid_grad else torch.float8_e4m3fn
 
 
 @dataclasses.dataclass
 class DelayedScaling(Recipe):
-    """One scale per tensor, from the largest amax of the `amax_history_len` steps before."""
+    """One scale per tensor, from the largest amax of the last `amax_history_len` steps."""
 
     margin: int = 0
     fp8_format: Format = Format.HYBRID
@@ -146,13 +155,13 @@ class DelayedScaling(Recipe):
         )
         _require(
             self.scaling_factor_compute_algo is None,
-            "DelayedScaling: scaling_factor_compute_algo is not emulated",
+            "DelayedScaling: scaling_factor_compute_algo is not emulated; leave it at None",
         )
 
 
 @dataclasses.dataclass
 class Float8CurrentScaling(Recipe):
-    """One scale per tensor, from the amax of that very tensor."""
+    """One scale per tensor, from the tensor's own amax."""
 
     use_power_2_scales: bool = False
     fp8_format: Format = Format.HYBRID
@@ -162,8 +171,11 @@ class Float8CurrentScaling(Recipe):
 
     def __post_init__(self):
         self._check()
-        # TE fixes this when its class is defined (from the environment) and ignores the argument.
-        _require(not self.use_power_2_scales, "Float8CurrentScaling: use_power_2_scales is not emulated")
+        # TE reads this from the environment when its class is defined, and ignores the argument.
+        _require(
+            not self.use_power_2_scales,
+            "Float8CurrentScaling: use_power_2_scales=True is not emulated; leave it out",
+        )
 
 
 @dataclasses.dataclass
@@ -181,9 +193,13 @@ class Float8BlockScaling(Recipe):
 
     def __post_init__(self):
         self._check()
-        _require(not self.use_f32_scales, "Float8BlockScaling: use_f32_scales is not emulated")
+        _require(not self.use_f32_scales, "Float8BlockScaling: use_f32_scales=True is not emulated; leave it out")
         dims = (self.x_block_scaling_dim, self.w_block_scaling_dim, self.grad_block_scaling_dim)
-        _require(dims == (1, 2, 1), "Float8BlockScaling: only 1x128, 128x128 weights, 1x128 is emulated")
+        _require(
+            dims == (1, 2, 1),
+            "Float8BlockScaling: x_, w_ and grad_block_scaling_dim must be 1, 2, 1 (1x128, 128x128, 1x128 blocks), "
+            f"got {dims}",
+        )
 
 
 @dataclasses.dataclass
@@ -199,9 +215,12 @@ class MXFP8BlockScaling(Recipe):
 
     def __post_init__(self):
         self._check()
-        # TE's MXFP8 kernels never read the margin, so another value would silently do nothing.
-        _require(self.margin == 0, "MXFP8BlockScaling: margin has no effect and must be 0")
-        _require(not self.enable_2d_quantization, "MXFP8BlockScaling: 2D quantization is not emulated")
+        # TE's MXFP8 kernels never read the margin: another value would do nothing.
+        _require(self.margin == 0, f"MXFP8BlockScaling: margin has no effect and must be 0, got {self.margin}")
+        _require(
+            not self.enable_2d_quantization,
+            "MXFP8BlockScaling: enable_2d_quantization=True is not emulated; leave it out",
+        )
 
 
 @dataclasses.dataclass
@@ -223,9 +242,15 @@ class NVFP4BlockScaling(Recipe):
 
     def __post_init__(self):
         self._check(formats=(Format.E4M3,))
-        _require(self.fp4_format == Format.E2M1, "NVFP4BlockScaling: fp4_format must be E2M1")
-        _require(not self.row_scaled_activation, "NVFP4BlockScaling: row_scaled_activation is not emulated")
-        _require(self.nvfp4_4over6 == "none", "NVFP4BlockScaling: nvfp4_4over6 is not emulated")
+        _require(
+            self.fp4_format == Format.E2M1,
+            f"NVFP4BlockScaling: fp4_format must be Format.E2M1, got {self.fp4_format}",
+        )
+        _require(
+            not self.row_scaled_activation,
+            "NVFP4BlockScaling: row_scaled_activation=True is not emulated; leave it out",
+        )
+        _require(self.nvfp4_4over6 == "none", "NVFP4BlockScaling: nvfp4_4over6 is not emulated; leave it at 'none'")
 
 
 recipe = types.SimpleNamespace(
@@ -239,8 +264,8 @@ recipe = types.SimpleNamespace(
 )
 
 
-def _available(return_reason: bool = False):
-    """The emulation runs everywhere."""
+def _available(return_reason: bool = False) -> Union[bool, tuple]:
+    """Return True, or (True, ""): the emulation runs everywhere."""
     return (True, "") if return_reason else True
 
 
@@ -255,16 +280,16 @@ _compiling = False
 
 
 def compile_kernels(on: bool = True) -> None:
-    """Whether functions marked @_kernel run through torch.compile from now on.
+    """Run functions marked @_kernel through torch.compile from now on (on=False: eagerly).
 
-    Stays off on GPUs before sm_89, for which Triton has no E4M3.
+    They stay eager on GPUs before sm_89, for which Triton has no E4M3.
     """
     global _compiling
     _compiling = on and not (torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9))
 
 
-def _kernel(function):
-    """Marks a function of tensors and constants that torch.compile may turn into few passes over memory."""
+def _kernel(function: Callable) -> Callable:
+    """Mark a function of tensors and constants for compile_kernels(), which turns it into few passes over memory."""
     compiled = None
 
     @functools.wraps(function)
@@ -273,10 +298,10 @@ def _kernel(function):
         if not _compiling or torch.compiler.is_compiling():
             return function(*args)
         if compiled is None:
-            # A version for each shape: four kinds of layers with three tensors each, and evaluation.
+            # Each shape is compiled on its own: four kinds of layers with three tensors each, and evaluation.
             limits = torch._dynamo.config
             limits.recompile_limit = max(64, limits.recompile_limit)
-            # Roundings and divisions as in eager mode. (The second option has another name since torch 2.11.)
+            # Round and divide as in eager mode. (The second option has another name since torch 2.11.)
             known = torch._inductor.list_options()
             wanted = ("emulate_precision_casts", "eager_numerics.division_rounding", "emulate_divison_rounding")
             options = {name: True for name in wanted if name in known}
@@ -295,7 +320,7 @@ _generators: dict = {}
 
 
 def manual_seed(seed: int) -> None:
-    """Seeds stochastic rounding on every device. Independent of torch.manual_seed."""
+    """Seed stochastic rounding on every device. torch.manual_seed has no effect on it."""
     global _seed
     _seed = seed
     for generator in _generators.values():
@@ -303,12 +328,12 @@ def manual_seed(seed: int) -> None:
 
 
 def get_rng_state() -> dict:
-    """The state of stochastic rounding: {"seed": int, "generators": {device: uint8 tensor}}."""
+    """Return the state of stochastic rounding: {"seed": int, "generators": {device: uint8 tensor}}."""
     return {"seed": _seed, "generators": {d: g.get_state() for d, g in _generators.items()}}
 
 
 def set_rng_state(state: dict) -> None:
-    """Restores what get_rng_state returned."""
+    """Restore what get_rng_state() returned."""
     global _seed
     _seed = state["seed"]
     for device in list(_generators):
@@ -319,6 +344,7 @@ def set_rng_state(state: dict) -> None:
 
 
 def _generator(device: torch.device) -> torch.Generator:
+    """Return the generator of a device; make and seed it first if there is none."""
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
     key = str(device)
@@ -327,13 +353,13 @@ def _generator(device: torch.device) -> torch.Generator:
     return _generators[key]
 
 
-# An operator of its own keeps the generator out of torch.compile's sight; the tag tells the compiler
-# that two calls are not interchangeable.
+# torch.compile cannot trace a generator, so a custom operator hides it. The tag tells the compiler that two calls
+# give different numbers.
 @torch.library.custom_op(
     "te_emulation::draw_key", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,)
 )
 def _draw_key(like: torch.Tensor) -> torch.Tensor:
-    """Two random int32 on the device of `like`, from its generator."""
+    """Draw two random int32 (2,) on the device of `like`, from its generator."""
     return torch.randint(-(2**31), 2**31, (2,), generator=_generator(like.device), device=like.device).int()
 
 
@@ -343,10 +369,10 @@ def _(like):
 
 
 def _uniform(like: torch.Tensor) -> torch.Tensor:
-    """fp32 multiples of 2^-24 in [0, 1), of the shape and on the device of `like`.
+    """Draw fp32 multiples of 2^-24 in [0, 1), of the shape and on the device of `like`.
 
-    Only a key comes from the generator; the numbers are hashes of key and position (the 32-bit mix
-    "lowbias32", github.com/skeeto/hash-prospector), so a compiled quantizer makes them in registers.
+    Only a key comes from the generator. The numbers are hashes of key and position (the 32-bit mix
+    "lowbias32", github.com/skeeto/hash-prospector), so a compiled quantizer computes them in registers.
     """
     key = _draw_key(like)
     h = torch.arange(like.numel(), dtype=torch.int32, device=like.device).view(like.shape) ^ key[0]
@@ -364,25 +390,25 @@ def _uniform(like: torch.Tensor) -> torch.Tensor:
 
 
 def _abs(x: torch.Tensor) -> torch.Tensor:
-    """|x| with NaN as 0: TE's amax kernels use fmaxf, which skips NaN and keeps inf."""
+    """Return |x| with NaN as 0: TE's amax kernels use fmaxf, which skips NaN and keeps inf."""
     return torch.nan_to_num(x.abs(), nan=0.0, posinf=math.inf)
 
 
 def _divide(number: float, x: torch.Tensor) -> torch.Tensor:
-    """number / x, correctly rounded (`number / x` itself is number * (1 / x) in torch)."""
+    """Return number / x, correctly rounded. (torch computes `number / x` as number * (1 / x).)"""
     return torch.full_like(x, number) / x
 
 
 def compute_amax(x: torch.Tensor) -> torch.Tensor:
-    """Largest magnitude of a tensor, fp32 scalar."""
+    """Return the largest magnitude of a tensor, an fp32 scalar; NaN is skipped."""
     return _abs(x).amax().float()
 
 
 def compute_scale(amax: torch.Tensor, fp8_max: float, force_pow_2: bool = False) -> torch.Tensor:
-    """Scale that maps amax to fp8_max, as TE's recipe/recipe_common.cuh computes it.
+    """Compute the scale that maps amax to fp8_max, fp32.
 
-    1 where amax is 0, inf or NaN; the largest fp32 where the quotient overflows; with force_pow_2,
-    the power of two at or below.
+    It is 1 where amax is 0, inf or NaN, and the largest fp32 where the quotient overflows. With force_pow_2 it is
+    rounded down to a power of two. Source: common/recipe/recipe_common.cuh.
     """
     usable = torch.isfinite(amax) & (amax > 0)
     scale = _divide(fp8_max, torch.where(usable, amax, 1.0)).clamp(max=FP32_MAX)
@@ -392,19 +418,19 @@ def compute_scale(amax: torch.Tensor, fp8_max: float, force_pow_2: bool = False)
 
 
 def quantize_fp8(x: torch.Tensor, scale: torch.Tensor, fp8_dtype: torch.dtype) -> torch.Tensor:
-    """x * scale in fp8: round to nearest even, saturating (also from inf), NaN stays NaN."""
+    """Return x * scale in fp8: rounded to nearest even, saturating (inf too); NaN stays NaN."""
     fp8_max = FP8_MAX[fp8_dtype]
     return (x.float() * scale).clamp(-fp8_max, fp8_max).to(fp8_dtype)
 
 
 def _tiles(x: torch.Tensor, rows: int, cols: int) -> torch.Tensor:
-    """(M, N) seen as (M/rows, rows, N/cols, cols) tiles."""
+    """View (M, N) as tiles (M/rows, rows, N/cols, cols)."""
     m, n = x.shape
     return x.reshape(m // rows, rows, n // cols, cols)
 
 
 def _tile_amax(x: torch.Tensor, rows: int, cols: int) -> torch.Tensor:
-    """fp32 (M/rows, N/cols): largest magnitude in each tile of x (M, N)."""
+    """Return the largest magnitude in each tile of x (M, N): fp32 (M/rows, N/cols)."""
     tiles = _abs(_tiles(x, rows, cols))
     if rows > 1:
         tiles = tiles.amax(1, keepdim=True)
@@ -414,16 +440,19 @@ def _tile_amax(x: torch.Tensor, rows: int, cols: int) -> torch.Tensor:
 
 
 def _times_tile(x: torch.Tensor, tile_scale: torch.Tensor, rows: int, cols: int) -> torch.Tensor:
-    """x (M, N) in fp32, each tile times its scale (M/rows, N/cols)."""
+    """Return x (M, N) in fp32, each tile times its scale (M/rows, N/cols)."""
     return (_tiles(x.float(), rows, cols) * tile_scale[:, None, :, None]).reshape(x.shape)
 
 
 def _tile_shape(dim: int, block: int) -> tuple:
+    """Return (rows, cols) of 1-D blocks along `dim`."""
     return (1, block) if dim in (-1, 1) else (block, 1)
 
 
-def quantize_block_1d(x, fp8_dtype=torch.float8_e4m3fn, dim: int = -1, block: int = FP8_BLOCK):
-    """FP8 with one power-of-two scale per `block` values along `dim` (-1 rowwise, 0 columnwise).
+def quantize_block_1d(
+    x: torch.Tensor, fp8_dtype: torch.dtype = torch.float8_e4m3fn, dim: int = -1, block: int = FP8_BLOCK
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantize to FP8 with one power-of-two scale per `block` values along `dim` (-1 rowwise, 0 columnwise).
 
     x (M, N), bf16 or fp32. Returns fp8 (M, N) and scale_inv fp32 (M, N/block) or (M/block, N).
     Source: common/transpose/quantize_transpose_vector_blockwise.cu.
@@ -431,15 +460,19 @@ def quantize_block_1d(x, fp8_dtype=torch.float8_e4m3fn, dim: int = -1, block: in
     return _quantize_fp8_tiles(x, fp8_dtype, *_tile_shape(dim, block))
 
 
-def quantize_block_2d(x, fp8_dtype=torch.float8_e4m3fn, block: int = FP8_BLOCK):
-    """FP8 with one power-of-two scale per block x block square: fp8 (M, N), fp32 (M/block, N/block).
+def quantize_block_2d(
+    x: torch.Tensor, fp8_dtype: torch.dtype = torch.float8_e4m3fn, block: int = FP8_BLOCK
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantize to FP8 with one power-of-two scale per block x block square.
 
+    x (M, N), bf16 or fp32. Returns fp8 (M, N) and scale_inv fp32 (M/block, N/block).
     Source: common/transpose/quantize_transpose_square_blockwise.cu.
     """
     return _quantize_fp8_tiles(x, fp8_dtype, block, block)
 
 
 def _quantize_fp8_tiles(x, fp8_dtype, rows, cols):
+    """Quantize each rows x cols tile of x (M, N): fp8 (M, N) and scale_inv fp32 (M/rows, N/cols)."""
     fp8_max = FP8_MAX[fp8_dtype]
     scale = compute_scale(_tile_amax(x, rows, cols), fp8_max, force_pow_2=True)
     q = _times_tile(x, scale, rows, cols).clamp(-fp8_max, fp8_max).to(fp8_dtype)
@@ -447,7 +480,7 @@ def _quantize_fp8_tiles(x, fp8_dtype, rows, cols):
 
 
 def float_to_e8m0(x: torch.Tensor) -> torch.Tensor:
-    """Biased exponent (int32, 0..255) of the smallest power of two >= x >= 0; NaN 255, inf 254.
+    """Return the biased exponent (int32, 0..255) of the smallest power of two >= x >= 0; 255 for NaN, 254 for inf.
 
     Source: float_to_e8m0 in common/util/ptx_arch_spec.cuh.
     """
@@ -459,23 +492,27 @@ def float_to_e8m0(x: torch.Tensor) -> torch.Tensor:
 
 
 def e8m0_to_float(biased: torch.Tensor) -> torch.Tensor:
-    """2^(biased - 127) in fp32; NaN for 255."""
-    # 2^-127 is subnormal in fp32: not an exponent field but the first mantissa bit.
+    """Return 2^(biased - 127) in fp32; NaN for 255."""
+    # 2^-127 is subnormal in fp32: its exponent field is 0 and its first mantissa bit is set.
     bits = torch.where(biased == 0, 0x400000, biased.int() << 23)
     return torch.where(biased == 255, math.nan, bits.int().view(torch.float32))
 
 
-def quantize_mxfp8(x, fp8_dtype=torch.float8_e4m3fn, dim: int = -1):
-    """MXFP8: fp8 (M, N) and uint8 E8M0 exponents (M, N/32) rowwise or (M/32, N) columnwise.
+def quantize_mxfp8(
+    x: torch.Tensor, fp8_dtype: torch.dtype = torch.float8_e4m3fn, dim: int = -1
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantize to MXFP8 in blocks of 32 along `dim` (-1 rowwise, 0 columnwise).
 
-    Source: common/cast/mxfp8/quantize_mxfp8.cuh (amax times the rounded reciprocal of the maximum,
-    then rounded up to a power of two, so that nothing saturates).
+    x (M, N), bf16 or fp32. Returns fp8 (M, N) and uint8 E8M0 exponents (M, N/32) or (M/32, N). The scale is the amax
+    times the rounded reciprocal of the format's maximum, rounded up to a power of two, so that nothing saturates.
+    Source: common/cast/mxfp8/quantize_mxfp8.cuh.
     """
     q, e8m0 = _quantize_mxfp8(x, fp8_dtype, dim)
     return q, e8m0.to(torch.uint8)
 
 
 def _quantize_mxfp8(x, fp8_dtype, dim):
+    """Do the work of quantize_mxfp8; the exponents are int32."""
     rows, cols = _tile_shape(dim, MXFP8_BLOCK)
     fp8_max = FP8_MAX[fp8_dtype]
     e8m0 = float_to_e8m0(_tile_amax(x, rows, cols) * (1.0 / fp8_max))
@@ -485,14 +522,14 @@ def _quantize_mxfp8(x, fp8_dtype, dim):
 
 
 def _e2m1_step(a: torch.Tensor) -> tuple:
-    """Distance between the E2M1 values (0, .5, 1, 1.5, 2, 3, 4, 6) around fp32 a >= 0, and its inverse."""
-    # Half the power of two at or below, by masking the exponent field: .5 below 2, 1 below 4, else 2.
+    """Return the distance between the E2M1 values (0, .5, 1, 1.5, 2, 3, 4, 6) around fp32 a >= 0, and its inverse."""
+    # Masking the exponent field gives the power of two at or below a; half of it is .5 below 2, 1 below 4, else 2.
     power = a.clamp(1.0, E2M1_MAX).view(torch.int32) & 0x7F800000
     return power.view(torch.float32) * 0.5, (0x7F000000 - power).view(torch.float32) * 2.0
 
 
 def round_e2m1(x: torch.Tensor) -> torch.Tensor:
-    """Nearest E2M1 value in fp32, ties to the even code, saturating; NaN becomes +6.
+    """Round to the nearest E2M1 value, in fp32; ties go to the even code, large values saturate, NaN becomes +6.
 
     E2M1 has no NaN, so cvt.rn.satfinite.e2m1x2.f32 gives the largest value.
     """
@@ -504,27 +541,30 @@ def round_e2m1(x: torch.Tensor) -> torch.Tensor:
 
 
 def stochastic_round_e2m1(x: torch.Tensor) -> torch.Tensor:
-    """One of the two E2M1 neighbours in fp32, the nearer one more likely, so that the mean is x."""
+    """Round to one of the two neighbouring E2M1 values at random, in fp32, with probabilities whose mean is x."""
     a = x.float().abs().clamp(max=E2M1_MAX)
     step, inverse = _e2m1_step(a)
-    # fp32 rounding of a/step + u could carry a value on the grid to the next one; the minimum stops it.
+    # The fp32 sum below may round a value on the grid up to the next one; the minimum prevents that.
     ratio = a * inverse
     q = torch.minimum(torch.floor(ratio + _uniform(a)), torch.ceil(ratio)) * step
     return torch.where(torch.isnan(x), E2M1_MAX, torch.copysign(q, x.float()))
 
 
 class NVFP4Tensor(NamedTuple):
-    """values fp32 (M, N) on the E2M1 grid, scale fp8 E4M3 per tile, amax fp32 scalar."""
+    """A tensor in NVFP4: an element is values * scale * amax / (6 * 448)."""
 
-    values: torch.Tensor
-    scale: torch.Tensor
-    amax: torch.Tensor
+    values: torch.Tensor  # fp32 (M, N) on the E2M1 grid
+    scale: torch.Tensor   # fp8 E4M3, one per block: (M, N/16), (M/16, N) or (M/16, N/16)
+    amax: torch.Tensor    # fp32 scalar, of the whole tensor
 
 
-def quantize_nvfp4(x, dim: int = -1, two_d: bool = False, stochastic: bool = False) -> NVFP4Tensor:
-    """NVFP4: an element is values * scale * amax / (6 * 448).
+def quantize_nvfp4(
+    x: torch.Tensor, dim: int = -1, two_d: bool = False, stochastic: bool = False
+) -> NVFP4Tensor:
+    """Quantize to NVFP4.
 
-    x (M, N), bf16 or fp32; 1x16 blocks along `dim` (-1 rowwise, 0 columnwise), or 16x16 squares.
+    x (M, N), bf16 or fp32, in 1x16 blocks along `dim` (-1 rowwise, 0 columnwise), or with two_d in 16x16 squares;
+    stochastic: round stochastically.
     Source: common/transpose/quantize_transpose_vector_blockwise_fp4.cu, common/cast/nvfp4/core_nvfp4.cuh
     (their default path: block scale = amax_block * (encode * 1/6), exact division for the reciprocals).
     """
@@ -534,22 +574,22 @@ def quantize_nvfp4(x, dim: int = -1, two_d: bool = False, stochastic: bool = Fal
     encode = _divide(448.0 * E2M1_MAX, amax).clamp(max=FP32_MAX)
     encode = torch.where((amax == 0) | (encode == 0), 1.0, encode)
     scale = (tile_amax * (encode * (1.0 / E2M1_MAX))).clamp(max=448.0).to(torch.float8_e4m3fn)
-    # The reciprocal of the scale as it was rounded; FP32_MAX for blocks whose scale rounds to 0.
+    # The reciprocal of the rounded scale; FP32_MAX for blocks whose scale rounds to 0.
     tile_encode = _divide(1.0, scale.float() * _divide(1.0, encode)).clamp(max=FP32_MAX)
     scaled = _times_tile(x, tile_encode, rows, cols)
     values = stochastic_round_e2m1(scaled) if stochastic else round_e2m1(scaled)
     return NVFP4Tensor(values, scale, amax)
 
 
-# The signs that TE draws once and for all for the random Hadamard transform.
+# The fixed signs of TE's random Hadamard transform.
 RHT_SIGNS = (1, 1, 1, -1, 1, -1, -1, -1, -1, -1, -1, 1, -1, 1, -1, -1)
 
 
 _hadamard: dict = {}
 
 
-def hadamard_matrix(device) -> torch.Tensor:
-    """fp32 (16, 16), orthogonal: diag(signs) @ Sylvester's Hadamard matrix / 4."""
+def hadamard_matrix(device: Union[str, torch.device]) -> torch.Tensor:
+    """Return the orthogonal matrix diag(signs) @ Sylvester's Hadamard matrix / 4, fp32 (16, 16)."""
     device = torch.device(device)
     if device not in _hadamard:
         h = torch.ones(1, 1)
@@ -560,10 +600,10 @@ def hadamard_matrix(device) -> torch.Tensor:
 
 
 def hadamard_transform(x: torch.Tensor, dim: int = -1) -> torch.Tensor:
-    """Random Hadamard transform of each 16 values along `dim` of x (M, N); result in x's dtype.
+    """Apply the random Hadamard transform to each 16 values along `dim` of x (M, N); the result has x's dtype.
 
-    Sums in fp32 and rounds once to bf16, as TE does before it takes the amax and quantizes: what a
-    GPU's bf16 matmul does. (The matrix holds +-1/4, so no product is rounded.)
+    Like TE's, it sums in fp32 and rounds once to bf16, before the amax is taken: so does a GPU's bf16
+    matmul. (The matrix holds +-1/4, so no product is rounded.)
     """
     m, n = x.shape
     dtype = x.dtype if x.is_cuda else torch.float32
@@ -577,18 +617,20 @@ def hadamard_transform(x: torch.Tensor, dim: int = -1) -> torch.Tensor:
     return out.reshape(m, n).to(x.dtype)
 
 
-# What quantization_stats() gives, in this order.
+# The numbers of quantization_stats(), in this order.
 STATISTICS = ("amax", "scale", "saturated", "underflow", "error")
 
 
 @torch.no_grad()
-def quantization_stats(x, rcp, kind: str, scale=None) -> torch.Tensor:
-    """What a recipe's quantizer does to a tensor: fp32 (5,), the STATISTICS.
+def quantization_stats(
+    x: torch.Tensor, rcp: Recipe, kind: str, scale: Optional[torch.Tensor] = None
+) -> torch.Tensor:
+    """Measure what a recipe's quantizer does to a tensor: fp32 (5,), the STATISTICS.
 
     amax       largest magnitude
-    scale      what values are multiplied by before they are rounded; of block scales the median
-    saturated  share of the values that are not 0 which the format's range cuts off
-    underflow  share of the values that are not 0 which become 0
+    scale      factor of the values before rounding; with block scales, their median
+    saturated  share of the non-zero values that exceed the format's range
+    underflow  share of the non-zero values that become 0
     error      |quantized - x| / |x| in the Frobenius norm
 
     Args:
@@ -596,17 +638,17 @@ def quantization_stats(x, rcp, kind: str, scale=None) -> torch.Tensor:
             for the gradient of its input), without Hadamard transform.
         rcp: a recipe of this module or of Transformer Engine.
         kind: "input", "weight" or "gradient".
-        scale: the fp32 scalar that delayed scaling holds for this tensor; other recipes compute theirs.
+        scale: delayed scaling's present scale of this tensor, an fp32 scalar; other recipes compute their own.
     """
     hybrid = rcp.fp8_format.name == "HYBRID" and kind == "gradient"
     fp8_dtype = torch.float8_e5m2 if hybrid else torch.float8_e4m3fn
-    # The middle between the largest value and what would follow it: above, rounding cannot have led there.
+    # A value saturates above the middle between the largest value and the next one, which the format does not have.
     limit, rows, cols = 61440.0 if hybrid else 464.0, 1, x.shape[1]
     if rcp.nvfp4():
         two_d = kind == "weight" and not rcp.disable_2d_quantization
         rows, cols, limit = NVFP4_BLOCK if two_d else 1, NVFP4_BLOCK, 7.0
         stochastic = kind == "gradient" and not rcp.disable_stochastic_rounding
-        limit = E2M1_MAX if stochastic else limit  # above 6 there is no second neighbour
+        limit = E2M1_MAX if stochastic else limit  # above 6, stochastic rounding has no upper neighbour
         q, block_scale, amax = quantize_nvfp4(x, -1, two_d, stochastic)
         decode = block_scale.float() * (amax / (E2M1_MAX * 448.0))
     elif rcp.mxfp8():
@@ -624,10 +666,10 @@ def quantization_stats(x, rcp, kind: str, scale=None) -> torch.Tensor:
     magnitude, nonzero = x.abs(), x != 0
     count = nonzero.sum().clamp(min=1)
     saturated = ((magnitude > limit * tile_decode) & (tile_decode > 0)).sum() / count
-    underflow = ((q * tile_decode == 0) & nonzero).sum() / count  # NVFP4's block scales can be 0 themselves
+    underflow = ((q * tile_decode == 0) & nonzero).sum() / count  # NVFP4's block scales may be 0 too
     norm = torch.linalg.vector_norm(x)
     error = torch.linalg.vector_norm(q * tile_decode - x) / torch.where(norm > 0, norm, 1.0)
-    used = torch.where(decode > 0, 1.0 / decode, math.nan)  # a block too small for a scale of its own has none
+    used = torch.where(decode > 0, 1.0 / decode, math.nan)  # leave out blocks whose scale rounds to 0
     return torch.stack([magnitude.amax(), used.nanmedian(), saturated, underflow, error])
 
 
@@ -639,54 +681,56 @@ def quantization_stats(x, rcp, kind: str, scale=None) -> torch.Tensor:
 class DelayedScalingState:
     """Scales and amax history of a module's tensors in one direction, in TE's layout.
 
-    scale: fp32 (N,), starts at 1. amax_history: fp32 (H, N), starts at 0; row 0 collects the amax of
-    the step under way, the last row is the newest finished step. N counts per GEMM the tensors
-    input, weight, output (forward) or grad_output, grad_input (backward); output and grad_input are
-    never quantized here, so their columns stay 0.
+    scale: fp32 (N,), starts at 1. amax_history: fp32 (H, N), starts at 0. Row 0 collects the amax of
+    the current step; the last row is the newest finished step. For each GEMM there are columns for
+    input, weight and output (forward), or grad_output and grad_input (backward). Output and
+    grad_input are never quantized here, so their columns stay 0.
     """
 
     def __init__(self, amax_history_len: int, num_tensors: int, device):
         self.scale = torch.ones(num_tensors, dtype=torch.float32, device=device)
         self.amax_history = torch.zeros(amax_history_len, num_tensors, dtype=torch.float32, device=device)
 
-    def to(self, device):
+    def to(self, device: Union[str, torch.device]) -> None:
+        """Move the state to a device, in place."""
         self.scale, self.amax_history = self.scale.to(device), self.amax_history.to(device)
 
-    def resize(self, amax_history_len: int):
-        """Truncates or zero-pads the history at its end, as TE does."""
+    def resize(self, amax_history_len: int) -> None:
+        """Truncate or zero-pad the history at its end, as TE does."""
         extra = amax_history_len - self.amax_history.shape[0]
         if extra:
             self.amax_history = F.pad(self.amax_history, (0, 0, 0, extra)).clone()
 
 
 class _Global:
-    """What autocast sets. One instance, `_state`."""
+    """The state that autocast sets. There is one instance, `_state`."""
 
     def __init__(self):
         self.enabled = False
         self.recipe = None
         self.group = None
         self.depth = 0
-        # True until the first quantized module of the region has run. That module's backward comes
-        # last, and it triggers the update of the gradients' scales.
+        # True until the first quantized module of the region has run. That module's backward runs
+        # last, so it updates the gradients' scales.
         self.first_module = False
-        # Checkpointed functions being run, outermost first.
+        # Checkpointed functions that are running, outermost first.
         self.frames = []
         # (forward, recipe, group) -> references to the states that are reduced together.
         self.registry = {}
 
     def register(self, state, forward, rcp, group):
-        # Keyed by the fields: two equal recipes share one reduction.
+        """Note a module's state for the next reduce_and_update()."""
+        # The key holds the recipe's fields: two equal recipes share one reduction.
         key = (forward, repr(rcp), id(group) if group is not None else None)
         members = self.registry.setdefault(key, (rcp, group, {}))[2]
         known = members.get(id(state))
         if known is None or known() is not state:
-            # A weak reference: a model that is gone takes no part in the reduction.
+            # A weak reference: a deleted model takes no part in the reduction.
             members[id(state)] = weakref.ref(state)
 
     @torch.no_grad()
     def reduce_and_update(self, forward: bool):
-        """Reduces the amaxes over the ranks, rolls the histories and computes the next scales."""
+        """Reduce the amaxes over the ranks, roll the histories and compute the next scales."""
         for (is_forward, *_), (rcp, group, members) in self.registry.items():
             if is_forward != forward:
                 continue
@@ -715,13 +759,15 @@ class _Global:
             torch._foreach_copy_([s.scale for s in states], list(scale.split(sizes)))
 
 
-def update_amax_and_scale(history, scale, amax, scaled_max: float, algo: str = "max"):
-    """One step of delayed scaling: (history (H, N), scale (N,), amax (N,)) -> new history, new scale.
+def update_amax_and_scale(
+    history: torch.Tensor, scale: torch.Tensor, amax: torch.Tensor, scaled_max: float, algo: str = "max"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Do one step of delayed scaling: (history (H, N), scale (N,), amax (N,)) -> new history, new scale.
 
-    Source: kernel_bulk in common/recipe/delayed_scaling.cu. A tensor that was not quantized since the
-    last update (amax 0) keeps its history and scale. For the others the history rolls up by one row,
-    the new amax enters at the end, row 0 is cleared; the oldest row still counts in this maximum.
-    An amax that is inf or NaN keeps the old scale, and an inf does so until it leaves the history.
+    A tensor that was not quantized since the last update (amax 0) keeps its history and scale. The
+    history of the others rolls up by one row, the new amax becomes the last row, and row 0 is cleared.
+    The oldest row still counts in this maximum. An amax that is inf or NaN keeps the old scale; an inf
+    does so until it leaves the history. Source: kernel_bulk in common/recipe/delayed_scaling.cu.
     """
     rolled = torch.cat([history[1:], amax[None]])
     top = amax if algo == "most_recent" else torch.nan_to_num(rolled, nan=0.0, posinf=math.inf).amax(0)
@@ -736,21 +782,30 @@ _state = _Global()
 
 
 class FP8GlobalStateManager:
-    """Of TE's class of this name, what train.py asks it."""
+    """The part of TE's class of this name that train.py uses."""
 
     is_fp8_enabled = staticmethod(lambda: _state.enabled)
 
 
-quantization = types.SimpleNamespace(FP8GlobalStateManager=FP8GlobalStateManager)  # TE has it in a module of this name
+quantization = types.SimpleNamespace(FP8GlobalStateManager=FP8GlobalStateManager)  # a module in TE
 
 
 class autocast:
-    """Quantizes the layers that run inside, by `recipe` (default: DelayedScaling)."""
+    """A context manager that quantizes the layers which run inside, by `recipe` (default: DelayedScaling).
 
-    def __init__(self, enabled=True, calibrating=False, recipe=None, amax_reduction_group=None):
-        _require(not calibrating, "autocast: calibrating is not emulated")
+    amax_reduction_group: the process group whose ranks share delayed scaling's amaxes; None: all ranks.
+    """
+
+    def __init__(
+        self, enabled: bool = True, calibrating: bool = False, recipe: Optional[Recipe] = None,
+        amax_reduction_group=None,
+    ):
+        _require(not calibrating, "autocast: calibrating=True is not emulated; leave it out")
         recipe = DelayedScaling() if recipe is None else recipe
-        _require(isinstance(recipe, Recipe), f"autocast: {recipe!r} is not a recipe of this module")
+        _require(
+            isinstance(recipe, Recipe),
+            f"autocast: {recipe!r} is not a recipe of this module; use one of te_emulation.recipe",
+        )
         self._args = (enabled, recipe, amax_reduction_group)
         self._saved = None
 
@@ -768,26 +823,26 @@ class autocast:
         _state.enabled, _state.recipe, _state.group, _state.first_module = self._saved
         self._saved = None
         _state.depth -= 1
-        # A reentrant checkpoint runs its first pass without gradients, on behalf of a pass with them.
+        # A reentrant checkpoint runs its first pass without gradients, although gradients are wanted.
         grad = torch.is_grad_enabled() or any(not f.recomputing for f in _state.frames)
         if self._args[0] and _state.depth == 0 and grad and exc_type is None:
             _state.reduce_and_update(forward=True)
 
 
 class _Frame:
-    """One call of checkpoint(): what the first pass must hand to the recomputation."""
+    """What the first pass of one call of checkpoint() hands to the recomputation."""
 
     def __init__(self):
         self.context = None  # the autocast state of the first pass
         self.recomputing = False
         self.scales = []  # delayed scaling's forward scales, in the order of use
-        self.cursor = 0
-        self.first = False  # whether the region's first module is in here
-        self.first_left = False
+        self.cursor = 0  # index of the next scale to reuse
+        self.first = False  # whether the region's first module ran inside
+        self.first_left = False  # the same, until that module has run again
 
     @contextlib.contextmanager
     def run(self):
-        """Around each run of the checkpointed function; all but the first are recomputations."""
+        """Wrap each run of the checkpointed function; all but the first are recomputations."""
         saved = (_state.enabled, _state.recipe, _state.group)
         self.recomputing = self.context is not None
         if self.recomputing:
@@ -807,14 +862,14 @@ class _Frame:
 
 
 @torch.compiler.disable
-def checkpoint(function, *args, use_reentrant: bool = True, **kwargs):
-    """Runs function(*args, **kwargs) keeping only its inputs; backward runs it again.
+def checkpoint(function: Callable, *args, use_reentrant: bool = True, **kwargs):
+    """Run function(*args, **kwargs) and keep only its inputs; the backward pass runs it again.
 
-    Under delayed scaling the recomputation quantizes with the scales of the first pass and leaves
-    the amax history alone. (TE swaps the old scales and history in and out again.)
+    Under delayed scaling the recomputation quantizes with the scales of the first pass and does not
+    change the amax history. (TE swaps the old scales and history in, and out again.)
     """
     for name in ("distribute_saved_activations", "tp_group", "get_rng_state_tracker", "context_fn"):
-        _require(not kwargs.pop(name, None), f"checkpoint: {name} is not emulated")
+        _require(not kwargs.pop(name, None), f"checkpoint: {name} is not emulated; leave it out")
     if not torch.is_grad_enabled():
         return function(*args, **kwargs)
     frame = _Frame()
@@ -845,48 +900,52 @@ class _Operand(NamedTuple):
 
 @_kernel
 def _quantize_delayed(x, scale, fp8_dtype):
-    """x (M, N) by a given scale: bf16 values, their factor, and the amax for the history."""
+    """Quantize x (M, N) by a given scale: bf16 values, their factor, and the amax for the history."""
     return quantize_fp8(x, scale, fp8_dtype).to(torch.bfloat16), _divide(1.0, scale), compute_amax(x)
 
 
 @_kernel
 def _quantize_current(x, fp8_dtype):
-    """x (M, N) by the scale of its own amax: bf16 values and their factor."""
+    """Quantize x (M, N) by the scale of its own amax: bf16 values and their factor."""
     scale = compute_scale(compute_amax(x), FP8_MAX[fp8_dtype])
     return quantize_fp8(x, scale, fp8_dtype).to(torch.bfloat16), _divide(1.0, scale)
 
 
 @_kernel
 def _quantize_rows(x, fp8_dtype):
+    """Quantize x (M, N) in 1x128 blocks: bf16 values times scale_inv."""
     return _dequantize(*quantize_block_1d(x, fp8_dtype, -1), 1, FP8_BLOCK)
 
 
 @_kernel
 def _quantize_columns(x, fp8_dtype):
+    """Quantize x (M, N) in 128x1 blocks: bf16 values times scale_inv."""
     return _dequantize(*quantize_block_1d(x, fp8_dtype, 0), FP8_BLOCK, 1)
 
 
 @_kernel
 def _quantize_squares(x, fp8_dtype):
+    """Quantize x (M, N) in 128x128 blocks: bf16 values times scale_inv."""
     return _dequantize(*quantize_block_2d(x, fp8_dtype), FP8_BLOCK, FP8_BLOCK)
 
 
 @_kernel
 def _quantize_mx(x, fp8_dtype, dim):
+    """Quantize x (M, N) to MXFP8 along `dim`: bf16 values times scale_inv."""
     q, e8m0 = _quantize_mxfp8(x, fp8_dtype, dim)
     return _dequantize(q, e8m0_to_float(e8m0), *_tile_shape(dim, MXFP8_BLOCK))
 
 
 @_kernel
 def _quantize_fp4(x, dim, two_d, stochastic):
-    """x (M, N): bf16 values times block scales, and the tensor's amax, which is their factor."""
+    """Quantize x (M, N) to NVFP4: bf16 values times block scales, and the tensor's amax, which is their factor."""
     q = quantize_nvfp4(x, dim, two_d, stochastic)
     rows, cols = (NVFP4_BLOCK, NVFP4_BLOCK) if two_d else _tile_shape(dim, NVFP4_BLOCK)
     return _dequantize(q.values, q.scale.float(), rows, cols), q.amax
 
 
 class _Pass:
-    """What a forward pass and its backward need to know; holds no activations."""
+    """The settings of one forward pass of a module and of its backward. It holds no activations."""
 
     def __init__(self, module, x):
         self.dtype = _activation_dtype(module, x)
@@ -907,6 +966,7 @@ class _Pass:
         self._enter_frames(any(p.requires_grad for p in module.parameters()) or x.requires_grad)
 
     def _enter_frames(self, requires_grad):
+        """Choose the forward scales, and the module whose backward updates the gradients' scales."""
         frames = _state.frames
         again = next((f for f in reversed(frames) if f.recomputing), None)
         first_pass = next((f for f in reversed(frames) if not f.recomputing), None)
@@ -919,8 +979,8 @@ class _Pass:
         for frame in frames:
             if not frame.recomputing:
                 frame.scales.append(self.fwd_scale.clone())
-        # Exactly one module's backward updates the gradients' scales: the first one's. In the first
-        # pass of a reentrant checkpoint no graph is built, so the recomputation takes over the duty.
+        # Exactly one module's backward updates the gradients' scales: the first one's. The first pass of
+        # a reentrant checkpoint builds no graph, so its recomputation does it instead.
         if not requires_grad:
             return
         first = again.first_left if again is not None else _state.first_module
@@ -933,10 +993,10 @@ class _Pass:
         elif first_pass is not None:
             first_pass.first |= first
         elif again is None:
-            _state.first_module = first  # evaluation inside a training region does not use it up
+            _state.first_module = first  # a pass without gradients does not count as the first
 
     def quantize(self, x, kind: str, gemm: int = 0) -> _Operand:
-        """x (M, N) in self.dtype (or fp32, see fused_dtype); kind "input", "weight" or "grad"."""
+        """Quantize x (M, N), in self.dtype or fp32 (see fused_dtype); kind is "input", "weight" or "grad"."""
         rcp, forward = self.recipe, kind != "grad"
         fp8_dtype = rcp.fp8_dtype(forward)
         if self.delayed:
@@ -964,27 +1024,27 @@ class _Pass:
         row, row_amax = _quantize_fp4(x, -1, two_d, stochastic)
         if two_d:
             return _Operand(row, row_amax, row, row_amax)
-        # The transform serves wgrad alone and cancels there: both operands are transformed along the
-        # tokens. Weights are never transformed.
+        # Only wgrad uses the transform. Both its operands are transformed along the tokens, so the
+        # transforms cancel in the product. Weights are never transformed.
         if kind != "weight" and not rcp.disable_rht:
             x = hadamard_transform(x, 0)
         return _Operand(row, row_amax, *_quantize_fp4(x, 0, False, stochastic))
 
     @property
-    def fused_dtype(self):
-        """How the result of an fp32 norm, activation or its derivative reaches the quantizer.
+    def fused_dtype(self) -> torch.dtype:
+        """The dtype in which the result of an fp32 norm, activation or its derivative reaches the quantizer.
 
-        Delayed scaling's kernels are fused: they quantize, and take the amax, straight from fp32. In
-        every other case the values are rounded to bf16 first: written to memory by a kernel of its
-        own, or, for MXFP8's activations, rounded inside the fused kernel. Sources: pytorch/csrc/
-        extensions/{normalization,activation,bias}.cpp choose the kernels, common/normalization/
+        Delayed scaling's kernels are fused: they quantize, and take the amax, directly from fp32. In
+        every other case the values are rounded to bf16 first: a separate kernel writes them to memory,
+        or, for MXFP8's activations, the fused kernel rounds them. Sources: pytorch/csrc/extensions/
+        {normalization,activation,bias}.cpp choose the kernels, which are in common/normalization/
         rmsnorm/rmsnorm_fwd_kernels.cuh, common/transpose/cast_transpose_fusion.cu and
-        common/cast/mxfp8/quantize_mxfp8.cuh are them.
+        common/cast/mxfp8/quantize_mxfp8.cuh.
         """
         return torch.float32 if self.delayed else self.dtype
 
     def gemm(self, a, a_factor, b, b_factor, out_dtype=None):
-        """a (M, K) @ b (K, N), both scaled by their factors after the fp32 sum, in out_dtype."""
+        """Return a (M, K) @ b (K, N), scaled by both factors after the fp32 sum, in out_dtype (default: self.dtype)."""
         factor = None
         if a_factor is not None:
             factor = a_factor * b_factor
@@ -993,15 +1053,18 @@ class _Pass:
         return _matmul(a, b, factor, out_dtype or self.dtype)
 
     def weight_grad(self, weight, dy, dy_factor, x, x_factor):
-        """dy (T, N)^T @ x (T, K), rounded to the activation dtype, in the weight's dtype.
+        """Return dy (T, N)^T @ x (T, K), rounded to the activation dtype, in the weight's dtype.
 
-        With fuse_wgrad_accumulation it is added to weight.main_grad in that tensor's dtype instead,
-        without the rounding in between, and the gradient is None.
+        With fuse_wgrad_accumulation, add it to weight.main_grad in that tensor's dtype instead, without
+        the rounding in between, and return None.
         """
         if not self.fuse_wgrad:
             return self.gemm(dy.t(), dy_factor, x, x_factor).to(weight.dtype)
         main_grad = getattr(weight, "main_grad", None)
-        _require(main_grad is not None, "fuse_wgrad_accumulation needs weight.main_grad")
+        _require(
+            main_grad is not None,
+            "fuse_wgrad_accumulation needs weight.main_grad; set it before the backward pass",
+        )
         grad = self.gemm(dy.t(), dy_factor, x, x_factor, main_grad.dtype)
         if self.overwrite_main_grad:
             main_grad.copy_(grad)
@@ -1011,12 +1074,12 @@ class _Pass:
 
 
 def _dequantize(q, scale_inv, rows, cols):
-    """(M, N) values times tile scales, bf16: exact for power-of-two and for E4M3 scales of E2M1."""
+    """Return (M, N) values times tile scales in bf16: exact for power-of-two scales, and for E4M3 scales of E2M1."""
     return _times_tile(q, scale_inv, rows, cols).to(torch.bfloat16)
 
 
 def _matmul(a, b, factor, out_dtype):
-    """a @ b with fp32 sums, times factor (fp32 scalar or None), rounded once to out_dtype."""
+    """Return a @ b with fp32 sums, times factor (fp32 scalar or None), rounded once to out_dtype."""
     with torch.autocast(a.device.type, enabled=False):
         if a.dtype == torch.float32:
             out = a @ b
@@ -1031,11 +1094,12 @@ def _matmul(a, b, factor, out_dtype):
 
 @_kernel
 def _scale_sum(out, factor, dtype):
+    """Multiply the sums of a matmul by a factor, and round them to dtype."""
     return (out * factor).to(dtype)
 
 
 def _activation_dtype(module, x):
-    """torch.autocast's dtype where it is on; else the input's, which the parameters must share."""
+    """Return torch.autocast's dtype where it is on; else the input's, which the parameters must share."""
     device_type = x.device.type
     if torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
@@ -1050,7 +1114,7 @@ def _activation_dtype(module, x):
 
 @_kernel
 def _rmsnorm(x, weight, eps, dtype):
-    """Norm in fp32 of x (M, N) with gain (N,), both already cast to the activation dtype, in `dtype`; also 1/rms (M, 1)."""
+    """Normalize x (M, N) in fp32 with gain (N,), both in the activation dtype: y in `dtype`, and 1/rms (M, 1) fp32."""
     x = x.float()
     rsigma = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
     return (weight.float() * (rsigma * x)).to(dtype), rsigma
@@ -1058,7 +1122,7 @@ def _rmsnorm(x, weight, eps, dtype):
 
 @_kernel
 def _rmsnorm_backward(dz, x, rsigma, weight, dtype):
-    """dz, x (M, N); dx in dtype, dweight summed in fp32 and rounded to dtype, as TE's kernel does."""
+    """Return dx (M, N) in dtype, and dweight (N,) summed in fp32 and rounded to dtype, as TE's kernel does."""
     dz, y = dz.float(), x.float() * rsigma
     dy = dz * weight.float()
     dx = rsigma * (dy - y * (dy * y).mean(-1, keepdim=True))
@@ -1091,18 +1155,18 @@ _ACTIVATIONS = {"srelu": (_srelu, _dsrelu), "relu": (torch.relu, _drelu), "gelu"
 
 @_kernel
 def _activate(z, name, dtype):
-    """The activation of fc1's output z (bf16), computed in fp32."""
+    """Apply the activation to fc1's output z (bf16), in fp32."""
     return _ACTIVATIONS[name][0](z.float()).to(dtype)
 
 
 @_kernel
 def _activate_backward(da, z, name, dtype):
-    """The gradient of z from that of the activation, computed in fp32."""
+    """Return the gradient of z from that of the activation, computed in fp32."""
     return (da.float() * _ACTIVATIONS[name][1](z.float())).to(dtype)
 
 
 def _check_execution(rcp, dtype, *tensors):
-    """Refuses what TE's kernels refuse: shapes that the format's blocks do not divide, dtypes."""
+    """Raise ValueError for what TE's kernels refuse: dtypes, and shapes that the format's blocks do not divide."""
     rows, cols = 8, 16
     if rcp.float8_block_scaling():
         rows = cols = FP8_BLOCK
@@ -1124,9 +1188,9 @@ def _check_execution(rcp, dtype, *tensors):
 
 
 def _linear_forward(run, x, weight, operand, gemm):
-    """x @ weight^T for an input in bf16 (or fp32, see _Pass.fused_dtype). Returns y and what wgrad needs.
+    """Return y = x @ weight^T, and the columnwise x and its factor, which wgrad needs.
 
-    operand: the quantized weight, or None without quantization.
+    x is in bf16, or fp32 (see _Pass.fused_dtype). operand: the quantized weight, or None without quantization.
     """
     if run.recipe is None:
         return _matmul(x, weight.to(run.dtype).t(), None, run.dtype), x, None
@@ -1136,7 +1200,7 @@ def _linear_forward(run, x, weight, operand, gemm):
 
 
 def _linear_backward(run, dy, x_col, x_factor, weight, w_col, w_factor, gemm, need_dx, need_dw):
-    """Gradients of x and weight from dy (T, N) in bf16 (or fp32, see _Pass.fused_dtype)."""
+    """Return the gradients of x and weight from dy (T, N) in bf16, or fp32 (see _Pass.fused_dtype)."""
     if run.recipe is None:
         dy = _Operand(dy, None, dy, None)
         w_col = weight.to(run.dtype)
@@ -1251,25 +1315,26 @@ class _NormFunction(torch.autograd.Function):
 
 
 def _default_init(weight):
+    """Initialize as TE does by default."""
     torch.nn.init.normal_(weight, mean=0.0, std=0.023)
 
 
 class _Module(torch.nn.Module):
-    """Parameters, weight cache and delayed-scaling state that the TE modules share."""
+    """Base class of the TE modules: parameters, weight cache and delayed-scaling state."""
 
     num_gemms = 1
 
     def __init__(self, bias, normalization, params_dtype, device, name, fuse_wgrad_accumulation):
         super().__init__()
         kind = type(self).__name__
-        _require(not bias, f"{kind}: bias=True is not emulated")
-        _require(normalization in (None, "RMSNorm"), f"{kind}: normalization must be 'RMSNorm', not {normalization!r}")
+        _require(not bias, f"{kind}: bias=True is not emulated; use bias=False")
+        _require(normalization in (None, "RMSNorm"), f"{kind}: normalization must be 'RMSNorm', got {normalization!r}")
         self.name = name
         self.fuse_wgrad_accumulation = fuse_wgrad_accumulation
         self.params_dtype = torch.get_default_dtype() if params_dtype is None else params_dtype
         self._device = device
         self._init_methods = {}
-        # Plain attributes: neither parameters nor buffers, so not in state_dict().
+        # Plain attributes, not parameters or buffers: state_dict() must not have them.
         self.fp8_meta = {"num_gemms": self.num_gemms}
         self._fp8_workspaces = {}
 
@@ -1279,7 +1344,7 @@ class _Module(torch.nn.Module):
         self._init_methods[name] = init_method
 
     def reset_parameters(self, defer_init: bool = False) -> None:
-        """Initializes the parameters in place; parameters on the meta device wait."""
+        """Initialize the parameters in place; those on the meta device are skipped."""
         if defer_init:
             return
         with torch.no_grad():
@@ -1288,8 +1353,8 @@ class _Module(torch.nn.Module):
                 if param.device.type != "meta":
                     init_method(param)
 
-    def init_fp8_meta_tensors(self, recipe, device=None) -> None:
-        """Makes fp8_meta["scaling_fwd"] and ["scaling_bwd"] for DelayedScaling, unless they exist."""
+    def init_fp8_meta_tensors(self, recipe: Recipe, device: Optional[torch.device] = None) -> None:
+        """Create fp8_meta["scaling_fwd"] and ["scaling_bwd"] for DelayedScaling, unless they exist."""
         if not recipe.delayed():
             return
         if device is None:
@@ -1307,22 +1372,22 @@ class _Module(torch.nn.Module):
                     state.to(device)
 
     def init_fp8_metadata(self, num_gemms: int = 1) -> None:
-        """TE's way to make fp8_meta's tensors before the first pass: to be called inside autocast."""
+        """Create fp8_meta's tensors before the first pass, as in TE. Call it inside autocast."""
         _require(
             num_gemms == self.num_gemms,
-            f"{type(self).__name__} has {self.num_gemms} GEMMs, not {num_gemms}",
+            f"{type(self).__name__}: num_gemms must be {self.num_gemms}, got {num_gemms}",
         )
         if _state.enabled:
             self.init_fp8_meta_tensors(_state.recipe)
 
     def _weight(self, name, run, gemm, is_first_microbatch):
-        """The quantized weight: made anew (None), made and kept (True) or taken from there (False)."""
+        """Return the quantized weight. is_first_microbatch: None: quantize; True: quantize and keep; False: reuse."""
         if run.recipe is None:
             return None
         weight = getattr(self, name)
         kept = self._fp8_workspaces.get(name) if is_first_microbatch is not None else None
         again = any(f.recomputing for f in _state.frames)
-        # Weights quantized by another recipe are of no use. Recomputation reuses what its first pass kept.
+        # A weight quantized by another recipe is not reused. A recomputation reuses what its first pass kept.
         if kept is not None and kept[0] == run.recipe and (is_first_microbatch is False or again):
             return kept[1]
         with torch.no_grad():
@@ -1332,6 +1397,7 @@ class _Module(torch.nn.Module):
         return operand
 
     def _begin(self, x, is_first_microbatch):
+        """Return the pass's settings, and x as a matrix (tokens, features)."""
         run = _Pass(self, x)
         run.overwrite_main_grad = is_first_microbatch is True
         x = x.reshape(-1, x.shape[-1])
@@ -1339,13 +1405,14 @@ class _Module(torch.nn.Module):
             _check_execution(run.recipe, run.dtype, x, *(p for p in self.parameters() if p.dim() == 2))
         return run, x
 
-    def forward(self, inp, is_first_microbatch: Optional[bool] = None):
+    def forward(self, inp: torch.Tensor, is_first_microbatch: Optional[bool] = None) -> torch.Tensor:
+        """Run the module on inp (..., in_features). is_first_microbatch: see TE, or _weight()."""
         _require(
             inp.shape[-1] == self.in_features,
             f"{type(self).__name__}: input has {inp.shape[-1]} features, expected {self.in_features}",
         )
-        # Delayed scaling updates tensors that outlive the call and keeps count of passes: not for a
-        # compiler. (TE's modules are opaque to torch.compile as well.)
+        # Delayed scaling updates tensors that outlive the call and counts passes, which torch.compile
+        # cannot trace. (It does not trace TE's modules either.)
         if _state.enabled and _state.recipe.delayed():
             return self._forward_eager(inp, is_first_microbatch)
         return self._forward(inp, is_first_microbatch)
@@ -1407,7 +1474,7 @@ class LayerNormMLP(_Module):
         super().__init__(bias, normalization, params_dtype, device, name, fuse_wgrad_accumulation)
         _require(
             activation in _ACTIVATIONS,
-            f"LayerNormMLP: activation must be one of {sorted(_ACTIVATIONS)}, not {activation!r}",
+            f"LayerNormMLP: activation must be one of {sorted(_ACTIVATIONS)}, got {activation!r}",
         )
         self.in_features, self.eps, self.activation, self.checkpoint = hidden_size, eps, activation, checkpoint
         self._add_parameter("layer_norm_weight", (hidden_size,), torch.nn.init.ones_)
@@ -1429,23 +1496,25 @@ class LayerNormMLP(_Module):
 
 
 class RMSNorm(torch.nn.Module):
-    """RMSNorm with gain `weight` (normalized_shape,). `hidden_size` is TE's old name of the argument."""
+    """RMSNorm with gain `weight` (normalized_shape,). hidden_size is TE's old name of normalized_shape."""
 
     def __init__(
         self, normalized_shape=None, eps=1e-5, *, hidden_size=None, params_dtype=None, dtype=None, device=None
     ):
         super().__init__()
         size = hidden_size if normalized_shape is None else normalized_shape
-        _require(isinstance(size, int), f"RMSNorm: normalized_shape must be an integer, not {size!r}")
+        _require(isinstance(size, int), f"RMSNorm: normalized_shape must be an integer, got {size!r}")
         self.eps = eps
         self.weight = torch.nn.Parameter(torch.empty(size, dtype=dtype or params_dtype, device=device))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
+        """Set the gain to 1, unless it is on the meta device."""
         if self.weight.device.type != "meta":
             torch.nn.init.ones_(self.weight)
 
-    def forward(self, inp):
+    def forward(self, inp: torch.Tensor) -> torch.Tensor:
+        """Normalize inp (..., normalized_shape)."""
         device_type = inp.device.type
         autocast_on = torch.is_autocast_enabled(device_type)
         dtype = torch.get_autocast_dtype(device_type) if autocast_on else self.weight.dtype
@@ -1461,23 +1530,29 @@ class DotProductAttention(torch.nn.Module):
         attn_mask_type="causal", window_size=None, softmax_scale=None, layer_number=None,
     ):
         super().__init__()
-        _require(qkv_format == "bshd", f"DotProductAttention: qkv_format must be 'bshd', not {qkv_format!r}")
+        _require(qkv_format == "bshd", f"DotProductAttention: qkv_format must be 'bshd', got {qkv_format!r}")
         _require(
             attn_mask_type in ("causal", "no_mask"),
-            f"DotProductAttention: attn_mask_type must be 'causal' or 'no_mask', not {attn_mask_type!r}",
+            f"DotProductAttention: attn_mask_type must be 'causal' or 'no_mask', got {attn_mask_type!r}",
         )
         causal = attn_mask_type == "causal"
         _require(
             window_size is None or tuple(window_size) in ((-1, -1), (-1, 0) if causal else (-1, -1)),
-            f"DotProductAttention: window_size={window_size} is not emulated",
+            f"DotProductAttention: window_size={window_size} is not emulated; use None",
         )
-        _require(isinstance(kv_channels, int), "DotProductAttention: kv_channels must be an integer")
+        _require(
+            isinstance(kv_channels, int),
+            f"DotProductAttention: kv_channels must be an integer, got {kv_channels!r}",
+        )
         self.num_attention_heads, self.kv_channels = num_attention_heads, kv_channels
         self.num_gqa_groups = num_gqa_groups or num_attention_heads
         self.attention_dropout, self.causal, self.layer_number = attention_dropout, causal, layer_number
         self.softmax_scale = softmax_scale or 1.0 / math.sqrt(kv_channels)
 
-    def forward(self, query_layer, key_layer, value_layer):
+    def forward(
+        self, query_layer: torch.Tensor, key_layer: torch.Tensor, value_layer: torch.Tensor
+    ) -> torch.Tensor:
+        """Attend: q, k, v (B, T, H, D) -> (B, T, H * D)."""
         q, k, v = (t.transpose(1, 2) for t in (query_layer, key_layer, value_layer))
         out = F.scaled_dot_product_attention(
             q, k, v,
@@ -1490,4 +1565,5 @@ class DotProductAttention(torch.nn.Module):
 
 
 def quantized_model_init(*args, **kwargs):
-    raise NotImplementedError("quantized_model_init: parameters that are stored quantized are not emulated")
+    """Raise NotImplementedError: parameters that are stored quantized are not emulated."""
+    raise NotImplementedError("quantized_model_init is not emulated; create the model without it, in fp32")

@@ -1,8 +1,8 @@
-"""Transformer Engine's own reference of NVFP4 (NVFP4QuantizerRef, plain PyTorch) beside te_emulation.py, on any device.
+"""Compare te_emulation.py with Transformer Engine's own NVFP4 reference (NVFP4QuantizerRef, plain PyTorch).
 
-On a GPU it is imported with TE. Without one, its source file is loaded alone, with stand-ins for the two base classes
-that it takes from TE's compiled part: TE_SOURCE names a checkout of TransformerEngine (2.20), or a folder that pip
-unpacked. Both tests/test_nvfp4_reference.py (CPU) and tests/gpu/test_nvfp4_vs_te.py run the comparisons below.
+On a GPU the reference is imported with TE. Without one, its source file is loaded alone, with stand-ins for the two
+base classes of TE's compiled part. TE_SOURCE is a checkout of TransformerEngine (2.20), or a folder that pip unpacked.
+tests/test_nvfp4_reference.py (CPU) and tests/gpu/test_nvfp4_vs_te.py (GPU) run the comparisons below.
 """
 
 import importlib.util
@@ -16,13 +16,15 @@ import torch
 
 from nanofp8 import te_emulation as te
 
-CASES = ("normal", "binades", "gradients", "outliers", "zeros", "all zeros", "ties", "tiny", "subnormal", "huge", "every bf16", "inf")
-# The transform is a bf16 matmul in the reference. On a CPU that takes subnormal products for 0, so nothing is to be learnt there.
+CASES = ("normal", "binades", "gradients", "outliers", "zeros", "all zeros", "ties", "tiny", "subnormal", "huge",
+         "every bf16", "inf")
+# The reference transforms by a bf16 matmul. On a CPU that matmul flushes subnormal products to 0, so these cases are
+# left out.
 RHT_CASES = tuple(c for c in CASES if c not in ("tiny", "subnormal", "inf", "every bf16"))
 
 
 def load():
-    """The module reference_nvfp4, by import or from TE_SOURCE; None where neither is there."""
+    """Return the module reference_nvfp4, imported with TE or loaded from TE_SOURCE; None if there is neither."""
     name = "transformer_engine.pytorch.custom_recipes.reference_nvfp4"
     if torch.cuda.is_available():
         try:
@@ -41,7 +43,8 @@ def load():
     for package in ("transformer_engine", "transformer_engine.pytorch", name.rpartition(".")[0]):
         stubs[package] = types.ModuleType(package)
         stubs[package].__path__ = []
-    stubs["transformer_engine.pytorch.quantized_tensor"] = types.SimpleNamespace(Quantizer=Quantizer, QuantizedTensorStorage=object)
+    stubs["transformer_engine.pytorch.quantized_tensor"] = types.SimpleNamespace(
+        Quantizer=Quantizer, QuantizedTensorStorage=object)
     stubs["transformer_engine.pytorch.tensor"] = types.ModuleType("transformer_engine.pytorch.tensor")
     stubs["transformer_engine.pytorch.tensor.utils"] = types.SimpleNamespace(is_custom=lambda tensor: True)
     with mock.patch.dict(sys.modules, stubs):
@@ -55,7 +58,7 @@ def load():
 
 
 def values(case, dtype, device, shape=(256, 384)):
-    """A tensor to quantize. "ties" has the largest value 6 x 448, so that encode and block scales are exact."""
+    """Return a tensor to quantize. The largest value of "ties" is 6 x 448, so encode and block scales are exact."""
     g = torch.Generator().manual_seed(3)
     x = torch.randn(shape, generator=g)
     if case == "binades":
@@ -80,7 +83,8 @@ def values(case, dtype, device, shape=(256, 384)):
     elif case == "huge":
         x = (x * 1e38).clamp(-3e38, 3e38)
     elif case == "every bf16":
-        x = torch.arange(-32768, 32768, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).float().reshape(256, 256)
+        codes = torch.arange(-32768, 32768, dtype=torch.int32).to(torch.int16)
+        x = codes.view(torch.bfloat16).float().reshape(256, 256)
         x = torch.where(x.isfinite(), x, 1.0)[:, torch.randperm(256, generator=g)]
     elif case == "inf":
         x[5, 7], x[130, 200] = float("inf"), -float("inf")
@@ -94,50 +98,63 @@ def values(case, dtype, device, shape=(256, 384)):
 
 
 def unpack(codes):
-    """Packed E2M1 codes (M, N/2) uint8, low half first -> codes (M, N) int32."""
+    """Unpack E2M1 codes (M, N/2) uint8, low half first, to (M, N) int32."""
     codes = codes.int()
     return torch.stack((codes & 15, codes >> 4), dim=-1).flatten(1)
 
 
 def e2m1_codes(x):
-    """Codes (int32) of fp32 values on the E2M1 grid, the sign in bit 3."""
+    """Return the codes (int32) of fp32 values on the E2M1 grid; bit 3 is the sign."""
     grid = torch.tensor([0, .5, 1, 1.5, 2, 3, 4, 6], device=x.device)
     return torch.searchsorted(grid, x.abs()).int() + 8 * torch.signbit(x).int()
 
 
 def quantize_both(reference, x, two_d=False, rht=False):
-    """(theirs, ours), each {name: tensor}: codes, block scales (as bytes) and amax, along rows and along columns."""
+    """Quantize x with the reference and with the emulation, along rows and along columns.
+
+    Returns: (theirs, ours), each {name: tensor}: codes, block scales as bytes, amax.
+    """
     quantizer = reference.NVFP4QuantizerRef(dtype=reference.reference_utils.Fp4Formats.E2M1,
                                             quant_tile_shape=(16, 16) if two_d else (1, 16), with_rht=rht)
     row, row_scale, col, col_scale, row_amax, col_amax = quantizer._quantize(x)
-    if two_d:  # the reference repeats a square's scale for each of its rows
-        assert all(torch.equal(s[::16].repeat_interleave(16, 0).view(torch.uint8), s.view(torch.uint8)) for s in (row_scale, col_scale))
+    if two_d:  # the reference repeats the scale of a 16x16 square for each row
+        for scale in (row_scale, col_scale):
+            assert torch.equal(scale[::16].repeat_interleave(16, 0).view(torch.uint8), scale.view(torch.uint8))
         row_scale, col_scale = row_scale[::16], col_scale[::16]
-    theirs = dict(row=unpack(row), row_scale=row_scale, row_amax=row_amax, col=unpack(col), col_scale=col_scale, col_amax=col_amax)
+    theirs = dict(row=unpack(row), row_scale=row_scale, row_amax=row_amax,
+                  col=unpack(col), col_scale=col_scale, col_amax=col_amax)
     a = te.quantize_nvfp4(x, -1, two_d)
     b = te.quantize_nvfp4(te.hadamard_transform(x, 0) if rht else x, 0, two_d)
     ours = dict(row=e2m1_codes(a.values), row_scale=a.scale, row_amax=a.amax.reshape(1),
                 col=e2m1_codes(b.values).t(), col_scale=b.scale.t(), col_amax=b.amax.reshape(1))
-    as_bits = lambda t: t.contiguous().view(torch.uint8) if t.dtype == torch.float8_e4m3fn else t.contiguous().float()  # noqa: E731
+
+    def as_bits(tensor):
+        tensor = tensor.contiguous()
+        return tensor.view(torch.uint8) if tensor.dtype == torch.float8_e4m3fn else tensor.float()
+
     return {n: as_bits(t) for n, t in theirs.items()}, {n: as_bits(t) for n, t in ours.items()}
 
 
 def mismatches(reference, x, **how):
-    """{name: number of elements that differ} of the six tensors of quantize_both."""
+    """Return {name: number of elements that differ} for the six tensors of quantize_both()."""
     theirs, ours = quantize_both(reference, x, **how)
     assert all(theirs[n].shape == ours[n].shape for n in theirs)
     return {n: int((theirs[n] != ours[n]).sum()) for n in theirs}
 
 
 def matmul_both(reference, rht=True, tokens=128, width=64, out=96, device="cpu"):
-    """Output, input gradient and weight gradient of one linear layer by the reference's quantizers and its blockwise
-    matmul, and by the emulation (no stochastic rounding, which the reference has not): {name: (theirs, ours)}, fp32."""
+    """Run one linear layer with the reference's quantizers and matmul, and with the emulation.
+
+    Without stochastic rounding, which the reference does not have.
+    Returns: {name: (theirs, ours)} in fp32 for output, input gradient and weight gradient.
+    """
     g = torch.Generator().manual_seed(5)
     x, dy = (torch.randn(tokens, n, generator=g).bfloat16().to(device) for n in (width, out))
     layer = te.Linear(width, out, params_dtype=torch.bfloat16, device=device)
     make = lambda two_d, rht: reference.NVFP4QuantizerRef(  # noqa: E731
         dtype=reference.reference_utils.Fp4Formats.E2M1, quant_tile_shape=(16, 16) if two_d else (1, 16), with_rht=rht)
-    qx, qw, qdy = make(False, rht).quantize(x), make(True, False).quantize(layer.weight.detach()), make(False, rht).quantize(dy)
+    qx, qdy = make(False, rht).quantize(x), make(False, rht).quantize(dy)
+    qw = make(True, False).quantize(layer.weight.detach())
     kinds, by = reference.gemm.GEMMType, make(False, rht)
     multiply = lambda kind, a, sa, b, sb, qa, qb: by.qgemm(  # noqa: E731
         a, b, None, torch.float32, sa, sb, gemm_type=kind, qresult_x=qa, qresult_w=qb)

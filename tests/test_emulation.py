@@ -49,7 +49,7 @@ def bf16(*shape, scale=1.0, seed=0):
 
 
 def spread(*shape, seed=0):
-    """Values over many binades, so that blocks differ and elements fall into subnormals and zeros."""
+    """Return values over many binades, so that blocks differ and some elements become subnormal or zero."""
     g = torch.Generator().manual_seed(seed)
     exponent = torch.randint(-12, 8, shape, generator=g).float()
     x = torch.randn(shape, generator=g) * torch.exp2(exponent)
@@ -58,12 +58,12 @@ def spread(*shape, seed=0):
 
 
 def every_bf16():
-    """All 65536 bf16 values, as fp32."""
+    """Return all 65536 bf16 values, as fp32."""
     return torch.arange(-32768, 32768, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).float()
 
 
 def around(values):
-    """The values and their fp32 neighbours: decides ties and near-ties."""
+    """Return the values and their fp32 neighbours, which test ties and near-ties."""
     v = np.asarray(values, dtype=np.float32)
     above, below = (np.nextafter(v, np.float32(side)) for side in (np.inf, -np.inf))
     return torch.from_numpy(np.concatenate([v, above, below]))
@@ -122,7 +122,7 @@ def test_e8m0_rounds_up():
     x = np.concatenate([x, np.nextafter(x[np.isfinite(x)], np.float32(0)), edges])
     x = np.abs(x)
     got = te.float_to_e8m0(torch.from_numpy(x)).numpy()
-    for v, e in zip(x.tolist(), got.tolist()):
+    for v, e in zip(x.tolist(), got.tolist(), strict=True):
         if math.isnan(v):
             assert e == 255
         elif math.isinf(v):
@@ -199,7 +199,7 @@ def test_mxfp8_against_float64(dim):
 
 
 def reference_nvfp4(x, rows, cols):
-    """NVFP4 by its definition, in float32 numpy: (codes, block scales, amax)."""
+    """Quantize to NVFP4 by its definition, in float32 numpy: (codes, block scales, amax)."""
     f, x = np.float32, x.float().numpy()
     amax = np.abs(x).max()
     encode = f(448 * 6) / amax
@@ -254,7 +254,7 @@ def test_stochastic_rounding_takes_only_neighbours_and_is_unbiased():
     draws = te.stochastic_round_e2m1(x.expand(10_000, -1))
     grid = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
     grid = torch.cat([-grid.flip(0), grid])
-    for value, column in zip(x, draws.T):
+    for value, column in zip(x, draws.T, strict=True):
         lower, upper = grid[grid <= value].max(), grid[grid >= value].min()
         assert set(column.tolist()) <= {lower.item(), upper.item()}
         # five standard errors of the mean of 10,000 draws
@@ -293,7 +293,7 @@ def test_hadamard_transform_is_orthogonal_and_cancels():
 
 
 def reference_update(history, scale, scaled_max, algo):
-    """One update, tensor by tensor. history (H, N), scale (N,); changes them in place."""
+    """Do one update tensor by tensor; it changes history (H, N) and scale (N,) in place."""
     length, count = history.shape
     for n in range(count):
         last = history[0, n]
@@ -430,7 +430,7 @@ def test_state_can_be_made_before_the_first_pass():
     mlp.init_fp8_meta_tensors(rcp)
     with te.autocast(recipe=rcp):
         linear.init_fp8_metadata()
-        with pytest.raises(ValueError, match="2 GEMMs"):
+        with pytest.raises(ValueError, match="num_gemms must be 2"):
             mlp.init_fp8_metadata(num_gemms=1)
     assert mlp.fp8_meta["scaling_bwd"].scale.tolist() == [1] * 4
     state = linear.fp8_meta["scaling_fwd"]
@@ -488,7 +488,7 @@ class Stack(torch.nn.Module):
         self.out = te.Linear(3 * width, width)
         self.mlp = te.LayerNormMLP(width, 2 * width, checkpoint=checkpoint_mlp)
         self.recompute = recompute
-        for name, p in self.named_parameters():
+        for p in self.parameters():
             with torch.no_grad():
                 p.copy_(torch.randn(p.shape) * (1 / math.sqrt(p.shape[-1]) if p.dim() == 2 else 0.2) + (p.dim() == 1))
 
@@ -530,12 +530,12 @@ def test_layers_are_close_to_fp32(name):
     ref.square().mean().backward()
     assert y.dtype == torch.bfloat16 or y.dtype == torch.float32
     assert relative(y, ref) < TOLERANCE[name]
-    for got, want in zip(grads, [x2.grad] + [p.grad for p in stack.parameters()]):
+    for got, want in zip(grads, [x2.grad] + [p.grad for p in stack.parameters()], strict=True):
         assert got.dtype == want.dtype and relative(got, want) < TOLERANCE[name]
 
 
 def test_current_scaling_linear_is_exact_up_to_summation():
-    """Forward and both gradients, from the quantized values in float64."""
+    """Compare output and both gradients with those of the quantized values in float64."""
     layer, x = te.Linear(64, 48), bf16(32, 64, scale=3).requires_grad_()
     g = bf16(32, 48, scale=1e-4, seed=7)
     with torch.autocast("cpu", dtype=torch.bfloat16), te.autocast(recipe=R.Float8CurrentScaling()):
@@ -552,14 +552,14 @@ def test_current_scaling_linear_is_exact_up_to_summation():
     gq = dequantized(g, torch.float8_e5m2)
     for got, want in ((y, xq @ wq.T), (x.grad, gq @ wq), (layer.weight.grad, gq.T @ xq)):
         torch.testing.assert_close(got.double(), want, rtol=2**-8, atol=1e-4 * want.abs().max().item())
-    # wgrad leaves the GEMM in bf16 even for an fp32 parameter
+    # the GEMM returns wgrad in bf16 even for an fp32 parameter
     assert layer.weight.grad.dtype == torch.float32
     assert torch.equal(layer.weight.grad, layer.weight.grad.bfloat16().float())
 
 
 @pytest.mark.parametrize("name", ["block", "mxfp8", "nvfp4"])
 def test_each_gemm_takes_the_direction_it_sums_over(name):
-    """dgrad and wgrad from independently dequantized operands; NVFP4 without its random parts."""
+    """Compare dgrad and wgrad with those of independently dequantized operands (NVFP4: nothing random)."""
     plain = {"disable_rht": True, "disable_stochastic_rounding": True} if name == "nvfp4" else {}
     rcp = RECIPES[name](**plain)
     layer, x = te.Linear(128, 256), spread(128, 128, seed=1).requires_grad_()
@@ -594,7 +594,7 @@ def test_each_gemm_takes_the_direction_it_sums_over(name):
 
 
 def test_nvfp4_random_parts():
-    """RHT and stochastic rounding reach the weight's gradient; only rounding reaches the input's."""
+    """RHT and stochastic rounding change the weight's gradient; only rounding changes the input's."""
     x, g = bf16(64, 64), bf16(64, 64, seed=1)
 
     def grads(seed, **kwargs):
@@ -611,7 +611,7 @@ def test_nvfp4_random_parts():
     assert torch.equal(plain[0], rht[0]) and torch.equal(plain[1], rht[1]) and not torch.equal(plain[2], rht[2])
     a, b, again = grads(1), grads(2), grads(1)
     assert torch.equal(a[0], b[0]) and not torch.equal(a[1], b[1]) and not torch.equal(a[2], b[2])
-    assert all(torch.equal(p, q) for p, q in zip(a, again))
+    assert all(torch.equal(p, q) for p, q in zip(a, again, strict=True))
     # the mean over draws approaches the gradient of the unrounded dy
     mean = sum(grads(s)[1].double() for s in range(64)) / 64
     torch.manual_seed(0)
@@ -623,7 +623,7 @@ def test_nvfp4_random_parts():
 
 
 def test_norm_is_quantized_from_fp32_under_delayed_scaling_and_from_bf16_otherwise():
-    """The recorded amax tells which values the quantizer saw."""
+    """The recorded amax shows which values were quantized."""
     x = bf16(16, 32)
     layer = te.LayerNormLinear(32, 16)
     with torch.no_grad():
@@ -653,7 +653,7 @@ def test_activations(activation):
     torch.testing.assert_close(y, want, atol=1e-5, rtol=1e-4)
     inputs = [x, *mlp.parameters()]
     g = torch.randn_like(y)
-    for got, ref in zip(torch.autograd.grad(y, inputs, g), torch.autograd.grad(want, inputs, g)):
+    for got, ref in zip(torch.autograd.grad(y, inputs, g), torch.autograd.grad(want, inputs, g), strict=True):
         torch.testing.assert_close(got, ref, atol=1e-4, rtol=1e-3)
 
 
@@ -674,7 +674,7 @@ def test_rmsnorm():
     y, g = norm(x), torch.randn(4, 8, 64)
     want = rms(x, norm.weight, 1e-6)
     torch.testing.assert_close(y, want)
-    for got, ref in zip(*(torch.autograd.grad(t, [x, norm.weight], g) for t in (y, want))):
+    for got, ref in zip(*(torch.autograd.grad(t, [x, norm.weight], g) for t in (y, want)), strict=True):
         torch.testing.assert_close(got, ref, atol=1e-5, rtol=1e-5)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert norm(x).dtype == torch.bfloat16
@@ -765,12 +765,12 @@ def test_recomputation_changes_nothing(name, how):
     recompute = {"reentrant": True, "non-reentrant": False, "mlp": None, "both": False}[how]
     again = Stack(recompute=recompute, checkpoint_mlp=how in ("mlp", "both"))
     want, got = train(plain, rcp), train(again, rcp)
-    assert len(want) == len(got) and all(torch.equal(a, b) for a, b in zip(want, got))
+    assert len(want) == len(got) and all(torch.equal(a, b) for a, b in zip(want, got, strict=True))
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_interleaved_recomputation_uses_each_pass_own_scales(reentrant):
-    """Two forward passes before the two backward passes, which run in reverse order."""
+    """Run two forward passes, then their backward passes in reverse order."""
     rcp, results = R.DelayedScaling(amax_history_len=4), []
     for recompute in (None, reentrant):
         torch.manual_seed(1)
@@ -783,7 +783,7 @@ def test_interleaved_recomputation_uses_each_pass_own_scales(reentrant):
             loss.backward()
         histories = [m.fp8_meta["scaling_fwd"].amax_history for m in (stack.qkv, stack.mlp)]
         results.append([p.grad for p in stack.parameters()] + histories)
-    assert all(torch.equal(a, b) for a, b in zip(*results))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_checkpoint_without_gradients_just_runs():
@@ -798,7 +798,7 @@ def test_autocast_inside_a_checkpointed_function():
         torch.manual_seed(3)
         layer = te.Linear(32, 16)
 
-        def function(x):
+        def function(x, layer=layer):
             with torch.autocast("cpu", dtype=torch.bfloat16), te.autocast(recipe=rcp):
                 return layer(x)
 
@@ -847,7 +847,7 @@ def test_fused_wgrad_accumulation():
         (lambda: R.DelayedScaling(fp8_dpa=True), "attention"),
         (lambda: R.Float8CurrentScaling(use_power_2_scales=True), "use_power_2_scales"),
         (lambda: R.Float8BlockScaling(x_block_scaling_dim=2), "128"),
-        (lambda: R.MXFP8BlockScaling(enable_2d_quantization=True), "2D"),
+        (lambda: R.MXFP8BlockScaling(enable_2d_quantization=True), "enable_2d_quantization"),
         (lambda: R.NVFP4BlockScaling(nvfp4_4over6="all"), "4over6"),
         (lambda: R.NVFP4BlockScaling(backward_override="high_precision"), "backward_override"),
         (lambda: te.RMSNorm(), "normalized_shape"),
@@ -905,7 +905,7 @@ def test_availability_and_recipes():
 
 @pytest.mark.parametrize("name", ["current", "nvfp4", "delayed"])
 def test_torch_compile(name):
-    """Traced by dynamo (whole, but for delayed scaling) with the same results."""
+    """dynamo traces the layers (as one graph, except delayed scaling) and the results are the same."""
     torch.manual_seed(2)
     layer, rcp = te.LayerNormLinear(128, 128), RECIPES[name]()
     x, results = bf16(128, 128), []
@@ -919,7 +919,7 @@ def test_torch_compile(name):
             y = function(x)
         y.float().square().mean().backward()
         results.append([y] + [p.grad for p in layer.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*results))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 WORKER = textwrap.dedent(
@@ -964,7 +964,7 @@ WORKER = textwrap.dedent(
     ddp = torch.nn.parallel.DistributedDataParallel(build())
     train(ddp)
     assert equal_on_all_ranks(ddp)
-    # one tensor's amax is that of the rank where it is largest: the gradient of rank 1's larger inputs
+    # amax is the largest of all ranks: here rank 1's, whose inputs and so gradients are larger
     torch.testing.assert_close(states(ddp)[0][0][0], torch.tensor(448.0) / states(ddp)[0][1][:, 0].max())
     grads = [p.grad.clone() for p in ddp.parameters()]
 
@@ -1007,13 +1007,14 @@ def test_two_ranks_share_amaxes_under_ddp_and_fsdp2(tmp_path):
     finally:
         for w in workers:
             w.kill()
-    assert all(w.returncode == 0 and "fine" in out for w, out in zip(workers, outputs)), "\n".join(outputs)
+    assert all(w.returncode == 0 and "fine" in out for w, out in zip(workers, outputs, strict=True)), "\n".join(outputs)
 
 
-@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler on a CPU")
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")),
+                    reason="torch.compile needs a C++ compiler on a CPU")
 @pytest.mark.parametrize("name", ["delayed", "nvfp4"])
 def test_compiled_kernels(name):
-    """compile_kernels(): quantizers, norm and their gradients go through torch.compile, inside checkpoints too."""
+    """compile_kernels() compiles quantizers, norm and their gradients, also inside checkpoints."""
     torch.manual_seed(2)
     layer, rcp = te.LayerNormLinear(64, 64), RECIPES[name]()
     with torch.no_grad():
@@ -1034,12 +1035,13 @@ def test_compiled_kernels(name):
             te.compile_kernels(False)
         assert (torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 5) == compiling
         results.append([y] + [p.grad for p in layer.parameters()])
-    for a, b in zip(*results):  # compiled and eager norms sum in another order: a value may go to its neighbour
+    # Compiled and eager norms sum in different orders, so a value may be rounded to its neighbour.
+    for a, b in zip(*results, strict=True):
         assert relative(b, a) < 2e-3
 
 
 def test_random_numbers_are_uniform_and_independent():
-    """The hashed numbers of stochastic rounding: bits, mean and variance; neighbours, rows and calls without correlation."""
+    """The hashed numbers of stochastic rounding are uniform; neighbours, rows and calls are not correlated."""
     te.manual_seed(3)
     a, b = te._uniform(torch.empty(512, 512)), te._uniform(torch.empty(512, 512))
     n = a.numel()
@@ -1057,7 +1059,7 @@ def test_random_numbers_are_uniform_and_independent():
     (lambda x: te.quantize_block_1d(x), lambda s: s, 1.0), (lambda x: te.quantize_block_2d(x), lambda s: s, 1.0),
     (lambda x: te.quantize_mxfp8(x), te.e8m0_to_float, 2.0**127)], ids=["1x128", "128x128", "mxfp8"])
 def test_blocks_of_zeros_nan_and_inf(quantize, inverse, of_inf):
-    """A block of zeros stays zero. NaN stays one and does not touch its block's scale; inf saturates and does."""
+    """Zeros stay zero. NaN stays NaN and leaves its block's scale as it is. inf saturates and changes the scale."""
     x = torch.full((128, 256), 3.0).bfloat16()
     x[:, :128] = 0
     q, scale = quantize(x)
@@ -1065,7 +1067,8 @@ def test_blocks_of_zeros_nan_and_inf(quantize, inverse, of_inf):
     clean = inverse(scale)[0, -1].item()
     x[0, 200] = math.nan
     q, scale = quantize(x)
-    assert q.float().isnan().nonzero().tolist() == [[0, 200]] and inverse(scale)[0, -1 if len(scale[0]) == 2 else 200 // 32] == clean
+    assert q.float().isnan().nonzero().tolist() == [[0, 200]]
+    assert inverse(scale)[0, -1 if len(scale[0]) == 2 else 200 // 32] == clean
     x[0, 200] = -math.inf
     q, scale = quantize(x)
     assert q.float()[0, 200] == -448 and inverse(scale)[0, -1 if len(scale[0]) == 2 else 200 // 32] == of_inf

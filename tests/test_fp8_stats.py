@@ -1,4 +1,4 @@
-"""FP8_STATS_INTERVAL: the numbers, the pass that finds them, the records and the picture."""
+"""FP8_STATS_INTERVAL: the numbers, the pass that computes them, the records in log.jsonl and the picture."""
 
 import contextlib
 import math
@@ -10,13 +10,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from helpers import losses, make_cfg, make_model, one_process, records, relative, tokens_and_targets, train_here
 
+import train
 from nanofp8 import fp8_stats, fused
 from nanofp8 import te_emulation as te
-import train
 from nanofp8.loss import LOGIT_GRAD_SCALE
 from nanofp8.precision import fp8_state, keep_high_precision
-from helpers import losses, make_cfg, make_model, one_process, records, relative, tokens_and_targets, train_here
 
 R = te.recipe
 BLOCKS = [f"blocks.{i}.{m}" for i in range(2) for m in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")]
@@ -24,16 +24,17 @@ LAYERS = [*BLOCKS, "head"]
 
 
 def stats(x, rcp, kind="input", scale=None):
-    return dict(zip(te.STATISTICS, te.quantization_stats(x, rcp, kind, scale).tolist()))
+    return dict(zip(te.STATISTICS, te.quantization_stats(x, rcp, kind, scale).tolist(), strict=True))
 
 
 # -----------------------------------------------------------------------------------------------------
 # The numbers
 
 
-@pytest.mark.parametrize("kind, dtype, top", [("input", ml_dtypes.float8_e4m3fn, 448), ("gradient", ml_dtypes.float8_e5m2, 57344)])
+@pytest.mark.parametrize("kind, dtype, top", [("input", ml_dtypes.float8_e4m3fn, 448),
+                                              ("gradient", ml_dtypes.float8_e5m2, 57344)])
 def test_delayed_scaling_by_hand(kind, dtype, top):
-    """A scale too large saturates, one too small lets values become zero; the shares are those of numpy's own cast."""
+    """Too large a scale saturates values, too small a one rounds them to zero: as many as with numpy's cast."""
     x = torch.randn(64, 48, generator=torch.Generator().manual_seed(0)) * torch.logspace(-6, 0, 48)
     x[:, 7] = 0
     for scale in (1.0, top / 1.5, 4.0 * top):
@@ -51,24 +52,27 @@ def test_delayed_scaling_by_hand(kind, dtype, top):
 
 
 @pytest.mark.parametrize("rcp, kind, error", [
-    (R.Float8CurrentScaling(), "input", 0.03), (R.Float8CurrentScaling(), "gradient", 0.06), (R.Float8BlockScaling(), "weight", 0.03),
-    (R.Float8BlockScaling(), "input", 0.03), (R.MXFP8BlockScaling(), "input", 0.03), (R.NVFP4BlockScaling(), "input", 0.12),
-    (R.NVFP4BlockScaling(), "weight", 0.13), (R.NVFP4BlockScaling(), "gradient", 0.17)], ids=lambda v: getattr(type(v), "__name__", v))
+    (R.Float8CurrentScaling(), "input", 0.03), (R.Float8CurrentScaling(), "gradient", 0.06),
+    (R.Float8BlockScaling(), "weight", 0.03), (R.Float8BlockScaling(), "input", 0.03),
+    (R.MXFP8BlockScaling(), "input", 0.03), (R.NVFP4BlockScaling(), "input", 0.12),
+    (R.NVFP4BlockScaling(), "weight", 0.13), (R.NVFP4BlockScaling(), "gradient", 0.17),
+], ids=lambda v: getattr(type(v), "__name__", v))
 def test_scales_from_the_tensor_itself_saturate_nothing(rcp, kind, error):
-    """Errors of a normal distribution in each format; stochastic rounding (NVFP4's gradients) is the larger one."""
+    """Check the error of normal values in each format. It is largest with stochastic rounding (NVFP4's gradients)."""
     x = torch.randn(256, 256, generator=torch.Generator().manual_seed(0)).bfloat16()
     got = stats(x, rcp, kind)
-    # Stochastic rounding has no neighbour above 6, and a block's scale is rounded, down as often as up
+    # A block's scale may be rounded down, so that its largest value lies above 6, where stochastic rounding saturates
     assert got["saturated"] == 0 or rcp.nvfp4() and kind == "gradient" and got["saturated"] < 1 / 16
     assert got["underflow"] < 0.2 and got["amax"] == x.abs().max()
     assert 0.6 * error < got["error"] < error
     spread = torch.cat([x, x * 1e-6])
-    assert stats(spread, R.Float8CurrentScaling())["underflow"] > 0.4 and stats(spread, R.MXFP8BlockScaling())["underflow"] < 0.01
-    assert stats(spread, R.NVFP4BlockScaling())["underflow"] > 0.5  # where the scale of the block itself becomes 0
+    assert stats(spread, R.Float8CurrentScaling())["underflow"] > 0.4
+    assert stats(spread, R.MXFP8BlockScaling())["underflow"] < 0.01
+    assert stats(spread, R.NVFP4BlockScaling())["underflow"] > 0.5  # here the scale of the block itself becomes 0
 
 
-@pytest.mark.parametrize("rcp", [R.DelayedScaling(), R.Float8CurrentScaling(), R.Float8BlockScaling(), R.MXFP8BlockScaling(), R.NVFP4BlockScaling()],
-                         ids=lambda r: type(r).__name__)
+@pytest.mark.parametrize("rcp", [R.DelayedScaling(), R.Float8CurrentScaling(), R.Float8BlockScaling(),
+                                 R.MXFP8BlockScaling(), R.NVFP4BlockScaling()], ids=lambda r: type(r).__name__)
 def test_odd_tensors(rcp):
     scale = torch.tensor(2.0) if rcp.delayed() else None
     zero = stats(torch.zeros(128, 128).bfloat16(), rcp, scale=scale)
@@ -83,7 +87,7 @@ def test_odd_tensors(rcp):
 
 
 def test_the_pass_sees_what_training_sees(fresh):
-    """Inputs, weights and gradients of all matmuls, against those of the layers themselves in a bf16 pass."""
+    """Compare the inputs, weights and gradients of all matmuls with those of the layers themselves in a bf16 pass."""
     cfg = make_cfg(USE_FP8=False)
     model, (x, y) = make_model(cfg), tokens_and_targets(cfg)
     precision = train.select_precision(cfg, torch.device("cpu"))
@@ -100,7 +104,8 @@ def test_the_pass_sees_what_training_sees(fresh):
         want[next(last_first), "gradient"] = dy
         return backward(run, dy, *rest)
 
-    with mock.patch.object(te, "_linear_forward", spied_forward), mock.patch.object(te, "_linear_backward", spied_backward):
+    with (mock.patch.object(te, "_linear_forward", spied_forward),
+          mock.patch.object(te, "_linear_backward", spied_backward)):
         with precision.autocast(one_process()):
             loss = model(x, y) * 0.01
         loss.backward()
@@ -121,7 +126,7 @@ def test_the_pass_sees_what_training_sees(fresh):
 
 
 def test_live_scales_and_layers_in_bf16(fresh):
-    """Delayed scaling's scale is the one that the next step will use, slot by slot; a layer in bf16 has no statistics."""
+    """Delayed scaling reports the scales of the next step, slot by slot. A layer in bf16 has no statistics."""
     cfg = make_cfg(HIGH_PRECISION_LAYERS="blocks.1.attn")
     model, (x, y) = make_model(cfg), tokens_and_targets(cfg)
     in_bf16 = keep_high_precision(model, cfg.HIGH_PRECISION_LAYERS, te)
@@ -133,7 +138,8 @@ def test_live_scales_and_layers_in_bf16(fresh):
     state = fp8_state(model)
     before = {k: v.clone() for k, v in state.items()}
     result = fp8_stats.collect(model, x, y, precision.recipe, state, in_bf16, 0.01)
-    assert list(result) == LAYERS and [n for n in LAYERS if not result[n]] == ["blocks.1.attn.qkv", "blocks.1.attn.proj", "head"]
+    assert list(result) == LAYERS
+    assert [n for n in LAYERS if not result[n]] == ["blocks.1.attn.qkv", "blocks.1.attn.proj", "head"]
     for name, kind, key, slot in (("attn.qkv", "input", "scaling_fwd", 0), ("attn.qkv", "weight", "scaling_fwd", 1),
                                   ("attn.proj", "gradient", "scaling_bwd", 0), ("mlp.fc1", "weight", "scaling_fwd", 1),
                                   ("mlp.fc2", "input", "scaling_fwd", 3), ("mlp.fc2", "weight", "scaling_fwd", 4),
@@ -145,14 +151,14 @@ def test_live_scales_and_layers_in_bf16(fresh):
         assert numbers["amax"] == pytest.approx(history.max().item(), rel=0.1)  # the same batch in bf16
         assert numbers["saturated"] < 1e-3 and 0.01 < numbers["error"] < 0.08
     assert all(torch.equal(v, before[k]) for k, v in fp8_state(model).items())
-    assert all(p.grad is not None for p in model.parameters())  # and not touched: they are those of the loop above
+    assert all(p.grad is not None for p in model.parameters())  # the gradients of the loop above are still there
 
 
 def test_the_head(fresh):
-    """An FP8 head's statistics are those of the tensors that training quantizes, with its scales."""
+    """The statistics of an FP8 head describe the tensors that training quantizes, with training's scales."""
     cfg = make_cfg(logit_softcap=2.0, loss_chunk_size=1024)  # one chunk
     model, (x, y) = make_model(cfg), tokens_and_targets(cfg)
-    torch.nn.init.normal_(model.head.weight, std=0.1)  # from zero: all gradients would be alike
+    torch.nn.init.normal_(model.head.weight, std=0.1)  # with a head of zeros all gradients would be alike
     y.view(-1)[:3] = -1
     precision, quantize, seen = train.select_precision(cfg, torch.device("cpu")), fused.quantize, []
 
@@ -160,7 +166,8 @@ def test_the_head(fresh):
         seen.append((tensor.detach().clone(), s))
         return quantize(tensor, s, **rest)
 
-    with mock.patch("nanofp8.fused.quantize", spied), mock.patch("nanofp8.loss.quantize", spied), precision.autocast(one_process()):
+    with (mock.patch("nanofp8.fused.quantize", spied), mock.patch("nanofp8.loss.quantize", spied),
+          precision.autocast(one_process())):
         model(x, y)
     (weight, _), (h, _), (gradient, s), *_ = seen
     assert s.dtype == torch.float8_e5m2 and gradient.shape[1] == cfg.vocab_size
@@ -193,10 +200,12 @@ def test_some_sequences_of_a_large_micro_batch_are_enough(fresh, monkeypatch):
 
 
 @pytest.mark.parametrize("changes, watched_layers", [
-    (dict(), 9), (dict(USE_NVFP4=True, n_embd=128, batch_size=4), 8), (dict(FP8_RECIPE="mxfp8", HIGH_PRECISION_LAYERS="blocks.1"), 5),
-    (dict(HIGH_PRECISION_LAYERS="head"), 8), (dict(USE_FP8_HEAD=False), 8)], ids=["delayed", "nvfp4", "mxfp8", "bf16-head", "no-fp8-head"])
+    (dict(), 9), (dict(USE_NVFP4=True, n_embd=128, batch_size=4), 8),
+    (dict(FP8_RECIPE="mxfp8", HIGH_PRECISION_LAYERS="blocks.1"), 5),
+    (dict(HIGH_PRECISION_LAYERS="head"), 8), (dict(USE_FP8_HEAD=False), 8),
+], ids=["delayed", "nvfp4", "mxfp8", "bf16-head", "no-fp8-head"])
 def test_a_run_with_statistics_trains_the_same(fresh, shards, tmp_path, changes, watched_layers):
-    """To the bit, with stochastic rounding too; the records come every so many steps, in order, and the picture is drawn."""
+    """Losses are equal bit for bit, also with stochastic rounding. Records come at FP8_STATS_INTERVAL, in order."""
     off = train_here(tmp_path / "off", shards, max_iters=5, **changes)
     on = train_here(tmp_path / "on", shards, max_iters=5, FP8_STATS_INTERVAL=2, **changes)
     assert (losses(off) == losses(on)).all() and not records(off, "fp8_stats")
@@ -208,7 +217,8 @@ def test_a_run_with_statistics_trains_the_same(fresh, shards, tmp_path, changes,
         watched = [layer for layer in r["layers"].values() if layer]
         assert list(r["layers"]) == LAYERS and len(watched) == watched_layers
         for layer in watched:
-            assert list(layer) == list(fp8_stats.KINDS) and all(list(numbers) == list(te.STATISTICS) for numbers in layer.values())
+            assert list(layer) == list(fp8_stats.KINDS)
+            assert all(list(numbers) == list(te.STATISTICS) for numbers in layer.values())
             assert all(0 <= n[s] <= 1 for n in layer.values() for s in ("saturated", "underflow"))
     fp8_stats.plot(records(on), str(tmp_path / "p.png"))
     assert (tmp_path / "p.png").read_bytes()[:4] == b"\x89PNG"
@@ -216,7 +226,8 @@ def test_a_run_with_statistics_trains_the_same(fresh, shards, tmp_path, changes,
 
 def test_wandb_gets_a_curve_for_each_number(fresh, shards, tmp_path, monkeypatch):
     logged = {}
-    fake = SimpleNamespace(log=lambda values, step: logged.update({(k, step): v for k, v in values.items()}), finish=lambda: None)
+    fake = SimpleNamespace(log=lambda values, step: logged.update({(k, step): v for k, v in values.items()}),
+                           finish=lambda: None)
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **_: fake))
     folder = train_here(tmp_path, shards, max_iters=2, FP8_STATS_INTERVAL=2, USE_WANDB=True)
     (record,), (done,) = records(folder, "fp8_stats"), records(folder, "done")

@@ -1,16 +1,16 @@
-"""te_emulation.py's NVFP4 against Transformer Engine's reference of it, on a CPU: TE_SOURCE=<a checkout of TransformerEngine>.
+"""Compare te_emulation.py's NVFP4 with Transformer Engine's own reference on a CPU. Needs TE's source code:
 
     TE_SOURCE=/path/to/TransformerEngine python -m pytest tests/test_nvfp4_reference.py
 """
 
+import nvfp4_reference
 import pytest
 import torch
-
-import nvfp4_reference
 from nvfp4_reference import CASES, RHT_CASES, matmul_both, mismatches, quantize_both, values
 
 REFERENCE = nvfp4_reference.load() if not torch.cuda.is_available() else None
-pytestmark = pytest.mark.skipif(REFERENCE is None, reason="TE_SOURCE names no checkout of TransformerEngine (on a GPU: tests/gpu)")
+pytestmark = pytest.mark.skipif(REFERENCE is None,
+                                reason="TE_SOURCE is not a checkout of TransformerEngine (on a GPU, run tests/gpu)")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
@@ -28,16 +28,17 @@ def test_hadamard_transform_bit_for_bit(case):
 
 
 def test_minus_zero():
-    """The only value whose code differs: the reference makes -0 a +0; here it keeps its sign, as in TE's kernels (cvt)."""
+    """Only the code of -0 differs: the reference turns it into +0, the emulation keeps it, as TE's kernels do (cvt)."""
     theirs, ours = quantize_both(REFERENCE, values("minus zero", torch.bfloat16, "cpu"))
     for n in theirs:
         differ = theirs[n] != ours[n]
         assert differ.sum() == (n in ("row", "col"))
-        assert theirs[n][differ].tolist() == [0] * int(differ.sum()) and ours[n][differ].tolist() == [8] * int(differ.sum())
+        assert theirs[n][differ].tolist() == [0] * int(differ.sum())
+        assert ours[n][differ].tolist() == [8] * int(differ.sum())
 
 
 def test_nan():
-    """A NaN makes the reference's amax NaN, and with it every code; here it is skipped, as in TE's kernels (fmaxf)."""
+    """NaN makes the reference's amax and all codes NaN. The emulation skips it, as TE's kernels do (fmaxf)."""
     theirs, ours = quantize_both(REFERENCE, values("nan", torch.bfloat16, "cpu"))
     assert theirs["row_amax"].isnan().all() and ours["row_amax"].isfinite().all()
     assert ours["row"][5, 7] == 7  # E2M1 has no NaN: the largest value
@@ -47,7 +48,7 @@ def test_nan():
 
 @pytest.mark.parametrize("rht", [False, True])
 def test_the_three_matmuls(rht):
-    """One linear layer by the reference's blockwise matmul: equal once both are bf16, but for ties in the order of fp32 sums."""
+    """One linear layer with the reference's matmul: equal in bf16, but for the order of fp32 sums near a tie."""
     for name, (theirs, ours) in matmul_both(REFERENCE, rht).items():
         differ = (theirs.bfloat16() != ours.bfloat16()).float().mean().item()
         assert differ < 1e-3, (name, differ)

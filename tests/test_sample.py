@@ -1,4 +1,4 @@
-"""sample.py: logits against train.GPT and transformers, KV cache, choice of tokens, streaming, command line, errors."""
+"""sample.py: logits against train.GPT and transformers, KV cache, sampling, streaming, command line, errors."""
 
 import io
 import json
@@ -10,13 +10,14 @@ import sys
 from types import SimpleNamespace
 from unittest import mock
 
+import helpers
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-import helpers
 import sample
 from nanofp8.config import UserError
+from sample import SamplingOptions
 
 SCRIPT = str(helpers.ROOT / "sample.py")
 VOCAB = 50304  # the smallest that holds GPT-2's ids
@@ -48,15 +49,17 @@ def save(model, folder):
     """A checkpoint as train.py lays it out, without training first."""
     step = int(folder.name.removeprefix("step_"))
     folder.parent.mkdir(parents=True)
-    dcp.save({"model": {name: p.detach() for name, p in model.named_parameters()}}, checkpoint_id=str(folder), no_dist=True)
+    state = {"model": {name: p.detach() for name, p in model.named_parameters()}}
+    dcp.save(state, checkpoint_id=str(folder), no_dist=True)
     flags = {name: value for name, value in vars(model.cfg).items() if name != "explicit"}
     (folder / "meta.json").write_text(json.dumps(dict(
-        step=step, tokens=256 * step, loader=dict(step=step, micro_batch=0), flags=flags, world_size=1, train_seconds=1.0)))
+        step=step, tokens=256 * step, loader=dict(step=step, micro_batch=0), flags=flags, world_size=1,
+        train_seconds=1.0)))
     return folder
 
 
 def text_model(**changes):
-    """A model that can read text, with a head sharp enough that its samples say something about its weights."""
+    """A model with GPT-2's vocabulary, whose head is large enough that its samples depend on its weights."""
     model = helpers.make_model(**(dict(vocab_size=VOCAB, n_embd=32, block_size=64) | changes))
     with torch.no_grad():
         model.head.weight.mul_(4)
@@ -89,19 +92,20 @@ def assert_refused(result, code, *words):
         assert word in result.err, result.err
 
 
-def generated(sampler, prompt, new, **options):
+def generated(sampler, prompt, new, **arguments):
     """Columns of generate(): a list of ids per sample."""
-    rows = list(sampler.generate(prompt, new, **options))
-    return [[token for token in column if token is not None] for column in zip(*rows)]
+    rows = list(sampler.generate(prompt, new, **arguments))
+    return [[token for token in column if token is not None] for column in zip(*rows, strict=True)]
 
 
 # -----------------------------------------------------------------------------------------------------
 # The model
 
 
-@pytest.mark.parametrize("changes", [{}, dict(logit_softcap=0, rope_base=500.0), dict(n_head=4, n_layer=3, norm_eps=1e-2)])
+@pytest.mark.parametrize("changes", [
+    {}, dict(logit_softcap=0, rope_base=500.0), dict(n_head=4, n_layer=3, norm_eps=1e-2)])
 def test_logits_are_those_of_train_gpt(changes):
-    """As near as bf16 rounding lets train.GPT be, in fp32 and in bf16."""
+    """The logits differ from train.GPT's by its bf16 rounding only, in fp32 and in bf16."""
     model = helpers.make_model(**changes)
     tokens, _ = helpers.tokens_and_targets(model.cfg)
     reference = train_logits(model, tokens)
@@ -112,10 +116,10 @@ def test_logits_are_those_of_train_gpt(changes):
 
 
 def test_a_wrong_model_would_be_noticed():
-    """The tolerance above tells apart what could go wrong: gains, RoPE's direction, softcap."""
+    """The tolerance above is small enough to notice missing gains, a wrong RoPE direction or a missing softcap."""
     model = helpers.make_model()
     with torch.no_grad():
-        model.head.weight.mul_(20)  # so that the softcap does something
+        model.head.weight.mul_(20)  # large logits, which the softcap changes
     tokens, _ = helpers.tokens_and_targets(model.cfg)
     reference = train_logits(model, tokens)
     assert helpers.relative(sampler_of(model).forward(tokens), reference) < 0.015
@@ -126,14 +130,14 @@ def test_a_wrong_model_would_be_noticed():
         elif spoil == "softcap":
             wrong.shape.logit_softcap = 0
         else:
-            wrong.layers[0].qkv = model.blocks[0].attn.qkv.weight.detach()
+            wrong.blocks[0]["attn.qkv"] = model.blocks[0].attn.qkv.weight.detach()
         assert helpers.relative(wrong.forward(tokens), reference) > 0.03, spoil
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.015)])
 @pytest.mark.parametrize("static", [False, True])
 def test_prefill_and_steps_give_the_logits_of_the_full_forward(dtype, tolerance, static):
-    """Prefill of 5 tokens, then one at a time, growing shapes or static ones with a mask (those of the CUDA graph)."""
+    """Prefill 5 tokens, then decode one at a time, with growing shapes or with static ones and a mask (CUDA graph)."""
     model = helpers.make_model()
     sampler = sampler_of(model, dtype)
     tokens = helpers.tokens_and_targets(model.cfg)[0][:2].long()
@@ -153,10 +157,10 @@ def test_prefill_and_steps_give_the_logits_of_the_full_forward(dtype, tolerance,
 def test_greedy_decoding_takes_the_argmax_of_the_full_forward(static):
     sampler = sampler_of(helpers.make_model())
     if static:
-        sampler.compiled = sampler.hidden  # the step of static shapes, uncompiled
-    prompt, greedy = [3, 100, 200, 7], sample.Choice(temperature=0)
-    for repeat in range(2):  # the second uses the first one's buffers, with what it left there
-        samples = generated(sampler, prompt, 12, num_samples=3, choice=greedy)
+        sampler.compiled = sampler.hidden  # use the step with static shapes, but do not compile it
+    prompt, greedy = [3, 100, 200, 7], SamplingOptions(temperature=0)
+    for repeat in range(2):  # the second uses the first one's state, with the values left in it
+        samples = generated(sampler, prompt, 12, num_samples=3, options=greedy)
         assert samples[0] == samples[1] == samples[2] and len(samples[0]) == 12
         for i, token in enumerate(samples[0]):
             assert token == sampler.forward(torch.tensor([prompt + samples[0][:i]]))[0, -1].argmax()
@@ -164,35 +168,36 @@ def test_greedy_decoding_takes_the_argmax_of_the_full_forward(static):
 
 
 def test_samples_of_a_batch_continue_on_their_own():
-    """Each of four different samples is what the model makes of its own beginning: caches are not mixed up."""
+    """Each of four different samples has the cache that its own tokens give: caches are not mixed up."""
     sampler = sampler_of(helpers.make_model())
     with torch.no_grad():
         sampler.head *= 4
     g = torch.Generator().manual_seed(3)
-    rows = sampler.generate([1, 2, 3], 10, num_samples=4, choice=sample.Choice(1.0, 0, 1.0), generator=g)
-    samples = list(zip(*rows))
+    rows = sampler.generate([1, 2, 3], 10, num_samples=4, options=SamplingOptions(1.0, 0, 1.0), generator=g)
+    samples = list(zip(*rows, strict=True))
     assert len(set(samples)) == 4
-    s, T = sampler.state, 3
+    state = sampler.state
     for i, ids in enumerate(samples):
         whole = torch.tensor([[1, 2, 3, *ids[:-1]]])
         cache = sampler.new_cache(1, whole.shape[1])
         with torch.no_grad():
             sampler.hidden(whole, torch.arange(whole.shape[1]), cache, whole.shape[1])
-        torch.testing.assert_close(s.cache[:, :, i : i + 1, :, : whole.shape[1]], cache, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(state.cache[:, :, i : i + 1, :, : whole.shape[1]], cache, rtol=1e-4, atol=1e-4)
 
 
 def test_the_whole_context_can_be_filled_and_no_more():
     sampler = sampler_of(helpers.make_model())  # block_size 32
-    choice = sample.Choice(1.0, 0, 1.0)
-    assert len(generated(sampler, [1] * 20, 12, choice=choice)[0]) == 12
-    assert len(generated(sampler, [1] * 31, 1, choice=choice)[0]) == 1
-    for prompt, new, word in (([1] * 20, 13, "--max_new_tokens=12"), ([1] * 32, 1, "at most 31"), ([], 1, "empty"), ([512], 1, "512")):
+    options = SamplingOptions(1.0, 0, 1.0)
+    assert len(generated(sampler, [1] * 20, 12, options=options)[0]) == 12
+    assert len(generated(sampler, [1] * 31, 1, options=options)[0]) == 1
+    for prompt, new, word in (([1] * 20, 13, "--max_new_tokens=12"), ([1] * 32, 1, "block_size is 32.* 31 "),
+                              ([], 1, "empty"), ([512], 1, "512")):
         with pytest.raises(UserError, match=word):
             next(sampler.generate(prompt, new))
 
 
 def test_compile_option_runs_the_compiled_step(monkeypatch):
-    """--compile goes through torch.compile, with shapes that never change (here the backend without code generation)."""
+    """--compile runs the step through torch.compile with shapes that never change (here without code generation)."""
     seen = []
 
     def compile(f, **options):
@@ -202,16 +207,16 @@ def test_compile_option_runs_the_compiled_step(monkeypatch):
     monkeypatch.setattr(torch, "compile", compile)
     model = helpers.make_model()
     fast, plain = sampler_of(model, compile=True), sampler_of(model)
-    greedy = sample.Choice(temperature=0)
-    assert generated(fast, [1, 2], 9, choice=greedy) == generated(plain, [1, 2], 9, choice=greedy)
-    assert len(seen) == 9 and all(shapes == seen[0] for shapes in seen)  # 8 steps and a first one that compiles
+    greedy = SamplingOptions(temperature=0)
+    assert generated(fast, [1, 2], 9, options=greedy) == generated(plain, [1, 2], 9, options=greedy)
+    assert len(seen) == 9 and all(shapes == seen[0] for shapes in seen)  # one step that compiles, then 8 steps
 
     def broken(*args):
         raise RuntimeError("no C++ compiler\nmore")
 
     fast = sampler_of(model, compile=True)
     fast.compiled = broken
-    with pytest.raises(UserError, match=r"--compile does not work here \(no C\+\+ compiler\)"):
+    with pytest.raises(UserError, match=r"--compile.*\(no C\+\+ compiler\).*leave it out"):
         next(fast.generate([1, 2], 9))
 
 
@@ -220,24 +225,27 @@ def test_a_cuda_graph_that_fails_leaves_the_eager_step(monkeypatch, capsys):
     sampler, plain = sampler_of(model), sampler_of(model)
     sampler.cuda_graph = True
 
-    def capture(self, s):
+    def capture(self, state):
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
     monkeypatch.setattr(sample.Sampler, "capture", capture)
-    greedy = sample.Choice(temperature=0)
-    assert generated(sampler, [1, 2], 9, choice=greedy) == generated(plain, [1, 2], 9, choice=greedy)
-    assert capsys.readouterr().err.count("no CUDA graph (operation not permitted") == 1 and not sampler.cuda_graph
+    greedy = SamplingOptions(temperature=0)
+    assert generated(sampler, [1, 2], 9, options=greedy) == generated(plain, [1, 2], 9, options=greedy)
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "CUDA graph" in err and "operation not permitted when stream is capturing" in err
+    assert not sampler.cuda_graph
 
 
 def test_a_replayed_step_gives_what_the_eager_one_gives(monkeypatch):
-    """The loop around a CUDA graph, with a stand-in whose replay runs the step it recorded on the same buffers."""
+    """Test the loop around a CUDA graph with a stand-in whose replay runs the recorded step on the same state."""
     model = helpers.make_model()
     sampler, plain = sampler_of(model), sampler_of(model)
     sampler.cuda_graph = True
-    monkeypatch.setattr(sample.Sampler, "capture", lambda self, s: SimpleNamespace(replay=lambda: self.step(s)))
+    monkeypatch.setattr(sample.Sampler, "capture", lambda self, state: SimpleNamespace(replay=lambda: self.step(state)))
     for new in (9, 14):
         g1, g2 = (torch.Generator().manual_seed(5) for _ in range(2))
-        assert generated(sampler, [1, 2], new, num_samples=2, generator=g1) == generated(plain, [1, 2], new, num_samples=2, generator=g2)
+        replayed = generated(sampler, [1, 2], new, num_samples=2, generator=g1)
+        assert replayed == generated(plain, [1, 2], new, num_samples=2, generator=g2)
         assert sampler.state.graph is not None
 
 
@@ -245,65 +253,68 @@ def test_a_replayed_step_gives_what_the_eager_one_gives(monkeypatch):
 # Choosing tokens
 
 
-def frequencies(choice, logits, draws=40_000):
+def frequencies(options, logits, draws=40_000):
     g = torch.Generator().manual_seed(0)
     logits = torch.tensor(logits)
     noise = torch.empty(draws, len(logits)).exponential_(generator=g)
-    picked = choice.pick(logits.expand(draws, -1), noise)
+    picked = options.pick(logits.expand(draws, -1), noise)
     return torch.bincount(picked, minlength=len(logits)) / draws
 
 
 LOGITS = [math.log(p) for p in (0.1, 0.4, 0.05, 0.3, 0.15)]
 
 
-@pytest.mark.parametrize("choice, expected", [
-    (sample.Choice(1.0, 0, 1.0), [0.1, 0.4, 0.05, 0.3, 0.15]),
-    (sample.Choice(1.0, 99, 1.0), [0.1, 0.4, 0.05, 0.3, 0.15]),
-    (sample.Choice(1.0, 2, 1.0), [0, 4 / 7, 0, 3 / 7, 0]),
-    (sample.Choice(1.0, 1, 1.0), [0, 1, 0, 0, 0]),
-    (sample.Choice(1.0, 0, 0.65), [0, 4 / 7, 0, 3 / 7, 0]),                     # 0.4 + 0.3 reach it
-    (sample.Choice(1.0, 0, 0.75), [0, 0.4 / 0.85, 0, 0.3 / 0.85, 0.15 / 0.85]),  # the token that passes it is in
-    (sample.Choice(1.0, 0, 1e-9), [0, 1, 0, 0, 0]),                             # at least one
-    (sample.Choice(1.0, 3, 0.8), [0, 4 / 7, 0, 3 / 7, 0]),                      # top_p of what top_k leaves: 0.7 / 0.85
-    (sample.Choice(0.5, 0, 1.0), [p * p / 0.285 for p in (0.1, 0.4, 0.05, 0.3, 0.15)]),
-    (sample.Choice(0, 0, 1.0), [0, 1, 0, 0, 0]),
-    (sample.Choice(1e-30, 0, 1.0), [0, 1, 0, 0, 0]),
-    (sample.Choice(1e-5, 0, 1.0), [0, 1, 0, 0, 0]),
-    (sample.Choice(1e9, 0, 1.0), [0.2] * 5),
+@pytest.mark.parametrize("options, expected", [
+    (SamplingOptions(1.0, 0, 1.0), [0.1, 0.4, 0.05, 0.3, 0.15]),
+    (SamplingOptions(1.0, 99, 1.0), [0.1, 0.4, 0.05, 0.3, 0.15]),
+    (SamplingOptions(1.0, 2, 1.0), [0, 4 / 7, 0, 3 / 7, 0]),
+    (SamplingOptions(1.0, 1, 1.0), [0, 1, 0, 0, 0]),
+    (SamplingOptions(1.0, 0, 0.65), [0, 4 / 7, 0, 3 / 7, 0]),                     # 0.4 + 0.3 reach 0.65
+    (SamplingOptions(1.0, 0, 0.75), [0, 0.4 / 0.85, 0, 0.3 / 0.85, 0.15 / 0.85]),  # the token reaching 0.75 is kept
+    (SamplingOptions(1.0, 0, 1e-9), [0, 1, 0, 0, 0]),                             # at least one token is kept
+    (SamplingOptions(1.0, 3, 0.8), [0, 4 / 7, 0, 3 / 7, 0]),                      # top_k first: 0.7 / 0.85
+    (SamplingOptions(0.5, 0, 1.0), [p * p / 0.285 for p in (0.1, 0.4, 0.05, 0.3, 0.15)]),
+    (SamplingOptions(0, 0, 1.0), [0, 1, 0, 0, 0]),
+    (SamplingOptions(1e-30, 0, 1.0), [0, 1, 0, 0, 0]),
+    (SamplingOptions(1e-5, 0, 1.0), [0, 1, 0, 0, 0]),
+    (SamplingOptions(1e9, 0, 1.0), [0.2] * 5),
 ])
-def test_tokens_are_drawn_with_the_right_probabilities(choice, expected):
-    """Within five standard deviations; tokens that are cut off never come."""
-    got, want = frequencies(choice, LOGITS), torch.tensor(expected)
+def test_tokens_are_drawn_with_the_right_probabilities(options, expected):
+    """Frequencies agree within five standard deviations. Excluded tokens are never drawn."""
+    got, want = frequencies(options, LOGITS), torch.tensor(expected)
     assert (got[want == 0] == 0).all()
     assert ((got - want).abs() <= 5 * (want * (1 - want) / 40_000).sqrt()).all(), (got, want)
 
 
 def test_top_k_keeps_exactly_k_of_equal_logits():
-    assert (frequencies(sample.Choice(1.0, 3, 1.0), [1.0] * 8) > 0).sum() == 3
+    assert (frequencies(SamplingOptions(1.0, 3, 1.0), [1.0] * 8) > 0).sum() == 3
 
 
 def test_extreme_noise_never_picks_an_impossible_token():
     logits = torch.tensor([[0.0, -torch.inf, -15.0]]).expand(3, -1)
     noise = torch.tensor([[1.0, 0.0, 1.0], [1e30, 0.0, 1e30], [100.0, 1e-45, 100.0]])
-    for choice in (sample.Choice(1.0, 0, 1.0), sample.Choice(0.01, 3, 0.9), sample.Choice(1.0, 2, 1.0)):
-        assert (choice.pick(logits, noise) != 1).all()
+    for how in ((1.0, 0, 1.0), (0.01, 3, 0.9), (1.0, 2, 1.0)):
+        assert (SamplingOptions(*how).pick(logits, noise) != 1).all()
 
 
 def test_generate_draws_from_the_model():
-    """First tokens of many samples against the softmax of train.GPT's own arithmetic at temperature 0.7."""
+    """Compare the first tokens of many samples with the softmax of the model's logits at temperature 0.7."""
     model = helpers.make_model(vocab_size=8, n_embd=32)
     sampler = sampler_of(model)
     g = torch.Generator().manual_seed(1)
     n = 20_000
-    first = torch.tensor(next(sampler.generate([1, 5, 2], 1, num_samples=n, choice=sample.Choice(0.7, 0, 1.0), generator=g)))
+    options = SamplingOptions(0.7, 0, 1.0)
+    rows = sampler.generate([1, 5, 2], 1, num_samples=n, options=options, generator=g)
+    first = torch.tensor(next(rows))
     want = (sampler.forward(torch.tensor([[1, 5, 2]]))[0, -1] / 0.7).softmax(-1)
     got = torch.bincount(first, minlength=8) / n
     assert ((got - want).abs() <= 5 * (want * (1 - want) / n).sqrt()).all()
 
 
-@pytest.mark.parametrize("choice", [sample.Choice(0), sample.Choice(100.0, 0, 1.0), sample.Choice(1.0, 200, 0.95)])
-def test_ids_beyond_gpt2s_are_never_sampled(choice):
-    """Not even by a model that gives them all the probability."""
+@pytest.mark.parametrize("options", [
+    SamplingOptions(0), SamplingOptions(100.0, 0, 1.0), SamplingOptions(1.0, 200, 0.95)])
+def test_ids_beyond_gpt2s_are_never_sampled(options):
+    """They are not sampled even if the model gives them all the probability."""
     model = text_model(vocab_size=50432)
     sampler = sampler_of(model)
     sampler.shape.logit_softcap = 0
@@ -312,23 +323,24 @@ def test_ids_beyond_gpt2s_are_never_sampled(choice):
     favoured = torch.zeros(50432)
     favoured[sample.GPT2_VOCAB :] = 1e4
     sampler.logits = lambda h, head=None: (z := original(h, head)) + favoured[: z.shape[-1]]
-    assert original(torch.zeros(1, 32), sampler.short_head).shape[-1] > sample.GPT2_VOCAB  # some are there to be cut off
+    # The rows used for sampling include ids beyond GPT-2's, which must be excluded
+    assert original(torch.zeros(1, 32), sampler.short_head).shape[-1] > sample.GPT2_VOCAB
     g = torch.Generator().manual_seed(0)
-    for ids in generated(sampler, [1, 2, 3], 20, num_samples=8, choice=choice, generator=g):
+    for ids in generated(sampler, [1, 2, 3], 20, num_samples=8, options=options, generator=g):
         assert max(ids) < sample.GPT2_VOCAB
 
 
 def test_a_sample_ends_at_eot_and_the_others_go_on():
     sampler = sampler_of(text_model())
     script = iter([[5, 6, sample.EOT], [sample.EOT, 7, 8], [9, sample.EOT, 9], [1, 1, 1]])
-    sampler.choose = lambda s, h: s.token.copy_(torch.tensor(next(script)).view(-1, 1))
+    sampler.choose = lambda state, h: state.token.copy_(torch.tensor(next(script)).view(-1, 1))
     E = sample.EOT
     assert list(sampler.generate([1], 20, num_samples=3)) == [[5, 6, E], [E, 7, None], [None, E, None]]
 
 
 def test_same_seed_same_samples():
     sampler = sampler_of(helpers.make_model())
-    draw = lambda seed: generated(sampler, [1, 2], 10, num_samples=3, choice=sample.Choice(1.0, 0, 1.0),  # noqa: E731
+    draw = lambda seed: generated(sampler, [1, 2], 10, num_samples=3, options=SamplingOptions(1.0, 0, 1.0),  # noqa: E731
                                   generator=torch.Generator().manual_seed(seed))
     assert draw(1) == draw(1) != draw(2)
 
@@ -340,11 +352,11 @@ def test_same_seed_same_samples():
 def test_streamed_text_is_whole_characters(tokenizer):
     text = "naïve café — 東京 🙂👩‍👩‍👧 Ωμέγα, \U0001f9ec plain"
     ids = tokenizer.encode_ordinary(text)
-    assert any("\ufffd" in tokenizer.decode([i]) for i in ids)  # characters are split here
+    assert any("\ufffd" in tokenizer.decode([i]) for i in ids)  # some characters are split over tokens
     stream = sample.TextStream(tokenizer)
     pieces = [stream.add(i) for i in [*ids, sample.EOT, None]]
     assert "".join(pieces) == text and not any("\ufffd" in piece for piece in pieces)
-    # In the middle of a character everything before it is out, and nothing broken
+    # After each token, only complete characters have been printed
     for n in range(len(ids)):
         stream = sample.TextStream(tokenizer)
         out = "".join(stream.add(i) for i in ids[:n])
@@ -381,7 +393,7 @@ def test_one_sample_streams_and_several_follow_one_another(out_dir, tokenizer, c
 
 
 def test_text_comes_piece_by_piece(out_dir, tokenizer, monkeypatch):
-    """What is printed is flushed before the next token is made."""
+    """Printed text is flushed before the next decoding step."""
     events = []
 
     class Out(io.StringIO):
@@ -397,14 +409,15 @@ def test_text_comes_piece_by_piece(out_dir, tokenizer, monkeypatch):
     sample.main([f"--ckpt={out_dir}", "--prompt=To be", "--max_new_tokens=6"])
     events = [e for e in events if e]
     assert events[:2] == ["To be", "flush"] and events.count("step") == 5
-    for before, event in zip(events, events[1:]):  # before a step, whatever was written is flushed
+    for before, event in zip(events, events[1:], strict=False):  # written text is flushed before the next step
         assert event != "step" or before in ("step", "flush")
     assert len([e for e in events[: len(events) - events[::-1].index("step")] if e not in ("step", "flush")]) >= 2
 
 
 def test_checkpoint_can_be_named_by_run_or_step_and_default_is_out(out_dir, tokenizer, capsys, monkeypatch, tmp_path):
+    run = out_dir / "mine"
     outs = {main_here(capsys, f"--ckpt={path}", "--max_new_tokens=6").out
-            for path in (out_dir, out_dir / "mine", out_dir / "mine" / "ckpt", out_dir / "mine" / "ckpt" / "step_000007")}
+            for path in (out_dir, run, run / "ckpt", run / "ckpt" / "step_000007")}
     (tmp_path / "out").symlink_to(out_dir)
     monkeypatch.chdir(tmp_path)
     outs.add(main_here(capsys, "--max_new_tokens=6").out)
@@ -418,10 +431,10 @@ def test_prompt_from_a_file(out_dir, tokenizer, capsys, tmp_path):
 
 
 def test_interactive_answers_each_line_and_survives_bad_ones(out_dir, tokenizer):
-    """As a process: prompts through stdin, a line that is too long in between, nothing for an empty line."""
+    """As a process: each line of stdin is a prompt; a prompt that is too long is reported, an empty line skipped."""
     lines = "Hello\n\n" + "word " * 80 + "\nÜber\n"
-    result = subprocess.run([sys.executable, SCRIPT, f"--ckpt={out_dir}", "--interactive", "--max_new_tokens=4", "--temperature=0"],
-                            input=lines.encode(), capture_output=True, cwd=out_dir,
+    command = [sys.executable, SCRIPT, f"--ckpt={out_dir}", "--interactive", "--max_new_tokens=4", "--temperature=0"]
+    result = subprocess.run(command, input=lines.encode(), capture_output=True, cwd=out_dir,
                             env=helpers.script_env(PYTHONIOENCODING="utf-8"), timeout=120)
     out, err = result.stdout.decode(), result.stderr.decode()
     assert result.returncode == 0, err
@@ -439,7 +452,7 @@ def test_runs_without_te_or_its_emulation(out_dir, tokenizer):
 
 
 def test_a_run_of_train_py_can_be_sampled(shards, tmp_path, capsys, tokenizer):
-    """From training in emulated FP8 to text, and the newest checkpoint's weights are what is used."""
+    """Train in emulated FP8, then sample: the newest checkpoint's weights are used."""
     folder = helpers.train_here(tmp_path, shards, vocab_size=VOCAB, n_embd=32, max_iters=2, loss_chunk_size=256)
     result = main_here(capsys, f"--ckpt={folder}", "--max_new_tokens=5", "--prompt=ab")
     assert result.code == 0 and "step 2, 512 tokens" in result.err and result.out.startswith("ab")
@@ -501,7 +514,8 @@ def test_damaged_checkpoints_are_one_line(tmp_path, tokenizer, capsys):
     model = text_model()
     folder = save(model, tmp_path / "run" / "ckpt" / "step_000001")
     meta = json.loads((folder / "meta.json").read_text())
-    for text, word in (("{", "no complete checkpoint"), ("{}", "no complete checkpoint"), ("[]", "no complete checkpoint"),
+    for text, word in (("{", "no complete checkpoint"), ("{}", "no complete checkpoint"),
+                       ("[]", "no complete checkpoint"),
                        (json.dumps(meta | {"flags": {}}), "meta.json"),
                        (json.dumps(meta | {"flags": meta["flags"] | {"n_embd": "wide"}}), "meta.json"),
                        (json.dumps(meta | {"flags": meta["flags"] | {"n_embd": 64}}), "cannot be loaded"),
@@ -512,13 +526,14 @@ def test_damaged_checkpoints_are_one_line(tmp_path, tokenizer, capsys):
     for file in folder.glob("*.distcp"):
         file.write_bytes(file.read_bytes()[:1000])
     assert_refused(main_here(capsys, f"--ckpt={folder}"), 1, "cannot be loaded")
-    (folder / "meta.json").unlink()  # unfinished
+    (folder / "meta.json").unlink()  # an unfinished checkpoint has none
     assert_refused(main_here(capsys, f"--ckpt={folder}"), 1, "no complete checkpoint")
 
 
 def test_a_reader_that_leaves_ends_it_quietly(out_dir, tokenizer):
-    process = subprocess.Popen([sys.executable, SCRIPT, f"--ckpt={out_dir}", "--max_new_tokens=60"], cwd=out_dir, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=helpers.script_env())
+    command = [sys.executable, SCRIPT, f"--ckpt={out_dir}", "--max_new_tokens=60"]
+    process = subprocess.Popen(command, cwd=out_dir, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               env=helpers.script_env())
     process.stdout.close()
     err = process.stderr.read()
     assert process.wait(60) == 1 and "Traceback" not in err and "Exception" not in err, err
@@ -548,9 +563,10 @@ def test_export_loads_in_transformers_with_the_same_logits(tmp_path, tokenizer, 
     assert helpers.relative(logits, sampler.forward(tokens)) < 1e-4
     assert helpers.relative(logits, train_logits(model, tokens)) < 0.015
 
-    # Generation: the same greedy text, and its configuration leaves out the ids beyond GPT-2's
-    new = hf.generate(tokens[:1, :9], do_sample=False, max_new_tokens=20, attention_mask=torch.ones(1, 9, dtype=torch.int64))
-    assert new[0, 9:].tolist() == generated(sampler, tokens[0, :9].tolist(), 20, choice=sample.Choice(0))[0]
+    # Greedy text is the same, and the generation configuration excludes the ids beyond GPT-2's
+    new = hf.generate(tokens[:1, :9], do_sample=False, max_new_tokens=20,
+                      attention_mask=torch.ones(1, 9, dtype=torch.int64))
+    assert new[0, 9:].tolist() == generated(sampler, tokens[0, :9].tolist(), 20, options=SamplingOptions(0))[0]
     assert hf.generation_config.eos_token_id == sample.EOT
     assert sorted(hf.generation_config.suppress_tokens) == list(range(sample.GPT2_VOCAB, VOCAB))
 
@@ -569,15 +585,17 @@ def test_export_in_bf16_and_never_over_other_files(tmp_path, out_dir, tokenizer,
     weights = torch_file.load_file(folder / "model.safetensors")
     assert {w.dtype for w in weights.values()} == {torch.bfloat16}
     assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
-    assert not list(folder.glob("*.partial"))
+    assert {f.name for f in folder.iterdir()} == {
+        "config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json",
+        "merges.txt", "README.md", "model.safetensors"}  # and no temporary file
     before = sorted((f.name, f.stat().st_mtime_ns) for f in folder.iterdir())
     result = main_here(capsys, f"--ckpt={out_dir}", f"--export={folder}")
     assert result.code == 2 and "not empty" in result.err
     assert before == sorted((f.name, f.stat().st_mtime_ns) for f in folder.iterdir())
     with mock.patch.object(torch_file, "save_file", side_effect=OSError(28, "No space left on device")):
         result = main_here(capsys, f"--ckpt={out_dir}", f"--export={tmp_path}/again")
-    assert result.code == 1 and "No space left on device; make room" in result.err
-    assert main_here(capsys, f"--ckpt={out_dir}", f"--export={tmp_path}/again").code == 0  # the same command, when there is
+    assert result.code == 1 and "No space left on device" in result.err and "--export=" in result.err
+    assert main_here(capsys, f"--ckpt={out_dir}", f"--export={tmp_path}/again").code == 0  # the same command again
     (tmp_path / "file").write_text("")
     result = main_here(capsys, f"--ckpt={out_dir}", f"--export={tmp_path}/file")
     assert result.code == 1 and result.err.splitlines()[-1].startswith("sample.py: error: --export=")
@@ -599,8 +617,9 @@ def test_upload_only_when_asked_and_its_failure_is_one_line(tmp_path, out_dir, t
     monkeypatch.setattr(hub, "HfApi", Api)
     assert main_here(capsys, f"--ckpt={out_dir}", f"--export={tmp_path}/a").code == 0 and not calls
     result = main_here(capsys, f"--ckpt={out_dir}", f"--export={tmp_path}/b", "--push_to_hub=me/gpt")
-    assert result.code == 0 and "https://hub/me/gpt" in result.out and calls[0] == ("me/gpt", dict(private=True, exist_ok=True))
-    assert "model.safetensors" in calls[1][1] and 'from_pretrained("me/gpt")' in (tmp_path / "b" / "README.md").read_text()
+    assert result.code == 0 and "https://hub/me/gpt" in result.out
+    assert calls[0] == ("me/gpt", dict(private=True, exist_ok=True)) and "model.safetensors" in calls[1][1]
+    assert 'from_pretrained("me/gpt")' in (tmp_path / "b" / "README.md").read_text()
 
     def refuse(self, repo, **options):
         raise OSError("401 Unauthorized\nlong text")
