@@ -6,16 +6,26 @@ The plain reference that train.py is measured against: a GPT-2-style model in to
     torchrun --standalone --nproc_per_node=8 train_orig.py
     python train_orig.py --help                         # all flags with their defaults
 
-It reads the same shards in the same order as train.py and writes the same log. From train.py it imports what has
-nothing to do with how a model learns (flags, processes, data, logging, and the passes over the val shards); model,
-loss, optimizer, precision and loop are its own.
+It reads the same shards in the same order as train.py and writes the same log. Model, loss, optimizer, precision and
+loop are its own. What has nothing to do with how a model learns (flags, processes, data, logging, the passes over the
+val shards) comes from train.py and nanofp8.
 """
 
 from typing import Literal
 
 from nanofp8.config import (  # types of flags, and what reads them
-    AutoBool, FolderName, Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat, Seed, Timeout,
-    check_command_line, parse_flags,
+    AutoBool,
+    FolderName,
+    Fraction,
+    NonNegative,
+    NonNegativeFloat,
+    Positive,
+    PositiveFloat,
+    Seed,
+    Timeout,
+    check_command_line,
+    flag_values,
+    parse_flags,
 )
 
 if __name__ == "__main__":
@@ -25,18 +35,20 @@ import contextlib
 import math
 import os
 import time
+from types import SimpleNamespace
+from typing import Sequence
 
-from train import check_flags, clip_gradients, evaluate, flops_per_token, lr_factor, open_data  # before torch: sets its allocator
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # read when torch starts
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from nanofp8.config import flag_values
 from nanofp8.machine import describe_machine
-from nanofp8.procs import command_line
-from nanofp8.runlog import FolderLock, Progress, RunLog, data_rows, make_run_folder
+from nanofp8.procs import Processes, command_line
+from nanofp8.runlog import FolderLock, Progress, RunLog, data_rows, is_due, make_run_folder
+from train import DataLoader, TokenRing, check_flags, clip_gradients, evaluate, flops_per_token, lr_factor, open_data
 
 # ======================================================================================================================
 # Flags. Edit a value here, or give --name=value. The values below are those of preset "d20".
@@ -102,7 +114,7 @@ PRESETS = {
 }
 
 
-# =====================================================================================================
+# ======================================================================================================================
 # Model and loss
 
 
@@ -166,7 +178,7 @@ class GPT(nn.Module):
                 nn.init.zeros_(p)
 
     def forward(self, idx, targets):
-        """idx (B, T) int32, targets (B, T) int64, -1 where there is nothing to predict: the summed loss, scalar fp32."""
+        """Return the summed loss, a scalar fp32, for idx (B, T) int32 and targets (B, T) int64 (-1: no target)."""
         x = self.wte(idx) + self.wpe.weight[:idx.shape[1]]                   # (B, T, C)
         for block in self.blocks:
             x = block(x)
@@ -174,12 +186,12 @@ class GPT(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1, reduction="sum")
 
 
-# =====================================================================================================
-# The run
+# ======================================================================================================================
+# Optimizer, step and loop
 
 
-def make_optimizer(model, cfg):
-    """AdamW; matrices and embeddings decay, biases and LayerNorm do not."""
+def make_optimizer(model: GPT, cfg: SimpleNamespace) -> torch.optim.AdamW:
+    """Build AdamW. Matrices and embeddings decay; biases and LayerNorms do not."""
     parameters = list(model.parameters())
     groups = [dict(params=[p for p in parameters if p.ndim == 2], weight_decay=cfg.weight_decay),
               dict(params=[p for p in parameters if p.ndim == 1], weight_decay=0.0)]
@@ -187,21 +199,21 @@ def make_optimizer(model, cfg):
                              fused=parameters[0].is_cuda)
 
 
-def autocast(device):
-    """bf16 on a GPU. On a CPU fp32, which is as fast at preset tiny and does not depend on the CPU's bf16 instructions."""
+def autocast(device: torch.device) -> torch.autocast:
+    """Return the context of a pass: bf16 on a GPU; fp32 on a CPU, where it is as fast at preset tiny."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
 
 
-def train_step(module, loader, optimizer, cfg, procs):
-    """One optimizer step over accumulation x world_size micro-batches.
+def train_step(module: nn.Module, loader: DataLoader, optimizer: torch.optim.Optimizer, cfg: SimpleNamespace,
+               procs: Processes) -> tuple[torch.Tensor, torch.Tensor]:
+    """Take one optimizer step over accumulation x world_size micro-batches.
 
-    Returns the mean loss over the step's whole global batch and the gradient norm before clipping, both scalar
-    tensors on the device.
+    Returns: mean loss over the step's whole batch, and gradient norm before clipping, scalar tensors on the device.
     """
     loss_sum = torch.zeros((), device=procs.device)
     for m in range(loader.accumulation):
         x, y = loader.next()
-        wait = procs.world_size > 1 and m < loader.accumulation - 1  # gradients go over the ranks in the last one only
+        wait = procs.world_size > 1 and m < loader.accumulation - 1  # the last micro-batch reduces all gradients
         with module.no_sync() if wait else contextlib.nullcontext():
             with autocast(procs.device):
                 loss = module(x, y) * loader.loss_scale
@@ -213,49 +225,39 @@ def train_step(module, loader, optimizer, cfg, procs):
     return procs.sum(loss_sum) / procs.world_size, norm
 
 
-def run(cfg, procs):
-    """Train by the flags from start to end; returns the run folder."""
-    check_flags(cfg, procs.world_size)
-    device = procs.device
-    torch.manual_seed(cfg.seed)
-    torch.set_float32_matmul_precision("high")
-
-    # Data first: a missing shard should be known before anything is built
-    loader, val_ring = open_data(cfg, procs)
-
-    # Model, compiled in place so that its names stay, then wrapped
-    with device:
+def set_up(cfg: SimpleNamespace, procs: Processes, loader: DataLoader,
+           val_ring: TokenRing) -> tuple[GPT, nn.Module, torch.optim.Optimizer, Progress, str]:
+    """Build model, wrapper, optimizer and log, and compile. Returns: model, what to call, optimizer, progress, folder."""
+    with procs.device:
         model = GPT(cfg)
-    if device.type == "cuda" if cfg.USE_COMPILE == "auto" else cfg.USE_COMPILE:
-        model.compile(dynamic=False)
+    on_gpu = procs.device.type == "cuda"
+    if on_gpu if cfg.USE_COMPILE == "auto" else cfg.USE_COMPILE:
+        model.compile(dynamic=False)  # in place, so that parameters keep their names
     wrapper, module = "none", model
     if procs.world_size > 1:
         wrapper, module = "ddp", DistributedDataParallel(model, gradient_as_bucket_view=True,
-                                                         device_ids=[device] if device.type == "cuda" else None)
+                                                         device_ids=[procs.device] if on_gpu else None)
     optimizer = make_optimizer(model, cfg)
-    n_params = sum(p.numel() for p in model.parameters())
-    precision_name = "bf16" if device.type == "cuda" else "fp32"
+    parameters, precision = sum(p.numel() for p in model.parameters()), "bf16" if on_gpu else "fp32"
 
-    # What is about to run, in one table
     folder = procs.broadcast(make_run_folder(cfg.out_dir, cfg.run_name) if procs.is_main else None)
-    machine = describe_machine(device)
+    machine, log = describe_machine(procs.device), None
     rows = [
         ("device", f"{procs.world_size} x {machine['device']}, torch {torch.__version__}"),
-        ("setup", f"{precision_name}, wrapper {wrapper}, AdamW, {n_params:,} parameters"),
+        ("setup", f"{precision}, wrapper {wrapper}, AdamW, {parameters:,} parameters"),
         *data_rows(cfg, procs, loader, val_ring),
         ("run folder", folder),
     ]
     procs.print("\n".join(f"{name:<18} {text}" for name, text in rows) + "\n")
-    log = None
     if procs.is_main:
-        config = flag_values(cfg) | machine | dict(world_size=procs.world_size, wrapper=wrapper, emulated=False,
-                                                   precision=precision_name, optimizers="AdamW", parameters=n_params)
+        config = flag_values(cfg) | machine | dict(world_size=procs.world_size, wrapper=wrapper, precision=precision,
+                                                   emulated=False, optimizers="AdamW", parameters=parameters)
         log = RunLog(folder, FolderLock(folder), config, wandb_project=cfg.wandb_project if cfg.USE_WANDB else "")
 
-    # Compile off the clock: a forward and backward pass whose gradients are thrown away
+    # Compile before training is timed: a forward and backward pass whose gradients are thrown away
     start = time.perf_counter()
     x, y = loader.peek()
-    with autocast(device):
+    with autocast(procs.device):
         loss = module(x, y)
     loss.backward()
     optimizer.zero_grad(set_to_none=True)
@@ -263,32 +265,41 @@ def run(cfg, procs):
     progress = Progress(cfg, procs, log, flops_per_token(cfg))
     progress.compile_seconds = time.perf_counter() - start
     procs.print(f"ready after {progress.compile_seconds:.1f} s of compiling\n")
+    return model, module, optimizer, progress, folder
 
+
+def run(cfg: SimpleNamespace, procs: Processes) -> str:
+    """Train by the flags from start to end; return the run folder. Raises UserError."""
+    check_flags(cfg, procs.world_size)
+    torch.manual_seed(cfg.seed)
+    torch.set_float32_matmul_precision("high")
+    loader, val_ring = open_data(cfg, procs)  # first: a missing shard should be known before anything is built
+    model, module, optimizer, progress, folder = set_up(cfg, procs, loader, val_ring)
     for step in range(cfg.max_iters):
         start = time.perf_counter()
         lr = cfg.learning_rate * lr_factor(step, cfg.warmup_iters, cfg.max_iters, cfg.min_lr_ratio)
         for group in optimizer.param_groups:
             group["lr"] = lr
         loss, norm = map(float, train_step(module, loader, optimizer, cfg, procs))  # waits for the GPU
+        ms = 1000 * (time.perf_counter() - start)
         # One learning rate for all parameters; there is no Muon, so neither its rate nor its momentum
         rates = dict(lr_muon=None, lr_embed=lr, lr_head=lr, momentum=None)
-        ms = 1000 * (time.perf_counter() - start)
         progress.step(step, rates, loss, norm, lambda ms=ms: ms)
-        if step == cfg.max_iters - 1 or (cfg.eval_interval and (step + 1) % cfg.eval_interval == 0):
-            progress.val(step, evaluate(model, val_ring, cfg, procs, lambda: autocast(device)))
+        if step == cfg.max_iters - 1 or is_due(step, cfg.eval_interval):
+            progress.val(step, evaluate(model, val_ring, cfg, procs, lambda: autocast(procs.device)))
     loader.close()
     progress.done()
     return folder
 
 
-def read_flags(argv, has_gpu=None):
-    """Resolve this script's flags from a command line (has_gpu: default torch.cuda.is_available())."""
+def read_flags(argv: Sequence[str], has_gpu: bool | None = None) -> SimpleNamespace:
+    """Resolve this script's flags from command-line arguments (has_gpu: default torch.cuda.is_available())."""
     has_gpu = torch.cuda.is_available() if has_gpu is None else has_gpu
     return parse_flags(argv, os.path.abspath(__file__), PRESETS, has_gpu)
 
 
-def main(argv=None):
-    """Train by command-line flags (default: the program's own); returns the run folder."""
+def main(argv: Sequence[str] | None = None) -> str:
+    """Train by command-line arguments (default: the program's own); return the run folder."""
     return command_line(run, read_flags, __file__, argv)
 
 
