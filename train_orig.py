@@ -227,7 +227,10 @@ def train_step(module: nn.Module, loader: DataLoader, optimizer: torch.optim.Opt
 
 def set_up(cfg: SimpleNamespace, procs: Processes, loader: DataLoader,
            val_ring: TokenRing) -> tuple[GPT, nn.Module, torch.optim.Optimizer, Progress, str]:
-    """Build model, wrapper, optimizer and log, and compile. Returns: model, what to call, optimizer, progress, folder."""
+    """Build model, wrapper, optimizer and log, and compile.
+
+    Returns: the model, the module to call, the optimizer, the progress, the run folder.
+    """
     with procs.device:
         model = GPT(cfg)
     on_gpu = procs.device.type == "cuda"
