@@ -10,9 +10,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from helpers import losses, make_cfg, make_model, one_process, records, relative, tokens_and_targets, train_here
 
 import train
+from helpers import losses, make_cfg, make_model, one_process, records, relative, tokens_and_targets, train_here
 from nanofp8 import fp8_stats, fused
 from nanofp8 import te_emulation as te
 from nanofp8.loss import LOGIT_GRAD_SCALE

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import make_model, relative, tokens_and_targets
 
+from helpers import make_model, relative, tokens_and_targets
 from nanofp8 import plain
 
 

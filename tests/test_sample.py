@@ -10,11 +10,11 @@ import sys
 from types import SimpleNamespace
 from unittest import mock
 
-import helpers
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
+import helpers
 import sample
 from nanofp8.config import UserError
 from sample import SamplingOptions
@@ -514,18 +514,18 @@ def test_damaged_checkpoints_are_one_line(tmp_path, tokenizer, capsys):
     model = text_model()
     folder = save(model, tmp_path / "run" / "ckpt" / "step_000001")
     meta = json.loads((folder / "meta.json").read_text())
-    for text, word in (("{", "no complete checkpoint"), ("{}", "no complete checkpoint"),
-                       ("[]", "no complete checkpoint"),
+    for text, word in (("{", "not a complete checkpoint"), ("{}", "not a complete checkpoint"),
+                       ("[]", "not a complete checkpoint"),
                        (json.dumps(meta | {"flags": {}}), "meta.json"),
                        (json.dumps(meta | {"flags": meta["flags"] | {"n_embd": "wide"}}), "meta.json"),
-                       (json.dumps(meta | {"flags": meta["flags"] | {"n_embd": 64}}), "cannot be loaded"),
-                       (json.dumps(meta | {"flags": meta["flags"] | {"n_layer": 3}}), "cannot be loaded")):
+                       (json.dumps(meta | {"flags": meta["flags"] | {"n_embd": 64}}), "cannot load checkpoint"),
+                       (json.dumps(meta | {"flags": meta["flags"] | {"n_layer": 3}}), "cannot load checkpoint")):
         (folder / "meta.json").write_text(text)
         assert_refused(main_here(capsys, f"--ckpt={folder}"), 1, word)
     (folder / "meta.json").write_text(json.dumps(meta))
     for file in folder.glob("*.distcp"):
         file.write_bytes(file.read_bytes()[:1000])
-    assert_refused(main_here(capsys, f"--ckpt={folder}"), 1, "cannot be loaded")
+    assert_refused(main_here(capsys, f"--ckpt={folder}"), 1, "cannot load checkpoint")
     (folder / "meta.json").unlink()  # an unfinished checkpoint has none
     assert_refused(main_here(capsys, f"--ckpt={folder}"), 1, "no complete checkpoint")
 
