@@ -60,7 +60,14 @@ from nanofp8.loss import LMHead  # output projection and softcapped cross-entrop
 from nanofp8.machine import Clock, describe_machine, pause_garbage_collection, profiling
 from nanofp8.muon import OptimizerSet, import_bitsandbytes, make_muon, muon_groups  # Dion's Muon, or torch's
 from nanofp8.plain import rms_norm, rope_qk_norm, rope_tables  # parts of the model in plain PyTorch
-from nanofp8.precision import Precision, choose_format, keep_high_precision, preserved_scales, snapshot_scales
+from nanofp8.precision import (  # number formats and FP8's scaling state
+    Precision,
+    choose_format,
+    import_transformer_engine,
+    keep_high_precision,
+    preserved_scales,
+    snapshot_scales,
+)
 from nanofp8.prefetch import Prefetcher  # items made ahead of time by a thread
 from nanofp8.procs import Processes, command_line  # rank, device, mesh; start and end of a script
 from nanofp8.shards import ShardError, open_shard  # the token shard format
@@ -317,15 +324,14 @@ def open_data(cfg: SimpleNamespace, procs: Processes) -> tuple[DataLoader, Token
 
 def select_precision(cfg: SimpleNamespace, device: torch.device) -> Precision:
     """Choose the number format, and Transformer Engine or its emulation, by asking TE what the device can do."""
-    chosen, te, recipes, missing = choose_format(cfg), None, None, ""
+    chosen, missing = choose_format(cfg), ""
     if cfg.USE_EMULATION is True:
         missing = "USE_EMULATION=True"
     elif device.type != "cuda":
         missing = "no GPU"
     else:
         try:
-            import transformer_engine.pytorch as te
-            from transformer_engine.common import recipe as recipes
+            te, recipes = import_transformer_engine()
         except ImportError as error:
             missing = f"Transformer Engine cannot be imported: {error}"
     if not missing and chosen.question:
@@ -392,8 +398,9 @@ class Block(nn.Module):
                                    output_layer_init_method=nn.init.zeros_, params_dtype=torch.float32, device=device)
 
     def forward(self, x, cos, sin, first, delta=None, fused=None):
-        """x (B, T, C) bf16 to the same. With `fused`, from FusedBlocks.register(), in our own kernels: then from the
-        residual x and `delta`, what the block before adds to it (None: nothing), to the next such pair."""
+        """Return the residual after this block, from the one before it: x (B, T, C) bf16. With `fused`, from
+        FusedBlocks.register(), in Triton kernels: then from x and `delta`, what the block before adds, to the next
+        such pair."""
         attn, mlp = self.attn, self.mlp
         if fused is None:
             x = x + attn(x, cos, sin, first)
@@ -935,15 +942,9 @@ def read_flags(argv: Sequence[str], has_gpu: bool | None = None) -> SimpleNamesp
     return parse_flags(argv, os.path.abspath(__file__), PRESETS, has_gpu)
 
 
-def memory_remedies(cfg: SimpleNamespace) -> list[str]:
-    """Return flags that take less GPU memory than these, for the same training."""
-    half = [f"--batch_size={cfg.batch_size // 2}"] if cfg.batch_size > 1 else []
-    return half + ([] if cfg.USE_AC_BLOCKS else ["--USE_AC_BLOCKS=True"])
-
-
 def main(argv: Sequence[str] | None = None) -> str:
     """Train by command-line arguments (default: the program's own); return the run folder."""
-    return command_line(run, read_flags, __file__, argv, memory_remedies)
+    return command_line(run, read_flags, __file__, argv, memory_flags=("batch_size", "USE_AC_BLOCKS"))
 
 
 if __name__ == "__main__":

@@ -303,7 +303,7 @@ def read_flags(argv: Sequence[str], has_gpu: bool | None = None) -> SimpleNamesp
 
 def main(argv: Sequence[str] | None = None) -> str:
     """Train by command-line arguments (default: the program's own); return the run folder."""
-    return command_line(run, read_flags, __file__, argv)
+    return command_line(run, read_flags, __file__, argv, memory_flags=("batch_size",))
 
 
 if __name__ == "__main__":

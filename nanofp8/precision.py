@@ -5,6 +5,7 @@ To add a format, add one entry to FORMATS (and its choice to the flag FP8_RECIPE
 
 import contextlib
 import fnmatch
+import warnings
 from dataclasses import dataclass
 from types import ModuleType, SimpleNamespace
 from typing import Any, Callable, Iterator
@@ -78,6 +79,17 @@ def choose_format(cfg: SimpleNamespace) -> Format:
         raise UserError("FP8_STATS_INTERVAL has nothing to look at in bf16; "
                         "set USE_FP8 or USE_NVFP4, or leave it at 0", 2)
     return chosen
+
+
+def import_transformer_engine() -> tuple[ModuleType, ModuleType]:
+    """Import Transformer Engine; return transformer_engine.pytorch and its module of recipes. Raises ImportError.
+
+    Its warnings are switched off: they are about other frameworks, and repeat with every pass.
+    """
+    warnings.filterwarnings("ignore", module="transformer_engine")
+    import transformer_engine.pytorch
+    from transformer_engine.common import recipe
+    return transformer_engine.pytorch, recipe
 
 
 @dataclass

@@ -97,22 +97,25 @@ def report_good_end(procs: Processes) -> None:
             pass
 
 
-def memory_error_message(error: BaseException, procs: Processes, remedies: Sequence[str]) -> str:
+def memory_error_message(error: BaseException, procs: Processes, cfg: SimpleNamespace, flags: Sequence[str]) -> str:
     """Return the error line if this exception means too little memory, else "".
 
-    remedies: flags that take less memory, each as "--name=value".
+    flags: names of those that can save memory: numbers when halved, switches when True.
     """
     if (not isinstance(error, (torch.OutOfMemoryError, MemoryError))
             and "can't allocate memory" not in str(error)):
         return ""
     what = "GPU memory" if procs.device.type == "cuda" else "memory"
+    values = {name: getattr(cfg, name) for name in flags}
+    remedies = [f"--{name}={value // 2 if value > 1 else True}" for name, value in values.items()
+                if value > 1 or value is False]
     advice = f"; the same training takes less with {' or '.join(remedies)}" if remedies else ""
     return f"rank {procs.rank} has too little {what} for this model and micro-batch{advice}"
 
 
 def command_line(run: Callable[[SimpleNamespace, Processes], Any],
                  read_flags: Callable[[Sequence[str]], SimpleNamespace], path: str, argv: Sequence[str] | None = None,
-                 memory_remedies: Callable[[SimpleNamespace], Sequence[str]] = lambda cfg: ()) -> Any:
+                 memory_flags: Sequence[str] = ()) -> Any:
     """Run a script: read its flags, join the process group, return run(cfg, procs); report a failure as one line.
 
     Exit status: 0, or what the UserError says (1 or 2). Of several ranks, one that fails alone exits at once, and so do
@@ -123,7 +126,7 @@ def command_line(run: Callable[[SimpleNamespace, Processes], Any],
         read_flags: turns command-line arguments into flags; the flags include rank_timeout.
         path: the script's file.
         argv: arguments (default: the program's own).
-        memory_remedies: flags that would take less memory than `cfg`, each as "--name=value".
+        memory_flags: names of flags that can save memory, for memory_error_message().
     """
     heartbeat, cfg, procs, script = None, None, None, os.path.basename(path)
 
@@ -146,7 +149,7 @@ def command_line(run: Callable[[SimpleNamespace, Processes], Any],
     except KeyboardInterrupt:  # before training, which takes it as a request to stop, or a second one
         leave(f"{script}: stopped by Ctrl-C", 130)
     except Exception as error:
-        why = memory_error_message(error, procs, memory_remedies(cfg)) if procs else ""
+        why = memory_error_message(error, procs, cfg, memory_flags) if procs else ""
         if not heartbeat and not why:
             raise
         if not why and isinstance(error, RuntimeError):
