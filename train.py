@@ -898,8 +898,7 @@ def set_up(cfg: SimpleNamespace, procs: Processes, cleanup: contextlib.ExitStack
     run.stop = cleanup.enter_context(StopSignal())
     run.checkpoints.prepare(lambda: checkpoint.training_state(run))
     run.progress = runlog.Progress(cfg, procs, run.log, flops_per_token(cfg), meta["train_seconds"] if meta else 0.0)
-    clock = Clock(procs.device)
-    clock.ms(clock.mark(), clock.mark())  # waits for the GPU
+    Clock(procs.device).wait()
     run.progress.compile_seconds = time.perf_counter() - start
     procs.print(f"ready after {run.progress.compile_seconds:.1f} s of compiling and calibration\n")
     pause_garbage_collection(cleanup)

@@ -3,6 +3,8 @@
 The logits of all tokens never exist at once: those of 32,768 tokens and a vocabulary of 65,536 take 4.3 GB in bf16.
 """
 
+from types import SimpleNamespace
+
 import torch
 import torch.nn as nn
 
@@ -157,17 +159,23 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 class LMHead(nn.Module):
     """Output projection with logit softcap, and the loss over it in chunks of tokens."""
 
-    def __init__(self, cfg, device):
+    def __init__(self, cfg: SimpleNamespace, device: torch.device):
+        """Start with zeros: (V, C) fp32. cfg: vocab_size, n_embd, logit_softcap, loss_chunk_size, USE_AC_LM_HEAD."""
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(cfg.vocab_size, cfg.n_embd, device=device))
         self.softcap, self.chunk, self.recompute = cfg.logit_softcap, cfg.loss_chunk_size, cfg.USE_AC_LM_HEAD
         self.cache = {}  # quantized weight of this step
 
-    def forward(self, h, targets=None, first=None, fp8=False, in_place=""):
-        """h (B, T, C) bf16. With targets (B, T) int64 (-1: no target): the summed loss, a scalar fp32.
-        Without: logits (B, T, V) fp32 after the softcap.
+    def forward(self, h: torch.Tensor, targets: torch.Tensor | None = None, first: bool | None = None,
+                fp8: bool = False, in_place: str = "") -> torch.Tensor:
+        """Return the summed loss, a scalar fp32; without targets, logits (B, T, V) fp32 after the softcap.
 
-        first: as in GPT.forward(). fp8: matmuls in FP8. in_place: as in fused.weight_gradient().
+        Args:
+            h: (B, T, C) bf16.
+            targets: (B, T) int64, -1: no target.
+            first: as in GPT.forward().
+            fp8: matmuls in FP8, by current scaling.
+            in_place: as in fused.weight_gradient().
         """
         if targets is None:
             logits = matmul(h.flatten(0, 1), self.weight.to(h.dtype)).float()

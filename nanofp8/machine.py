@@ -96,6 +96,10 @@ class Clock:
         end.synchronize()
         return start.elapsed_time(end)
 
+    def wait(self) -> None:
+        """Wait until the GPU has done everything that was launched so far."""
+        self.ms(self.mark(), self.mark())
+
 
 def pause_garbage_collection(cleanup: contextlib.ExitStack) -> None:
     """Switch automatic garbage collection off until `cleanup` runs: it would delay ranks at different times."""
