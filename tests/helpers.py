@@ -10,10 +10,12 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
+import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
@@ -63,7 +65,7 @@ def make_run(cfg, procs, model, loader=None, wrapper="none"):
     """A train.Run with what a step needs."""
     parallel = train.Parallel(model, wrapper, cfg, procs)
     optimizers = train.Optimizers(model, cfg, procs, sharded=wrapper == "fsdp2")
-    return train.Run(cfg, procs, train.select_precision(cfg, CPU), parallel, optimizers, loader, Guard(cfg))
+    return train.Run(cfg, procs, train.select_precision(cfg, procs.device), parallel, optimizers, loader, Guard(cfg))
 
 
 def make_model(cfg=None, zeros=False, seed=0, **changes):
@@ -131,6 +133,22 @@ def start(*command, cwd, **env):
     """Start `python command...`; finish() waits for it. Several can run side by side."""
     return subprocess.Popen([sys.executable, *map(str, command)], cwd=cwd, env=script_env(**env), text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def read_until(process, found, timeout=180):
+    """Read a process's output up to the first line for which found(line) is true, and return that line.
+
+    The process is killed after `timeout` seconds. A process that ends without such a line fails the test.
+    """
+    timer = threading.Timer(timeout, process.kill)
+    timer.start()
+    try:
+        for line in process.stdout:
+            if found(line):
+                return line
+    finally:
+        timer.cancel()
+    pytest.fail(f"the process ended without the expected line: {process.communicate()[1]}")
 
 
 def finish(process, timeout=180):

@@ -13,7 +13,7 @@ import bench
 import helpers
 import train
 from nanofp8.config import UserError
-from nanofp8.runlog import smooth
+from nanofp8.plots import smooth
 from helpers import finish, flag_args, start, start_torchrun, ROOT
 
 
@@ -25,7 +25,7 @@ def small_flags(shards, out_dir, *without):
 
 def study(mode, shards, tmp_path, monkeypatch, *flags):
     """A study with the small run's flags; returns what it wrote as JSON."""
-    monkeypatch.setattr(bench, "ON_A_CPU", ["--preset=tiny", "--total_batch_size=256", "--warmup_iters=2", "--eval_interval=0", "--keep_checkpoints=0"])
+    monkeypatch.setattr(bench, "STUDY_ON_A_CPU", bench.STUDY_ON_A_CPU | dict(total_batch_size=256, warmup_iters=2))
     given = small_flags(shards, tmp_path, "warmup_iters", "max_iters", "batch_size")
     bench.main([mode, f"--out={tmp_path}/t/r", "--max_iters=6", *given, "--n_embd=128", "--batch_size=4", *flags])
     return json.loads((tmp_path / "t" / "r.json").read_text())
@@ -34,8 +34,8 @@ def study(mode, shards, tmp_path, monkeypatch, *flags):
 def test_precision_study(fresh, shards, tmp_path, capsys, monkeypatch):
     """Every format from the same weights as bf16, two seeds; noise is the gap of the two bf16 seeds. A second start finds all runs."""
     result = study("precision", shards, tmp_path, monkeypatch)
-    rows = {r["label"]: r for r in result["formats"]}
-    assert list(rows) == list(bench.VARIANTS["precision"])
+    rows = {r["label"]: r for r in result["rows"]}
+    assert list(rows) == list(bench.MODES["precision"].variants)
     assert [r["precision"] for r in rows.values()] == ["bf16", "fp8-delayed", "fp8-current", "fp8-block", "fp8-mxfp8", "nvfp4"]
     assert all(len(r["losses"]["1"]) == len(r["losses"]["2"]) == 6 and math.isfinite(r["val_loss"]) for r in rows.values())
     first = {seed: {r["losses"][seed][0] for r in rows.values()} for seed in "12"}
@@ -54,7 +54,7 @@ def test_precision_study(fresh, shards, tmp_path, capsys, monkeypatch):
     assert (tmp_path / "t" / "r.png").read_bytes()[:4] == b"\x89PNG"
 
     again = study("precision", shards, tmp_path, monkeypatch)
-    assert "=====" not in capsys.readouterr().out and again["formats"] == result["formats"]
+    assert "=====" not in capsys.readouterr().out and again["rows"] == result["rows"]
     study("precision", shards, tmp_path, monkeypatch, "--formats=bf16", "--learning_rate=0.03")  # other flags: another run
     assert "2 runs to train (0 are there)" in capsys.readouterr().out
 
@@ -62,8 +62,8 @@ def test_precision_study(fresh, shards, tmp_path, capsys, monkeypatch):
 def test_ablation(fresh, shards, tmp_path, monkeypatch):
     """Each row lacks one ingredient of NVFP4: its flags say so, and its losses differ from those of all four."""
     result = study("ablation", shards, tmp_path, monkeypatch, "--seeds=2,1", "--max_iters=4")
-    rows = {r["label"]: r for r in result["formats"]}
-    assert list(rows) == list(bench.VARIANTS["ablation"]) and [len(r["seeds"]) for r in rows.values()] == [2] + [1] * 6
+    rows = {r["label"]: r for r in result["rows"]}
+    assert list(rows) == list(bench.MODES["ablation"].variants) and [len(r["seeds"]) for r in rows.values()] == [2] + [1] * 6
     names = ("NVFP4_HADAMARD", "NVFP4_STOCHASTIC_ROUNDING", "NVFP4_2D_WEIGHTS")
     has = {label: [r["config"][n] for n in names] + [r["in_bf16"] != ""] for label, r in rows.items()}
     assert has["NVFP4"] == [True] * 4 and has["none of the four"] == [False] * 4
@@ -76,7 +76,7 @@ def test_emulation_compares_speeds(fresh, shards, tmp_path):
     """Formats emulated, as picked, in the mode's own order; the ratio to bf16 in the table."""
     bench.main(["emulation", f"--out={tmp_path}/r", "--rows=NVFP4; bf16;FP8 current", "--max_iters=3", "--warmup_iters=1", "--total_batch_size=256",
                 *small_flags(shards, tmp_path, "warmup_iters", "max_iters", "batch_size", "eval_tokens"), "--n_embd=128", "--batch_size=4"])
-    rows = json.loads((tmp_path / "r.json").read_text())["runs"]
+    rows = json.loads((tmp_path / "r.json").read_text())["rows"]
     assert [r["precision"] for r in rows] == ["bf16", "fp8-current", "nvfp4"]
     assert all(r["tok_per_sec"] > 0 for r in rows) and "| NVFP4 |" in (tmp_path / "r.md").read_text()
 
@@ -87,8 +87,8 @@ def test_speed_with_two_ranks(shards, tmp_path):
     result = finish(start_torchrun(2, ROOT / "bench.py", "speed", f"--out={tmp_path}/r", "--max_iters=3", "--warmup_iters=1",
                                    "--total_batch_size=1024", *flags, "--n_embd=128", "--batch_size=4", cwd=tmp_path))
     assert result.code == 0, result.err[-2000:]
-    rows = {r["label"]: r for r in json.loads((tmp_path / "r.json").read_text())["runs"]}
-    assert list(rows) == [label for label in bench.VARIANTS["speed"]], result.out[-2000:]
+    rows = {r["label"]: r for r in json.loads((tmp_path / "r.json").read_text())["rows"]}
+    assert list(rows) == list(bench.MODES["speed"].variants), result.out[-2000:]
     assert rows["FP8 delayed, FSDP2"]["wrapper"] == "fsdp2" and rows["FP8 delayed, DDP"]["wrapper"] == "ddp"
     assert rows["FP8 delayed, vocab 50,304"]["vocab_size"] == 50304
     quarters = [rows[f"{name}, vocab 50,304, a quarter of the batch"] for name in ("FP8 delayed", "bf16")]
@@ -114,15 +114,15 @@ def test_what_is_left_out_and_what_ends_all(fresh, shards, tmp_path, monkeypatch
         study("precision", shards, tmp_path, monkeypatch, *flags)
     assert "FP8 current, seed 1 left out" in capsys.readouterr().out
     result = study("precision", shards, tmp_path, monkeypatch, "--seeds=1", "--formats=bf16,FP8 current")
-    assert [r["label"] for r in result["formats"]] == ["bf16", "FP8 current"]
+    assert [r["label"] for r in result["rows"]] == ["bf16", "FP8 current"]
     (tmp_path / "t" / "r.png").unlink()
-    (row,) = study("precision", shards, tmp_path, monkeypatch, "--seeds=1", "--formats=FP8 current")["formats"]  # a part, for another start to finish
+    (row,) = study("precision", shards, tmp_path, monkeypatch, "--seeds=1", "--formats=FP8 current")["rows"]  # a part, for another start to finish
     assert row["gaps"] == [] and row["largest_gap"] is None and (tmp_path / "t" / "r.png").exists()
     assert [name.split("-")[1] for name in trained] == ["bf16", "fp8", "fp8", "fp8"]  # each once, but for what failed
 
 
 @pytest.mark.parametrize("arguments, text", [
-    (["speed", "--log_interval=2"], "--log_interval"), (["nonsense"], "not 'nonsense'"), (["report"], "run folders"), (["report", "/no/such/run"], "/no/such/run"),
+    (["speed", "--log_interval=2"], "--log_interval"), (["nonsense"], "'nonsense'.*speed, precision"), (["report"], "run folders"), (["report", "/no/such/run"], "/no/such/run"),
     (["precision", "--bath_size=3"], "--batch_size"), (["precision", "--seeds=0"], "--seeds"), (["ablation", "--seeds=1,2,3"], "--seeds"),
     (["precision", "--formats=FP9"], "FP8 delayed"), (["speed", "--rows=bf16; FP9"], "--rows: speed has FP8 delayed; .*, not 'FP9'"), (["ablation", "--total_batch_size=100"], "total_batch_size=100"),
 ])

@@ -28,11 +28,11 @@ import torch.distributed.checkpoint as dcp
 
 import helpers
 import train
+from nanofp8 import checkpoint, runlog
 from nanofp8.checkpoint import Checkpoints, complete_checkpoints, find_checkpoint, load_tensors, load_weights, read_checkpoint, restore
 from nanofp8.config import UserError
 from nanofp8.muon import TorchMuon
 from nanofp8.precision import fp8_state
-from nanofp8.runlog import make_run_folder
 from helpers import ROOT, TRAIN, assert_one_error_line, before_step, copy_of_run, finish, flag_args, in_ckpt, learned
 from helpers import losses, parameters_seen, records, same_tensors, start, train_here
 
@@ -143,9 +143,9 @@ def test_a_checkpoint_is_complete_and_plain(one_rank):
     assert meta["loader"] == {"step": 4, "micro_batch": 0} and meta["parameters"] == 164160
     assert meta["flags"]["n_embd"] == 64 and meta["muon"] == "torch"
     assert same_tensors(read_weights(folder, run.saved[4]), run.saved[4])
-    with pytest.raises(UserError, match="cannot be loaded.*no_such"):
+    with pytest.raises(UserError, match="cannot load.*no_such"):
         load_weights(str(folder), {"no_such.weight": torch.zeros(2)})
-    with pytest.raises(UserError, match="cannot be loaded"):
+    with pytest.raises(UserError, match="cannot load"):
         load_weights(str(folder), {"head.weight": torch.zeros(3, 3)})
 
 
@@ -205,9 +205,7 @@ def test_signals_and_broken_runs_of_the_script(tmp_path, shards, quick):
     runs = {number: start("-u", tmp_path / "train.py", *args, f"--run_name=s{number}", cwd=tmp_path) for number in (signal.SIGTERM, signal.SIGINT)}
     broken = start(TRAIN, *args, "--run_name=broken", "--ckpt_interval=1", "--learning_rate=1e38", "--grad_clip=0", cwd=tmp_path)
     for number, process in runs.items():
-        for line in process.stdout:
-            if line.startswith("step "):
-                break
+        helpers.read_until(process, lambda line: line.startswith("step "))
         process.send_signal(number)
         result = finish(process)
         assert result.code == 0, result.err
@@ -220,7 +218,7 @@ def test_signals_and_broken_runs_of_the_script(tmp_path, shards, quick):
         assert train_here("out", shards, run_name=f"s{signal.SIGTERM}", resume="auto", ckpt_interval=0, **QUICK)
     assert learned(tmp_path / "out" / f"s{signal.SIGTERM}") == learned(quick.folder)
     result = finish(broken)
-    assert_one_error_line(result, 1, "10 steps in a row were skipped", "learning rate", "the newest checkpoint: out/broken/ckpt/step_")
+    assert_one_error_line(result, 1, "10 consecutive steps were skipped", "learning rate", "Newest checkpoint: out/broken/ckpt/step_")
     done = len(losses(tmp_path / "out" / "broken"))
     assert done < 40 and all(name <= f"step_{done:06d}" for name in in_ckpt(tmp_path / "out" / "broken") if name[0] != ".")
 
@@ -281,14 +279,18 @@ KILLER = textwrap.dedent("""
             if kills < spec["kills"]:
                 # one life in five may end while it starts; the others some time after their run has a whole checkpoint,
                 # so that on a busy machine, too, the next life has something to go on from
-                starting = dice.random() < 0.2
+                starting, in_a_write = dice.random() < 0.2, dice.random() < 0.5
                 left = dice.uniform(0, 0.4 if starting else 0.5)
                 whole = os.path.join(spec["flags"]["out_dir"], name) + "*/ckpt/step_*/meta.json"
+                half = os.path.join(spec["flags"]["out_dir"], name) + "*/ckpt/.writing_*/*"
                 while not reaped and left > 0:
                     time.sleep(0.002)
                     reaped, status = os.waitpid(pid, os.WNOHANG)
                     if starting or os.path.exists(output) and "ready after" in open(output).read() and glob.glob(whole):
                         left -= 0.002
+                while not reaped and in_a_write and not starting and not glob.glob(half):  # half of the kills hit a write
+                    time.sleep(0.0005)
+                    reaped, status = os.waitpid(pid, os.WNOHANG)
                 if not reaped:
                     os.kill(pid, signal.SIGKILL)
             if not reaped:
@@ -319,7 +321,7 @@ def test_a_run_that_is_killed_again_and_again(tmp_path, shards, quick):
     resumed = sum("resumed from" in output for output in outputs)
     assert resumed >= 15, resumed
     for life, output in zip(lives, outputs):
-        too_late = life["code"] == 2 and "has done 40 steps" in output  # the life before was killed between its last word and its end
+        too_late = life["code"] == 2 and "has 40 steps" in output  # the life before was killed between its last word and its end
         assert life["killed"] or life["code"] == 0 or too_late, output[-3000:]
         assert "Traceback" not in output and "failed" not in output, output[-3000:]
     for run in {life["run"] for life in lives}:
@@ -459,8 +461,8 @@ def test_the_clock_of_rank_0_decides_for_all(two_ranks):
 def test_a_checkpoint_that_fails_on_one_rank_fails_on_all(two_ranks):
     """Neither waits for the other, later ones are whole."""
     run, whole = two_ranks["one-fails"], two_ranks["fsdp2-fp8"]
-    lines = [line for line in run.output.splitlines() if "failed, training goes on" in line]
-    assert len(lines) == 1 and lines[0].startswith("checkpoint at step 2 failed, training goes on: no memory (rank 1)"), lines
+    lines = [line for line in run.output.splitlines() if "checkpoint at step" in line and "failed" in line]
+    assert len(lines) == 1 and lines[0].startswith("checkpoint at step 2 failed, training continues: no memory (rank 1)"), lines
     assert in_ckpt(run.folder) == ["step_000004", "step_000006"] and learned(run.folder) == learned(whole.folder)
     for step in (4, 6):
         assert same_tensors(read_weights(run.folder / "ckpt" / f"step_{step:06d}", whole.saved[step]), whole.saved[step])
@@ -520,11 +522,11 @@ def test_the_gradient_scales_follow_the_world_size(tmp_path, shards, one_rank, t
     """A rank divides its loss by its own tokens: from two ranks to one, gradients halve, and their scales double."""
     folder = two_ranks["fsdp2-fp8"].folder / "ckpt" / "step_000003"
     cfg, procs = helpers.make_cfg(data_dir=str(shards)), helpers.one_process()
-    precision, model = train.select_precision(cfg, helpers.CPU), helpers.make_model(cfg)
-    loader, optimizers = train.open_data(cfg, procs)[0], train.Optimizers(model, cfg, procs, sharded=False)
-    train.calibrate(train.Parallel(model, "none", cfg, procs), loader, optimizers, procs, precision)
-    optimizers.warm_up(model)
-    assert restore(str(folder), read_checkpoint(str(folder)), model, optimizers, loader, procs, precision.te)
+    model, loader = helpers.make_model(cfg), train.open_data(cfg, procs)[0]
+    run = helpers.make_run(cfg, procs, model, loader)
+    train.calibrate(run)
+    run.optimizers.warm_up(model)
+    assert restore(run, str(folder), read_checkpoint(str(folder)))
     saved = {name: torch.empty_like(t) for name, t in fp8_state(model).items()}
     load_tensors(str(folder), {"fp8": saved}, no_dist=True)
     assert len(saved) == 24
@@ -587,7 +589,7 @@ def test_going_back_says_what_it_deletes_and_no_half_deleted_one_counts(tmp_path
     with mock.patch.object(shutil, "rmtree", lambda path, **_: (pathlib.Path(path) / ".metadata").unlink()):  # killed in the midst
         with mock.patch.object(dist, "barrier", side_effect=Killed), pytest.raises(Killed):
             train_here(tmp_path, shards, resume=folder / "ckpt" / "step_000002", **RUN)
-    assert "resume: goes on from step 2; what came after it is deleted: step_000005" in capsys.readouterr().out
+    assert "continuing from step 2; deleting later checkpoints: step_000005\n" in capsys.readouterr().out
     assert find_checkpoint(str(folder)).endswith("step_000002")
 
 
@@ -602,7 +604,7 @@ def test_killed_while_it_goes_back(tmp_path, shards, one_rank, gone):
         removed.append(do(path))
 
     with mock.patch.object(os, "remove", remove), mock.patch.object(os, "replace", lambda *_: kill()), pytest.raises(Killed), \
-            mock.patch("nanofp8.runlog.lock_folder", lambda path: os.open(path, os.O_RDONLY)):  # a process that is killed holds no lock
+            mock.patch("fcntl.flock"):  # a process that is killed holds no lock
         train_here(tmp_path, shards, resume=folder / "ckpt" / "step_000002", **RUN)
     assert [os.path.basename(f) for f in complete_checkpoints(str(folder / "ckpt"))] == [f"step_{n:06d}" for n in (2, 4, 5, 6)][:4 - gone]
     train_here(tmp_path, shards, run_name="r", resume="auto", **RUN | dict(max_iters=7))
@@ -630,9 +632,9 @@ def test_layers_without_scales_are_calibrated(tmp_path, shards, one_rank):
     folder = train_here(tmp_path, shards, run_name="r", **RUN | dict(max_iters=3, HIGH_PRECISION_LAYERS="blocks.1"))
     scales = {}
 
-    def train_step(parallel, *rest, do=train.train_step):
-        scales.update({name: float(s.flatten()[0]) for name, s in fp8_state(parallel.model).items() if name.endswith("scaling_bwd.scale")})
-        return do(parallel, *rest)
+    def train_step(run, do=train.train_step):
+        scales.update({name: float(s.flatten()[0]) for name, s in fp8_state(run.model).items() if name.endswith("scaling_bwd.scale")})
+        return do(run)
 
     with mock.patch.object(train, "train_step", train_step):
         train_here(tmp_path, shards, resume=folder, **RUN | dict(max_iters=4))
@@ -642,7 +644,7 @@ def test_layers_without_scales_are_calibrated(tmp_path, shards, one_rank):
 def test_a_path_goes_on_under_its_own_name(tmp_path, shards, capsys, one_rank):
     folder = copy_of_run(one_rank["fp8"].folder, tmp_path / "fp8", 3)
     train_here(tmp_path, shards, resume=folder, run_name="other", **RUN | dict(max_iters=4))
-    assert f"resume: goes on in {folder}; --run_name=other has no effect" in capsys.readouterr().out
+    assert f"resume: continuing in {folder}; --run_name=other has no effect" in capsys.readouterr().out
     assert train_here(tmp_path, shards, resume="auto", run_name="fp8", **RUN | dict(max_iters=5)) == folder
 
 
@@ -667,7 +669,7 @@ def test_lines_that_are_none_do_not_stop_a_resume(tmp_path, shards, one_rank):
 def test_a_damaged_checkpoint_that_was_moved_leaves_no_run_folder(tmp_path, shards, capsys, one_rank):
     moved = shutil.copytree(one_rank["fp8"].folder / "ckpt" / "step_000004", tmp_path / "moved")
     next(moved.glob("*.distcp")).write_bytes(b"")
-    refused(capsys, tmp_path / "out", shards, 1, "cannot be loaded", run_name="new", resume=moved, **RUN)
+    refused(capsys, tmp_path / "out", shards, 1, "cannot load", "moved", run_name="new", resume=moved, **RUN)
     assert not list((tmp_path / "out").glob("*"))
 
 
@@ -687,7 +689,7 @@ def test_what_cannot_be_resumed(tmp_path, shards, capsys, one_rank):
     for path in ("nowhere", "empty"):
         refused(capsys, tmp_path, shards, 2, f"--resume={tmp_path / path}", "no complete checkpoint", resume=tmp_path / path)
     for steps in (3, 2):
-        refused(capsys, tmp_path, shards, 2, "has done 3 steps", f"max_iters is {steps}", "raise --max_iters",
+        refused(capsys, tmp_path, shards, 2, "step_000003 has 3 steps", f"max_iters is {steps}", "raise --max_iters",
                 resume=one_rank["fp8"].folder / "ckpt" / "step_000003", max_iters=steps)
     assert sorted(os.listdir(tmp_path)) == ["empty"]  # no run folder was made
 
@@ -696,7 +698,7 @@ def test_auto_starts_afresh_where_there_is_nothing(tmp_path, shards, capsys):
     """Also where a run was killed before its first checkpoint: its folder stays as it is, the new one has a number."""
     with before_step(2, kill), pytest.raises(Killed):
         train_here(tmp_path, shards, run_name="r", resume="auto", ckpt_interval=4)
-    assert "has no complete checkpoint, starting afresh" in capsys.readouterr().out
+    assert "no complete checkpoint in" in capsys.readouterr().out
     log = (tmp_path / "r" / "log.jsonl").read_bytes()
     assert train_here(tmp_path, shards, run_name="r", resume="auto", max_iters=2) == tmp_path / "r-2"
     assert (tmp_path / "r" / "log.jsonl").read_bytes() == log
@@ -797,7 +799,7 @@ def test_a_checkpoint_at_the_end_and_at_intervals(tmp_path, shards, capsys):
     folder = train_here(tmp_path, shards, ckpt_interval=4, keep_checkpoints=9, USE_FP8=False)
     assert in_ckpt(folder) == ["step_000004", "step_000006"]
     out = capsys.readouterr().out
-    assert "step 4/6 | checkpoint" in out and "step 6/6 | checkpoint" in out and out.count("checkpoint:") == 2
+    assert "step 4/6 | checkpoint started" in out and "step 6/6 | checkpoint started" in out and out.count("checkpoint started") == 2
 
 
 def failing_writes(how, patch):
@@ -822,13 +824,13 @@ def failing_writes(how, patch):
             raise OSError(errno.ENOSPC, "No space left on device")
         return fsync(descriptor)
 
-    def blocked(*args, make=make_run_folder):
+    def blocked(*args, make=runlog.make_run_folder):
         folder = make(*args)
         pathlib.Path(folder, "ckpt").write_text("a file where the folder should be")
         return folder
 
     if how == "a file in the way":
-        patch.setattr(train, "make_run_folder", blocked)
+        patch.setattr(runlog, "make_run_folder", blocked)
     elif how == "meta.json":  # all but the last file could be written
         patch.setattr(json, "dump", lambda value, f, dump=json.dump, **k: dump(value, f, **k) if not f.name.endswith(
             "000002/meta.json") else f.write("{") and fsync_fails(-1))
@@ -850,12 +852,12 @@ def test_a_write_that_fails_is_said_and_training_goes_on(tmp_path, shards, capsy
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     captured = capsys.readouterr()
-    lines = [line for line in captured.out.splitlines() if "failed, training goes on" in line]
+    lines = [line for line in captured.out.splitlines() if "checkpoint at step" in line and "failed" in line]
     steps = (2, 4, 6) if how == "a file in the way" else (2,)
     assert len(lines) == len(steps) and "Traceback" not in captured.out + captured.err, lines
     for line, step in zip(lines, steps):
-        assert line.startswith(f"checkpoint at step {step} failed, training goes on: ") and word in line
-        assert len(line.split("goes on: ")[1]) > 5  # says why
+        assert line.startswith(f"checkpoint at step {step} failed, training continues: ") and word in line
+        assert len(line.split("continues: ")[1]) > 5  # says why
     assert learned(folder) == learned(one_rank["fp8"].folder)
     if how == "a file in the way":
         assert (folder / "ckpt").is_file()
@@ -902,7 +904,7 @@ def test_a_damaged_checkpoint_is_refused_in_one_line(tmp_path, shards, capsys, o
         with contextlib.suppress(UserError):
             assert same_tensors(read_weights(folder / "ckpt" / "step_000004", one_rank["fp8"].saved[4]), one_rank["fp8"].saved[4])
     elif "meta" not in how:
-        with pytest.raises(UserError, match="step_000004 cannot be loaded"):
+        with pytest.raises(UserError, match="cannot load.*step_000004"):
             read_weights(folder / "ckpt" / "step_000004", one_rank["fp8"].saved[4])
 
 
@@ -919,24 +921,24 @@ def test_muon_state_goes_from_one_implementation_to_the_other(tmp_path, shards, 
     folder = copy_of_run(train_here(tmp_path, shards, run_name="a", muon_impl=source, **run), tmp_path / "r", 3)
     momenta = {}
 
-    def seen(optimizers, model):
-        muon = optimizers.muon
+    def seen(run):
+        muon = run.optimizers.muon
         state = muon.momentum() if isinstance(muon, TorchMuon) else {p: s["momentum"] for p, s in muon.state.items()}
-        return {n: helpers.whole(state[p]) for n, p in model.named_parameters() if p in state}
+        return {n: helpers.whole(state[p]) for n, p in run.model.named_parameters() if p in state}
 
     def save(self, step, make_state, meta, save=Checkpoints.save):
-        cells = dict(zip(make_state.__code__.co_freevars, (c.cell_contents for c in make_state.__closure__)))
-        momenta[step] = seen(cells["optimizers"], cells["model"])
+        (cell,) = make_state.__closure__
+        momenta[step] = seen(cell.cell_contents)
         return save(self, step, make_state, meta)
 
-    def restore(path, meta, model, optimizers, *rest, restore=train.restore):
-        result = restore(path, meta, model, optimizers, *rest)
-        momenta["restored"] = seen(optimizers, model)
+    def spied_restore(run, *rest):
+        result = restore(run, *rest)
+        momenta["restored"] = seen(run)
         return result
 
     with mock.patch.object(Checkpoints, "save", save):
         original = train_here(tmp_path, shards, run_name="b", muon_impl=source, **run)
-    with mock.patch.object(train, "restore", restore):
+    with mock.patch.object(checkpoint, "restore", spied_restore):
         train_here(tmp_path, shards, resume=folder, muon_impl=target, **run)
     assert momenta[3].keys() == momenta["restored"].keys() and len(momenta[3]) == 8
     for name, sum_of_gradients in momenta[3].items():

@@ -111,9 +111,9 @@ def test_state_is_the_position_of_next_whatever_was_prefetched(numbered, taken, 
         loader.next()
     if taken:  # let the thread fill the queue
         deadline = time.time() + 5
-        while not loader.batches.full() and time.time() < deadline:
+        while not loader.prefetcher.items.full() and time.time() < deadline:
             time.sleep(0.01)
-        assert loader.batches.full()
+        assert loader.prefetcher.items.full()
     state = loader.state_dict()
     assert state == {"step": taken // 6, "micro_batch": taken % 6}
     expected = [loader.next() for _ in range(9)]

@@ -14,7 +14,7 @@ from nanofp8.loss import ChunkedCrossEntropy
 from nanofp8.plain import rms_norm, rope_qk_norm
 from nanofp8.precision import fp8_state
 from nanofp8.runlog import parameter_table
-from helpers import CPU, VOCAB, make_cfg, make_model, one_process, relative, tokens_and_targets
+from helpers import CPU, VOCAB, emulated_precision, make_cfg, make_model, one_process, relative, tokens_and_targets
 
 pytestmark = pytest.mark.usefixtures("fresh")
 RECIPES = {
@@ -39,7 +39,7 @@ def forward(model, cfg, x, y=None, quantized=True, **kwargs):
 def test_parameter_count_at_the_default_flags():
     """561,040,640 = 2 x 83,886,080 + 20 x 12 x 1280^2 + 41 x 1280, on the meta device: nothing is allocated."""
     cfg = train.read_flags(["--preset=d20"], has_gpu=False)
-    model = train.GPT(cfg, te, lambda f: f, torch.device("meta"))
+    model = train.GPT(cfg, emulated_precision(cfg), lambda f: f, torch.device("meta"))
     assert sum(p.numel() for p in model.parameters()) == 561_040_640
     assert sum(n for _, n, _ in parameter_table(cfg)) == 561_040_640
     assert train.flops_per_token(cfg) == 6 * (20 * 12 * 1280**2 + 65536 * 1280) + 6 * 20 * 2048 * 1280

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 import helpers
 import train
-from nanofp8.config import parse_flags, script_flags
+from nanofp8.config import script_flags
 import train_orig
 
 SCRIPT = str(helpers.ROOT / "train_orig.py")
@@ -31,7 +31,7 @@ def flag_args(**changes):
 
 
 def make_cfg(**changes):
-    return parse_flags(flag_args(**changes), SCRIPT, train_orig.PRESETS, train_orig.CHOICES, has_gpu=False)
+    return train_orig.read_flags(flag_args(**changes), has_gpu=False)
 
 
 def run_here(out_dir, data_dir, **changes):
@@ -136,31 +136,30 @@ def test_accumulation_equals_a_larger_batch(tmp_path, shards, fresh):
 
 
 def test_released_flags_and_presets_agree():
-    table = {name: default for name, (default, _, _) in script_flags(SCRIPT).items()}
-    assert all(comment for _, comment, _ in script_flags(SCRIPT).values())
+    table = {name: flag.default for name, flag in script_flags(SCRIPT).items()}
+    assert all(flag.comment for flag in script_flags(SCRIPT).values())
     assert train_orig.PRESETS["d20"].items() <= table.items()
     for preset in train_orig.PRESETS.values():
         assert set(preset) <= set(table)
     # A flag that some preset changes must be in d20, or an edit of it could not be told
     tree = ast.parse(pathlib.Path(SCRIPT).read_text(encoding="utf-8"))
     assigned = {t.id for node in tree.body if isinstance(node, ast.Assign) for t in node.targets if isinstance(t, ast.Name)}
-    assert assigned - set(table) == {"PRESETS", "CHOICES"}
+    assert assigned == {"PRESETS"}
     assert set(train_orig.PRESETS["tiny"]) | set(train_orig.PRESETS["d12"]) <= set(train_orig.PRESETS["d20"])
     shared = {"n_layer", "n_embd", "n_head", "block_size", "total_batch_size", "max_iters", "warmup_iters", "eval_interval",
               "eval_tokens", "dataset"}  # what a comparison needs alike
     for name in ("d20", "tiny"):
         for flag in shared:
             assert train_orig.PRESETS[name][flag] == train.PRESETS[name][flag], (name, flag)
-    gpu = parse_flags([], SCRIPT, train_orig.PRESETS, train_orig.CHOICES, has_gpu=True)
-    cpu = parse_flags([], SCRIPT, train_orig.PRESETS, train_orig.CHOICES, has_gpu=False)
+    gpu, cpu = train_orig.read_flags([], has_gpu=True), train_orig.read_flags([], has_gpu=False)
     assert gpu.preset == "d20" and cpu.preset == "tiny" and cpu.dataset == "shakespeare"
 
 
 @pytest.mark.parametrize("changes, status, words", [
     (dict(batch_size=3), 2, ["--total_batch_size=288"]),
     (dict(n_head=3), 2, ["n_head=3"]),
-    (dict(max_iter=3), 2, ["no flag --max_iter", "--max_iters"]),
-    (dict(learning_rate="fast"), 2, ["--learning_rate takes a number"]),
+    (dict(max_iter=3), 2, ["unknown flag --max_iter;", "--max_iters"]),
+    (dict(learning_rate="fast"), 2, ["--learning_rate", "number", "'fast'"]),
     (dict(preset="d30"), 2, ["auto, d20, d12, tiny"]),
     (dict(dataset="nowhere"), 1, ["no train shards", "nowhere"]),
     (dict(vocab_size=100), 1, ["vocab_size is 100"]),
@@ -178,5 +177,5 @@ def test_script_reports_a_bad_flag_without_traceback(tmp_path):
     """In a process of its own: nothing but main() stands between the error and the console."""
     result = helpers.finish(helpers.start(SCRIPT, "--bath_size=3", cwd=tmp_path))
     assert result.code == 2 and result.out == "" and result.err.count("\n") == 1, result.err
-    assert result.err == "train_orig.py: error: no flag --bath_size; the nearest is --batch_size (--help lists all)\n"
+    assert result.err.startswith("train_orig.py: error: ") and "--bath_size" in result.err and "--batch_size" in result.err
     assert not os.listdir(tmp_path)

@@ -184,7 +184,7 @@ def test_config_json_holds_every_flag_and_the_machine(script_run):
 
 def test_the_console_says_what_runs(script_run):
     out = script_run.out
-    for word in ("fp8-delayed EMULATED by te_emulation.py (no GPU)", "none (one rank)", "torch.optim.Muon", "muon_impl=torch",
+    for word in ("fp8-delayed EMULATED by nanofp8/te_emulation.py (no GPU)", "none (one rank)", "torch.optim.Muon", "muon_impl=torch",
                  "640 of 1,500 val tokens", "6,000 train tokens in 3 shard(s)",
                  "1 rank(s) x 2 micro-batch(es) x 8 sequences x 32 tokens", "run folder", "done: val loss"):
         assert word in out, word
@@ -207,7 +207,7 @@ def test_a_wandb_that_fails_later_is_switched_off(tmp_path, monkeypatch, capsys)
     stub = ModuleType("wandb")
     stub.init = lambda **kwargs: SimpleNamespace(log=fail, finish=fail)
     monkeypatch.setitem(sys.modules, "wandb", stub)
-    log = RunLog(str(tmp_path), helpers.make_cfg(USE_WANDB=True), {})
+    log = RunLog(str(tmp_path), FolderLock(str(tmp_path)), {}, wandb_project="x")
     log.write(dict(kind="train", step=0, tokens=1, loss=1.0))
     log.write(dict(kind="train", step=1, tokens=2, loss=float("nan")))
     log.close()
@@ -244,7 +244,7 @@ def test_losses_that_are_no_numbers_end_the_run_in_one_line(tmp_path, shards, ca
     with pytest.raises(SystemExit) as caught:
         train_here(tmp_path, shards, run_name="nan", max_bad_steps=2, **changes)
     result = SimpleNamespace(code=caught.value.code, err=capsys.readouterr().err)
-    helpers.assert_one_error_line(result, 1, "2 steps in a row were skipped, the last at step", "lower learning rate")
+    helpers.assert_one_error_line(result, 1, "2 consecutive steps were skipped", "the last at step", "lower learning rate")
     log = records(tmp_path / "nan", "train")
     assert log[-1]["loss"] is None and log[-1]["skipped"] == "loss not finite" and log[0]["loss"] == pytest.approx(math.log(512))
 
@@ -394,7 +394,7 @@ def test_training_goes_around_the_ring(tmp_path):
 def test_every_number_format_trains(tmp_path, shards, capsys, one_rank, name, changes):
     """Three steps, finite and falling, close to bf16 (0.1 nats), and said to be emulated."""
     got = train_here(tmp_path, shards, n_embd=128, max_iters=3, **changes)
-    assert re.search(rf"precision +{name} EMULATED by te_emulation.py \(no GPU\)", capsys.readouterr().out)
+    assert re.search(rf"precision +{name} EMULATED by nanofp8/te_emulation.py \(no GPU\)", capsys.readouterr().out)
     config = json.loads((got / "config.json").read_text())
     assert config["precision"] == name and config["emulated"] is True
     assert np.isfinite(losses(got)).all() and losses(got)[-1] < losses(got)[0]
@@ -404,11 +404,10 @@ def test_every_number_format_trains(tmp_path, shards, capsys, one_rank, name, ch
 def test_calibration_fills_the_amax_history_and_nothing_else(shards):
     """A forward and backward pass: every scale that has seen values leaves 1; weights, gradients and data stay."""
     cfg = helpers.make_cfg()
-    procs, precision, model = helpers.one_process(), train.select_precision(cfg, helpers.CPU), helpers.make_model(cfg)
+    procs, model = helpers.one_process(), helpers.make_model(cfg)
     loader = train.DataLoader(train.TokenRing(str(shards), "synthetic", "train", 512, 1), cfg, procs)
-    optimizers = train.Optimizers(model, cfg, procs, sharded=False)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    train.calibrate(train.Parallel(model, "none", cfg, procs), loader, optimizers, procs, precision)
+    train.calibrate(helpers.make_run(cfg, procs, model, loader))
     for name, p in model.named_parameters():
         assert torch.equal(p, before[name]) and p.grad is None
     assert loader.state_dict() == {"step": 0, "micro_batch": 0}
@@ -531,10 +530,10 @@ def test_torchrun_of_the_script(tmp_path, shards, one_rank):
     tokens = markov_tokens(6000, seed=1)[:1000].copy()
     tokens[200] = 600  # in the second half of step 0
     bad = write_shard(tmp_path / "synthetic" / "s_train_000001.bin", tokens)
-    good, broken = (start_torchrun(2, TRAIN, *flag_args(batch_size=4, max_iters=2, USE_FP8=False, data_dir=d), cwd=tmp_path)
-                    for d in (shards, tmp_path))
+    good, broken = (start_torchrun(2, TRAIN, *flag_args(batch_size=4, max_iters=2, USE_FP8=False, data_dir=d, run_name=name), cwd=tmp_path)
+                    for name, d in (("good", shards), ("broken", tmp_path)))
     good, broken = finish(good), finish(broken)
-    assert good.code == 0, good.err[-2000:]
+    assert good.code == 0, good.err[:2000]
     assert "ddp (2 ranks on CPUs)" in good.out
     assert good.out.count("done: val loss") == 1
     assert broken.code != 0
