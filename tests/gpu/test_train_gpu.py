@@ -283,31 +283,26 @@ def test_statistics(run, name):
 
 
 def build(procs, **flags):
-    """The pieces of a run, put together as train.run() does."""
+    """A train.Run with what a step needs, put together as train.run() does; and the val ring."""
     cfg = train.read_flags(arguments(flags))
     torch.manual_seed(cfg.seed)
-    precision = train.select_precision(cfg, procs.device)
-    model = train.GPT(cfg, precision.te, lambda f: f, procs.device)
-    ring = train.TokenRing(str(ROOT / "data"), cfg.dataset, "train", cfg.vocab_size, cfg.total_batch_size + 1)
-    return SimpleNamespace(
-        cfg=cfg, precision=precision, model=model, parallel=train.Parallel(model, "none", cfg, procs),
-        optimizers=train.Optimizers(model, cfg, procs, sharded=False), loader=train.DataLoader(ring, cfg, procs))
+    loader, val_ring = train.open_data(cfg, procs)
+    return train.build(cfg, procs, loader), val_ring
 
 
 def test_evaluation_leaves_the_amax_history_alone(te, procs):
     """TE's scales and histories are the same in every bit after an evaluation, and move on with the next step."""
-    p = build(procs, **DELAYED)
+    p, val_ring = build(procs, **DELAYED)
 
     def train_steps(n):
         for step in range(n):
             p.optimizers.set_schedule(step)
-            train.train_step(p.parallel, p.loader, p.optimizers, p.cfg, procs, p.precision)
+            train.train_step(p)
         return {name: t.clone() for name, t in fp8_state(p.model).items()}
 
-    train.calibrate(p.parallel, p.loader, p.optimizers, procs, p.precision)
+    train.calibrate(p)
     before = train_steps(3)
     assert len(before) == 4 * 4 * p.cfg.n_layer  # scale and history, forward and backward, of qkv, core, proj and MLP
-    val_ring = train.TokenRing(str(ROOT / "data"), p.cfg.dataset, "val", p.cfg.vocab_size, p.cfg.block_size + 1)
     train.evaluate(p.model, val_ring, p.cfg, procs, lambda: p.precision.autocast(procs, quantized=False))
     after = fp8_state(p.model)
     assert before.keys() == after.keys()
@@ -322,7 +317,7 @@ def test_evaluation_leaves_the_amax_history_alone(te, procs):
 
 def test_causality(te, procs):
     """bf16 with TE: a changed token changes no logits before it (at most one part in 1000), and all after it."""
-    p = build(procs, **BF16)
+    p, _ = build(procs, **BF16)
     with torch.no_grad():
         for weight in p.model.parameters():  # output projections and head start at zero
             if weight.ndim == 2 and not weight.any():
