@@ -129,7 +129,7 @@ FP8_RECIPE: Literal["delayed", "current", "block", "mxfp8"] = "delayed"  # how F
 FP8_MARGIN: int = 0                           # delayed: scale = fp8_max / amax / 2^margin
 FP8_AMAX_HISTORY: Positive = 1024             # delayed: the scale follows the largest amax of this many micro-batches
 FP8_CALIBRATION_STEPS: Positive = 3           # delayed: first steps that a pass to fill the amax history precedes
-USE_FP8_HEAD: bool = True                     # with USE_FP8: the head's matmuls too, always with current scaling
+USE_FP8_HEAD: bool = True                     # with USE_FP8: the head's matmuls in FP8 too, for every recipe
 USE_NVFP4: bool = False                       # matmuls of blocks in NVFP4, the head in bf16; replaces FP8
 NVFP4_HADAMARD: bool = True                   # NVFP4: random Hadamard transform of the operands of weight gradients
 NVFP4_STOCHASTIC_ROUNDING: bool = True        # NVFP4: round gradients stochastically, without bias

@@ -1,6 +1,7 @@
 """Precision: the one place that knows number formats; FP8's scaling state; layers kept in bf16.
 
-To add a format, add one entry to FORMATS (and its choice to the flag FP8_RECIPE, or a flag of its own to choose()).
+To add a format, add one entry to FORMATS, named fp8-<choice> for a new choice of the flag FP8_RECIPE. A format with a
+flag of its own is also asked for in choose_format().
 """
 
 import contextlib

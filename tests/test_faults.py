@@ -319,7 +319,11 @@ def test_started_again_by_torchrun(tmp_path, shards, monkeypatch, capsys, whole)
 
 def test_a_folder_that_vanishes(tmp_path, shards, capsys, whole):
     """It is said, training goes on to its end, and log, config and later checkpoints are there again."""
-    with before_step(3, lambda: shutil.rmtree(tmp_path / "r")):
+    def remove():
+        while (tmp_path / "r").exists():  # a checkpoint may be being written into it
+            shutil.rmtree(tmp_path / "r", ignore_errors=True)
+
+    with before_step(3, remove):
         train_here(tmp_path, shards, run_name="r", **RUN)
     out = capsys.readouterr().out
     assert "done: val loss" in out
