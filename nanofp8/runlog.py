@@ -272,7 +272,7 @@ def print_table(run: Any, checkpoint: str | None) -> None:
     rows = [
         ("device", f"{run.procs.world_size} x {run.machine['device']}, torch {run.machine['versions']['torch']}"),
         ("precision", f"{precision.name} {precision.reason}"),
-        ("  head", ("FP8 (input and weight by current scaling)" if model.fp8_head else "bf16") if precision.recipe else ""),
+        ("  head", "" if not precision.recipe else "FP8 (current scaling)" if model.fp8_head else "bf16"),
         ("  in bf16", ", ".join(run.in_bf16)),
         ("  without effect", ", ".join(unused)),
         ("wrapper", f"{run.parallel.wrapper} ({run.wrapper_reason})"),
