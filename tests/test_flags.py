@@ -161,6 +161,10 @@ def test_preset_d20_repeats_the_defaults_of_the_file():
     assert {name: FLAGS[name].default for name in train.PRESETS["d20"]} == train.PRESETS["d20"]
 
 
+def test_the_flag_preset_lists_the_presets():
+    assert CHOICES["preset"] == ("auto", *train.PRESETS)
+
+
 def test_every_preset_sets_only_flags_of_d20():
     """A flag missing in d20 could not be protected from the preset by an edit in the file."""
     for values in train.PRESETS.values():
