@@ -1,10 +1,13 @@
-"""The bit-for-bit table: te_emulation.py's quantizers against Transformer Engine's, over all cases of the tests.
+"""Compare te_emulation.py's quantizers with Transformer Engine's, bit for bit, over all cases of the tests.
 
-    python tests/gpu/bit_for_bit.py                         # a GPU with FP8 and TE: writes results/bit_for_bit.{json,md}
-    TE_SOURCE=/path/to/TransformerEngine python tests/gpu/bit_for_bit.py --out=/tmp/table    # no GPU: NVFP4's reference alone
+    python tools/bit_for_bit.py                       # on a GPU with FP8 and Transformer Engine
+    python tools/bit_for_bit.py --out=/tmp/table      # write /tmp/table.json and /tmp/table.md
+    TE_SOURCE=/path/to/TransformerEngine python tools/bit_for_bit.py       # without a GPU: NVFP4's reference alone
 
-FP8: TE's CUDA quantizers. NVFP4: TE's reference NVFP4QuantizerRef. The comparisons are those of test_te_vs_emulation.py
-and test_nvfp4_reference.py; here they are counted rather than asserted.
+Writes results/<card>/bit_for_bit.json and .md (<card>: h100, h200, ..., or cpu). FP8 is compared with Transformer
+Engine's CUDA quantizers, NVFP4 with its reference NVFP4QuantizerRef. The comparisons are those of
+tests/gpu/test_te_vs_emulation.py and tests/test_nvfp4_reference.py; here the differences are counted instead of
+asserted. Needs pytest.
 """
 
 import argparse
@@ -13,103 +16,117 @@ import datetime
 import json
 import pathlib
 import sys
+from types import ModuleType
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
-for folder in (str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "gpu")):
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "gpu")]
 
-from nanofp8.machine import describe_machine  # noqa: E402
-import torch  # noqa: E402
+import nvfp4_reference
+import torch
 
-import nvfp4_reference  # noqa: E402
+from nanofp8.machine import card_name, describe_machine
 
 SOURCES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
+# {(quantizer, format, source): {case: {tensor: [elements, differing elements]}}}
+Table = dict[tuple[str, str, str], dict[str, dict[str, list[int]]]]
 
-def count_fp8(te):
-    """{(quantizer, format, source): {case: {tensor: [elements, differing]}}} of TE's CUDA quantizers."""
+
+def count_fp8(te: ModuleType) -> Table:
+    """Count the differences from Transformer Engine's CUDA quantizers."""
     import test_te_vs_emulation as tests
     table, found = {}, {}
 
-    def record(**pairs):  # in place of the tests' assertion
+    def record(**pairs):  # takes the place of the tests' assertion
         for name, (theirs, ours) in pairs.items():
             total, differ = found.setdefault(name, [0, 0])
             found[name] = [total + ours.numel(), differ + tests.count_mismatches(theirs, ours)]
 
     tests.check = record
     quantizers = {
-        "delayed scaling": tests.test_delayed_quantizer_bit_for_bit, "current scaling": tests.test_current_quantizer_bit_for_bit,
-        "blocks of 1x128": lambda *a: tests.test_block_quantizer_bit_for_bit(a[0], 1, *a[1:]),
-        "blocks of 128x128": lambda *a: tests.test_block_quantizer_bit_for_bit(a[0], 2, *a[1:]),
+        "delayed scaling": tests.test_delayed_quantizer_bit_for_bit,
+        "current scaling": tests.test_current_quantizer_bit_for_bit,
+        "blocks of 1x128": lambda te, *rest: tests.test_block_quantizer_bit_for_bit(te, 1, *rest),
+        "blocks of 128x128": lambda te, *rest: tests.test_block_quantizer_bit_for_bit(te, 2, *rest),
     }
     if te.is_mxfp8_available():
         quantizers["MXFP8, 1x32"] = tests.test_mxfp8_quantizer_bit_for_bit
     for quantizer, compare in quantizers.items():
-        for fmt, fp8 in (("E4M3", tests.E4M3), ("E5M2", tests.E5M2)):
+        for fp8_format, fp8 in (("E4M3", tests.E4M3), ("E5M2", tests.E5M2)):
             for source, dtype in SOURCES.items():
                 for case in tests.CASES:
-                    found = {}
+                    found.clear()
                     compare(te, case, dtype, fp8)
-                    table.setdefault((quantizer, fmt, source), {})[case] = found
+                    table.setdefault((quantizer, fp8_format, source), {})[case] = dict(found)
     return table
 
 
-def count_nvfp4(reference, device):
-    """The same of NVFP4, against the reference."""
+def count_nvfp4(reference: ModuleType, device: torch.device) -> Table:
+    """Count the differences from Transformer Engine's reference of NVFP4."""
     table = {}
     for name, how in (("NVFP4, 1x16", {}), ("NVFP4, 16x16", {"two_d": True}), ("NVFP4, 1x16, Hadamard", {"rht": True})):
         for source, dtype in SOURCES.items():
             if "rht" in how and source == "fp32":
-                continue  # the transform is of bf16 values
-            for case in (nvfp4_reference.RHT_CASES if "rht" in how else nvfp4_reference.CASES) + ("minus zero", "nan"):
-                theirs, ours = nvfp4_reference.quantize_both(reference, nvfp4_reference.values(case, dtype, device), **how)
+                continue  # the transform takes bf16 values
+            cases = nvfp4_reference.RHT_CASES if "rht" in how else nvfp4_reference.CASES
+            for case in (*cases, "minus zero", "nan"):
+                theirs, ours = nvfp4_reference.quantize_both(
+                    reference, nvfp4_reference.values(case, dtype, device), **how)
                 table.setdefault((name, "E2M1", source), {})[case] = {
-                    n: [ours[n].numel(), int((theirs[n] != ours[n]).sum())] for n in ours}
+                    tensor: [ours[tensor].numel(), int((theirs[tensor] != ours[tensor]).sum())] for tensor in ours}
     return table
 
 
 EXPLAINED = """
-Differences, all in NVFP4 against the reference, where TE's CUDA kernels do as the emulation does (source: core_nvfp4.cuh):
-- minus zero: the reference turns -0 into +0; the kernels' conversion keeps the sign. The products are the same.
-- nan: the reference's amax becomes NaN, and with it every code; the kernels take the amax by fmaxf, which skips a NaN.
-- Hadamard: a bf16 matmul of 16 terms, whose fp32 sums may be taken in another order; a sum in another last bit can move
-  the amax, and with it all scales. (A CPU's bf16 matmul also takes subnormal products for 0: those cases are left out.)
-NaNs of either sign count as equal. The reference has no stochastic rounding: tests/test_emulation.py shows that it only
-ever gives one of the two neighbours, without bias. MXFP8 is compared where the GPU has it (B200).
-"""
+All differences are between the emulation and TE's NVFP4 reference. In these cases, TE's CUDA kernels do what the emulation does (source: core_nvfp4.cuh):
+- minus zero: the reference turns -0 into +0. The kernels' conversion keeps the sign. The products are the same.
+- nan: the reference's amax becomes NaN, and so does every code. The kernels take the amax with fmaxf, which skips a NaN.
+- Hadamard: the transform is a bf16 matmul of 16 terms. Its fp32 sums may be taken in another order. If a sum's last bit differs,
+  the amax can change, and with it all scales. (A CPU's bf16 matmul also treats subnormal products as 0. Those cases are left out.)
+
+NaNs of either sign count as equal. The reference has no stochastic rounding; tests/test_emulation.py shows that the emulation's gives only
+one of the two neighbours, without bias. MXFP8 is compared if the GPU has it (B200).
+"""  # noqa: E501
 
 
-def markdown(table, head):
-    lines = [head, "", "| quantizer | format | from | cases | tensors' elements compared | differ | where |", "|---|---|---|---|---|---|---|"]
-    for (quantizer, fmt, source), cases in table.items():
-        total = sum(n for found in cases.values() for n, _ in found.values())
-        where = collections.Counter({case: sum(d for _, d in found.values()) for case, found in cases.items()})
-        where = {case: d for case, d in where.items() if d}
-        lines.append(f"| {quantizer} | {fmt} | {source} | {len(cases)} | {total:,} | {sum(where.values()):,} | "
-                     + ", ".join(f"{case} {d:,}" for case, d in where.items()) + " |")
+def markdown(table: Table, head: str) -> str:
+    """Return the table as Markdown, with `head` above it and the explanation below."""
+    lines = [head, "", "| quantizer | format | from | cases | tensors' elements compared | differ | where |",
+             "|---|---|---|---|---|---|---|"]
+    for (quantizer, number_format, source), cases in table.items():
+        total = sum(elements for found in cases.values() for elements, _ in found.values())
+        counts = collections.Counter({case: sum(n for _, n in found.values()) for case, found in cases.items()})
+        where = ", ".join(f"{case} {count:,}" for case, count in counts.items() if count)
+        lines.append(f"| {quantizer} | {number_format} | {source} | {len(cases)} | {total:,} | "
+                     f"{sum(counts.values()):,} | {where} |")
     return "\n".join(lines) + "\n" + EXPLAINED
 
 
-def main():
+def main() -> None:
+    """Count, print the table and write it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", default=str(ROOT / "results" / "bit_for_bit"))
+    parser.add_argument("--out", default=str(ROOT / "results" / card_name() / "bit_for_bit"),
+                        help="path of the two files, without .json or .md")
     args = parser.parse_args()
     reference, table = nvfp4_reference.load(), {}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda":
         import transformer_engine.pytorch as te
         table |= count_fp8(te)
-    if reference is None and not table:
-        sys.exit("bit_for_bit.py: error: no GPU with Transformer Engine, and TE_SOURCE names no checkout of TransformerEngine")
     if reference is not None:
         table |= count_nvfp4(reference, device)
+    if not table:
+        sys.exit("bit_for_bit.py: error: there is no GPU with Transformer Engine; "
+                 "set TE_SOURCE to a checkout of TransformerEngine to compare NVFP4 alone")
     machine = describe_machine(device)
-    versions = ", ".join(f"{k} {v}" for k, v in machine["versions"].items() if v)
-    head = f"# Quantizers, bit for bit\n`python tests/gpu/bit_for_bit.py`, {datetime.date.today()}, {machine['device']}, {versions}"
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version)
+    head = (f"# Quantizers, bit for bit\n`python tools/bit_for_bit.py`, {datetime.date.today()}, {machine['device']}, "
+            f"{versions}")
     text = markdown(table, head)
-    pathlib.Path(args.out + ".md").write_text(text)
-    pathlib.Path(args.out + ".json").write_text(json.dumps({" | ".join(k): v for k, v in table.items()}) + "\n")
+    out = pathlib.Path(args.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    pathlib.Path(f"{out}.md").write_text(text)
+    pathlib.Path(f"{out}.json").write_text(json.dumps({" | ".join(key): cases for key, cases in table.items()}) + "\n")
     print(text)
 
 
