@@ -137,7 +137,7 @@ def test_checkpoints_of_one_process(run):
     """Three checkpoints of one run (torch 2.11's DefaultStager copies aside only once): all there, and a resumed run goes on the same."""
     flags = DELAYED | dict(ckpt_interval=3, keep_checkpoints=3)
     saved = run(**flags)
-    assert "failed" not in saved.text and saved.text.count("stood still") == 3
+    assert "failed" not in saved.text and saved.text.count("checkpoint started") == 3
     assert sorted(p.name for p in (saved.folder / "ckpt").iterdir()) == ["step_000003", "step_000006", "step_000008"]
     resumed = run(**flags, resume=str(saved.folder / "ckpt" / "step_000006"))
     gaps = [abs(a - b) for a, b in zip(saved.losses[6:], resumed.losses[-2:])]
@@ -162,7 +162,7 @@ def test_precisions_run_and_say_by_whom(te, run, name):
     result = run(**PRECISIONS[name])
     line = next(line for line in result.text.splitlines() if line.startswith("precision"))
     emulated = not has_hardware(te, name)
-    assert f"{name} " in line and ("EMULATED by te_emulation.py" if emulated else "by Transformer Engine") in line, line
+    assert f"{name} " in line and ("EMULATED by nanofp8/te_emulation.py" if emulated else "by Transformer Engine") in line, line
     assert ("EMULATED" in result.text) == emulated
     assert result.config["precision"] == name and result.config["emulated"] == emulated
     check_trains(result)
@@ -181,7 +181,7 @@ def test_precisions_stay_near_bf16(run, name):
 def test_emulation_on_the_gpu_follows_te(run, name):
     """USE_EMULATION=True trains like TE: 0.03 in loss. Its FP8 errors are TE's, but not every one of them."""
     result = run(**PRECISIONS[name], USE_EMULATION=True)
-    assert "by te_emulation.py (USE_EMULATION=True)" in result.text and result.config["emulated"]
+    assert "by nanofp8/te_emulation.py (USE_EMULATION=True)" in result.text and result.config["emulated"]
     check_same(run(**PRECISIONS[name]), result, loss=0.03, norm=0.1)
 
 
