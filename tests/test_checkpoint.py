@@ -28,13 +28,36 @@ import torch.distributed.checkpoint as dcp
 
 import helpers
 import train
+from helpers import (
+    ROOT,
+    TRAIN,
+    assert_one_error_line,
+    before_step,
+    copy_of_run,
+    finish,
+    flag_args,
+    in_ckpt,
+    learned,
+    losses,
+    parameters_seen,
+    records,
+    same_tensors,
+    start,
+    train_here,
+)
 from nanofp8 import checkpoint, runlog
-from nanofp8.checkpoint import Checkpoints, complete_checkpoints, find_checkpoint, load_tensors, load_weights, read_checkpoint, restore
+from nanofp8.checkpoint import (
+    Checkpoints,
+    complete_checkpoints,
+    find_checkpoint,
+    load_tensors,
+    load_weights,
+    read_checkpoint,
+    restore,
+)
 from nanofp8.config import UserError
 from nanofp8.muon import TorchMuon
 from nanofp8.precision import fp8_state
-from helpers import ROOT, TRAIN, assert_one_error_line, before_step, copy_of_run, finish, flag_args, in_ckpt, learned
-from helpers import losses, parameters_seen, records, same_tensors, start, train_here
 
 pytestmark = pytest.mark.usefixtures("fresh")
 
