@@ -19,9 +19,9 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
-from nanofp8 import te_emulation as te
 import train
 from nanofp8 import checkpoint
+from nanofp8 import te_emulation as te
 from nanofp8.checkpoint import Checkpoints
 from nanofp8.faults import Guard
 from nanofp8.precision import FORMATS, Precision
@@ -310,3 +310,30 @@ def poisoned(how, *steps, factor=float("nan")):
 
 def same_tensors(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def fails_in_one_line(capsys, code, *words, **changes):
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        train_here(**changes)
+    result = SimpleNamespace(code=stop.value.code, err=capsys.readouterr().err)
+    assert_one_error_line(result, code, *map(str, words))
+
+
+def make_optimizers(model, cfg=None, **changes):
+    return train.Optimizers(model, cfg or make_cfg(**changes), one_process(), sharded=False)
+
+
+def random_grads(model, seed):
+    g = torch.Generator().manual_seed(seed)
+    for p in model.parameters():
+        p.grad = torch.randn(p.shape, generator=g) * 1e-2
+
+
+def precision_of(cfg):
+    return train.select_precision(cfg, CPU)
+
+
+def forward(model, cfg, x, y=None, quantized=True, **kwargs):
+    with precision_of(cfg).autocast(one_process(), quantized=quantized):
+        return model(x, y, **kwargs)

@@ -12,9 +12,9 @@ import torch
 import bench
 import helpers
 import train
+from helpers import ROOT, finish, flag_args, start, start_torchrun
 from nanofp8.config import UserError
 from nanofp8.plots import smooth
-from helpers import finish, flag_args, start, start_torchrun, ROOT
 
 
 def small_flags(shards, out_dir, *without):

@@ -28,13 +28,36 @@ import torch.distributed.checkpoint as dcp
 
 import helpers
 import train
+from helpers import (
+    ROOT,
+    TRAIN,
+    assert_one_error_line,
+    before_step,
+    copy_of_run,
+    finish,
+    flag_args,
+    in_ckpt,
+    learned,
+    losses,
+    parameters_seen,
+    records,
+    same_tensors,
+    start,
+    train_here,
+)
 from nanofp8 import checkpoint, runlog
-from nanofp8.checkpoint import Checkpoints, complete_checkpoints, find_checkpoint, load_tensors, load_weights, read_checkpoint, restore
+from nanofp8.checkpoint import (
+    Checkpoints,
+    complete_checkpoints,
+    find_checkpoint,
+    load_tensors,
+    load_weights,
+    read_checkpoint,
+    restore,
+)
 from nanofp8.config import UserError
 from nanofp8.muon import TorchMuon
 from nanofp8.precision import fp8_state
-from helpers import ROOT, TRAIN, assert_one_error_line, before_step, copy_of_run, finish, flag_args, in_ckpt, learned
-from helpers import losses, parameters_seen, records, same_tensors, start, train_here
 
 pytestmark = pytest.mark.usefixtures("fresh")
 
@@ -655,6 +678,49 @@ def test_two_processes_do_not_share_a_run_folder(tmp_path, shards, capsys, one_r
     refused(capsys, tmp_path, shards, 1, "another process is training in", resume=folder, **RUN)
     os.close(held)
     train_here(tmp_path, shards, resume=folder, **RUN | dict(max_iters=4))
+
+
+# Trains four steps, each with a checkpoint that is on disk before the next one, and then waits in the fifth
+WAITING = """
+    import sys, time
+    sys.path.insert(0, {root!r})
+    import train
+    step, train.train_step = train.train_step, lambda run: wait(run) or step(run)
+
+    def wait(run):
+        run.checkpoints.finish(wait=True)
+        if run.loader.state_dict()["step"] == 4:
+            print("waiting", flush=True)
+            time.sleep(600)
+
+    train.main()
+"""
+
+
+def contents(folder):
+    """{path: bytes} of all files in a folder."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in pathlib.Path(folder).rglob("*") if p.is_file()}
+
+
+def test_a_run_that_another_process_trains_is_left_alone(tmp_path, shards, capsys):
+    """Resumed at its folder, at an earlier checkpoint of it, or by its name: one line, and no file is touched."""
+    (tmp_path / "train.py").write_text(textwrap.dedent(WAITING.format(root=str(ROOT))))
+    process = start("-u", tmp_path / "train.py", *flag_args(data_dir=shards, out_dir=tmp_path, run_name="r", **RUN), cwd=tmp_path)
+    folder = tmp_path / "r"
+    try:
+        helpers.read_until(process, lambda line: line == "waiting\n")
+        before = contents(folder)
+        assert in_ckpt(folder) == [f"step_{s:06d}" for s in (1, 2, 3, 4)] and len(records(folder, "train")) == 4
+        for resume in (folder, folder / "ckpt" / "step_000002", "auto"):
+            with mock.patch.object(time, "sleep"):  # which waits for a process that is ending
+                refused(capsys, tmp_path, shards, 1, "another process is training in", folder, run_name="r", resume=resume, **RUN)
+            assert contents(folder) == before, resume
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["r", "train.py"]
+    finally:
+        process.kill()
+        process.communicate()
+    train_here(tmp_path, shards, resume=folder / "ckpt" / "step_000002", **RUN)  # the lock went with the process
+    assert in_ckpt(folder) == [f"step_{s:06d}" for s in range(1, 7)]
 
 
 def test_lines_that_are_none_do_not_stop_a_resume(tmp_path, shards, one_rank):

@@ -1,4 +1,4 @@
-"""Tests of the scripts in data/: shards, tokenizer, downloader (against a hub on 127.0.0.1), text preparation.
+"""Tests of the scripts in data/: tokenizer, downloader (against a hub on 127.0.0.1), text preparation.
 
 No network is used. Run them with
     python -m pytest tests/test_data_prepare.py
@@ -25,7 +25,8 @@ DATA = Path(__file__).resolve().parent.parent / "data"
 sys.path[:0] = [str(DATA), str(DATA.parent)]
 import common  # noqa: E402
 
-from nanofp8.shards import SHARD_MAGIC, ShardError, open_shard, read_token_count, write_shard  # noqa: E402
+from helpers import shard_bytes  # noqa: E402
+from nanofp8.shards import open_shard, read_token_count  # noqa: E402
 
 needs_datasets = pytest.mark.skipif(importlib.util.find_spec("datasets") is None, reason="needs the package datasets")
 
@@ -53,76 +54,8 @@ def assert_one_line(result, code, *words):
         assert word in result.stderr
 
 
-def shard_bytes(tokens, magic=SHARD_MAGIC, version=1, count=None):
-    header = np.zeros(256, dtype="<i4")
-    header[:3] = magic, version, len(tokens) if count is None else count
-    return header.tobytes() + np.asarray(tokens, dtype="<u2").tobytes()
-
-
 def file_bytes(folder):
     return {p.name: p.read_bytes() for p in sorted(folder.glob("*.bin"))}
-
-
-# -----------------------------------------------------------------------------
-# Shards
-
-
-def test_write_shard_has_the_published_layout(tmp_path):
-    path = tmp_path / "x_train_000001.bin"
-    write_shard(path, [50256, 15496, 995])
-    assert path.read_bytes() == shard_bytes([50256, 15496, 995])
-    assert path.stat().st_size == 1024 + 2 * 3
-    assert read_token_count(path) == 3
-    assert open_shard(path).tolist() == [50256, 15496, 995]
-    assert [p.name for p in tmp_path.iterdir()] == [path.name]  # no temporary file stays
-
-
-@pytest.mark.parametrize("tokens", [[], [-1], [65536], [0.5], [[1, 2]]])
-def test_write_shard_refuses(tmp_path, tokens):
-    with pytest.raises(ValueError, match="x.bin"):
-        write_shard(tmp_path / "x.bin", tokens)
-    assert not list(tmp_path.iterdir())
-
-
-def test_write_shard_that_fails_leaves_the_old_shard(tmp_path, monkeypatch):
-    path = tmp_path / "x.bin"
-    write_shard(path, [1, 2, 3])
-
-    def no_space(fd):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", no_space)
-    with pytest.raises(OSError):
-        write_shard(path, [4, 5, 6, 7])
-    assert open_shard(path).tolist() == [1, 2, 3]
-
-
-BAD_SHARDS = {  # content, and what the message says of it
-    "missing": (None, "No such file"),
-    "empty": (b"", "0 bytes"),
-    "short header": (shard_bytes([1, 2])[:500], "500 bytes"),
-    "header alone": (shard_bytes([1, 2])[:1024], "truncated"),
-    "truncated": (shard_bytes(range(100))[:-7], "truncated"),
-    "too long": (shard_bytes([1, 2]) + b"\0\0", "too long"),
-    "wrong magic": (shard_bytes([1, 2], magic=20240801), "20240801"),
-    "wrong version": (shard_bytes([1, 2], version=2), "version 2"),
-    "no tokens": (shard_bytes([]), "no tokens"),
-    "negative count": (shard_bytes([1, 2], count=-2), "-2"),
-    "not a shard": (b"<!doctype html>" * 200, "magic"),
-}
-
-
-@pytest.mark.parametrize("name", BAD_SHARDS)
-def test_broken_shard_names_file_fault_and_remedy(tmp_path, name):
-    content, fault = BAD_SHARDS[name]
-    path = tmp_path / "fineweb_train_000001.bin"
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(ShardError) as caught:
-        read_token_count(path)
-    message = str(caught.value)
-    assert str(path) in message and fault in message and "data/README.md" in message and "\n" not in message
-    assert fault in caught.value.fault and "data/README.md" not in caught.value.fault
 
 
 def test_check_shards_from_the_command_line(tmp_path):
@@ -134,11 +67,6 @@ def test_check_shards_from_the_command_line(tmp_path):
     assert result.returncode == 1 and "36,057" in result.stdout
     assert str(bad) in result.stderr and "truncated" in result.stderr and result.stderr.count("\n") == 1
     assert_one_line(run_script("common.py", home=tmp_path), 2, "FILE")
-
-
-def test_read_token_count_of_a_folder(tmp_path):
-    with pytest.raises(ValueError, match="cannot be read"):
-        read_token_count(tmp_path)
 
 
 # -----------------------------------------------------------------------------

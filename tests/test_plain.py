@@ -2,12 +2,14 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from helpers import make_model, relative, tokens_and_targets
+from helpers import make_cfg, make_model, relative, tokens_and_targets
 from nanofp8 import plain
+from nanofp8.plain import rms_norm, rope_qk_norm
 
 
 @pytest.mark.parametrize("changes", [{}, dict(rope_base=500.0, n_head=4, block_size=16)])
@@ -71,3 +73,77 @@ def test_the_plain_model_has_the_logits_of_the_real_one(fresh):
         h = F.rms_norm(x, x.shape[-1:], model.norm.weight, cfg.norm_eps)
         logits = plain.softcap(F.linear(h, model.head.weight), cfg.logit_softcap)
     assert relative(logits, want) < 0.015
+
+
+def rope_inputs(T=24, H=2, D=16, B=2, seed=0):
+    cfg = make_cfg(n_embd=H * D, n_head=H, block_size=T, batch_size=B, total_batch_size=B * T, USE_FP8=False)
+    model = make_model(cfg)
+    qkv = torch.randn(B, T, 3 * H * D, generator=torch.Generator().manual_seed(seed)).bfloat16()
+    return qkv, model.cos, model.sin, H, D
+
+
+def test_rope_and_qk_norm_against_float64():
+    """Half-split pairs (i, i + D/2) turned by t * base^(-2i/D), then divided by their RMS. One bf16 rounding: 2^-8."""
+    qkv, cos, sin, H, D = rope_inputs()
+    B, T, _ = qkv.shape
+    q, k, v = rope_qk_norm(qkv, cos, sin, H, 1e-6)
+    x = qkv.double().numpy().reshape(B, T, 3, H, D)
+    angle = np.arange(T)[:, None] * 10000.0 ** (-2 * np.arange(D // 2) / D)
+    turn = np.exp(1j * angle)[None, :, None, :]
+    for got, part in ((q, 0), (k, 1)):
+        z = (x[:, :, part, :, : D // 2] + 1j * x[:, :, part, :, D // 2:]) * turn
+        want = np.concatenate([z.real, z.imag], axis=-1)
+        want /= np.sqrt((want**2).mean(-1, keepdims=True) + 1e-6)
+        assert got.dtype == torch.bfloat16 and got.shape == (B, T, H, D) and got.is_contiguous()
+        np.testing.assert_allclose(got.double().numpy(), want, rtol=2**-8, atol=1e-5)
+    assert torch.equal(v, qkv.view(B, T, 3, H, D)[:, :, 2]) and v.is_contiguous()
+
+
+def test_scores_depend_on_the_distance_alone():
+    """The same q at i and k at j score alike wherever i - j is alike. bf16 outputs: a score of D terms of order 1
+    is off by about 2^-8 * sqrt(D)."""
+    _, cos, sin, H, D = rope_inputs(T=24, H=1, D=32)
+    one = torch.randn(3 * D).bfloat16()
+    q, k, _ = rope_qk_norm(one.expand(1, 24, 3 * D).contiguous(), cos, sin, 1, 1e-6)
+    scores = q[0, :, 0].double() @ k[0, :, 0].double().T
+    spread = 0.0
+    for distance in range(-23, 24):
+        diagonal = scores.diagonal(distance)
+        spread = max(spread, (diagonal - diagonal.mean()).abs().max().item())
+    assert spread < 4 * 2**-8 * math.sqrt(D)
+    means = torch.stack([scores.diagonal(d).mean() for d in range(-23, 24)])
+    assert means.std() > 10 * spread / 4  # and they do depend on it
+
+
+def test_rotation_keeps_the_norm_and_qk_norm_makes_it_one():
+    """Turning does not change a head's RMS, so norm(turn(x)) has RMS 1 at any position and for any size of x;
+    a bf16 rounding of each entry moves the RMS by far less than 2^-8."""
+    qkv, cos, sin, H, _ = rope_inputs()
+    for size in (1e-2, 1.0, 1e3):
+        q, k, _ = rope_qk_norm((qkv * size), cos, sin, H, 1e-10)
+        for x in (q, k):
+            rms = x.double().square().mean(-1).sqrt()
+            assert (rms - 1).abs().max() < 2**-8
+    unturned, _, _ = rope_qk_norm(qkv, torch.ones_like(cos), torch.zeros_like(sin), H, 1e-6)
+    turned, _, _ = rope_qk_norm(qkv, cos, sin, H, 1e-6)
+    assert torch.equal(turned[:, 0], unturned[:, 0])  # position 0 is not turned
+    D = turned.shape[-1]
+    pairs = lambda x: (x[..., : D // 2].double().square() + x[..., D // 2:].double().square()).sqrt()  # noqa: E731
+    assert (pairs(turned) - pairs(unturned)).abs().max() < 4 * 2**-8
+
+
+def test_rms_norm():
+    x = torch.randn(5, 7, 64) * torch.logspace(-3, 3, 5)[:, None, None]
+    want = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    got = rms_norm(x, 1e-6)
+    assert got.dtype == torch.bfloat16
+    torch.testing.assert_close(got.double(), want, rtol=2**-8, atol=0)
+
+
+def test_the_rope_table_is_fp32_and_follows_the_base():
+    """bf16 could not tell position 2047 from 2048: model.bfloat16() must leave the table alone."""
+    model = make_model(block_size=2048, batch_size=1, total_batch_size=2048, rope_base=500.0).bfloat16()
+    angle = np.arange(2048)[:, None] * 500.0 ** (-np.arange(16) / 16)
+    assert model.cos.dtype == model.sin.dtype == torch.float32
+    np.testing.assert_allclose(model.cos, np.cos(angle), atol=1e-7)
+    np.testing.assert_allclose(model.sin, np.sin(angle), atol=1e-7)

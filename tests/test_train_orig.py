@@ -15,8 +15,8 @@ import torch.nn.functional as F
 
 import helpers
 import train
-from nanofp8.config import script_flags
 import train_orig
+from nanofp8.config import script_flags
 
 SCRIPT = str(helpers.ROOT / "train_orig.py")
 SMALL = dict(

@@ -16,9 +16,10 @@ for folder in (str(ROOT), str(ROOT / "tests")):
         sys.path.insert(0, folder)
 
 import nvfp4_reference  # noqa: E402
-from nanofp8 import te_emulation as emulation  # noqa: E402
 from nvfp4_reference import CASES, RHT_CASES, matmul_both, mismatches, values  # noqa: E402
 from test_te_vs_emulation import LAYERS, fresh, make_batch, make_pair, relative, run_pass  # noqa: E402, F401
+
+from nanofp8 import te_emulation as emulation  # noqa: E402
 
 DEVICE = torch.device("cuda")
 

@@ -255,7 +255,7 @@ def test_evaluation_in_the_format_of_training(run, name):
 
 def test_an_evaluation_restores_te_scales(te, procs):
     """preserved_scales() around a pass of TE's layers without gradients: history and scales are those of before, to the bit."""
-    parts, _ = build(procs, **DELAYED)
+    parts = build(procs, **DELAYED)
     batch = parts.loader.peek()
     with parts.precision.autocast(procs):
         parts.model(*batch).backward()
@@ -283,16 +283,18 @@ def test_statistics(run, name):
 
 
 def build(procs, **flags):
-    """A train.Run with what a step needs, put together as train.run() does; and the val ring."""
+    """A train.Run of these flags, as train.set_up() builds it, without log and checkpoints."""
     cfg = train.read_flags(arguments(flags))
     torch.manual_seed(cfg.seed)
     loader, val_ring = train.open_data(cfg, procs)
-    return train.build(cfg, procs, loader), val_ring
+    run = train.build(cfg, procs, loader)
+    run.val_ring = val_ring
+    return run
 
 
 def test_evaluation_leaves_the_amax_history_alone(te, procs):
     """TE's scales and histories are the same in every bit after an evaluation, and move on with the next step."""
-    p, val_ring = build(procs, **DELAYED)
+    p = build(procs, **DELAYED)
 
     def train_steps(n):
         for step in range(n):
@@ -303,7 +305,7 @@ def test_evaluation_leaves_the_amax_history_alone(te, procs):
     train.calibrate(p)
     before = train_steps(3)
     assert len(before) == 4 * 4 * p.cfg.n_layer  # scale and history, forward and backward, of qkv, core, proj and MLP
-    train.evaluate(p.model, val_ring, p.cfg, procs, lambda: p.precision.autocast(procs, quantized=False))
+    train.evaluate(p.model, p.val_ring, p.cfg, procs, lambda: p.precision.autocast(procs, quantized=False))
     after = fp8_state(p.model)
     assert before.keys() == after.keys()
     assert not [name for name in before if not torch.equal(before[name], after[name])]
@@ -317,7 +319,7 @@ def test_evaluation_leaves_the_amax_history_alone(te, procs):
 
 def test_causality(te, procs):
     """bf16 with TE: a changed token changes no logits before it (at most one part in 1000), and all after it."""
-    p, _ = build(procs, **BF16)
+    p = build(procs, **BF16)
     with torch.no_grad():
         for weight in p.model.parameters():  # output projections and head start at zero
             if weight.ndim == 2 and not weight.any():

@@ -11,8 +11,8 @@ import torch
 
 import helpers
 import train
-from nanofp8.config import UserError
 from helpers import shard_bytes, write_shard
+from nanofp8.config import UserError
 
 pytestmark = pytest.mark.usefixtures("fresh")
 SIZES = (700, 1, 411, 93)  # 1205 tokens, one shard of a single token; no multiple of anything below

@@ -5,11 +5,21 @@ import contextlib
 import pytest
 import torch
 
-from nanofp8 import te_emulation as te
 import train
+from helpers import (
+    forward,
+    losses,
+    make_cfg,
+    make_model,
+    one_process,
+    precision_of,
+    records,
+    tokens_and_targets,
+    train_here,
+)
+from nanofp8 import te_emulation as te
 from nanofp8.config import UserError
 from nanofp8.precision import fp8_state, keep_high_precision, preserved_scales
-from helpers import losses, make_cfg, make_model, one_process, records, tokens_and_targets, train_here
 
 LAYERS = [f"blocks.{i}.{layer}" for i in range(2) for layer in ("attn.qkv", "attn.proj", "mlp")]
 
@@ -65,17 +75,6 @@ def test_nvfp4_switches(fresh, flag, field):
     cfg = make_cfg(USE_NVFP4=True, n_embd=128, **{flag: False})
     recipe = train.select_precision(cfg, torch.device("cpu")).recipe
     assert [getattr(recipe, f) for f in fields] == [f == field for f in fields]
-
-
-def test_profile(fresh, shards, tmp_path, capsys):
-    """USE_PROFILE leaves a trace in the run folder, prints the largest operators, and changes no loss."""
-    plain = losses(train_here(tmp_path, shards, run_name="a", max_iters=5))
-    folder = train_here(tmp_path, shards, run_name="b", max_iters=5, USE_PROFILE=True)
-    assert (losses(folder) == plain).all()
-    assert (folder / "trace.json.gz").read_bytes()[:2] == b"\x1f\x8b"
-    lines = capsys.readouterr().out.splitlines()
-    at = next(i for i, line in enumerate(lines) if line.startswith("profile of one step"))
-    assert len([line for line in lines[at + 1:at + 11] if " ms " in line]) == 10
 
 
 # -----------------------------------------------------------------------------------------------------
@@ -142,3 +141,33 @@ def test_evaluation_in_the_format_of_training_leaves_the_scales_alone(fresh, sha
         with torch.no_grad(), preserved_scales(model) if kept else contextlib.nullcontext(), precision.autocast(one_process()):
             model(x, y)
         assert all(torch.equal(v, before[k]) for k, v in fp8_state(model).items()) == kept
+
+
+def test_bf16_says_no_emulation_of_numbers():
+    precision = precision_of(make_cfg(USE_FP8=False))
+    assert precision.name == "bf16" and precision.recipe is None and "EMULATED" not in precision.reason
+
+
+def test_nvfp4_takes_the_place_of_fp8():
+    assert precision_of(make_cfg(n_embd=128, USE_NVFP4=True, USE_FP8=True)).name == "nvfp4"
+    assert precision_of(make_cfg(n_embd=128, USE_NVFP4=True, USE_FP8=False)).name == "nvfp4"
+
+
+def test_delayed_scaling_takes_its_flags():
+    recipe = precision_of(make_cfg(FP8_MARGIN=2, FP8_AMAX_HISTORY=5)).recipe
+    assert recipe.margin == 2 and recipe.amax_history_len == 5 and recipe.amax_compute_algo == "max"
+
+
+def test_fp8_state_names_live_tensors():
+    cfg = make_cfg()
+    model, (x, y) = make_model(cfg), tokens_and_targets(cfg)
+    forward(model, cfg, x, y).backward()
+    state = fp8_state(model)
+    modules = [f"blocks.{i}.{m}" for i in range(2) for m in ("attn.qkv", "attn.proj", "mlp")]
+    assert set(state) == {f"{m}.{d}.{t}" for m in modules for d in ("scaling_fwd", "scaling_bwd") for t in ("scale", "amax_history")}
+    before = {k: v.clone() for k, v in state.items()}
+    forward(model, cfg, x, y, quantized=False)
+    assert all(torch.equal(v, before[k]) for k, v in state.items())  # bf16 feeds nothing
+    forward(model, cfg, x, y).backward()
+    assert not all(torch.equal(v, before[k]) for k, v in state.items())
+    assert fp8_state(make_model(make_cfg(USE_FP8=False))) == {}

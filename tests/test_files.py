@@ -1,0 +1,66 @@
+"""files.py: files that are written whole or not at all, and error messages of one line."""
+
+import os
+
+import pytest
+
+from nanofp8.files import error_line, replace_file, sync_to_disk
+
+
+def write(text):
+    """A function for replace_file() that writes this text."""
+    def do(temporary):
+        with open(temporary, "w") as f:
+            f.write(text)
+    return do
+
+
+@pytest.mark.parametrize("sync", [False, True])
+def test_a_file_is_replaced(tmp_path, sync):
+    path = tmp_path / "a.txt"
+    for text in ("first", "second"):
+        replace_file(path, write(text), sync)
+        assert path.read_text() == text
+    assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_a_relative_name_without_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    replace_file("a.txt", write("text"), sync=True)
+    assert (tmp_path / "a.txt").read_text() == "text"
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, error):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+
+    def fail(temporary):
+        write("half")(temporary)
+        raise error
+
+    with pytest.raises(type(error)):
+        replace_file(path, fail)
+    assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_what_an_interrupted_attempt_left_is_overwritten(tmp_path):
+    (tmp_path / "a.txt.tmp").write_text("half of an earlier attempt")
+    replace_file(tmp_path / "a.txt", write("new"))
+    assert (tmp_path / "a.txt").read_text() == "new" and len(os.listdir(tmp_path)) == 1
+
+
+def test_sync_to_disk_of_files_and_folders(tmp_path):
+    (tmp_path / "a").write_text("a")
+    sync_to_disk(str(tmp_path / "a"))
+    sync_to_disk(str(tmp_path))
+    with pytest.raises(FileNotFoundError):
+        sync_to_disk(str(tmp_path / "b"))
+
+
+@pytest.mark.parametrize("error,line", [
+    (ValueError("one line"), "one line"), (RuntimeError("first\n  second\n\n"), "  second"), (KeyError(), "KeyError"),
+    (OSError(28, "No space left on device"), "[Errno 28] No space left on device"),
+])
+def test_error_line(error, line):
+    assert error_line(error) == line.strip() or error_line(error) == line

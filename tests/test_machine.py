@@ -1,0 +1,52 @@
+"""machine.py: peaks of GPUs, what config.json says of machine and code."""
+
+import shutil
+
+import pytest
+import torch
+
+import helpers
+from helpers import losses, train_here
+from nanofp8 import machine
+from nanofp8.machine import describe_machine, peak_flops
+
+
+def test_the_code_hash_follows_train_py_and_the_package(tmp_path, monkeypatch):
+    """It changes with each file of the package, also with a new one, and not with any other file."""
+    shutil.copy(helpers.TRAIN, tmp_path)
+    package = shutil.copytree(helpers.ROOT / "nanofp8", tmp_path / "nanofp8", ignore=shutil.ignore_patterns("__pycache__"))
+    before = describe_machine(helpers.CPU)["code"]
+    monkeypatch.setattr(machine, "ROOT", str(tmp_path))
+    monkeypatch.setattr(shutil, "which", lambda name: None)  # git takes longest
+    assert describe_machine(helpers.CPU)["code"] == before
+    seen = {before}
+    for path in (tmp_path / "train.py", *sorted(package.glob("*.py")), package / "new.py"):
+        with open(path, "a") as f:
+            f.write("# edited\n")
+        seen.add(describe_machine(helpers.CPU)["code"])
+    assert len(seen) == 3 + len(list((helpers.ROOT / "nanofp8").glob("*.py")))
+    (tmp_path / "README.md").write_text("edited")
+    assert describe_machine(helpers.CPU)["code"] in seen
+
+
+def test_the_table_of_peaks():
+    names = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA H100 NVL": 835e12, "NVIDIA H200": 989e12,
+             "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA B200": 2.25e15, "NVIDIA GB200": 2.5e15, "NVIDIA GeForce RTX 5090": 209.5e12,
+             "NVIDIA RTX PRO 6000 Blackwell Server Edition": 503.8e12, "Some other GPU": None}
+    patch = pytest.MonkeyPatch()
+    for name, peak in names.items():
+        patch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+        assert peak_flops(torch.device("cuda")) == peak, name
+    patch.undo()
+    assert peak_flops(helpers.CPU) is None
+
+
+def test_profile(fresh, shards, tmp_path, capsys):
+    """USE_PROFILE leaves a trace in the run folder, prints the largest operators, and changes no loss."""
+    plain = losses(train_here(tmp_path, shards, run_name="a", max_iters=5))
+    folder = train_here(tmp_path, shards, run_name="b", max_iters=5, USE_PROFILE=True)
+    assert (losses(folder) == plain).all()
+    assert (folder / "trace.json.gz").read_bytes()[:2] == b"\x1f\x8b"
+    lines = capsys.readouterr().out.splitlines()
+    at = next(i for i, line in enumerate(lines) if line.startswith("profile of one step"))
+    assert len([line for line in lines[at + 1:at + 11] if " ms " in line]) == 10

@@ -1,0 +1,124 @@
+"""train.py's schedules, parameter groups and clipping."""
+
+import pytest
+import torch
+
+import train
+from helpers import make_model, make_optimizers, random_grads
+
+pytestmark = pytest.mark.usefixtures("fresh")
+
+
+def test_learning_rate_at_its_corners():
+    """100 steps of which 10 warm up, down to a tenth."""
+    f = lambda step: train.lr_factor(step, 10, 100, 0.1)  # noqa: E731
+    assert f(0) == 0.1 and f(8) == 0.9 and f(9) == 1.0 and f(10) == 1.0
+    assert f(99) == pytest.approx(0.1) and f(10_000) == pytest.approx(0.1)  # last step, and beyond the end
+    assert train.lr_factor(30, 10, 51, 0.1) == pytest.approx(0.55)  # half way down: step 30 of 10 ... 50
+    factors = [f(step) for step in range(100)]
+    assert factors[:10] == sorted(factors[:10]) and factors[10:] == sorted(factors[10:], reverse=True)
+    assert factors[11] < 1.0 and all(0.1 - 1e-9 <= x <= 1 for x in factors)
+
+
+def test_learning_rate_without_warm_up():
+    factors = [train.lr_factor(step, 0, 5, 0.0) for step in range(5)]
+    assert factors[0] == 1.0 and factors[4] == pytest.approx(0.0) and factors[2] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("warmup,max_iters", [(0, 1), (1, 1), (1, 2), (5, 1), (5, 3), (5, 5), (5, 6), (100, 60)])
+def test_learning_rate_of_runs_that_end_in_or_at_the_warm_up(warmup, max_iters):
+    """Never above 1, never 0, rising to the end: the cosine has no room, and nothing divides by zero."""
+    factors = [train.lr_factor(step, warmup, max_iters, 0.1) for step in range(max_iters)]
+    assert factors == [min(1.0, (step + 1) / max(1, warmup)) for step in range(max_iters)]
+
+
+def test_min_lr_ratio_one_keeps_the_learning_rate():
+    assert all(train.lr_factor(step, 3, 20, 1.0) == 1.0 for step in range(2, 20))
+
+
+def test_momentum_at_its_corners():
+    m = lambda step: train.momentum_at(step, 0.85, 0.95, 300)  # noqa: E731
+    assert m(0) == 0.85 and m(150) == pytest.approx(0.90) and m(300) == m(10**6) == 0.95 and m(299) < 0.95
+    assert train.momentum_at(0, 0.85, 0.95, 0) == 0.95  # no warm-up at all
+
+
+def test_each_parameter_is_in_exactly_one_group():
+    model = make_model()
+    optimizers = make_optimizers(model)
+    names = {id(p): name for name, p in model.named_parameters()}
+    members = {group: sorted(names[id(p)] for p in g["params"]) for group, g in optimizers.groups.items()}
+    assert sorted(sum(members.values(), [])) == sorted(names.values())
+    expected = {
+        "embed": ["embed.weight"], "head": ["head.weight"],
+        "qkv": [f"blocks.{i}.attn.qkv.weight" for i in range(2)],
+        "matrices": sorted(f"blocks.{i}.{m}" for i in range(2) for m in ("attn.proj.weight", "mlp.fc1_weight", "mlp.fc2_weight")),
+        "gains": sorted([f"blocks.{i}.{m}.layer_norm_weight" for i in range(2) for m in ("attn.qkv", "mlp")] + ["norm.weight"]),
+    }
+    assert members == expected
+    assert len({id(g) for g in optimizers.groups.values()}) == 5
+
+
+def test_rates_decays_and_betas_follow_their_flags():
+    flags = dict(learning_rate=1.5, learning_rate_embed=2.5, learning_rate_head=3.5, learning_rate_gain=4.5, weight_decay=0.1,
+                 weight_decay_embed=0.2, weight_decay_head=0.3, weight_decay_gain=0.4)
+    optimizers = make_optimizers(make_model(), **flags, warmup_iters=4, max_iters=12, min_lr_ratio=0.2, adam_beta1=0.7,
+                                 adam_beta2=0.9, adam_eps=1e-7, muon_momentum_start=0.5, muon_momentum=0.9, muon_momentum_iters=8)
+    base = dict(qkv=1.5, matrices=1.5, embed=2.5, head=3.5, gains=4.5)
+    decay = dict(qkv=0.1, matrices=0.1, embed=0.2, head=0.3, gains=0.4)
+    for step in (0, 3, 4, 7, 11, 2, 0):  # any order: a step's rates do not depend on the ones before
+        rates = optimizers.set_schedule(step)
+        factor, momentum = train.lr_factor(step, 4, 12, 0.2), train.momentum_at(step, 0.5, 0.9, 8)
+        for name, group in optimizers.groups.items():
+            assert float(group["lr"]) == pytest.approx(base[name] * factor)
+            assert group["weight_decay"] == decay[name]
+        assert all(optimizers.groups[name]["mu"] == momentum for name in ("qkv", "matrices"))
+        assert rates == pytest.approx(dict(lr_muon=1.5 * factor, lr_embed=2.5 * factor, lr_head=3.5 * factor, momentum=momentum))
+    for name in ("embed", "head", "gains"):
+        assert optimizers.groups[name]["betas"] == (0.7, 0.9) and optimizers.groups[name]["eps"] == 1e-7
+
+
+def test_a_step_moves_each_parameter_by_its_own_rate():
+    """With one group's learning rate zero, exactly that group stands still."""
+    flags = dict(qkv="learning_rate", matrices="learning_rate", embed="learning_rate_embed", head="learning_rate_head",
+                 gains="learning_rate_gain")
+    for flag in sorted(set(flags.values())):
+        model = make_model()
+        optimizers = make_optimizers(model, **{flag: 0.0})
+        before = {id(p): p.detach().clone() for p in model.parameters()}
+        optimizers.set_schedule(3)
+        random_grads(model, 1)
+        optimizers.step()
+        for name, group in optimizers.groups.items():
+            for p in group["params"]:
+                assert torch.equal(p, before[id(p)]) == (flags[name] == flag)
+
+
+def test_zero_grad_drops_every_gradient():
+    model = make_model()
+    optimizers = make_optimizers(model)
+    random_grads(model, 1)
+    optimizers.zero_grad()
+    assert all(p.grad is None for p in model.parameters())
+
+
+def gradients(*values):
+    params = [torch.nn.Parameter(torch.zeros(len(v))) for v in values]
+    for p, v in zip(params, values):
+        p.grad = torch.tensor(v)
+    return params
+
+
+def test_clipping_goes_by_the_global_norm():
+    params = gradients([3.0, 0.0], [0.0, 4.0, 0.0])
+    params.append(torch.nn.Parameter(torch.zeros(2)))  # no gradient: no part
+    norm = train.clip_gradients(params, 1.0)
+    assert norm.item() == 5.0  # before clipping
+    assert params[0].grad.tolist() == pytest.approx([0.6, 0.0]) and params[1].grad.tolist() == pytest.approx([0.0, 0.8, 0.0])
+    assert params[2].grad is None
+
+
+@pytest.mark.parametrize("max_norm", [0.0, 5.1, 1e9])
+def test_small_gradients_and_max_norm_0_are_left_alone(max_norm):
+    params = gradients([3.0, 0.0], [0.0, 4.0])
+    assert train.clip_gradients(params, max_norm).item() == 5.0
+    assert params[0].grad.tolist() == [3.0, 0.0] and params[1].grad.tolist() == [0.0, 4.0]

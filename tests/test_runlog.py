@@ -1,0 +1,111 @@
+"""runlog.py: run folders and their lock, log.jsonl and its failures, wandb, the console's durations."""
+
+import os
+import shutil
+import sys
+from types import ModuleType, SimpleNamespace
+
+import pytest
+
+from helpers import records
+from nanofp8.config import UserError
+from nanofp8.runlog import FolderLock, RunLog, format_duration, make_run_folder
+
+
+def test_a_wandb_that_fails_later_is_switched_off(tmp_path, monkeypatch, capsys):
+    def fail(*args, **kwargs):
+        raise RuntimeError("no network")
+
+    stub = ModuleType("wandb")
+    stub.init = lambda **kwargs: SimpleNamespace(log=fail, finish=fail)
+    monkeypatch.setitem(sys.modules, "wandb", stub)
+    log = RunLog(str(tmp_path), FolderLock(str(tmp_path)), {}, wandb_project="x")
+    log.write(dict(kind="train", step=0, tokens=1, loss=1.0))
+    log.write(dict(kind="train", step=1, tokens=2, loss=float("nan")))
+    log.close()
+    assert capsys.readouterr().out.count("wandb is off: no network") == 1
+    assert [r["loss"] for r in records(tmp_path)] == [1.0, None]  # JSON has no NaN
+
+
+def test_run_folders_made_at_once_are_apart(tmp_path):
+    assert [make_run_folder(str(tmp_path), "x") for _ in range(3)] == [str(tmp_path / n) for n in ("x", "x-2", "x-3")]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="--out_dir"):
+        make_run_folder(str(tmp_path / "file"), "x")
+
+
+@pytest.mark.parametrize("seconds,text", [(0, "0:00"), (59.4, "0:59"), (59.6, "1:00"), (3599.4, "59:59"), (3600, "1:00:00"), (90061, "25:01:01")])
+def test_durations(seconds, text):
+    assert format_duration(seconds) == text
+
+
+def open_log(folder):
+    """A run's log, as rank 0 opens it."""
+    return RunLog(str(folder), FolderLock(str(folder)), {})
+
+
+def test_a_deleted_log_that_cannot_be_written_anew_at_once(tmp_path, capsys):
+    """A file where the folder was: said once; when it is gone, all records are there."""
+    (tmp_path / "r").mkdir()
+    log = open_log(tmp_path / "r")
+    log.write(dict(kind="train", step=0))
+    shutil.rmtree(tmp_path / "r")
+    (tmp_path / "r").write_text("")
+    log.write(dict(kind="train", step=1))
+    log.write(dict(kind="train", step=2))
+    (tmp_path / "r").unlink()
+    log.write(dict(kind="train", step=3))
+    log.close()
+    assert records(tmp_path / "r") == [dict(kind="train", step=step) for step in range(4)] and (tmp_path / "r" / "config.json").exists()
+    out = capsys.readouterr().out
+    assert out.count("log.jsonl cannot be written") == 1 and out.count("log.jsonl was deleted") == 1
+
+
+def test_pictures_do_not_end_a_run(tmp_path, capsys):
+    """A run name that matplotlib would take for mathematics, and whatever else goes wrong in a drawing."""
+    log = open_log(tmp_path)
+    log.folder = str(tmp_path / "a$_$b")
+    os.makedirs(log.folder)
+    log.write(dict(kind="train", step=0, loss=2.0, tokens=9))
+    log.plot()
+    assert (tmp_path / "a$_$b" / "loss.png").stat().st_size > 999
+    log.write(dict(kind="train", step=1))
+    log.plot()
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "pictures ('loss')" in line and "training continues" in line
+    log.close()
+
+
+def test_a_log_that_cannot_be_written_for_a_while(tmp_path, capsys):
+    """It is said once, nothing is lost, and no line is broken."""
+    log = open_log(tmp_path)
+    full = [False]
+
+    class Disk:
+        def __init__(self, file):
+            self.file = file
+
+        def write(self, data):
+            if full[0] and len(data) > 9:
+                return self.file.write(data[:7])  # what there was room for
+            if full[0]:
+                raise OSError(28, "No space left on device")
+            return self.file.write(data)
+
+        def close(self):
+            self.file.close()
+
+        @property
+        def closed(self):
+            return self.file.closed
+
+        def fileno(self):
+            return self.file.fileno()
+
+    log.file = Disk(log.file)
+    for step in range(6):
+        full[0] = step in (2, 3)
+        log.write(dict(kind="train", step=step))
+    log.close()
+    assert records(tmp_path) == [dict(kind="train", step=step) for step in range(6)]
+    assert capsys.readouterr().out.count("log.jsonl cannot be written (") == 1

@@ -1,0 +1,158 @@
+"""train.py's presets, the checks of its flags, the choice of a wrapper, and train.py as a program."""
+
+import re
+import sys
+from types import SimpleNamespace
+from typing import Literal, get_args, get_origin
+
+import pytest
+
+import helpers
+import train
+from helpers import TRAIN, finish, make_cfg, one_process, start, train_here
+from nanofp8.config import UserError, script_flags
+
+FLAGS = script_flags(TRAIN)
+CHOICES = {n: get_args(f.kind) for n, f in FLAGS.items() if get_origin(f.kind) is Literal}
+
+
+def parse(*argv):
+    return train.read_flags(argv, has_gpu=False)
+
+
+def test_preset_d20_repeats_the_defaults_of_the_file():
+    """An edited flag is told from an untouched one by this table."""
+    assert {name: FLAGS[name].default for name in train.PRESETS["d20"]} == train.PRESETS["d20"]
+
+
+def test_the_flag_preset_lists_the_presets():
+    assert CHOICES["preset"] == ("auto", *train.PRESETS)
+
+
+def test_every_preset_sets_only_flags_of_d20():
+    """A flag missing in d20 could not be protected from the preset by an edit in the file."""
+    for values in train.PRESETS.values():
+        assert set(values) <= set(train.PRESETS["d20"])
+
+
+def test_the_shapes_of_every_preset_pass_the_checks():
+    for name in train.PRESETS:
+        train.check_flags(parse(f"--preset={name}"), 1)
+        train.check_flags(parse(f"--preset={name}"), 1 if name == "tiny" else 8)
+
+
+@pytest.mark.parametrize("changes,words", [
+    (dict(batch_size=0), "batch_size"), (dict(n_layer=-1), "n_layer"), (dict(learning_rate=-0.1), "learning_rate"),
+    (dict(rank_timeout=1.0), "rank_timeout"), (dict(FP8_CALIBRATION_STEPS=0), "FP8_CALIBRATION_STEPS"),
+    (dict(warmup_iters=-1), "warmup_iters"), (dict(muon_momentum=1.0), "muon_momentum"), (dict(adam_beta2=1.0), "adam_beta2"),
+    (dict(n_head=3), "--n_head="), (dict(n_embd=66, n_head=2), "head size"), (dict(run_name="a/b"), "run_name"),
+    (dict(run_name=""), "run_name"), (dict(run_name=".."), "run_name"), (dict(log_interval=0), "log_interval"),
+    (dict(eval_tokens=0), "eval_tokens"), (dict(max_iters=0), "max_iters"), (dict(norm_eps=0), "norm_eps"),
+    (dict(adam_eps=0.0), "adam_eps"),  # 0 / 0 for every embedding row that has had no gradient
+    (dict(adam_eps=-1.0), "adam_eps"), (dict(seed=-1), "seed"),  # numpy takes 0 to 2^32 - 1
+])
+def test_impossible_values_are_refused(changes, words):
+    with pytest.raises(UserError, match=words) as caught:
+        train.check_flags(make_cfg(**changes), 1)
+    assert caught.value.status == 2
+
+
+@pytest.mark.parametrize("total,batch,world", [(300, 2, 1), (1000, 3, 2), (63, 1, 3), (1, 4, 2), (99999, 2, 8), (160, 2, 2)])
+def test_a_total_batch_that_does_not_divide_names_a_nearest_that_does(total, batch, world):
+    micro = batch * 32 * world
+    with pytest.raises(UserError) as caught:
+        train.check_flags(make_cfg(total_batch_size=total, batch_size=batch), world)
+    nearest = int(re.search(r"--total_batch_size=(\d+)", str(caught.value))[1])
+    assert nearest > 0 and nearest % micro == 0
+    assert nearest == micro or abs(nearest - total) <= micro / 2
+    train.check_flags(make_cfg(total_batch_size=nearest, batch_size=batch), world)
+
+
+@pytest.mark.parametrize("fsdp2,ddp,world,expected", [
+    ("auto", "auto", 1, "none"), (False, False, 1, "none"), (True, "auto", 1, "fsdp2"), ("auto", True, 1, "ddp"),
+    ("auto", "auto", 2, "ddp"), (False, "auto", 2, "ddp"), ("auto", False, 2, "fsdp2"), (True, False, 2, "fsdp2"),
+    (False, True, 2, "ddp"),
+])
+def test_the_wrapper_and_its_reason(fsdp2, ddp, world, expected):
+    cfg = make_cfg(USE_FSDP2=fsdp2, USE_DDP=ddp)
+    wrapper, reason = train.choose_wrapper(cfg, one_process(world_size=world), 1000)
+    assert wrapper == expected and reason
+
+
+@pytest.mark.parametrize("fsdp2,ddp,world", [(True, True, 1), (True, True, 2), (False, False, 2)])
+def test_wrappers_that_contradict(fsdp2, ddp, world):
+    with pytest.raises(UserError, match="USE_FSDP2.*USE_DDP") as caught:
+        train.choose_wrapper(make_cfg(USE_FSDP2=fsdp2, USE_DDP=ddp), one_process(world_size=world), 1000)
+    assert caught.value.status == 2
+
+
+@pytest.mark.parametrize("changes", [
+    dict(FP8_RECIPE="block"), dict(FP8_RECIPE="mxfp8", n_embd=80), dict(USE_NVFP4=True),
+    dict(n_embd=72), dict(batch_size=1, block_size=8, total_batch_size=8),
+])
+def test_shapes_that_the_format_cannot_take(changes):
+    """Each format names its multiple; bf16 takes them all."""
+    with pytest.raises(UserError, match="divisible by"):
+        train.select_precision(make_cfg(**changes), helpers.CPU)
+    train.select_precision(make_cfg(**changes | dict(USE_FP8=False, USE_NVFP4=False)), helpers.CPU)
+
+
+@pytest.mark.parametrize("code,changes,words", [
+    (2, dict(total_batch_size=300), ["--total_batch_size=256"]),
+    (2, dict(preset="big"), ["preset", "d20", "tiny", "'big'"]),
+    (2, dict(USE_FSDP2=True, USE_DDP=True), ["USE_FSDP2", "USE_DDP"]),
+    (2, dict(USE_8BIT_ADAM=True), ["USE_8BIT_ADAM", "GPU"]),
+    (2, dict(USE_EMULATION=False), ["USE_EMULATION"]),
+    (2, dict(n_embd=66, n_head=3), ["divisible by 16", "--USE_FP8=False"]),
+    (2, dict(seed=-1), ["seed"]),
+    (1, dict(dataset="nowhere"), ["nowhere", "data/nowhere/prepare.py"]),
+    (1, dict(muon_impl="dion"), ["dion"]),
+    (1, dict(out_dir="/proc/nowhere"), ["/proc/nowhere", "--out_dir"]),
+])
+def test_wrong_input_ends_main_with_one_line(tmp_path, shards, capsys, monkeypatch, code, changes, words):
+    monkeypatch.setitem(sys.modules, "dion", None)  # as if not installed
+    with pytest.raises(SystemExit) as caught:
+        train.main(helpers.flag_args(**dict(data_dir=shards, out_dir=tmp_path) | changes))
+    result = SimpleNamespace(code=caught.value.code, err=capsys.readouterr().err)
+    helpers.assert_one_error_line(result, code, *words)
+    assert not list(tmp_path.iterdir())  # no run folder of a run that could not start
+
+
+def test_as_a_script(tmp_path, shards):
+    """--help, wrong input and a bare import, each in a python of its own: exit status, output, and nothing left behind."""
+    small = helpers.flag_args(data_dir=shards)
+    bare_import = ("import sys, threading; import train, torch.distributed as dist; "
+                   "assert not dist.is_initialized() and threading.active_count() == 1; "
+                   "assert 'nanofp8.te_emulation' not in sys.modules and 'dion' not in sys.modules")
+    processes = dict(
+        help=start(TRAIN, "--help", "--preset=tiny", cwd=tmp_path),
+        unknown=start(TRAIN, "--batchsize=4", cwd=tmp_path),
+        data=start(TRAIN, *small, "--dataset=nowhere", cwd=tmp_path),
+        bare=start("-c", bare_import, "--nonsense", cwd=tmp_path, PYTHONPATH=str(helpers.ROOT)),
+    )
+    results = {name: finish(process) for name, process in processes.items()}
+
+    text = results["help"]
+    assert text.code == 0 and not text.err
+    for flag in FLAGS.values():
+        (line,) = [x for x in text.out.splitlines() if x.startswith(f"  --{flag.name}=")]
+        assert line.startswith(f"  --{flag.name}={flag.default}") and flag.comment in line
+        assert flag.group in text.out
+        assert all(str(choice) in line for choice in CHOICES.get(flag.name, ()))
+    assert train.__doc__.strip().splitlines()[0] in text.out
+
+    helpers.assert_one_error_line(results["unknown"], 2, "--batchsize", "--batch_size")
+    helpers.assert_one_error_line(results["data"], 1, "nowhere", "prepare.py", "--data_dir")
+    assert (results["bare"].code, results["bare"].out, results["bare"].err) == (0, "", "")
+    assert not list(tmp_path.iterdir())
+
+
+def test_flags_without_effect_are_named(fresh, shards, tmp_path, capsys):
+    """Set for another format than this run's: said in the table at the start."""
+    train_here(tmp_path, shards, max_iters=1, warmup_iters=1, FP8_RECIPE="current", FP8_MARGIN=1, NVFP4_HADAMARD=False)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "without effect" in line]
+    assert {"FP8_MARGIN=1", "NVFP4_HADAMARD=False"} <= set(line.replace(",", "").split()) and "FP8_RECIPE" not in line
+    cfg = make_cfg(USE_FP8=False, FP8_RECIPE="block")
+    assert train.select_precision(cfg, helpers.CPU).flags_without_effect(cfg)[0] == "FP8_RECIPE=block"
+    train_here(tmp_path, shards, max_iters=1, warmup_iters=1, FP8_MARGIN=1)
+    assert "without effect" not in capsys.readouterr().out
