@@ -31,6 +31,7 @@ def study(mode, shards, tmp_path, monkeypatch, *flags):
     return json.loads((tmp_path / "t" / "r.json").read_text())
 
 
+@pytest.mark.slow
 def test_precision_study(fresh, shards, tmp_path, capsys, monkeypatch):
     """Every format from the same weights as bf16, two seeds; noise is the gap of the two bf16 seeds. A second start
     finds all runs."""
@@ -67,6 +68,7 @@ def test_precision_study(fresh, shards, tmp_path, capsys, monkeypatch):
     assert "2 runs to train (0 are there)" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_ablation(fresh, shards, tmp_path, monkeypatch):
     """Each row lacks one ingredient of NVFP4: its flags say so, and its losses differ from those of all four."""
     result = study("ablation", shards, tmp_path, monkeypatch, "--seeds=2,1", "--max_iters=4")
@@ -81,6 +83,7 @@ def test_ablation(fresh, shards, tmp_path, monkeypatch):
         assert rows[label]["losses"]["1"] != rows["NVFP4"]["losses"]["1"]
 
 
+@pytest.mark.slow
 def test_emulation_compares_speeds(fresh, shards, tmp_path):
     """Formats emulated, as picked, in the mode's own order; the ratio to bf16 in the table."""
     bench.main(["emulation", f"--out={tmp_path}/r", "--rows=NVFP4; bf16;FP8 current", "--max_iters=3",
@@ -92,6 +95,7 @@ def test_emulation_compares_speeds(fresh, shards, tmp_path):
     assert all(r["tok_per_sec"] > 0 for r in rows) and "| NVFP4 |" in (tmp_path / "r.md").read_text()
 
 
+@pytest.mark.slow
 def test_speed_with_two_ranks(shards, tmp_path):
     """Every variant of `speed` runs under torchrun, the wrappers and train_orig.py among them; the ratio is to the
     first."""
@@ -110,6 +114,7 @@ def test_speed_with_two_ranks(shards, tmp_path):
     assert all(r["gpus"] == 2 and r["compile_seconds"] > 0 for r in rows.values())
 
 
+@pytest.mark.slow
 def test_what_is_left_out_and_what_ends_all(fresh, shards, tmp_path, monkeypatch, capsys):
     """A run without enough memory is left out; a signal ends the study in one line, and the next start goes on from
     what is finished."""
@@ -152,6 +157,7 @@ def test_wrong_input_is_one_line(fresh, arguments, text):
     assert error.value.status == 2 and "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_command_line(tmp_path):
     result = finish(start(ROOT / "bench.py", "report", "nowhere", cwd=tmp_path))
     assert result.code == 2 and result.err.count("\n") == 1, result.err

@@ -76,7 +76,7 @@ def saved_states(run):
         return run(), states, metas
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def whole(tmp_path_factory, shards):
     """The run never touched."""
     patch = pytest.MonkeyPatch()
@@ -110,6 +110,7 @@ def test_a_step_that_is_not_finite_leaves_no_trace(tmp_path, shards, capsys, who
     assert line.startswith("step 4/6 ") and line.endswith(f"SKIPPED: {why}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remedy", [True, False])
 def test_without_its_remedy_one_step_would_flush_gradients_to_zero(tmp_path, shards, remedy):
     """Gradients of order 1e28, whose norm overflows: their amax would rule the scales until it leaves the history."""
@@ -133,6 +134,7 @@ def test_calibration_on_what_is_not_finite_leaves_the_scales(tmp_path, shards):
     assert all(p.grad is None for p in model.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [dict(USE_FP8=False), dict(FP8_RECIPE="current"), dict(USE_NVFP4=True, n_embd=128)])
 def test_other_formats_skip_too(tmp_path, shards, changes):
     with poisoned("an inf inside", 2):
@@ -148,6 +150,7 @@ def test_skipped_steps_are_logged_whatever_the_interval(tmp_path, shards):
     assert [r["step"] for r in records(folder, "train")] == [0, 2, 5]
 
 
+@pytest.mark.slow
 def test_too_many_in_a_row_end_the_run(tmp_path, shards, capsys, whole):
     """With status 1 and the newest checkpoint, also where the run was resumed between them; single ones do not add
     up."""
@@ -227,6 +230,7 @@ def test_a_guard_goes_on_from_its_state():
 SPIKES = dict(skip_loss_zscore=6.0, zscore_window=3)
 
 
+@pytest.mark.slow
 def test_a_spike_is_skipped_and_a_resumed_run_knows_the_window(tmp_path, shards):
     """A loss ten times too large in step 4. Broken off and resumed after step 3, whose window of three steps fills no
     new one before the spike: the same log."""
@@ -248,6 +252,7 @@ def test_a_spike_is_skipped_and_a_resumed_run_knows_the_window(tmp_path, shards)
 # Broken off where it hurts
 
 
+@pytest.mark.slow
 def test_checkpoints_by_minutes(tmp_path, shards):
     often = train_here(tmp_path, shards, run_name="a", ckpt_interval=0, ckpt_minutes=1e-9, keep_checkpoints=9)
     assert in_ckpt(often) == [f"step_{s:06d}" for s in range(1, 7)]
@@ -263,6 +268,7 @@ def test_checkpoints_by_minutes(tmp_path, shards):
     assert in_ckpt(now_and_then) == ["step_000003", "step_000006"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["before done", "before the last evaluation"])
 def test_a_run_killed_after_its_last_checkpoint_is_finished(tmp_path, shards, capsys, whole, where):
     """The restart evaluates if that is missing, writes `done` once, and trains nothing. Started once more, it says
@@ -292,6 +298,7 @@ def test_a_run_killed_after_its_last_checkpoint_is_finished(tmp_path, shards, ca
                       data_dir=shards, resume="auto", **changes)
 
 
+@pytest.mark.slow
 def test_a_run_killed_in_its_first_evaluation_gets_it(tmp_path, shards, whole):
     def evaluate(*args):
         deadline = time.monotonic() + 20
@@ -307,6 +314,7 @@ def test_a_run_killed_in_its_first_evaluation_gets_it(tmp_path, shards, whole):
     assert [r["step"] for r in records(tmp_path / "r", "val")] == [2, 5]
 
 
+@pytest.mark.slow
 def test_started_again_by_torchrun(tmp_path, shards, monkeypatch, capsys, whole):
     """--max-restarts: the run goes on in its own folder though `resume` was not given, and though a finished run has
     its name and a newer one too; a run of another torchrun does not."""
@@ -338,6 +346,7 @@ def test_started_again_by_torchrun(tmp_path, shards, monkeypatch, capsys, whole)
 # Disks
 
 
+@pytest.mark.slow
 def test_a_folder_that_vanishes(tmp_path, shards, capsys, whole):
     """It is said, training goes on to its end, and log, config and later checkpoints are there again."""
     def delete():
@@ -356,6 +365,7 @@ def test_a_folder_that_vanishes(tmp_path, shards, capsys, whole):
                       resume="auto", **RUN)
 
 
+@pytest.mark.slow
 def test_a_stop_whose_checkpoint_cannot_be_written_is_a_failure(tmp_path, shards, capsys):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
@@ -367,6 +377,7 @@ def test_a_stop_whose_checkpoint_cannot_be_written_is_a_failure(tmp_path, shards
                           out_dir=tmp_path, data_dir=shards, run_name="r", **RUN)
 
 
+@pytest.mark.slow
 def test_no_checkpoint_while_steps_are_skipped(tmp_path, shards, capsys):
     """Of weights that are not finite, nor of others that no step fits: they would drive out the good ones, and the
     error at the end names one from which training goes on."""
@@ -417,6 +428,7 @@ def wait_for_step(process):
     helpers.read_until(process, lambda line: line.startswith("step ") and "| loss" in line)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dead,number",
                          [(1, signal.SIGKILL), (1, signal.SIGSTOP), (0, signal.SIGKILL), (0, signal.SIGSTOP)])
 def test_a_dead_rank_ends_the_other_and_is_named(tmp_path, shards, dead, number):
@@ -439,6 +451,7 @@ def test_a_dead_rank_ends_the_other_and_is_named(tmp_path, shards, dead, number)
             process.wait()
 
 
+@pytest.mark.slow
 def test_a_signal_shortens_the_wait_for_a_dead_rank(tmp_path, shards):
     """torchrun sends SIGTERM to the others when a worker has died: stuck in a collective, they must not wait out the
     timeout."""
@@ -458,6 +471,7 @@ def test_a_signal_shortens_the_wait_for_a_dead_rank(tmp_path, shards):
             process.wait()
 
 
+@pytest.mark.slow
 def test_an_error_on_one_rank_ends_both(tmp_path, shards):
     """A token id beyond the vocabulary, in what rank 1 alone reads: it says so, and rank 0 names it."""
     tokens = helpers.markov_tokens(6000, seed=1)
@@ -484,6 +498,7 @@ train.main()
 """
 
 
+@pytest.mark.slow
 def test_slow_ranks_are_not_missed(tmp_path, shards):
     """Rank 1 takes longer than the timeout for an evaluation, and rank 0 for the end, when rank 1 has left."""
     (tmp_path / "slow.py").write_text(SLOW.format(root=str(ROOT)))
@@ -522,6 +537,7 @@ def workers(process):
 needs_proc = pytest.mark.skipif(not os.path.exists("/proc/self/environ"), reason="no /proc")
 
 
+@pytest.mark.slow
 def test_wrong_input_under_run_sh_with_two_processes(tmp_path, shards):
     """One line, the worker's status, no traceback of torchrun's."""
     result = finish(run_sh(tmp_path,
@@ -531,6 +547,7 @@ def test_wrong_input_under_run_sh_with_two_processes(tmp_path, shards):
     assert sum("train.py: error:" in line for line in result.err.splitlines()) == 1 and "total_batch_size" in result.err
 
 
+@pytest.mark.slow
 @needs_proc
 def test_run_sh_with_two_processes(tmp_path, shards):
     """Side by side: SIGTERM to run.sh alone, status 0 and a checkpoint; a rank killed without restarts, status 1 and

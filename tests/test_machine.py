@@ -44,6 +44,7 @@ def test_the_table_of_peaks():
     assert peak_flops(helpers.CPU) is None
 
 
+@pytest.mark.slow
 def test_profile(fresh, shards, tmp_path, capsys):
     """USE_PROFILE leaves a trace in the run folder, prints the largest operators, and changes no loss."""
     plain = losses(train_here(tmp_path, shards, run_name="a", max_iters=5))

@@ -50,6 +50,7 @@ def test_a_pattern_that_matches_nothing_is_an_error(fresh, patterns):
     assert error.value.status == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recompute", [False, True])
 def test_all_layers_in_bf16_are_the_bf16_run(fresh, shards, tmp_path, recompute):
     """To the bit, recomputed or not; one layer less differs."""
@@ -84,6 +85,7 @@ def test_nvfp4_switches(fresh, flag, field):
 # Recipes' switches, each through a whole run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [
     dict(FP8_MARGIN=6), dict(FP8_AMAX_HISTORY=1), dict(USE_NVFP4=True, NVFP4_HADAMARD=False),
     dict(USE_NVFP4=True, NVFP4_STOCHASTIC_ROUNDING=False), dict(USE_NVFP4=True, NVFP4_2D_WEIGHTS=False)], ids=str)
@@ -111,6 +113,7 @@ def test_margin_and_history_reach_the_scales(fresh, shards, tmp_path):
 # Evaluation in bf16 or in the format of training
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes, name", [(dict(), "fp8-delayed"), (dict(FP8_RECIPE="current"), "fp8-current"),
                                            (dict(USE_NVFP4=True, n_embd=128), "nvfp4")])
 def test_eval_precision(fresh, shards, tmp_path, capsys, changes, name):

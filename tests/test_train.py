@@ -120,6 +120,7 @@ def test_wrong_input_ends_main_with_one_line(tmp_path, shards, capsys, monkeypat
     assert not list(tmp_path.iterdir())  # no run folder of a run that could not start
 
 
+@pytest.mark.slow
 def test_as_a_script(tmp_path, shards):
     """--help, wrong input and a bare import, each in a python of its own: exit status, output, and nothing left
     behind."""

@@ -112,6 +112,7 @@ def test_run_learns_and_keeps_the_log_contract(tmp_path, shards, fresh, capsys):
     assert re.search(r"^step 30/30 \| val loss [\d.]+ over 640 tokens \| ", out, re.M) and "\ndone: val loss " in out
 
 
+@pytest.mark.slow
 def test_two_ranks_train_and_evaluate_like_one(tmp_path, shards, fresh):
     """Two ranks of two micro-batches against one rank of one: losses, gradient norms and val loss.
 
@@ -180,6 +181,7 @@ def test_wrong_input_is_one_line(tmp_path, shards, fresh, capsys, changes, statu
     assert all(word in err for word in words), err
 
 
+@pytest.mark.slow
 def test_script_reports_a_bad_flag_without_traceback(tmp_path):
     """In a process of its own: nothing but main() stands between the error and the console."""
     result = helpers.finish(helpers.start(SCRIPT, "--bath_size=3", cwd=tmp_path))

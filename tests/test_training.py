@@ -106,7 +106,7 @@ def two_ranks(tmp_path_factory, shards):
     return folders
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def one_rank(tmp_path_factory, shards):
     """{name: run folder} of the runs of one process that others are compared with."""
     out, patch = tmp_path_factory.mktemp("one"), pytest.MonkeyPatch()
@@ -220,6 +220,7 @@ def test_without_wandb_the_run_goes_on(script_run):
     assert script_run.out.count("wandb is off: no wandb here") == 1
 
 
+@pytest.mark.slow
 def test_a_run_folder_is_never_overwritten(tmp_path, shards):
     first = train_here(tmp_path, shards, max_iters=2, run_name="r", eval_tokens=64)
     before = {p.name: p.read_bytes() for p in first.iterdir() if p.is_file()}
@@ -229,6 +230,7 @@ def test_a_run_folder_is_never_overwritten(tmp_path, shards):
     assert json.loads((folders[1] / "config.json").read_text())["seed"] == 3
 
 
+@pytest.mark.slow
 def test_log_interval_and_only_a_last_evaluation(tmp_path, shards):
     folder = train_here(tmp_path, shards, max_iters=6, log_interval=4, USE_FP8=False, eval_tokens=64)
     assert [(r["kind"], r["step"]) for r in records(folder)] == [("train", 0), ("train", 4), ("train", 5), ("val", 5),
@@ -275,6 +277,7 @@ def test_the_first_losses_are_those_of_a_plain_loop(tmp_path, shards, one_rank):
         assert loss.item() == expected["loss"] and norm.item() == expected["grad_norm"], step
 
 
+@pytest.mark.slow
 def test_the_same_flags_give_the_same_losses(tmp_path, shards, one_rank):
     again = train_here(tmp_path, shards)
     assert np.array_equal(losses(again), losses(one_rank["fp8"]))
@@ -282,6 +285,7 @@ def test_the_same_flags_give_the_same_losses(tmp_path, shards, one_rank):
     assert not np.array_equal(losses(other)[1:], losses(again)[1:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [1, 2, 4])
 def test_gradient_accumulation_equals_a_larger_batch(tmp_path, shards, one_rank, batch_size):
     """bf16: the same tokens in more micro-batches. fp32 sums in another order, which Adam's and Muon's normalised steps
@@ -291,6 +295,7 @@ def test_gradient_accumulation_equals_a_larger_batch(tmp_path, shards, one_rank,
     assert got[0] - got[-1] > 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [dict(), dict(batch_size=2, max_iters=4)], ids=["whole", "accumulate"])
 def test_evaluation_does_not_touch_training(tmp_path, shards, changes):
     """Delayed scaling: bit for bit the same losses with an evaluation after every step, which feeds no amax history and
@@ -342,6 +347,7 @@ def test_val_loss_is_the_cross_entropy_of_the_first_sequences(shards):
     assert evaluate_small(shards, 640, 8) == pytest.approx(want, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_eval_tokens_are_cut_to_what_there_is(tmp_path, shards):
     """1500 val tokens hold 46 sequences of 32 with a last target; fewer than a sequence are rounded up to one."""
     for given, used in ((10**9, 46 * 32), (100, 96), (5, 32)):
@@ -362,6 +368,7 @@ def test_training_goes_around_the_ring(tmp_path):
 # Number formats and flags that change the path, not the result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name,changes", [
     ("fp8-current", dict(FP8_RECIPE="current")), ("fp8-block", dict(FP8_RECIPE="block")),
     ("fp8-mxfp8", dict(FP8_RECIPE="mxfp8")),
@@ -406,11 +413,13 @@ def test_delayed_scaling_is_calibrated_from_the_first_step(tmp_path, shards, one
         assert all(a[k] == b[k] for k in ("tokens", "lr_muon", "lr_embed", "lr_head", "momentum"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [dict(USE_AC_BLOCKS=True, USE_AC_ATTENTION=True)])
 def test_recomputation_gives_the_same_run(tmp_path, shards, one_rank, flags):
     assert np.array_equal(losses(train_here(tmp_path, shards, **flags)), losses(one_rank["fp8"]))
 
 
+@pytest.mark.slow
 def test_recomputing_the_head_gives_the_same_run(tmp_path, shards, one_rank):
     """The logits are made twice from the same operands: the gradients, and so the losses, are the same."""
     assert np.array_equal(losses(train_here(tmp_path, shards, USE_AC_LM_HEAD=True)), losses(one_rank["fp8"]))
@@ -439,6 +448,7 @@ def test_two_ranks_train_like_one(one_rank, two_ranks, name):
     assert np.abs(got - want).max() < GAPS[name], np.abs(got - want)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flag", ["USE_DDP", "USE_FSDP2"])
 def test_a_wrapper_around_one_rank(tmp_path, shards, one_rank, flag):
     """One path for one rank and many. DDP: bit for bit; FSDP2: bf16 weights, as above."""
@@ -496,6 +506,7 @@ def test_only_rank_0_writes_and_speaks(two_ranks):
     assert np.isfinite(losses(two_ranks["auto-nvfp4"])).all()
 
 
+@pytest.mark.slow
 def test_torchrun_of_the_script(tmp_path, shards, one_rank):
     """The command of the README: two ranks from start to end, and an error that every rank finds, said once.
 
