@@ -19,6 +19,18 @@ if not torch.cuda.is_available():  # before triton is imported: test_kernels.py 
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+# Fixtures that start processes
+SLOW_FIXTURES = {"two_ranks", "script_run"}
+
+
+def pytest_collection_modifyitems(items):
+    """Run the fast tests first: a mistake shows within the first minute."""
+    for item in items:
+        if SLOW_FIXTURES.intersection(getattr(item, "fixturenames", ())):
+            item.add_marker("slow")
+    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+
+
 @pytest.fixture
 def fresh(monkeypatch):
     """Seeds, the emulation's state, no GPU and no torchrun around: the same start for every test in this process."""

@@ -125,7 +125,8 @@ def write_shard(path, tokens, **header):
 
 def script_env(**extra):
     """The environment of a CPU run: one thread, no GPU, no torchrun around."""
-    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
+    env = {k: v for k,
+           v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
     return env | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo", **extra}
 
 
@@ -198,8 +199,9 @@ def edited_copy(folder, **edits):
     """A copy of train.py with flags edited in its text, as a user would, imported. Values are source text."""
     text = pathlib.Path(TRAIN).read_text(encoding="utf-8")
     for name, value in edits.items():
-        text, n = re.subn(rf"^({name}: .+?) = .+?(\s+# )", lambda m: f"{m[1]} = {value}{m[2]}", text, count=1, flags=re.M)
-        assert n == 1, name
+        line = re.search(rf"^{name}: .+? = (.+?)\s+# ", text, re.M)
+        assert line, name
+        text = text[:line.start(1)] + value + text[line.end(1):]
     path = folder / "train_edited.py"
     path.write_text(text, encoding="utf-8")
     spec = importlib.util.spec_from_file_location("train_edited", path)
@@ -217,7 +219,8 @@ CLOCK_KEYS = {"step_ms", "compile_seconds", "tok_per_sec", "tok_per_sec_median",
 
 def learned(folder, *kinds):
     """log.jsonl without what clocks and memory say: equal for runs that learned the same, bit for bit."""
-    return [{k: v for k, v in r.items() if k not in CLOCK_KEYS} for r in records(folder) if not kinds or r["kind"] in kinds]
+    return [{k: v for k, v in r.items() if k not in CLOCK_KEYS} for r in records(folder) if not kinds
+            or r["kind"] in kinds]
 
 
 def in_ckpt(folder):
@@ -226,7 +229,8 @@ def in_ckpt(folder):
 
 
 def copy_of_run(folder, to, *steps):
-    """A copy of a run folder with its log whole, half a line after it, and of its checkpoints only those after `steps`."""
+    """A copy of a run folder with its log whole, half a line after it, and of its checkpoints only those after
+    `steps`."""
     to = shutil.copytree(folder, to)
     for path in (to / "ckpt").iterdir():
         if int(path.name.removeprefix("step_")) not in steps:
@@ -280,9 +284,9 @@ POISONS = ("a loss of nan", "an inf inside", "a gradient of inf")
 
 @contextlib.contextmanager
 def poisoned(how, *steps, factor=float("nan")):
-    """Something that is not finite in train.run()'s steps of these numbers, counted from where it starts: the loss (times
-    `factor`), the activations after the first block, or one gradient. Checkpoints are written after such steps too, which
-    shows what they left behind."""
+    """Something that is not finite in train.run()'s steps of these numbers, counted from where it starts: the loss
+    (times `factor`), the activations after the first block, or one gradient. Checkpoints are written after such steps
+    too, which shows what they left behind."""
     count, train_step = itertools.count(), train.train_step
 
     def spied(run):
@@ -294,7 +298,8 @@ def poisoned(how, *steps, factor=float("nan")):
             loader.loss_scale *= factor
             hook = None
         elif how == "an inf inside":
-            hook = model.blocks[0].register_forward_hook(lambda block, args, out: out * torch.where(out > 1, torch.inf, 1.0))
+            hook = model.blocks[0].register_forward_hook(lambda block, args,
+                                                         out: out * torch.where(out > 1, torch.inf, 1.0))
         else:
             hook = model.head.weight.register_hook(lambda grad: grad * torch.inf)
         try:

@@ -31,39 +31,50 @@ def study(mode, shards, tmp_path, monkeypatch, *flags):
     return json.loads((tmp_path / "t" / "r.json").read_text())
 
 
+@pytest.mark.slow
 def test_precision_study(fresh, shards, tmp_path, capsys, monkeypatch):
-    """Every format from the same weights as bf16, two seeds; noise is the gap of the two bf16 seeds. A second start finds all runs."""
+    """Every format from the same weights as bf16, two seeds; noise is the gap of the two bf16 seeds. A second start
+    finds all runs."""
     result = study("precision", shards, tmp_path, monkeypatch)
     rows = {r["label"]: r for r in result["rows"]}
     assert list(rows) == list(bench.MODES["precision"].variants)
-    assert [r["precision"] for r in rows.values()] == ["bf16", "fp8-delayed", "fp8-current", "fp8-block", "fp8-mxfp8", "nvfp4"]
-    assert all(len(r["losses"]["1"]) == len(r["losses"]["2"]) == 6 and math.isfinite(r["val_loss"]) for r in rows.values())
+    assert [r["precision"] for r in rows.values()] == ["bf16", "fp8-delayed", "fp8-current", "fp8-block", "fp8-mxfp8",
+                                                       "nvfp4"]
+    assert all(len(r["losses"]["1"]) == len(r["losses"]["2"]) == 6 and math.isfinite(r["val_loss"])
+               for r in rows.values())
     first = {seed: {r["losses"][seed][0] for r in rows.values()} for seed in "12"}
-    assert all(len(losses) == 1 for losses in first.values()), "the head starts at zero: the first loss is that of the same tokens"
+    assert all(len(losses) == 1
+               for losses in first.values()), "the head starts at zero: the first loss is that of the same tokens"
     smoothed = {seed: smooth(rows["bf16"]["losses"][seed])[2:] for seed in "12"}
-    assert result["noise"] == pytest.approx(max(abs(a - b) for a, b in zip(smoothed["1"], smoothed["2"])), abs=1e-4) and result["noise"] > 0
+    noise = max(abs(a - b) for a, b in zip(smoothed["1"], smoothed["2"], strict=True))
+    assert result["noise"] == pytest.approx(noise, abs=1e-4) and noise > 0
     for label, row in rows.items():
         assert row["gaps"] == [] if label == "bf16" else len(row["gaps"]) == 2
         assert row["emulated"] == (label != "bf16") and row["in_bf16"] == ("blocks.1" if label == "NVFP4" else "")
         if label != "bf16":
             assert row["gaps"] == pytest.approx([row["val_losses"][s] - rows["bf16"]["val_losses"][s] for s in "12"])
-            assert 0 < row["largest_gap"] < 0.5 and all(abs(row["val_in_format"][s] - row["val_losses"][s]) < 0.1 for s in "12")
+            assert 0 < row["largest_gap"] < 0.5
+            assert all(abs(row["val_in_format"][s] - row["val_losses"][s]) < 0.1 for s in "12")
     text, printed = (tmp_path / "t" / "r.md").read_text(), capsys.readouterr().out
     assert text in printed and f"{result['noise']:.4f}" in text and "python bench.py precision" in text
-    assert printed.index("12 runs to train (0 are there)") < printed.index("===== bf16, seed 1 =====") and "GFLOP a token: about" in printed
+    assert printed.index("12 runs to train (0 are there)") < printed.index("===== bf16, seed 1 =====")
+    assert "GFLOP a token: about" in printed
     assert (tmp_path / "t" / "r.png").read_bytes()[:4] == b"\x89PNG"
 
     again = study("precision", shards, tmp_path, monkeypatch)
     assert "=====" not in capsys.readouterr().out and again["rows"] == result["rows"]
-    study("precision", shards, tmp_path, monkeypatch, "--formats=bf16", "--learning_rate=0.03")  # other flags: another run
+    # other flags: another run
+    study("precision", shards, tmp_path, monkeypatch, "--formats=bf16", "--learning_rate=0.03")
     assert "2 runs to train (0 are there)" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_ablation(fresh, shards, tmp_path, monkeypatch):
     """Each row lacks one ingredient of NVFP4: its flags say so, and its losses differ from those of all four."""
     result = study("ablation", shards, tmp_path, monkeypatch, "--seeds=2,1", "--max_iters=4")
     rows = {r["label"]: r for r in result["rows"]}
-    assert list(rows) == list(bench.MODES["ablation"].variants) and [len(r["seeds"]) for r in rows.values()] == [2] + [1] * 6
+    assert list(rows) == list(bench.MODES["ablation"].variants)
+    assert [len(r["seeds"]) for r in rows.values()] == [2] + [1] * 6
     names = ("NVFP4_HADAMARD", "NVFP4_STOCHASTIC_ROUNDING", "NVFP4_2D_WEIGHTS")
     has = {label: [r["config"][n] for n in names] + [r["in_bf16"] != ""] for label, r in rows.items()}
     assert has["NVFP4"] == [True] * 4 and has["none of the four"] == [False] * 4
@@ -72,19 +83,25 @@ def test_ablation(fresh, shards, tmp_path, monkeypatch):
         assert rows[label]["losses"]["1"] != rows["NVFP4"]["losses"]["1"]
 
 
+@pytest.mark.slow
 def test_emulation_compares_speeds(fresh, shards, tmp_path):
     """Formats emulated, as picked, in the mode's own order; the ratio to bf16 in the table."""
-    bench.main(["emulation", f"--out={tmp_path}/r", "--rows=NVFP4; bf16;FP8 current", "--max_iters=3", "--warmup_iters=1", "--total_batch_size=256",
-                *small_flags(shards, tmp_path, "warmup_iters", "max_iters", "batch_size", "eval_tokens"), "--n_embd=128", "--batch_size=4"])
+    bench.main(["emulation", f"--out={tmp_path}/r", "--rows=NVFP4; bf16;FP8 current", "--max_iters=3",
+                "--warmup_iters=1", "--total_batch_size=256",
+                *small_flags(shards, tmp_path, "warmup_iters", "max_iters", "batch_size", "eval_tokens"),
+                "--n_embd=128", "--batch_size=4"])
     rows = json.loads((tmp_path / "r.json").read_text())["rows"]
     assert [r["precision"] for r in rows] == ["bf16", "fp8-current", "nvfp4"]
     assert all(r["tok_per_sec"] > 0 for r in rows) and "| NVFP4 |" in (tmp_path / "r.md").read_text()
 
 
+@pytest.mark.slow
 def test_speed_with_two_ranks(shards, tmp_path):
-    """Every variant of `speed` runs under torchrun, the wrappers and train_orig.py among them; the ratio is to the first."""
+    """Every variant of `speed` runs under torchrun, the wrappers and train_orig.py among them; the ratio is to the
+    first."""
     flags = small_flags(shards, tmp_path, "warmup_iters", "max_iters", "eval_tokens")
-    result = finish(start_torchrun(2, ROOT / "bench.py", "speed", f"--out={tmp_path}/r", "--max_iters=3", "--warmup_iters=1",
+    result = finish(start_torchrun(2, ROOT / "bench.py", "speed", f"--out={tmp_path}/r", "--max_iters=3",
+                                   "--warmup_iters=1",
                                    "--total_batch_size=1024", *flags, "--n_embd=128", "--batch_size=4", cwd=tmp_path))
     assert result.code == 0, result.err[-2000:]
     rows = {r["label"]: r for r in json.loads((tmp_path / "r.json").read_text())["rows"]}
@@ -97,15 +114,18 @@ def test_speed_with_two_ranks(shards, tmp_path):
     assert all(r["gpus"] == 2 and r["compile_seconds"] > 0 for r in rows.values())
 
 
+@pytest.mark.slow
 def test_what_is_left_out_and_what_ends_all(fresh, shards, tmp_path, monkeypatch, capsys):
-    """A run without enough memory is left out; a signal ends the study in one line, and the next start goes on from what is finished."""
+    """A run without enough memory is left out; a signal ends the study in one line, and the next start goes on from
+    what is finished."""
     trained, real = [], train.run
 
     def run(cfg, procs):
         trained.append(cfg.run_name)
         if "current" in cfg.run_name and trained.count(cfg.run_name) == 1:
             raise torch.OutOfMemoryError("none left")
-        with helpers.before_step(2, lambda: os.kill(os.getpid(), signal.SIGTERM)) if "block" in cfg.run_name else contextlib.nullcontext():
+        stopper = helpers.before_step(2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        with stopper if "block" in cfg.run_name else contextlib.nullcontext():
             return real(cfg, procs)
 
     monkeypatch.setattr(train, "run", run)
@@ -116,15 +136,20 @@ def test_what_is_left_out_and_what_ends_all(fresh, shards, tmp_path, monkeypatch
     result = study("precision", shards, tmp_path, monkeypatch, "--seeds=1", "--formats=bf16,FP8 current")
     assert [r["label"] for r in result["rows"]] == ["bf16", "FP8 current"]
     (tmp_path / "t" / "r.png").unlink()
-    (row,) = study("precision", shards, tmp_path, monkeypatch, "--seeds=1", "--formats=FP8 current")["rows"]  # a part, for another start to finish
+    # a part, for another start to finish
+    (row,) = study("precision", shards, tmp_path, monkeypatch, "--seeds=1", "--formats=FP8 current")["rows"]
     assert row["gaps"] == [] and row["largest_gap"] is None and (tmp_path / "t" / "r.png").exists()
     assert [name.split("-")[1] for name in trained] == ["bf16", "fp8", "fp8", "fp8"]  # each once, but for what failed
 
 
 @pytest.mark.parametrize("arguments, text", [
-    (["speed", "--log_interval=2"], "--log_interval"), (["nonsense"], "'nonsense'.*speed, precision"), (["report"], "run folders"), (["report", "/no/such/run"], "/no/such/run"),
-    (["precision", "--bath_size=3"], "--batch_size"), (["precision", "--seeds=0"], "--seeds"), (["ablation", "--seeds=1,2,3"], "--seeds"),
-    (["precision", "--formats=FP9"], "FP8 delayed"), (["speed", "--rows=bf16; FP9"], "--rows: speed has FP8 delayed; .*, not 'FP9'"), (["ablation", "--total_batch_size=100"], "total_batch_size=100"),
+    (["speed", "--log_interval=2"], "--log_interval"), (["nonsense"], "'nonsense'.*speed, precision"),
+    (["report"], "run folders"), (["report", "/no/such/run"], "/no/such/run"),
+    (["precision", "--bath_size=3"], "--batch_size"), (["precision", "--seeds=0"], "--seeds"),
+    (["ablation", "--seeds=1,2,3"], "--seeds"),
+    (["precision", "--formats=FP9"], "FP8 delayed"),
+    (["speed", "--rows=bf16; FP9"], "--rows: speed has FP8 delayed; .*, not 'FP9'"),
+    (["ablation", "--total_batch_size=100"], "total_batch_size=100"),
 ])
 def test_wrong_input_is_one_line(fresh, arguments, text):
     with pytest.raises(UserError, match=text) as error:
@@ -132,6 +157,8 @@ def test_wrong_input_is_one_line(fresh, arguments, text):
     assert error.value.status == 2 and "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_command_line(tmp_path):
     result = finish(start(ROOT / "bench.py", "report", "nowhere", cwd=tmp_path))
-    assert result.code == 2 and result.err.count("\n") == 1 and result.err.startswith("bench.py: error: nowhere"), result.err
+    assert result.code == 2 and result.err.count("\n") == 1, result.err
+    assert result.err.startswith("bench.py: error: nowhere")

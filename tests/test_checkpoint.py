@@ -1,7 +1,8 @@
 """Checkpoints: runs that are broken off and go on, over wrappers and ranks, killed at random, refused, damaged.
 
-Runs of one process happen in this process. Those of two ranks (RANKS below) happen one after another in a pair of processes,
-and those that are killed in many: both are forked from one that has imported everything (WORKER and KILLER below).
+Runs of one process happen in this process. Those of two ranks (RANKS below) happen one after another in a pair of
+processes, and those that are killed in many: both are forked from one that has imported everything (WORKER and KILLER
+below).
 """
 
 import contextlib
@@ -64,11 +65,12 @@ pytestmark = pytest.mark.usefixtures("fresh")
 # Six steps, evaluated after 3 and 6, with all checkpoints
 RUN = dict(eval_interval=3, ckpt_interval=1, keep_checkpoints=9)
 WHOLE = {
-    "fp8": RUN, "bf16": RUN | dict(USE_FP8=False, batch_size=4), "nvfp4": RUN | dict(USE_NVFP4=True, n_embd=128, max_iters=4),
+    "fp8": RUN, "bf16": RUN | dict(USE_FP8=False, batch_size=4),
+    "nvfp4": RUN | dict(USE_NVFP4=True, n_embd=128, max_iters=4),
 }
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def one_rank(tmp_path_factory, shards):
     """{name: run} of uninterrupted runs of one process: its folder, and the parameters that were saved."""
     out, patch, runs = tmp_path_factory.mktemp("whole"), pytest.MonkeyPatch(), {}
@@ -111,10 +113,11 @@ def kill():
 # A resumed run equals the uninterrupted one, bit for bit
 
 
-@pytest.mark.parametrize("name,step", [("fp8", 1), ("fp8", 2), ("fp8", 4), ("bf16", 3), ("nvfp4", 1), ("nvfp4", 3)])
+@pytest.mark.parametrize("name,step", [("fp8", 2), ("nvfp4", 1), *[
+    pytest.param(*case, marks=pytest.mark.slow) for case in (("fp8", 1), ("fp8", 4), ("bf16", 3), ("nvfp4", 3))]])
 def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, shards, one_rank, name, step):
-    """Losses, gradient norms, val losses, rates: the whole of log.jsonl but for its clocks. The run broken off had gone on
-    to its `done` record and half a line. After one step, delayed scaling still has a calibration pass to make; NVFP4
+    """Losses, gradient norms, val losses, rates: the whole of log.jsonl but for its clocks. The run broken off had gone
+    on to its `done` record and half a line. After one step, delayed scaling still has a calibration pass to make; NVFP4
     rounds stochastically, so its generator must go on where it was."""
     want = one_rank[name]
     folder = copy_of_run(want.folder, tmp_path / "r", step)
@@ -129,14 +132,16 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, shards, one_rank, 
     assert os.listdir(tmp_path) == ["r"]  # no second run folder
 
 
+@pytest.mark.slow
 def test_saving_does_not_touch_training(tmp_path, shards, one_rank):
     folder = train_here(tmp_path, shards, **RUN | dict(ckpt_interval=0, keep_checkpoints=0))
     assert learned(folder) == learned(one_rank["fp8"].folder) and not (folder / "ckpt").exists()
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_extended(tmp_path, shards):
-    """With a rate that does not depend on max_iters (no decay) it equals the longer run: the earlier `done` is gone, the
-    evaluation at the earlier end stays."""
+    """With a rate that does not depend on max_iters (no decay) it equals the longer run: the earlier `done` is gone,
+    the evaluation at the earlier end stays."""
     flat = dict(min_lr_ratio=1, ckpt_interval=3)
     folder = train_here(tmp_path, shards, run_name="r", max_iters=4, **flat)
     assert len(records(folder, "done")) == 1
@@ -148,6 +153,7 @@ def test_a_finished_run_is_extended(tmp_path, shards):
     assert learned(folder)[-1] == learned(longer)[-1]
 
 
+@pytest.mark.slow
 def test_training_seconds_go_on(tmp_path, shards, one_rank):
     folder = copy_of_run(one_rank["fp8"].folder, tmp_path / "r", 4)
     train_here(tmp_path, shards, resume=folder, **RUN)
@@ -176,7 +182,9 @@ def test_a_checkpoint_is_complete_and_plain(one_rank):
 # Stopped in an orderly way
 
 
-@pytest.mark.parametrize("number,step", [(signal.SIGTERM, 0), (signal.SIGINT, 2), (signal.SIGTERM, 1), (signal.SIGTERM, 5)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number,step",
+                         [(signal.SIGTERM, 0), (signal.SIGINT, 2), (signal.SIGTERM, 1), (signal.SIGTERM, 5)])
 def test_a_signal_stops_the_run_with_a_checkpoint(tmp_path, shards, capsys, one_rank, number, step):
     """A signal during the step: the run ends soon after (at once where that step is evaluated), and goes on as if there
     had been none: with the evaluation of the step that it ended at, too. In the last step it changes nothing."""
@@ -196,6 +204,7 @@ def test_a_signal_stops_the_run_with_a_checkpoint(tmp_path, shards, capsys, one_
     assert learned(folder) == learned(one_rank["fp8"].folder)
 
 
+@pytest.mark.slow
 def test_a_signal_where_no_checkpoint_is_kept(tmp_path, shards, capsys):
     with before_step(1, lambda: os.kill(os.getpid(), signal.SIGTERM)):
         folder = train_here(tmp_path, shards, keep_checkpoints=0)
@@ -218,6 +227,7 @@ def quick(tmp_path_factory, shards):
     return SimpleNamespace(folder=folder, saved=seen.saved)
 
 
+@pytest.mark.slow
 def test_signals_and_broken_runs_of_the_script(tmp_path, shards, quick):
     """The script in processes of its own: SIGTERM and SIGINT as soon as it steps end it with status 0; losses that
     are no numbers end it with one line though a checkpoint was being written, and leave those before it."""
@@ -225,8 +235,10 @@ def test_signals_and_broken_runs_of_the_script(tmp_path, shards, quick):
     (tmp_path / "train.py").write_text(  # 0.1 s a step: on a busy machine, too, the signal comes before the end
         f"import sys, time\nsys.path[0] = {str(ROOT)!r}\nimport train\nstep = train.train_step\n"
         "train.train_step = lambda *args: time.sleep(0.1) or step(*args)\ntrain.main()\n")
-    runs = {number: start("-u", tmp_path / "train.py", *args, f"--run_name=s{number}", cwd=tmp_path) for number in (signal.SIGTERM, signal.SIGINT)}
-    broken = start(TRAIN, *args, "--run_name=broken", "--ckpt_interval=1", "--learning_rate=1e38", "--grad_clip=0", cwd=tmp_path)
+    runs = {number: start("-u", tmp_path / "train.py", *args, f"--run_name=s{number}", cwd=tmp_path)
+            for number in (signal.SIGTERM, signal.SIGINT)}
+    broken = start(TRAIN, *args, "--run_name=broken", "--ckpt_interval=1", "--learning_rate=1e38", "--grad_clip=0",
+                   cwd=tmp_path)
     for number, process in runs.items():
         helpers.read_until(process, lambda line: line.startswith("step "))
         process.send_signal(number)
@@ -235,23 +247,27 @@ def test_signals_and_broken_runs_of_the_script(tmp_path, shards, quick):
         assert "stopped by a signal after" in result.out and not result.err, result.err
         folder = tmp_path / "out" / f"s{number}"
         done = len(losses(folder))
-        assert in_ckpt(folder) == [f"step_{done:06d}"] and learned(folder, "train") == learned(quick.folder, "train")[:done]
+        assert in_ckpt(folder) == [f"step_{done:06d}"]
+        assert learned(folder, "train") == learned(quick.folder, "train")[:done]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path)
         assert train_here("out", shards, run_name=f"s{signal.SIGTERM}", resume="auto", ckpt_interval=0, **QUICK)
     assert learned(tmp_path / "out" / f"s{signal.SIGTERM}") == learned(quick.folder)
     result = finish(broken)
-    assert_one_error_line(result, 1, "10 consecutive steps were skipped", "learning rate", "Newest checkpoint: out/broken/ckpt/step_")
+    assert_one_error_line(result, 1, "10 consecutive steps were skipped", "learning rate",
+                          "Newest checkpoint: out/broken/ckpt/step_")
     done = len(losses(tmp_path / "out" / "broken"))
-    assert done < 40 and all(name <= f"step_{done:06d}" for name in in_ckpt(tmp_path / "out" / "broken") if name[0] != ".")
+    assert done < 40
+    assert all(name <= f"step_{done:06d}" for name in in_ckpt(tmp_path / "out" / "broken") if name[0] != ".")
 
 
 # -----------------------------------------------------------------------------------------------------
 # Killed
 
 # One process imports torch and train.py and then forks each life of the run before any thread or process group exists;
-# its lives differ from a fresh process only in that: no imports (so a life starts in 0.2 s, not in 5), the parent's memory
-# and hash seed, and no torchrun around. Everything that a run makes, from its process group to its threads, is made anew.
+# its lives differ from a fresh process only in that: no imports (so a life starts in 0.2 s, not in 5), the parent's
+# memory and hash seed, and no torchrun around. Everything that a run makes, from its process group to its threads, is
+# made anew.
 KILLER = textwrap.dedent("""
     import glob, json, os, random, signal, sys, time, traceback
     sys.path[:0] = [{root!r}, {tests!r}]
@@ -311,7 +327,8 @@ KILLER = textwrap.dedent("""
                     reaped, status = os.waitpid(pid, os.WNOHANG)
                     if starting or os.path.exists(output) and "ready after" in open(output).read() and glob.glob(whole):
                         left -= 0.002
-                while not reaped and in_a_write and not starting and not glob.glob(half):  # half of the kills hit a write
+                # half of the other kills hit a write
+                while not reaped and in_a_write and not starting and not glob.glob(half):
                     time.sleep(0.0005)
                     reaped, status = os.waitpid(pid, os.WNOHANG)
                 if not reaped:
@@ -328,23 +345,27 @@ KILLER = textwrap.dedent("""
 """)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_again_and_again(tmp_path, shards, quick):
     """22 kills at random moments, with a checkpoint after every step, so that most of them hit a write: the run ends as
     the one never touched. Before each life, every checkpoint that counts holds the parameters of its step."""
     torch.save(quick.saved, tmp_path / "saved.pt")
     flags = QUICK | dict(ckpt_interval=1, keep_checkpoints=2, out_dir=str(tmp_path / "out"), data_dir=str(shards))
-    (tmp_path / "spec.json").write_text(json.dumps(dict(flags=flags, seed=3, kills=22, saved=str(tmp_path / "saved.pt"))))
+    (tmp_path / "spec.json").write_text(json.dumps(dict(flags=flags, seed=3, kills=22,
+                                                        saved=str(tmp_path / "saved.pt"))))
     (tmp_path / "killer.py").write_text(KILLER.format(root=str(ROOT), tests=str(ROOT / "tests")))
     result = finish(start(tmp_path / "killer.py", tmp_path / "spec.json", cwd=tmp_path, OPENBLAS_NUM_THREADS="1"))
     assert result.code == 0, result.err[-4000:]
     lives = json.loads((tmp_path / "spec.json.done").read_text())
-    outputs = [(tmp_path / life["output"]).read_text() if (tmp_path / life["output"]).exists() else "" for life in lives]
+    outputs = [(tmp_path / life["output"]).read_text() if (tmp_path / life["output"]).exists() else ""
+               for life in lives]
     assert sum(life["killed"] for life in lives) == 22
     assert sum(life["writing"] for life in lives if life["killed"]) >= 3  # kills that left half a checkpoint
     resumed = sum("resumed from" in output for output in outputs)
     assert resumed >= 15, resumed
-    for life, output in zip(lives, outputs):
-        too_late = life["code"] == 2 and "has 40 steps" in output  # the life before was killed between its last word and its end
+    for life, output in zip(lives, outputs, strict=True):
+        # the life before was killed between its last word and its end
+        too_late = life["code"] == 2 and "has 40 steps" in output
         assert life["killed"] or life["code"] == 0 or too_late, output[-3000:]
         assert "Traceback" not in output and "failed" not in output, output[-3000:]
     for run in {life["run"] for life in lives}:
@@ -354,7 +375,8 @@ def test_a_run_that_is_killed_again_and_again(tmp_path, shards, quick):
         assert learned(folder) == learned(quick.folder)
         assert in_ckpt(folder) == ["step_000039", "step_000040"]
         for step in (39, 40):
-            assert same_tensors(read_weights(folder / "ckpt" / f"step_{step:06d}", quick.saved[step]), quick.saved[step])
+            assert same_tensors(read_weights(folder / "ckpt" / f"step_{step:06d}", quick.saved[step]),
+                                quick.saved[step])
 
 
 # -----------------------------------------------------------------------------------------------------
@@ -369,7 +391,8 @@ RANKS = {
     "fsdp2-fp8": (FSDP2, None, 0), "fsdp2-fp8-resumed": (FSDP2, "fsdp2-fp8", 4),
     "fsdp2-bf16": (FSDP2 | BF16, None, 0), "fsdp2-bf16-resumed": (FSDP2 | BF16, "fsdp2-bf16", 3),
     "fsdp2-nvfp4": (FSDP2 | NVFP4, None, 0), "fsdp2-nvfp4-resumed": (FSDP2 | NVFP4, "fsdp2-nvfp4", 2),
-    "one-to-fsdp2": (FSDP2, "one", 3), "one-to-ddp": (DDP, "one", 3), "one-to-ddp-unscaled": (DDP, "one", 3), "fsdp2-to-ddp": (DDP, "fsdp2-fp8", 3),
+    "one-to-fsdp2": (FSDP2, "one", 3), "one-to-ddp": (DDP, "one", 3), "one-to-ddp-unscaled": (DDP, "one", 3),
+    "fsdp2-to-ddp": (DDP, "fsdp2-fp8", 3),
     "fsdp2-poisoned": (FSDP2, None, 0), "ddp-poisoned": (DDP, None, 0),
     "minutes": (FSDP2 | dict(ckpt_interval=0), None, 0), "one-fails": (FSDP2 | dict(ckpt_interval=2), None, 0),
     "stopped": (FSDP2 | dict(ckpt_interval=0), None, 0), "stopped-resumed": (FSDP2, "stopped", 2),
@@ -380,6 +403,7 @@ WORKER = textwrap.dedent("""
     from unittest import mock
     import helpers, torch, train
     import torch.distributed as dist
+    from torch.distributed.checkpoint.staging import BlockingAsyncStager
     from nanofp8 import te_emulation as te
     from nanofp8.checkpoint import read_checkpoint
     from nanofp8.faults import Guard
@@ -401,7 +425,7 @@ WORKER = textwrap.dedent("""
                 helpers.copy_of_run(spec["one"] if source == "one" else out / source, out / name, step)
             procs.broadcast(None)
             changes["resume"] = str(out / name)
-        cfg = train.read_flags(helpers.flag_args(run_name=name, out_dir=out, data_dir=spec["data"], **changes), has_gpu=False)
+        cfg = helpers.make_cfg(run_name=name, out_dir=out, data_dir=spec["data"], **changes)
         stopper = contextlib.nullcontext()
         if name == "stopped" and procs.rank == 1:  # and rank 0 knows nothing of it
             stopper = helpers.before_step(1, lambda: os.kill(os.getpid(), signal.SIGTERM))
@@ -410,10 +434,12 @@ WORKER = textwrap.dedent("""
         elif "poisoned" in name:
             stopper = mock.patch.object(Guard, "healthy", True)
         if name == "one-fails" and procs.rank == 1:  # once, and rank 0 knows nothing of it
-            stage = mock.Mock(side_effect=[RuntimeError("no memory"), mock.DEFAULT, mock.DEFAULT], wraps=torch.distributed.checkpoint.staging.BlockingAsyncStager().stage)
-            stopper = mock.patch.object(torch.distributed.checkpoint.staging.BlockingAsyncStager, "stage", stage)
+            stage = mock.Mock(side_effect=[RuntimeError("no memory"), mock.DEFAULT, mock.DEFAULT],
+                              wraps=BlockingAsyncStager().stage)
+            stopper = mock.patch.object(BlockingAsyncStager, "stage", stage)
         if "unscaled" in name:  # what comes of gradients whose scales do not follow the world size
-            stopper = mock.patch("nanofp8.checkpoint.read_checkpoint", lambda path, read=read_checkpoint: read(path) | dict(world_size=2))
+            stopper = mock.patch("nanofp8.checkpoint.read_checkpoint",
+                                 lambda path, read=read_checkpoint: read(path) | dict(world_size=2))
         if name == "minutes":  # clocks that do not agree
             cfg.ckpt_minutes = 1e-9 if procs.is_main else 1e9
         error = None
@@ -442,7 +468,8 @@ def two_ranks(tmp_path_factory, shards, one_rank):
     (folder / "worker.py").write_text(WORKER.format(root=str(ROOT), tests=str(ROOT / "tests")))
     result = finish(start(folder / "worker.py", folder / "spec.json", cwd=folder))
     assert result.code == 0, result.err[-4000:]
-    runs = {name: SimpleNamespace(folder=folder / "out" / name, **torch.load(folder / "out" / f"{name}.pt")) for name in RANKS}
+    runs = {name: SimpleNamespace(folder=folder / "out" / name, **torch.load(folder / "out" / f"{name}.pt"))
+            for name in RANKS}
     assert not any(run.error for run in runs.values()), {name: run.error for name, run in runs.items()}
     runs["one-fails"].output = result.out
     return runs
@@ -455,12 +482,14 @@ def test_two_ranks_go_on_bit_for_bit(two_ranks, name):
     step = RANKS[f"{name}-resumed"][2]
     assert learned(got.folder) == learned(want.folder)
     assert same_tensors(got.restored, want.saved[step])
-    assert all(same_tensors(got.saved[s], want.saved[s]) for s in got.saved) and len(got.saved) == len(want.saved) - step
+    assert all(same_tensors(got.saved[s], want.saved[s]) for s in got.saved)
+    assert len(got.saved) == len(want.saved) - step
 
 
 def test_a_signal_to_one_rank_stops_all(two_ranks):
     stopped, resumed = two_ranks["stopped"], two_ranks["stopped-resumed"]
-    assert [r["kind"] for r in records(stopped.folder, "train")] == ["train"] * 2 and in_ckpt(stopped.folder) == ["step_000002"]
+    assert [r["kind"] for r in records(stopped.folder, "train")] == ["train"] * 2
+    assert in_ckpt(stopped.folder) == ["step_000002"]
     assert learned(resumed.folder) == learned(two_ranks["fsdp2-fp8"].folder)
 
 
@@ -485,14 +514,16 @@ def test_a_checkpoint_that_fails_on_one_rank_fails_on_all(two_ranks):
     """Neither waits for the other, later ones are whole."""
     run, whole = two_ranks["one-fails"], two_ranks["fsdp2-fp8"]
     lines = [line for line in run.output.splitlines() if "checkpoint at step" in line and "failed" in line]
-    assert len(lines) == 1 and lines[0].startswith("checkpoint at step 2 failed, training continues: no memory (rank 1)"), lines
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("checkpoint at step 2 failed, training continues: no memory (rank 1)"), lines
     assert in_ckpt(run.folder) == ["step_000004", "step_000006"] and learned(run.folder) == learned(whole.folder)
     for step in (4, 6):
-        assert same_tensors(read_weights(run.folder / "ckpt" / f"step_{step:06d}", whole.saved[step]), whole.saved[step])
+        assert same_tensors(read_weights(run.folder / "ckpt" / f"step_{step:06d}", whole.saved[step]),
+                            whole.saved[step])
 
 
-# Largest gap of any later loss to the run that was left, in nats. FSDP2 gathers weights rounded to bf16, and FP8 rounds them
-# once more; DDP differs in the order of fp32 sums. The same gaps as between whole runs under these wrappers.
+# Largest gap of any later loss to the run that was left, in nats. FSDP2 gathers weights rounded to bf16, and FP8 rounds
+# them once more; DDP differs in the order of fp32 sums. The same gaps as between whole runs under these wrappers.
 ACROSS_GAP = 3e-3
 
 
@@ -515,7 +546,8 @@ def test_two_ranks_go_on_from_one(one_rank, two_ranks, name):
 
 
 def test_losses_and_norms_would_notice_scales_that_do_not_follow(one_rank, two_ranks):
-    """From one rank to two, gradients double: with the scales as they were, the largest would saturate in the first step."""
+    """From one rank to two, gradients double: with the scales as they were, the largest would saturate in the first
+    step."""
     want, got = (learned(run.folder, "train")[3] for run in (one_rank["fp8"], two_ranks["one-to-ddp-unscaled"]))
     assert got["step"] == 3 and 0.02 < 1 - got["grad_norm"] / want["grad_norm"] < 0.04  # assert_goes_on() allows 0.005
 
@@ -576,8 +608,10 @@ def test_flags_that_cannot_change_are_refused(tmp_path, shards, capsys, one_rank
     assert (folder / "log.jsonl").read_bytes() == before and in_ckpt(folder) == ["step_000003"]
 
 
+@pytest.mark.slow
 def test_flags_that_can_change_are_said(tmp_path, shards, capsys, one_rank):
-    """Learning rate, micro-batch, number format, evaluation, length of the amax history: the run goes on, all finite."""
+    """Learning rate, micro-batch, number format, evaluation, length of the amax history: the run goes on, all
+    finite."""
     folder = copy_of_run(one_rank["fp8"].folder, tmp_path / "r", 3)
     changes = dict(learning_rate=0.01, batch_size=4, eval_interval=2)
     train_here(tmp_path, shards, resume=folder, **RUN | changes)
@@ -592,6 +626,7 @@ def test_flags_that_can_change_are_said(tmp_path, shards, capsys, one_rank):
     assert read_checkpoint(str(folder / "ckpt" / "step_000006"))["flags"]["learning_rate"] == 0.01
 
 
+@pytest.mark.slow
 def test_other_data_are_refused(tmp_path, shards, capsys, one_rank):
     """Other tokens under the same names, before the checkpoint's position; one more shard after the others is fine."""
     folder = copy_of_run(one_rank["fp8"].folder, tmp_path / "r", 3)
@@ -609,13 +644,15 @@ def test_going_back_says_what_it_deletes_and_no_half_deleted_one_counts(tmp_path
     folder = copy_of_run(one_rank["fp8"].folder, tmp_path / "r", 5)
     copy_of_run(one_rank["fp8"].folder, tmp_path / "early", 2)
     shutil.copytree(tmp_path / "early" / "ckpt" / "step_000002", folder / "ckpt" / "step_000002")
-    with mock.patch.object(shutil, "rmtree", lambda path, **_: (pathlib.Path(path) / ".metadata").unlink()):  # killed in the midst
+    # killed in the midst
+    with mock.patch.object(shutil, "rmtree", lambda path, **_: (pathlib.Path(path) / ".metadata").unlink()):
         with mock.patch.object(dist, "barrier", side_effect=Killed), pytest.raises(Killed):
             train_here(tmp_path, shards, resume=folder / "ckpt" / "step_000002", **RUN)
     assert "continuing from step 2; deleting later checkpoints: step_000005\n" in capsys.readouterr().out
     assert find_checkpoint(str(folder)).endswith("step_000002")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gone", range(4))
 def test_killed_while_it_goes_back(tmp_path, shards, one_rank, gone):
     """After none to all of the later checkpoints are given up: the next start goes on from one that the log reaches."""
@@ -626,15 +663,18 @@ def test_killed_while_it_goes_back(tmp_path, shards, one_rank, gone):
             raise Killed
         removed.append(do(path))
 
-    with mock.patch.object(os, "remove", remove), mock.patch.object(os, "replace", lambda *_: kill()), pytest.raises(Killed), \
+    with mock.patch.object(os, "remove", remove), mock.patch.object(os, "replace", lambda *_: kill()), \
+            pytest.raises(Killed), \
             mock.patch("fcntl.flock"):  # a process that is killed holds no lock
         train_here(tmp_path, shards, resume=folder / "ckpt" / "step_000002", **RUN)
-    assert [os.path.basename(f) for f in complete_checkpoints(str(folder / "ckpt"))] == [f"step_{n:06d}" for n in (2, 4, 5, 6)][:4 - gone]
+    assert [os.path.basename(f)
+            for f in complete_checkpoints(str(folder / "ckpt"))] == [f"step_{n:06d}" for n in (2, 4, 5, 6)][:4 - gone]
     train_here(tmp_path, shards, run_name="r", resume="auto", **RUN | dict(max_iters=7))
     steps = [r["step"] for r in records(folder, "train")]
     assert steps == list(range(7)), steps
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_is_on_disk_counts_before_the_evaluation_ends(tmp_path, shards):
     seen = []
 
@@ -650,13 +690,15 @@ def test_a_checkpoint_that_is_on_disk_counts_before_the_evaluation_ends(tmp_path
     assert seen[0] == ["step_000002"]
 
 
+@pytest.mark.slow
 def test_layers_without_scales_are_calibrated(tmp_path, shards, one_rank):
     """A layer that was in bf16 has none: at scale 1 its gradients would all be 0 in E5M2 for a step."""
     folder = train_here(tmp_path, shards, run_name="r", **RUN | dict(max_iters=3, HIGH_PRECISION_LAYERS="blocks.1"))
     scales = {}
 
     def train_step(run, do=train.train_step):
-        scales.update({name: float(s.flatten()[0]) for name, s in fp8_state(run.model).items() if name.endswith("scaling_bwd.scale")})
+        scales.update({name: float(s.flatten()[0]) for name,
+                       s in fp8_state(run.model).items() if name.endswith("scaling_bwd.scale")})
         return do(run)
 
     with mock.patch.object(train, "train_step", train_step):
@@ -664,6 +706,7 @@ def test_layers_without_scales_are_calibrated(tmp_path, shards, one_rank):
     assert any("blocks.1" in name for name in scales) and min(scales.values()) > 1, scales
 
 
+@pytest.mark.slow
 def test_a_path_goes_on_under_its_own_name(tmp_path, shards, capsys, one_rank):
     folder = copy_of_run(one_rank["fp8"].folder, tmp_path / "fp8", 3)
     train_here(tmp_path, shards, resume=folder, run_name="other", **RUN | dict(max_iters=4))
@@ -671,6 +714,7 @@ def test_a_path_goes_on_under_its_own_name(tmp_path, shards, capsys, one_rank):
     assert train_here(tmp_path, shards, resume="auto", run_name="fp8", **RUN | dict(max_iters=5)) == folder
 
 
+@pytest.mark.slow
 def test_two_processes_do_not_share_a_run_folder(tmp_path, shards, capsys, one_rank):
     folder = copy_of_run(one_rank["fp8"].folder, tmp_path / "r", 3)
     held = os.open(folder, os.O_RDONLY)
@@ -702,10 +746,12 @@ def contents(folder):
     return {str(p.relative_to(folder)): p.read_bytes() for p in pathlib.Path(folder).rglob("*") if p.is_file()}
 
 
+@pytest.mark.slow
 def test_a_run_that_another_process_trains_is_left_alone(tmp_path, shards, capsys):
     """Resumed at its folder, at an earlier checkpoint of it, or by its name: one line, and no file is touched."""
     (tmp_path / "train.py").write_text(textwrap.dedent(WAITING.format(root=str(ROOT))))
-    process = start("-u", tmp_path / "train.py", *flag_args(data_dir=shards, out_dir=tmp_path, run_name="r", **RUN), cwd=tmp_path)
+    process = start("-u", tmp_path / "train.py", *flag_args(data_dir=shards, out_dir=tmp_path, run_name="r", **RUN),
+                    cwd=tmp_path)
     folder = tmp_path / "r"
     try:
         helpers.read_until(process, lambda line: line == "waiting\n")
@@ -713,7 +759,8 @@ def test_a_run_that_another_process_trains_is_left_alone(tmp_path, shards, capsy
         assert in_ckpt(folder) == [f"step_{s:06d}" for s in (1, 2, 3, 4)] and len(records(folder, "train")) == 4
         for resume in (folder, folder / "ckpt" / "step_000002", "auto"):
             with mock.patch.object(time, "sleep"):  # which waits for a process that is ending
-                refused(capsys, tmp_path, shards, 1, "another process is training in", folder, run_name="r", resume=resume, **RUN)
+                refused(capsys, tmp_path, shards, 1, "another process is training in", folder, run_name="r",
+                        resume=resume, **RUN)
             assert contents(folder) == before, resume
         assert sorted(p.name for p in tmp_path.iterdir()) == ["r", "train.py"]
     finally:
@@ -723,6 +770,7 @@ def test_a_run_that_another_process_trains_is_left_alone(tmp_path, shards, capsy
     assert in_ckpt(folder) == [f"step_{s:06d}" for s in range(1, 7)]
 
 
+@pytest.mark.slow
 def test_lines_that_are_none_do_not_stop_a_resume(tmp_path, shards, one_rank):
     """As a machine that lost its power, or a hand, may leave them."""
     folder = copy_of_run(one_rank["fp8"].folder, tmp_path / "r", 3)
@@ -739,12 +787,14 @@ def test_a_damaged_checkpoint_that_was_moved_leaves_no_run_folder(tmp_path, shar
     assert not list((tmp_path / "out").glob("*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source,changes", [
     ("bf16", dict(USE_FP8=True)), ("fp8", dict(USE_FP8=False)), ("fp8", dict(FP8_RECIPE="current")),
     ("fp8", dict(FP8_AMAX_HISTORY=4)), ("fp8", dict(FP8_AMAX_HISTORY=64)),
 ], ids=["bf16-to-fp8", "fp8-to-bf16", "delayed-to-current", "shorter-history", "longer-history"])
 def test_the_number_format_can_change(tmp_path, shards, one_rank, source, changes):
-    """Scales that the checkpoint has not, or not in this length, are calibrated anew: within 0.02 nats of the run left."""
+    """Scales that the checkpoint has not, or not in this length, are calibrated anew: within 0.02 nats of the run
+    left."""
     folder = copy_of_run(one_rank[source].folder, tmp_path / "r", 3)
     train_here(tmp_path, shards, resume=folder, **WHOLE[source] | changes)
     assert np.abs(losses(folder) - losses(one_rank[source].folder)).max() < 0.02
@@ -753,13 +803,15 @@ def test_the_number_format_can_change(tmp_path, shards, one_rank, source, change
 def test_what_cannot_be_resumed(tmp_path, shards, capsys, one_rank):
     (tmp_path / "empty").mkdir()
     for path in ("nowhere", "empty"):
-        refused(capsys, tmp_path, shards, 2, f"--resume={tmp_path / path}", "no complete checkpoint", resume=tmp_path / path)
+        refused(capsys, tmp_path, shards, 2, f"--resume={tmp_path / path}", "no complete checkpoint",
+                resume=tmp_path / path)
     for steps in (3, 2):
         refused(capsys, tmp_path, shards, 2, "step_000003 has 3 steps", f"max_iters is {steps}", "raise --max_iters",
                 resume=one_rank["fp8"].folder / "ckpt" / "step_000003", max_iters=steps)
     assert sorted(os.listdir(tmp_path)) == ["empty"]  # no run folder was made
 
 
+@pytest.mark.slow
 def test_auto_starts_afresh_where_there_is_nothing(tmp_path, shards, capsys):
     """Also where a run was killed before its first checkpoint: its folder stays as it is, the new one has a number."""
     with before_step(2, kill), pytest.raises(Killed):
@@ -772,8 +824,10 @@ def test_auto_starts_afresh_where_there_is_nothing(tmp_path, shards, capsys):
     assert [r["step"] for r in records(tmp_path / "r-2", "train")] == [0, 1, 2]
 
 
+@pytest.mark.slow
 def test_auto_keeps_to_runs_of_its_name(tmp_path, shards):
-    """A run that was named r-2 is not the second one of r; and a run folder that was renamed is found by its new name."""
+    """A run that was named r-2 is not the second one of r; and a run folder that was renamed is found by its new
+    name."""
     first = train_here(tmp_path, shards, run_name="r", max_iters=2)
     other = train_here(tmp_path, shards, run_name="r-2", max_iters=3, seed=9)
     log = (other / "log.jsonl").read_bytes()
@@ -783,6 +837,7 @@ def test_auto_keeps_to_runs_of_its_name(tmp_path, shards):
     assert train_here(tmp_path, shards, run_name="renamed", resume="auto", max_iters=5) == tmp_path / "renamed"
 
 
+@pytest.mark.slow
 def test_going_back_to_an_earlier_checkpoint(tmp_path, shards, one_rank):
     """The run goes on from there, also when it is killed before its next checkpoint and started again with auto: the
     later checkpoints belong to records that are gone."""
@@ -794,6 +849,7 @@ def test_going_back_to_an_earlier_checkpoint(tmp_path, shards, one_rank):
     assert learned(folder) == learned(one_rank["fp8"].folder)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_was_moved(tmp_path, shards, one_rank):
     """One taken out of its run folder goes on in a new run folder, and nothing is written or deleted beside it."""
     moved = tmp_path / "models" / "step_000004"
@@ -807,18 +863,20 @@ def test_a_checkpoint_that_was_moved(tmp_path, shards, one_rank):
 
 
 def touch_checkpoint(folder, when=None):
-    """A folder that counts as a checkpoint saved at `when`, or one that does not; its time stamp is that of this test."""
+    """A folder that counts as a checkpoint saved at `when`, or one that does not; its time stamp is that of this
+    test."""
     folder.mkdir(parents=True)
     if when is not None:
         step = int("".join(filter(str.isdigit, folder.name)) or 1)
         (folder / "meta.json").write_text(json.dumps(dict(
-            step=step, tokens=step, world_size=1, train_seconds=1.0, flags={}, loader=dict(step=step, micro_batch=0), saved_at=when)))
+            step=step, tokens=step, world_size=1, train_seconds=1.0, flags={}, loader=dict(step=step, micro_batch=0),
+            saved_at=when)))
     return str(folder)
 
 
 def test_find_checkpoint(tmp_path):
-    """At a checkpoint, a run folder and a folder of runs; only what has meta.json counts, and nothing by another name. In a
-    run the most steps count, by number; among runs the time that each says of itself: no time stamp of a file."""
+    """At a checkpoint, a run folder and a folder of runs; only what has meta.json counts, and nothing by another name.
+    In a run the most steps count, by number; among runs the time that each says of itself: no time stamp of a file."""
     assert find_checkpoint(str(tmp_path / "none")) is None and find_checkpoint(str(tmp_path)) is None
     run = tmp_path / "a [1]"
     newest = touch_checkpoint(run / "ckpt" / "step_1000000", 200)
@@ -842,6 +900,7 @@ def test_find_checkpoint(tmp_path):
 # Keeping, failing, damaged
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keep,names", [(1, ["step_000006"]), (2, ["step_000005", "step_000006"]),
                                         (4, [f"step_{s:06d}" for s in (3, 4, 5, 6)])])
 def test_the_newest_checkpoints_stay(tmp_path, shards, keep, names):
@@ -849,6 +908,7 @@ def test_the_newest_checkpoints_stay(tmp_path, shards, keep, names):
     assert in_ckpt(folder) == names
 
 
+@pytest.mark.slow
 def test_a_resumed_run_clears_up(tmp_path, shards, one_rank):
     """What a killed run left half written or half deleted goes, and of the complete ones the newest stay."""
     folder = copy_of_run(one_rank["fp8"].folder, tmp_path / "r", 1, 2, 3, 4)
@@ -861,11 +921,13 @@ def test_a_resumed_run_clears_up(tmp_path, shards, one_rank):
     assert learned(folder) == learned(one_rank["fp8"].folder)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_at_the_end_and_at_intervals(tmp_path, shards, capsys):
     folder = train_here(tmp_path, shards, ckpt_interval=4, keep_checkpoints=9, USE_FP8=False)
     assert in_ckpt(folder) == ["step_000004", "step_000006"]
     out = capsys.readouterr().out
-    assert "step 4/6 | checkpoint started" in out and "step 6/6 | checkpoint started" in out and out.count("checkpoint started") == 2
+    assert "step 4/6 | checkpoint started" in out and "step 6/6 | checkpoint started" in out
+    assert out.count("checkpoint started") == 2
 
 
 def failing_writes(how, patch):
@@ -904,9 +966,11 @@ def failing_writes(how, patch):
         patch.setattr(ThreadPoolExecutor, "submit", no_thread_at_first)
     else:
         patch.setattr(dcp, "save", full_at_first)
-    return {"no thread": "can't start new thread", "file size": "", "a file in the way": "", "meta.json": "No space left"}[how]
+    return {"no thread": "can't start new thread", "file size": "", "a file in the way": "",
+            "meta.json": "No space left"}[how]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["no thread", "file size", "meta.json", "a file in the way"])
 def test_a_write_that_fails_is_said_and_training_goes_on(tmp_path, shards, capsys, monkeypatch, one_rank, how):
     """The checkpoint after 2 steps fails, that after 4 works, but where a file takes the folder's place; nothing half
@@ -921,7 +985,7 @@ def test_a_write_that_fails_is_said_and_training_goes_on(tmp_path, shards, capsy
     lines = [line for line in captured.out.splitlines() if "checkpoint at step" in line and "failed" in line]
     steps = (2, 4, 6) if how == "a file in the way" else (2,)
     assert len(lines) == len(steps) and "Traceback" not in captured.out + captured.err, lines
-    for line, step in zip(lines, steps):
+    for line, step in zip(lines, steps, strict=True):
         assert line.startswith(f"checkpoint at step {step} failed, training continues: ") and word in line
         assert len(line.split("continues: ")[1]) > 5  # says why
     assert learned(folder) == learned(one_rank["fp8"].folder)
@@ -929,7 +993,8 @@ def test_a_write_that_fails_is_said_and_training_goes_on(tmp_path, shards, capsy
         assert (folder / "ckpt").is_file()
     else:
         assert in_ckpt(folder) == ["step_000004", "step_000006"]
-        assert same_tensors(read_weights(folder / "ckpt" / "step_000004", one_rank["fp8"].saved[4]), one_rank["fp8"].saved[4])
+        assert same_tensors(read_weights(folder / "ckpt" / "step_000004", one_rank["fp8"].saved[4]),
+                            one_rank["fp8"].saved[4])
 
 
 def damage(folder, how):
@@ -949,14 +1014,18 @@ def damage(folder, how):
     elif how == "another index":
         (folder / ".metadata").write_bytes(pickle.dumps({"not": "ours"}))
     else:
-        (folder / "meta.json").write_text({"half meta": '{"step": 4, "fla', "empty meta": "{}", "listed meta": "[]"}.get(how) or json.dumps(
+        (folder / "meta.json").write_text({"half meta": '{"step": 4, "fla', "empty meta": "{}",
+                                           "listed meta": "[]"}.get(how) or json.dumps(
             json.loads((folder / "meta.json").read_text()) | ODD_META[how]))
 
 
-ODD_META = {f"meta {key}": {key: value} for key, value in (("step", 5), ("tokens", "9"), ("world_size", 0), ("loader", {}), ("train_seconds", None))}
+ODD_META = {f"meta {key}": {key: value} for key,
+            value in (("step", 5), ("tokens", "9"), ("world_size", 0), ("loader", {}), ("train_seconds", None))}
 
 
-@pytest.mark.parametrize("how", ["truncated data", "start of the data", "empty data", "no data", "truncated index", "no index", "another index",
+@pytest.mark.parametrize("how",
+                         ["truncated data", "start of the data", "empty data", "no data", "truncated index", "no index",
+                          "another index",
                                  "half meta", "empty meta", "listed meta", *ODD_META])
 def test_a_damaged_checkpoint_is_refused_in_one_line(tmp_path, shards, capsys, one_rank, how):
     """And its run folder stays as it was."""
@@ -968,7 +1037,8 @@ def test_a_damaged_checkpoint_is_refused_in_one_line(tmp_path, shards, capsys, o
     assert (folder / "log.jsonl").read_bytes() == before
     if how == "truncated data":  # the model's part may lie in the half that is left: then it is whole, to the bit
         with contextlib.suppress(UserError):
-            assert same_tensors(read_weights(folder / "ckpt" / "step_000004", one_rank["fp8"].saved[4]), one_rank["fp8"].saved[4])
+            assert same_tensors(read_weights(folder / "ckpt" / "step_000004", one_rank["fp8"].saved[4]),
+                                one_rank["fp8"].saved[4])
     elif "meta" not in how:
         with pytest.raises(UserError, match="cannot load.*step_000004"):
             read_weights(folder / "ckpt" / "step_000004", one_rank["fp8"].saved[4])
@@ -978,6 +1048,7 @@ def test_a_damaged_checkpoint_is_refused_in_one_line(tmp_path, shards, capsys, o
 # Muon's state, between torch.optim.Muon and Dion
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source,target", [("torch", "dion"), ("dion", "torch"), ("dion", "dion")])
 def test_muon_state_goes_from_one_implementation_to_the_other(tmp_path, shards, one_rank, source, target):
     """Dion adds gradients up, torch averages them with weight 1 - momentum: the sums agree to fp32 rounding, embedding,
@@ -1008,7 +1079,8 @@ def test_muon_state_goes_from_one_implementation_to_the_other(tmp_path, shards, 
         train_here(tmp_path, shards, resume=folder, muon_impl=target, **run)
     assert momenta[3].keys() == momenta["restored"].keys() and len(momenta[3]) == 8
     for name, sum_of_gradients in momenta[3].items():
-        assert helpers.relative(momenta["restored"][name], sum_of_gradients) < (1e-6 if source != target else 1e-12), name
+        assert helpers.relative(momenta["restored"][name],
+                                sum_of_gradients) < (1e-6 if source != target else 1e-12), name
     assert losses(original).tolist()[:3] == losses(folder).tolist()[:3]
     gap = np.abs(losses(folder) - losses(original)).max()
     # Dion's singular values lie between 0.86 and 1.14, TorchMuon's at 1: other steps of nearly the same size

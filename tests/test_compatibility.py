@@ -1,7 +1,8 @@
 """What commit 1ea897b wrote is still read: its default flags as preset "classic", its checkpoints and its logs.
 
-tests/data/flags_of_1ea897b.json holds the flags that its preset d20 resolves to. tests/data/run_of_1ea897b holds a run of
-it: 8 steps of a model of one layer with vocabulary 256 on generated tokens, its checkpoint after 4 steps, and its data.
+tests/data/flags_of_1ea897b.json holds the flags that its preset d20 resolves to. tests/data/run_of_1ea897b holds a run
+of it: 8 steps of a model of one layer with vocabulary 256 on generated tokens, its checkpoint after 4 steps, and its
+data.
 """
 
 import json
@@ -36,12 +37,14 @@ def test_classic_is_the_default_flags_of_then():
 
 
 def test_its_run_continues_to_the_same_losses(fresh, tmp_path):
-    """From the checkpoint after 4 steps, whose weights, momenta and scales are restored: the losses that it recorded."""
+    """From the checkpoint after 4 steps, whose weights, momenta and scales are restored: the losses that it
+    recorded."""
     folder = shutil.copytree(OLD / "gpt", tmp_path / "gpt")
     recorded = read_log(folder)
     arguments = [f"--{name}={value}" for name, value in FLAGS.items()]
     assert train.main([*arguments, f"--out_dir={tmp_path}", "--resume=auto"]) == str(folder)
-    for kind, field, steps in (("train", "loss", [*range(8)]), ("train", "grad_norm", [*range(8)]), ("val", "val_loss", [3, 7])):
+    for kind, field, steps in (("train", "loss", [*range(8)]), ("train", "grad_norm", [*range(8)]),
+                               ("val", "val_loss", [3, 7])):
         then, now = ({r["step"]: r[field] for r in log if r["kind"] == kind} for log in (recorded, read_log(folder)))
         assert [*now] == steps and now == pytest.approx(then, abs=1e-4), (kind, field)
     kept = [r for r in recorded if r["step"] < 4]
@@ -52,7 +55,8 @@ def test_its_run_continues_to_the_same_losses(fresh, tmp_path):
 def test_its_log_is_read():
     records = read_log(OLD / "gpt")
     assert [(r["kind"], r["step"]) for r in records] == [
-        *[("train", step) for step in range(4)], ("val", 3), *[("train", step) for step in range(4, 8)], ("fp8_stats", 7),
+        *[("train", step) for step in range(4)], ("val", 3), *[("train", step) for step in range(4, 8)],
+        ("fp8_stats", 7),
         ("val", 7), ("done", 7)]
     assert len(records) == len((OLD / "gpt" / "log.jsonl").read_text().splitlines())
 

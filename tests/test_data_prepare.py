@@ -58,6 +58,7 @@ def file_bytes(folder):
     return {p.name: p.read_bytes() for p in sorted(folder.glob("*.bin"))}
 
 
+@pytest.mark.slow
 def test_check_shards_from_the_command_line(tmp_path):
     good, bad = DATA / "shakespeare" / "shakespeare_val_000000.bin", tmp_path / "bad.bin"
     bad.write_bytes(shard_bytes(range(100))[:-7])
@@ -197,6 +198,7 @@ def download(hub_url, home, *args, **kwargs):
     )
 
 
+@pytest.mark.slow
 def test_download_fresh_then_skip_then_more(hub, tmp_path):
     result = download(hub.url, tmp_path, 1)
     assert result.returncode == 0, result.stderr
@@ -212,6 +214,7 @@ def test_download_fresh_then_skip_then_more(hub, tmp_path):
     assert result.returncode == 0 and hub.gets() == [TRAIN2]
 
 
+@pytest.mark.slow
 def test_download_replaces_broken_shards(hub, tmp_path):
     assert download(hub.url, tmp_path, 2).returncode == 0
     hub.requests.clear()
@@ -225,6 +228,7 @@ def test_download_replaces_broken_shards(hub, tmp_path):
     assert file_bytes(folder) == hub.files
 
 
+@pytest.mark.slow
 def test_download_resumes_a_broken_connection(hub, tmp_path):
     # The client hands on 10 MiB at a time, so that is where it picks up what broke off after 15 MB.
     hub.files[TRAIN1] = shard_bytes(np.arange(9_000_000) % 50000)
@@ -236,6 +240,7 @@ def test_download_resumes_a_broken_connection(hub, tmp_path):
     assert len(ranges) == 2 and ranges[0] == "" and ranges[1] == "bytes=10485760-"
 
 
+@pytest.mark.slow
 def test_download_killed_leaves_no_half_shard(hub, tmp_path):
     hub.stall_at[TRAIN1] = 1500
     process = download(hub.url, tmp_path, 1, wait=False)
@@ -251,6 +256,7 @@ def test_download_killed_leaves_no_half_shard(hub, tmp_path):
     assert hub.gets().count(VAL) == 1
 
 
+@pytest.mark.slow
 def test_download_interrupted(hub, tmp_path):
     hub.stall_at[VAL] = 1500
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start without it
@@ -265,6 +271,7 @@ def test_download_interrupted(hub, tmp_path):
     assert "Traceback" not in err and "error: interrupted" in err
 
 
+@pytest.mark.slow
 def test_download_of_what_is_broken_on_the_server(hub, tmp_path):
     hub.files[TRAIN1] = hub.files[TRAIN1][:-2]
     result = download(hub.url, tmp_path, 1)
@@ -274,11 +281,13 @@ def test_download_of_what_is_broken_on_the_server(hub, tmp_path):
     assert set(file_bytes(tmp_path / "fineweb10B")) == {VAL}
 
 
+@pytest.mark.slow
 def test_download_from_a_server_without_the_dataset(hub, tmp_path):
     hub.files.clear()
     assert_one_line(download(hub.url, tmp_path, 1), 1, VAL, "404", "HF_ENDPOINT")
 
 
+@pytest.mark.slow
 def test_download_unreachable(tmp_path):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -289,11 +298,13 @@ def test_download_unreachable(tmp_path):
     assert time.time() - start < 15
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", ["0", "104", "-1", "ten", "1.5", ""])
 def test_download_bad_n(tmp_path, n):
     assert_one_line(run_script("cachedfineweb10b.py", n, home=tmp_path), 2, "1 to 103" if n != "-1" else "-1")
 
 
+@pytest.mark.slow
 def test_download_help(tmp_path):
     result = run_script("cachedfineweb10b.py", "--help", home=tmp_path)
     assert result.returncode == 0
@@ -349,6 +360,7 @@ def documents_in(folder, split):
     return [part[1:].tolist() for part in np.split(tokens, starts[1:])]
 
 
+@pytest.mark.slow
 @needs_datasets
 def test_openwebtext_keeps_every_document(prepared, encoding):
     train, val = documents_in(prepared, "train"), documents_in(prepared, "val")
@@ -371,6 +383,7 @@ def test_split_is_half_a_thousandth_and_fixed():
     assert val[:4].tolist() == common.split_documents(100_000)[1][:4].tolist() == [64992, 82030, 32930, 41310]
 
 
+@pytest.mark.slow
 @needs_datasets
 def test_openwebtext_does_not_depend_on_num_proc(jsonl, prepared, tmp_path):
     assert prepare(jsonl, tmp_path / "out", "--num_proc", 1, home=tmp_path).returncode == 0
@@ -388,6 +401,7 @@ os.replace = replace_or_die
 """
 
 
+@pytest.mark.slow
 @needs_datasets
 def test_openwebtext_restart_gives_identical_bytes(jsonl, prepared, tmp_path):
     out = tmp_path / "out"
@@ -408,6 +422,7 @@ def test_openwebtext_restart_gives_identical_bytes(jsonl, prepared, tmp_path):
     assert not list(out.glob("*.tmp"))
 
 
+@pytest.mark.slow
 @needs_datasets
 def test_openwebtext_refuses_to_mix(jsonl, prepared, tmp_path):
     before = file_bytes(prepared)
@@ -416,6 +431,7 @@ def test_openwebtext_refuses_to_mix(jsonl, prepared, tmp_path):
     assert file_bytes(prepared) == before
 
 
+@pytest.mark.slow
 @needs_datasets
 def test_openwebtext_wrong_input(jsonl, tmp_path):
     results = {
@@ -434,6 +450,7 @@ def test_openwebtext_wrong_input(jsonl, tmp_path):
 # Shakespeare
 
 
+@pytest.mark.slow
 def test_shakespeare_shards_ship_and_can_be_made_again(encoding, tmp_path):
     shipped = file_bytes(DATA / "shakespeare")
     names = ["shakespeare_train_000001.bin", "shakespeare_val_000000.bin"]
@@ -452,6 +469,7 @@ def test_shakespeare_shards_ship_and_can_be_made_again(encoding, tmp_path):
     assert file_bytes(tmp_path / "out") == shipped
 
 
+@pytest.mark.slow
 def test_shakespeare_from_an_address(hub, tmp_path):
     text = "First paragraph,\r\nof two lines.\r\n\r\n" * 40
     hub.files["/input.txt"] = text.encode()
@@ -462,6 +480,7 @@ def test_shakespeare_from_an_address(hub, tmp_path):
     assert encoding.decode(train + val) == text.replace("\r\n", "\n")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content, word", [(None, "check the path"), (b"short", "100"), (b"\xff\xfe" * 200, "UTF-8")])
 def test_shakespeare_wrong_source(tmp_path, content, word):
     path = tmp_path / "text.txt"

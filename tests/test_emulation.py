@@ -903,6 +903,7 @@ def test_availability_and_recipes():
 # ------------------------------------------------------------------------- compilation and ranks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["current", "nvfp4", "delayed"])
 def test_torch_compile(name):
     """dynamo traces the layers (as one graph, except delayed scaling) and the results are the same."""
@@ -995,6 +996,7 @@ WORKER = textwrap.dedent(
 )
 
 
+@pytest.mark.slow
 def test_two_ranks_share_amaxes_under_ddp_and_fsdp2(tmp_path):
     script = tmp_path / "worker.py"
     script.write_text(WORKER.format(root=str(ROOT)))
@@ -1010,6 +1012,7 @@ def test_two_ranks_share_amaxes_under_ddp_and_fsdp2(tmp_path):
     assert all(w.returncode == 0 and "fine" in out for w, out in zip(workers, outputs, strict=True)), "\n".join(outputs)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")),
                     reason="torch.compile needs a C++ compiler on a CPU")
 @pytest.mark.parametrize("name", ["delayed", "nvfp4"])

@@ -76,7 +76,7 @@ def saved_states(run):
         return run(), states, metas
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def whole(tmp_path_factory, shards):
     """The run never touched."""
     patch = pytest.MonkeyPatch()
@@ -92,8 +92,8 @@ def whole(tmp_path_factory, shards):
 
 @pytest.mark.parametrize("how", helpers.POISONS)
 def test_a_step_that_is_not_finite_leaves_no_trace(tmp_path, shards, capsys, whole, how):
-    """Weights, momenta, Adam's moments and step counts, scales and amax history: after the step what they were before it,
-    bit for bit. The log says why, and the run goes on."""
+    """Weights, momenta, Adam's moments and step counts, scales and amax history: after the step what they were before
+    it, bit for bit. The log says why, and the run goes on."""
     with poisoned(how, 3):
         folder, states, metas = saved_states(lambda: train_here(tmp_path, shards, **RUN))
     assert helpers.same_tensors(states[3], whole.states[3]) and helpers.same_tensors(states[4], states[3])
@@ -102,13 +102,15 @@ def test_a_step_that_is_not_finite_leaves_no_trace(tmp_path, shards, capsys, who
     assert not helpers.same_tensors(states[5], states[4]) and all(torch.isfinite(t).all() for t in states[6].values())
     log = records(folder, "train")
     why = "gradient not finite" if "gradient" in how else "loss not finite"
-    assert [r.get("skipped") for r in log] == [None] * 3 + [why] + [None] * 2 and [r["step"] for r in log] == list(range(6))
+    assert [r.get("skipped") for r in log] == [None] * 3 + [why] + [None] * 2
+    assert [r["step"] for r in log] == list(range(6))
     assert log[3]["grad_norm"] is None and (log[3]["loss"] is None) == ("gradient" not in how)
     assert learned(folder, "train")[:3] == learned(whole.folder, "train")[:3] and log[4]["loss"] < 6.1
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "SKIPPED" in line]
     assert line.startswith("step 4/6 ") and line.endswith(f"SKIPPED: {why}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remedy", [True, False])
 def test_without_its_remedy_one_step_would_flush_gradients_to_zero(tmp_path, shards, remedy):
     """Gradients of order 1e28, whose norm overflows: their amax would rule the scales until it leaves the history."""
@@ -132,10 +134,12 @@ def test_calibration_on_what_is_not_finite_leaves_the_scales(tmp_path, shards):
     assert all(p.grad is None for p in model.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [dict(USE_FP8=False), dict(FP8_RECIPE="current"), dict(USE_NVFP4=True, n_embd=128)])
 def test_other_formats_skip_too(tmp_path, shards, changes):
     with poisoned("an inf inside", 2):
-        folder, states, _ = saved_states(lambda: train_here(tmp_path, shards, max_iters=4, ckpt_interval=1, keep_checkpoints=9, **changes))
+        folder, states, _ = saved_states(lambda: train_here(tmp_path, shards, max_iters=4, ckpt_interval=1,
+                                                            keep_checkpoints=9, **changes))
     assert helpers.same_tensors(states[3], states[2]) and not helpers.same_tensors(states[4], states[3])
     assert [bool(r.get("skipped")) for r in records(folder, "train")] == [False, False, True, False]
 
@@ -146,8 +150,10 @@ def test_skipped_steps_are_logged_whatever_the_interval(tmp_path, shards):
     assert [r["step"] for r in records(folder, "train")] == [0, 2, 5]
 
 
+@pytest.mark.slow
 def test_too_many_in_a_row_end_the_run(tmp_path, shards, capsys, whole):
-    """With status 1 and the newest checkpoint, also where the run was resumed between them; single ones do not add up."""
+    """With status 1 and the newest checkpoint, also where the run was resumed between them; single ones do not add
+    up."""
     def go(**more):
         return dict(out_dir=tmp_path, data_dir=shards, max_bad_steps=2) | RUN | dict(run_name="r") | more
 
@@ -160,7 +166,8 @@ def test_too_many_in_a_row_end_the_run(tmp_path, shards, capsys, whole):
     with poisoned("a loss of nan", 0):  # again in the first step after the checkpoint
         fails_in_one_line(capsys, 1, "2 consecutive steps", "step 4", **go(resume="auto"))
     assert train_here(**go(resume="auto")) == tmp_path / "r"
-    assert [bool(r.get("skipped")) for r in records(tmp_path / "r", "train")] == [False, True, False, True, False, False]
+    assert [bool(r.get("skipped"))
+            for r in records(tmp_path / "r", "train")] == [False, True, False, True, False, False]
     handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     with poisoned("a loss of nan", 0, 1):
         fails_in_one_line(capsys, 1, "Newest checkpoint: none", **go(run_name="none", ckpt_interval=0))
@@ -215,20 +222,23 @@ def test_a_guard_goes_on_from_its_state():
     a = guard()
     for value in (1.5, 2.5, 1.7, 2.5, 99.0):
         a.check(value, value)
-    b = Guard(helpers.make_cfg(skip_loss_zscore=3.0, skip_grad_zscore=3.0, zscore_window=4), json.loads(json.dumps(a.state_dict())))
+    b = Guard(helpers.make_cfg(skip_loss_zscore=3.0, skip_grad_zscore=3.0, zscore_window=4),
+              json.loads(json.dumps(a.state_dict())))
     assert b.state_dict() == a.state_dict() and b.in_a_row == 1 and a.check(7.0, 2.0) == b.check(7.0, 2.0) != ""
 
 
 SPIKES = dict(skip_loss_zscore=6.0, zscore_window=3)
 
 
+@pytest.mark.slow
 def test_a_spike_is_skipped_and_a_resumed_run_knows_the_window(tmp_path, shards):
-    """A loss ten times too large in step 4. Broken off and resumed after step 3, whose window of three steps fills no new
-    one before the spike: the same log."""
+    """A loss ten times too large in step 4. Broken off and resumed after step 3, whose window of three steps fills no
+    new one before the spike: the same log."""
     with poisoned("a loss of nan", 4, factor=10.0):
         want, states, _ = saved_states(lambda: train_here(tmp_path, shards, run_name="whole", **RUN | SPIKES))
     log = records(want, "train")
-    assert [bool(r.get("skipped")) for r in log] == [False] * 4 + [True, False] and "standard deviations" in log[4]["skipped"]
+    assert [bool(r.get("skipped")) for r in log] == [False] * 4 + [True, False]
+    assert "standard deviations" in log[4]["skipped"]
     assert log[4]["loss"] > 40 and helpers.same_tensors(states[5], states[4])
     with before_step(3, kill), pytest.raises(Killed):
         train_here(tmp_path, shards, run_name="r", **RUN | SPIKES)
@@ -242,6 +252,7 @@ def test_a_spike_is_skipped_and_a_resumed_run_knows_the_window(tmp_path, shards)
 # Broken off where it hurts
 
 
+@pytest.mark.slow
 def test_checkpoints_by_minutes(tmp_path, shards):
     often = train_here(tmp_path, shards, run_name="a", ckpt_interval=0, ckpt_minutes=1e-9, keep_checkpoints=9)
     assert in_ckpt(often) == [f"step_{s:06d}" for s in range(1, 7)]
@@ -257,19 +268,25 @@ def test_checkpoints_by_minutes(tmp_path, shards):
     assert in_ckpt(now_and_then) == ["step_000003", "step_000006"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["before done", "before the last evaluation"])
 def test_a_run_killed_after_its_last_checkpoint_is_finished(tmp_path, shards, capsys, whole, where):
-    """The restart evaluates if that is missing, writes `done` once, and trains nothing. Started once more, it says so."""
+    """The restart evaluates if that is missing, writes `done` once, and trains nothing. Started once more, it says
+    so."""
     changes = RUN | dict(run_name="r")
     with pytest.raises(Killed):
         if where == "before done":
             with mock.patch.object(Progress, "done", kill):
                 train_here(tmp_path, shards, **changes)
         else:  # a signal in the last step: the checkpoint goes first
-            evaluations = []
-            real = train.evaluate
-            count = lambda *args: evaluations.append(1) or (kill() if len(evaluations) == 2 else real(*args))  # noqa: E731
-            with before_step(5, lambda: os.kill(os.getpid(), signal.SIGTERM)), mock.patch.object(train, "evaluate", count):
+            evaluations, real = [], train.evaluate
+
+            def count(*args):
+                evaluations.append(1)
+                return kill() if len(evaluations) == 2 else real(*args)
+
+            with before_step(5, lambda: os.kill(os.getpid(), signal.SIGTERM)), \
+                    mock.patch.object(train, "evaluate", count):
                 train_here(tmp_path, shards, **changes)
     assert not records(tmp_path / "r", "done") and in_ckpt(tmp_path / "r")[-1] == "step_000006"
     with mock.patch.object(train, "train_step", lambda *args: pytest.fail("a step was taken")):
@@ -277,9 +294,11 @@ def test_a_run_killed_after_its_last_checkpoint_is_finished(tmp_path, shards, ca
     assert learned(tmp_path / "r") == learned(whole.folder)
     (done,) = records(tmp_path / "r", "done")
     assert done["tok_per_sec_median"] > 0 and "done: val loss" in capsys.readouterr().out
-    fails_in_one_line(capsys, 2, "step_000006 has 6 steps", "max_iters is 6", "raise --max_iters", out_dir=tmp_path, data_dir=shards, resume="auto", **changes)
+    fails_in_one_line(capsys, 2, "step_000006 has 6 steps", "max_iters is 6", "raise --max_iters", out_dir=tmp_path,
+                      data_dir=shards, resume="auto", **changes)
 
 
+@pytest.mark.slow
 def test_a_run_killed_in_its_first_evaluation_gets_it(tmp_path, shards, whole):
     def evaluate(*args):
         deadline = time.monotonic() + 20
@@ -291,9 +310,11 @@ def test_a_run_killed_in_its_first_evaluation_gets_it(tmp_path, shards, whole):
         train_here(tmp_path, shards, run_name="r", **RUN)
     assert in_ckpt(tmp_path / "r")[-1] == "step_000003" and not records(tmp_path / "r", "val")
     train_here(tmp_path, shards, run_name="r", resume="auto", **RUN)
-    assert learned(tmp_path / "r") == learned(whole.folder) and [r["step"] for r in records(tmp_path / "r", "val")] == [2, 5]
+    assert learned(tmp_path / "r") == learned(whole.folder)
+    assert [r["step"] for r in records(tmp_path / "r", "val")] == [2, 5]
 
 
+@pytest.mark.slow
 def test_started_again_by_torchrun(tmp_path, shards, monkeypatch, capsys, whole):
     """--max-restarts: the run goes on in its own folder though `resume` was not given, and though a finished run has
     its name and a newer one too; a run of another torchrun does not."""
@@ -325,6 +346,7 @@ def test_started_again_by_torchrun(tmp_path, shards, monkeypatch, capsys, whole)
 # Disks
 
 
+@pytest.mark.slow
 def test_a_folder_that_vanishes(tmp_path, shards, capsys, whole):
     """It is said, training goes on to its end, and log, config and later checkpoints are there again."""
     def delete():
@@ -339,22 +361,26 @@ def test_a_folder_that_vanishes(tmp_path, shards, capsys, whole):
     assert f"{records(whole.folder, 'val')[-1]['val_loss']:.4f}" in out
     assert out.count("log.jsonl was deleted") == 1
     assert learned(tmp_path / "r") == learned(whole.folder)
-    fails_in_one_line(capsys, 2, "has 6 steps", "raise --max_iters", out_dir=tmp_path, data_dir=shards, run_name="r", resume="auto", **RUN)
+    fails_in_one_line(capsys, 2, "has 6 steps", "raise --max_iters", out_dir=tmp_path, data_dir=shards, run_name="r",
+                      resume="auto", **RUN)
 
 
+@pytest.mark.slow
 def test_a_stop_whose_checkpoint_cannot_be_written_is_a_failure(tmp_path, shards, capsys):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
     with before_step(3, lambda: (os.kill(os.getpid(), signal.SIGTERM), setattr(dcp, "save", full))), \
             mock.patch.object(dcp, "save", dcp.save):
-        fails_in_one_line(capsys, 1, "stopped by a signal after 4 steps", "could not be written", f"Newest checkpoint: {tmp_path}/r/ckpt/step_000003",
+        fails_in_one_line(capsys, 1, "stopped by a signal after 4 steps", "could not be written",
+                          f"Newest checkpoint: {tmp_path}/r/ckpt/step_000003",
                           out_dir=tmp_path, data_dir=shards, run_name="r", **RUN)
 
 
+@pytest.mark.slow
 def test_no_checkpoint_while_steps_are_skipped(tmp_path, shards, capsys):
-    """Of weights that are not finite, nor of others that no step fits: they would drive out the good ones, and the error at
-    the end names one from which training goes on."""
+    """Of weights that are not finite, nor of others that no step fits: they would drive out the good ones, and the
+    error at the end names one from which training goes on."""
     run = dict(out_dir=tmp_path, data_dir=shards, run_name="r", **RUN | dict(keep_checkpoints=1, ckpt_interval=1))
     folder, train_step = train_here(**run | dict(max_iters=3)), train.train_step
 
@@ -364,8 +390,10 @@ def test_no_checkpoint_while_steps_are_skipped(tmp_path, shards, capsys):
         return result
 
     with mock.patch.object(train, "train_step", spoiled), \
-            mock.patch.object(Checkpoints, "report_failure", autospec=True, side_effect=Checkpoints.report_failure) as failed:
-        fails_in_one_line(capsys, 1, "4 consecutive steps were skipped", f"Newest checkpoint: {folder}/ckpt/step_000003",
+            mock.patch.object(Checkpoints, "report_failure", autospec=True,
+                              side_effect=Checkpoints.report_failure) as failed:
+        fails_in_one_line(capsys, 1, "4 consecutive steps were skipped",
+                          f"Newest checkpoint: {folder}/ckpt/step_000003",
                           **run | dict(max_iters=30, resume="auto", max_bad_steps=4))
     assert [(call.args[1], call.args[3]) for call in failed.call_args_list] == [(4, "the weights are not finite")]
     assert in_ckpt(folder) == ["step_000003"]
@@ -376,7 +404,8 @@ def test_no_checkpoint_while_steps_are_skipped(tmp_path, shards, capsys):
 # -----------------------------------------------------------------------------------------------------
 # Ranks that die. QUICK steps fast, and for long
 
-QUICK = dict(n_layer=1, block_size=16, batch_size=4, total_batch_size=128, eval_interval=0, eval_tokens=64, FP8_AMAX_HISTORY=4)
+QUICK = dict(n_layer=1, block_size=16, batch_size=4, total_batch_size=128, eval_interval=0, eval_tokens=64,
+             FP8_AMAX_HISTORY=4)
 ENDLESS = QUICK | dict(max_iters=100_000, warmup_iters=0, ckpt_interval=10, log_interval=10)
 
 
@@ -389,7 +418,8 @@ def free_port():
 def two_ranks(cwd, data, script=TRAIN, **changes):
     """Two ranks with nobody around who would end one when the other dies, as on two machines."""
     port = free_port()
-    return [start("-u", script, *flag_args(data_dir=data, **ENDLESS | changes), cwd=cwd, RANK=str(rank), LOCAL_RANK=str(rank),
+    return [start("-u", script, *flag_args(data_dir=data, **ENDLESS | changes), cwd=cwd, RANK=str(rank),
+                  LOCAL_RANK=str(rank),
                   WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)) for rank in range(2)]
 
 
@@ -398,9 +428,12 @@ def wait_for_step(process):
     helpers.read_until(process, lambda line: line.startswith("step ") and "| loss" in line)
 
 
-@pytest.mark.parametrize("dead,number", [(1, signal.SIGKILL), (1, signal.SIGSTOP), (0, signal.SIGKILL), (0, signal.SIGSTOP)])
+@pytest.mark.slow
+@pytest.mark.parametrize("dead,number",
+                         [(1, signal.SIGKILL), (1, signal.SIGSTOP), (0, signal.SIGKILL), (0, signal.SIGSTOP)])
 def test_a_dead_rank_ends_the_other_and_is_named(tmp_path, shards, dead, number):
-    """Killed, it breaks the connection; stopped, only its silence tells. Rank 0 holds the store that signs of life go to."""
+    """Killed, it breaks the connection; stopped, only its silence tells. Rank 0 holds the store that signs of life go
+    to."""
     ranks = two_ranks(tmp_path, shards, rank_timeout=6)
     try:
         wait_for_step(ranks[0])
@@ -410,15 +443,18 @@ def test_a_dead_rank_ends_the_other_and_is_named(tmp_path, shards, dead, number)
         assert time.monotonic() - begin < 30
         assert other.code == 1 and "Traceback" not in other.err  # torch's own C++ warnings come before our line
         line = other.err.splitlines()[-1]
-        assert line.startswith("train.py: error: ") and f"rank {dead} has not responded for" in line and "--resume=auto" in line, other.err
+        assert line.startswith("train.py: error: ") and f"rank {dead} has not responded for" in line, other.err
+        assert "--resume=auto" in line
     finally:
         for process in ranks:
             process.kill()
             process.wait()
 
 
+@pytest.mark.slow
 def test_a_signal_shortens_the_wait_for_a_dead_rank(tmp_path, shards):
-    """torchrun sends SIGTERM to the others when a worker has died: stuck in a collective, they must not wait out the timeout."""
+    """torchrun sends SIGTERM to the others when a worker has died: stuck in a collective, they must not wait out the
+    timeout."""
     first, second = two_ranks(tmp_path, shards, rank_timeout=90)
     try:
         wait_for_step(first)
@@ -435,6 +471,7 @@ def test_a_signal_shortens_the_wait_for_a_dead_rank(tmp_path, shards):
             process.wait()
 
 
+@pytest.mark.slow
 def test_an_error_on_one_rank_ends_both(tmp_path, shards):
     """A token id beyond the vocabulary, in what rank 1 alone reads: it says so, and rank 0 names it."""
     tokens = helpers.markov_tokens(6000, seed=1)
@@ -446,16 +483,27 @@ def test_an_error_on_one_rank_ends_both(tmp_path, shards):
     assert_one_error_line(finish(first, timeout=60), 1, "rank 1 has not responded")
 
 
-def test_slow_ranks_are_not_missed(tmp_path, shards):
-    """Rank 1 takes longer than the timeout for an evaluation, and rank 0 for the end, when rank 1 has left."""
-    (tmp_path / "slow.py").write_text(f"import os, sys, time\nsys.path.insert(0, {str(ROOT)!r})\nimport train\nfrom nanofp8.runlog import Progress\n" + """
+SLOW = """
+import os, sys, time
+sys.path.insert(0, {root!r})
+import train
+from nanofp8.runlog import Progress
+
 def slowly(function, rank):
     return lambda *args: time.sleep(8 if os.environ["RANK"] == rank else 0) or function(*args)
+
 train.evaluate = slowly(train.evaluate, "1")
 Progress.done = slowly(Progress.done, "0")
 train.main()
-""")
-    results = [finish(p, timeout=120) for p in two_ranks(tmp_path, shards, tmp_path / "slow.py", max_iters=3, ckpt_interval=0, rank_timeout=6)]
+"""
+
+
+@pytest.mark.slow
+def test_slow_ranks_are_not_missed(tmp_path, shards):
+    """Rank 1 takes longer than the timeout for an evaluation, and rank 0 for the end, when rank 1 has left."""
+    (tmp_path / "slow.py").write_text(SLOW.format(root=str(ROOT)))
+    results = [finish(p, timeout=120)
+               for p in two_ranks(tmp_path, shards, tmp_path / "slow.py", max_iters=3, ckpt_interval=0, rank_timeout=6)]
     assert [r.code for r in results] == [0, 0], results
 
 
@@ -465,7 +513,8 @@ train.main()
 
 def run_sh(cwd, *args, **env):
     """bash run.sh in a process group of its own, with this python."""
-    return subprocess.Popen(["bash", str(ROOT / "run.sh"), *args], cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    return subprocess.Popen(["bash", str(ROOT / "run.sh"), *args], cwd=cwd, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE,
                             env=script_env(PYTHON=sys.executable, PYTHONUNBUFFERED="1", **env), start_new_session=True)
 
 
@@ -474,9 +523,10 @@ def workers(process):
     found = {}
     for path in pathlib.Path("/proc").glob("[0-9]*"):
         try:
-            if f"OF_RUN_SH={os.getpid()}.{process.args[2]}".encode() not in (path / "environ").read_bytes().split(b"\0"):
+            environment = (path / "environ").read_bytes().split(b"\0")
+            if f"OF_RUN_SH={os.getpid()}.{process.args[2]}".encode() not in environment:
                 continue
-            variables = dict(v.split(b"=", 1) for v in (path / "environ").read_bytes().split(b"\0") if b"=" in v)
+            variables = dict(v.split(b"=", 1) for v in environment if b"=" in v)
             if b"RANK" in variables and b"train.py" in (path / "cmdline").read_bytes():
                 found[int(variables[b"RANK"])] = int(path.name)
         except OSError:
@@ -487,23 +537,29 @@ def workers(process):
 needs_proc = pytest.mark.skipif(not os.path.exists("/proc/self/environ"), reason="no /proc")
 
 
+@pytest.mark.slow
 def test_wrong_input_under_run_sh_with_two_processes(tmp_path, shards):
     """One line, the worker's status, no traceback of torchrun's."""
-    result = finish(run_sh(tmp_path, *flag_args(data_dir=shards, out_dir=tmp_path / "out", **QUICK | dict(total_batch_size=1000)), NPROC="2"), timeout=120)
+    result = finish(run_sh(tmp_path,
+                           *flag_args(data_dir=shards, out_dir=tmp_path / "out", **QUICK | dict(total_batch_size=1000)),
+                           NPROC="2"), timeout=120)
     assert result.code == 2 and "Traceback" not in result.err, result.err
     assert sum("train.py: error:" in line for line in result.err.splitlines()) == 1 and "total_batch_size" in result.err
 
 
+@pytest.mark.slow
 @needs_proc
 def test_run_sh_with_two_processes(tmp_path, shards):
-    """Side by side: SIGTERM to run.sh alone, status 0 and a checkpoint; a rank killed without restarts, status 1 and its name;
-    and with one restart, where the run goes on in its own folder from its newest checkpoint and is whole."""
+    """Side by side: SIGTERM to run.sh alone, status 0 and a checkpoint; a rank killed without restarts, status 1 and
+    its name; and with one restart, where the run goes on in its own folder from its newest checkpoint and is whole."""
     out = tmp_path / "out"
     done = train_here(out, shards, run_name="again", **QUICK | dict(max_iters=4))  # a finished run of the same name
     runs = {}
-    for name, changes, env in (("stop", {}, {}), ("die", {}, {}), ("again", dict(max_iters=200), dict(MAX_RESTARTS="1"))):
+    for name, changes, env in (("stop", {}, {}), ("die", {}, {}),
+                               ("again", dict(max_iters=200), dict(MAX_RESTARTS="1"))):
         args = flag_args(data_dir=shards, out_dir=out, run_name=name, **ENDLESS | changes)
-        runs[name] = run_sh(tmp_path, f"--run_name={name}", *args, NPROC="2", OF_RUN_SH=f"{os.getpid()}.--run_name={name}", **env)
+        runs[name] = run_sh(tmp_path, f"--run_name={name}", *args, NPROC="2",
+                            OF_RUN_SH=f"{os.getpid()}.--run_name={name}", **env)
     try:
         for name, process in runs.items():
             helpers.read_until(process, lambda line: "checkpoint started" in line and "step 10/" not in line)

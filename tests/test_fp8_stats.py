@@ -199,6 +199,7 @@ def test_some_sequences_of_a_large_micro_batch_are_enough(fresh, monkeypatch):
 # Runs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes, watched_layers", [
     (dict(), 9), (dict(USE_NVFP4=True, n_embd=128, batch_size=4), 8),
     (dict(FP8_RECIPE="mxfp8", HIGH_PRECISION_LAYERS="blocks.1"), 5),

@@ -390,6 +390,7 @@ assert torch.allclose(value, loss.softcap_cross_entropy(logits, torch.tensor([0,
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("triton", ["missing", "interpreted"])
 def test_cpu_tensors_take_the_plain_path(triton):
     """Without Triton everything is imported and runs; TRITON_INTERPRET=1 alone sends no tensor through the kernels."""

@@ -47,7 +47,8 @@ def test_a_module_imports_only_what_stands_before_it(name):
 
 
 def test_the_modules_that_import_nothing_of_the_project():
-    assert not any(imported(path_of(name)) for name in ("prefetch", "files", "config", "kernels", "te_emulation", "plain"))
+    assert not any(imported(path_of(name))
+                   for name in ("prefetch", "files", "config", "kernels", "te_emulation", "plain"))
 
 
 def test_the_package_itself_imports_nothing():

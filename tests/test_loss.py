@@ -63,7 +63,8 @@ def test_loss_and_gradients_against_float64(recompute, softcap, ignored, chunk):
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_the_loss_is_the_same_inside_autocast(recompute):
-    """train.py calls it there; autocast must not turn its fp32 matmuls into bf16 ones (the backward pass runs outside)."""
+    """train.py calls it there; autocast must not turn its fp32 matmuls into bf16 ones (the backward pass runs
+    outside)."""
     out = []
     for enabled in (False, True):
         h, weight, targets = loss_case()
@@ -72,7 +73,7 @@ def test_the_loss_is_the_same_inside_autocast(recompute):
             loss = chunked(h, weight, targets, 15.0, 16, recompute)
         loss.backward()
         out.append((loss.detach(), h.grad, weight.grad))
-    assert all(torch.equal(a, b) for a, b in zip(*out))
+    assert all(torch.equal(a, b) for a, b in zip(*out, strict=True))
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -111,7 +112,8 @@ def count_kernels(monkeypatch):
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_evaluation_forms_no_gradients(recompute, monkeypatch):
-    """Under no_grad the head computes the loss alone: gradients would be three times the work and a (V, C) fp32 tensor."""
+    """Under no_grad the head computes the loss alone: gradients would be three times the work and a (V, C) fp32
+    tensor."""
     cfg = make_cfg(USE_AC_LM_HEAD=recompute, USE_FP8=False)
     model, (x, y) = make_model(cfg), tokens_and_targets(cfg)
     calls = count_kernels(monkeypatch)
@@ -137,8 +139,8 @@ def test_only_one_side_needs_a_gradient():
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_fp8_head_against_ml_dtypes(recompute):
-    """Logits from E4M3 values of h and weight by their amax, gradients of logits in E5M2 at scale 2^15, all matmuls of these
-    values: against the same in float64 with ml_dtypes' casts."""
+    """Logits from E4M3 values of h and weight by their amax, gradients of logits in E5M2 at scale 2^15, all matmuls of
+    these values: against the same in float64 with ml_dtypes' casts."""
     import ml_dtypes
     h, weight, targets = loss_case(N=48, C=32, V=96)
 

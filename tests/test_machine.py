@@ -14,7 +14,8 @@ from nanofp8.machine import describe_machine, peak_flops
 def test_the_code_hash_follows_train_py_and_the_package(tmp_path, monkeypatch):
     """It changes with each file of the package, also with a new one, and not with any other file."""
     shutil.copy(helpers.TRAIN, tmp_path)
-    package = shutil.copytree(helpers.ROOT / "nanofp8", tmp_path / "nanofp8", ignore=shutil.ignore_patterns("__pycache__"))
+    package = shutil.copytree(helpers.ROOT / "nanofp8", tmp_path / "nanofp8",
+                              ignore=shutil.ignore_patterns("__pycache__"))
     before = describe_machine(helpers.CPU)["code"]
     monkeypatch.setattr(machine, "ROOT", str(tmp_path))
     monkeypatch.setattr(shutil, "which", lambda name: None)  # git takes longest
@@ -30,8 +31,10 @@ def test_the_code_hash_follows_train_py_and_the_package(tmp_path, monkeypatch):
 
 
 def test_the_table_of_peaks():
-    names = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA H100 NVL": 835e12, "NVIDIA H200": 989e12,
-             "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA B200": 2.25e15, "NVIDIA GB200": 2.5e15, "NVIDIA GeForce RTX 5090": 209.5e12,
+    names = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA H100 NVL": 835e12,
+             "NVIDIA H200": 989e12,
+             "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA B200": 2.25e15, "NVIDIA GB200": 2.5e15,
+             "NVIDIA GeForce RTX 5090": 209.5e12,
              "NVIDIA RTX PRO 6000 Blackwell Server Edition": 503.8e12, "Some other GPU": None}
     patch = pytest.MonkeyPatch()
     for name, peak in names.items():
@@ -41,6 +44,7 @@ def test_the_table_of_peaks():
     assert peak_flops(helpers.CPU) is None
 
 
+@pytest.mark.slow
 def test_profile(fresh, shards, tmp_path, capsys):
     """USE_PROFILE leaves a trace in the run folder, prints the largest operators, and changes no loss."""
     plain = losses(train_here(tmp_path, shards, run_name="a", max_iters=5))

@@ -58,10 +58,12 @@ def test_parameter_names_and_shapes():
 def std_is(weight, std):
     """Mean 0 and the given std, within five standard errors."""
     n = weight.numel()
-    return abs(weight.std().item() / std - 1) < 5 / math.sqrt(2 * n) and abs(weight.mean().item()) < 5 * std / math.sqrt(n)
+    fits = abs(weight.std().item() / std - 1) < 5 / math.sqrt(2 * n)
+    return fits and abs(weight.mean().item()) < 5 * std / math.sqrt(n)
 
 
-@pytest.mark.parametrize("fan_out,fan_in,std", [(1024, 256, 1 / 16), (256, 256, 1 / 16), (256, 1024, 1 / 64), (64, 1024, 1 / 128)])
+@pytest.mark.parametrize("fan_out,fan_in,std",
+                         [(1024, 256, 1 / 16), (256, 256, 1 / 16), (256, 1024, 1 / 64), (64, 1024, 1 / 128)])
 def test_spectral_init(fan_out, fan_in, std):
     """1/sqrt(fan_in) for tall and square, times sqrt(fan_out/fan_in) for wide ones; the spectral norm is then of the
     order sqrt(fan_out/fan_in): between 0.9 and 2.1 times it (Marchenko-Pastur: (1 + sqrt(r)) for aspect ratio r)."""
@@ -84,7 +86,7 @@ def test_initial_weights():
 
 def test_the_same_seed_gives_the_same_model():
     a, b, c = make_model(seed=3, zeros=True), make_model(seed=3, zeros=True), make_model(seed=4, zeros=True)
-    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters()))
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
     assert not torch.equal(a.embed.weight, c.embed.weight)
 
 
@@ -155,7 +157,8 @@ def test_loss_and_logits_agree():
 
 # Relative error of all logits against bf16, for random weights through two blocks. Rounding to E4M3 is off by 2.6%
 # (RMS) a value and to E2M1 by about 9%; a few such matmuls in a row add up to what is allowed here.
-@pytest.mark.parametrize("name,allowed", [("fp8-delayed", 0.1), ("fp8-current", 0.1), ("fp8-block", 0.1), ("fp8-mxfp8", 0.1),
+@pytest.mark.parametrize("name,allowed",
+                         [("fp8-delayed", 0.1), ("fp8-current", 0.1), ("fp8-block", 0.1), ("fp8-mxfp8", 0.1),
                                           ("nvfp4", 0.35)])
 def test_quantized_logits_and_gradients_are_close_to_bf16_and_not_equal(name, allowed):
     cfg = make_cfg(n_embd=128, **RECIPES[name])
@@ -203,11 +206,13 @@ def plain_passes():
 
 
 @pytest.mark.parametrize("flags", [
-    ("USE_AC_BLOCKS",), ("USE_AC_ATTENTION",), ("USE_AC_LM_HEAD",), ("USE_AC_BLOCKS", "USE_AC_ATTENTION", "USE_AC_LM_HEAD"),
+    ("USE_AC_BLOCKS",), ("USE_AC_ATTENTION",), ("USE_AC_LM_HEAD",),
+    ("USE_AC_BLOCKS", "USE_AC_ATTENTION", "USE_AC_LM_HEAD"),
 ], ids="+".join)
 @pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8-delayed"])
 def test_recomputation_changes_nothing(plain_passes, fp8, flags):
-    """Bit for bit: losses, gradients, and the amax history of delayed scaling (recomputation must not feed it twice)."""
+    """Bit for bit: losses, gradients, and the amax history of delayed scaling (recomputation must not feed it
+    twice)."""
     plain, plain_grads, plain_state = plain_passes[fp8]
     got, grads, state = losses_and_grads(USE_FP8=fp8, **{flag: True for flag in flags})
     assert all(torch.equal(a, b) for a, b in zip(got, plain, strict=True))

@@ -31,12 +31,12 @@ def test_warm_up_changes_nothing_now_or_later(muon_impl):
     assert all(torch.equal(v, start[k]) for k, v in models[0].state_dict().items())
     assert all(p.grad is None for p in models[0].parameters())
     for step in range(3):
-        for model, optimizer in zip(models, optimizers):
+        for model, optimizer in zip(models, optimizers, strict=True):
             optimizer.set_schedule(step)
             random_grads(model, step)
             optimizer.step()
             optimizer.zero_grad()
-        for (name, a), b in zip(models[0].named_parameters(), models[1].parameters()):
+        for (name, a), b in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
             assert torch.equal(a, b), (step, name)
     assert not torch.equal(models[0].norm.weight, start["norm.weight"])
 
@@ -112,7 +112,7 @@ def test_momentum_and_nesterov_follow_dions_definition_while_the_momentum_change
     """M = mu M + g to fp32 rounding (1e-5); the path of the weight to bf16 orthogonalisation (3% of its length)."""
     start, grads = matrix(shape, 99), [matrix(shape, i) for i in range(6)]
     (p,), groups, opt = muon_of(start, lr=0.1, weight_decay=0.5)
-    for g, mu in zip(grads, momenta):
+    for g, mu in zip(grads, momenta, strict=True):
         groups[0]["mu"] = mu
         p.grad = g.clone()
         opt.step()
@@ -122,7 +122,8 @@ def test_momentum_and_nesterov_follow_dions_definition_while_the_momentum_change
 
 
 def test_q_k_and_v_are_three_matrices():
-    """Bit for bit what three separate parameters get; and not what one (192, 64) matrix gets. The parts' sizes differ by 100."""
+    """Bit for bit what three separate parameters get; and not what one (192, 64) matrix gets. The parts' sizes differ
+    by 100."""
     C = 64
     weight, sizes = matrix((3 * C, C), 7), torch.tensor([1.0, 100.0, 0.01]).repeat_interleave(C)[:, None]
     (fused,), _, opt = muon_of(weight, split_sizes=(C, C, C), weight_decay=0.1)
@@ -131,7 +132,7 @@ def test_q_k_and_v_are_three_matrices():
     for step in range(3):
         grad = matrix((3 * C, C), step) * sizes
         fused.grad, whole.grad = grad.clone(), grad.clone()
-        for p, g in zip(apart, grad.chunk(3)):
+        for p, g in zip(apart, grad.chunk(3), strict=True):
             p.grad = g.clone()
         for o in (opt, opt_apart, opt_whole):
             o.step()
@@ -144,7 +145,7 @@ def test_uneven_parts():
     (p,), _, opt = muon_of(torch.zeros(96, 32), lr=1.0, split_sizes=(64, 16, 16))
     p.grad = matrix((96, 32), 0)
     opt.step()
-    for part, rows in zip(p.detach().split((64, 16, 16)), (64, 16, 16)):
+    for part, rows in zip(p.detach().split((64, 16, 16)), (64, 16, 16), strict=True):
         assert (torch.linalg.svdvals(part) / fan_scale((rows, 32)) - 1).abs().max() < 0.05
 
 
@@ -214,7 +215,7 @@ def test_momentum_converts_both_ways():
     for i, mu in enumerate((0.94, 0.95), start=3):
         step(params, groups, opt, i, mu)
         step(params2, groups2, opt2, i, mu)
-    for p, q in zip(params, params2):
+    for p, q in zip(params, params2, strict=True):
         assert relative(opt2.momentum()[q], opt.momentum()[p]) < 1e-5
         assert relative(q, p) < 1e-3  # the buffers differ by fp32 rounding, their orthogonalised sums by bf16's
 
@@ -250,8 +251,8 @@ def test_one_step_of_the_model_against_the_reference():
 
 @pytest.mark.parametrize("shape", [(3, 64, 64), (2, 256, 64), (2, 64, 256), (256, 64)])
 def test_polar_express_against_dions(shape):
-    """The same polynomials in float64 are the measure: ours is about as near as Dion's own compiled, and no further than
-    that is uncompiled (on a CPU, where a batch of one takes another matmul)."""
+    """The same polynomials in float64 are the measure: ours is about as near as Dion's own compiled, and no further
+    than that is uncompiled (on a CPU, where a batch of one takes another matmul)."""
     pytest.importorskip("dion")
     from dion import polar_express as dions
     G = torch.randn(*shape, generator=torch.Generator().manual_seed(0)).bfloat16()
@@ -272,8 +273,9 @@ def test_torch_muon_against_dions():
     """One step, and five with a changing momentum and learning rate, through Optimizers in both implementations.
 
     Dion's Polar Express stops after five bf16 steps with singular values between 0.86 and 1.14; TorchMuon's lie within
-    0.01 of 1. So updates of random gradients differ by about 10% of their norm, all of it in the singular values: brought to 1,
-    a first update differs by bf16 rounding, 2%. Momenta differ by fp32 rounding, AdamW's parameters not at all.
+    0.01 of 1. So updates of random gradients differ by about 10% of their norm, all of it in the singular values:
+    brought to 1, a first update differs by bf16 rounding, 2%. Momenta differ by fp32 rounding, AdamW's parameters not
+    at all.
     """
     pytest.importorskip("dion")
     changes = dict(learning_rate=0.1, weight_decay=0.3, warmup_iters=3, max_iters=8, muon_momentum_iters=4)
@@ -301,7 +303,8 @@ def test_torch_muon_against_dions():
         for step in (1, 5):
             assert relative(path[step][name] - start, dion_path[step][name] - start) < 0.13, (name, step)
         decayed = start * (1 - 0.1 / 3 * 0.3)
-        for part, dion_part in zip(*((x[1][name] - decayed).chunk(3 if "qkv" in name else 1) for x in (path, dion_path))):
+        for part, dion_part in zip(*((x[1][name] - decayed).chunk(3 if "qkv" in name else 1)
+                                     for x in (path, dion_path)), strict=True):
             assert relative(polar(part), polar(dion_part)) < 0.02, name
             assert dion_part.norm() == pytest.approx(part.norm().item(), rel=0.05)
         assert relative(momenta[name], dion_momenta[name]) < 1e-5

@@ -51,18 +51,22 @@ def test_each_parameter_is_in_exactly_one_group():
     expected = {
         "embed": ["embed.weight"], "head": ["head.weight"],
         "qkv": [f"blocks.{i}.attn.qkv.weight" for i in range(2)],
-        "matrices": sorted(f"blocks.{i}.{m}" for i in range(2) for m in ("attn.proj.weight", "mlp.fc1_weight", "mlp.fc2_weight")),
-        "gains": sorted([f"blocks.{i}.{m}.layer_norm_weight" for i in range(2) for m in ("attn.qkv", "mlp")] + ["norm.weight"]),
+        "matrices": sorted(f"blocks.{i}.{m}" for i in range(2)
+                           for m in ("attn.proj.weight", "mlp.fc1_weight", "mlp.fc2_weight")),
+        "gains": sorted([f"blocks.{i}.{m}.layer_norm_weight" for i in range(2)
+                         for m in ("attn.qkv", "mlp")] + ["norm.weight"]),
     }
     assert members == expected
     assert len({id(g) for g in optimizers.groups.values()}) == 5
 
 
 def test_rates_decays_and_betas_follow_their_flags():
-    flags = dict(learning_rate=1.5, learning_rate_embed=2.5, learning_rate_head=3.5, learning_rate_gain=4.5, weight_decay=0.1,
+    flags = dict(learning_rate=1.5, learning_rate_embed=2.5, learning_rate_head=3.5, learning_rate_gain=4.5,
+                 weight_decay=0.1,
                  weight_decay_embed=0.2, weight_decay_head=0.3, weight_decay_gain=0.4)
     optimizers = make_optimizers(make_model(), **flags, warmup_iters=4, max_iters=12, min_lr_ratio=0.2, adam_beta1=0.7,
-                                 adam_beta2=0.9, adam_eps=1e-7, muon_momentum_start=0.5, muon_momentum=0.9, muon_momentum_iters=8)
+                                 adam_beta2=0.9, adam_eps=1e-7, muon_momentum_start=0.5, muon_momentum=0.9,
+                                 muon_momentum_iters=8)
     base = dict(qkv=1.5, matrices=1.5, embed=2.5, head=3.5, gains=4.5)
     decay = dict(qkv=0.1, matrices=0.1, embed=0.2, head=0.3, gains=0.4)
     for step in (0, 3, 4, 7, 11, 2, 0):  # any order: a step's rates do not depend on the ones before
@@ -72,7 +76,8 @@ def test_rates_decays_and_betas_follow_their_flags():
             assert float(group["lr"]) == pytest.approx(base[name] * factor)
             assert group["weight_decay"] == decay[name]
         assert all(optimizers.groups[name]["mu"] == momentum for name in ("qkv", "matrices"))
-        assert rates == pytest.approx(dict(lr_muon=1.5 * factor, lr_embed=2.5 * factor, lr_head=3.5 * factor, momentum=momentum))
+        assert rates == pytest.approx(dict(lr_muon=1.5 * factor, lr_embed=2.5 * factor, lr_head=3.5 * factor,
+                                           momentum=momentum))
     for name in ("embed", "head", "gains"):
         assert optimizers.groups[name]["betas"] == (0.7, 0.9) and optimizers.groups[name]["eps"] == 1e-7
 
@@ -103,7 +108,7 @@ def test_zero_grad_drops_every_gradient():
 
 def gradients(*values):
     params = [torch.nn.Parameter(torch.zeros(len(v))) for v in values]
-    for p, v in zip(params, values):
+    for p, v in zip(params, values, strict=True):
         p.grad = torch.tensor(v)
     return params
 
@@ -113,7 +118,8 @@ def test_clipping_goes_by_the_global_norm():
     params.append(torch.nn.Parameter(torch.zeros(2)))  # no gradient: no part
     norm = train.clip_gradients(params, 1.0)
     assert norm.item() == 5.0  # before clipping
-    assert params[0].grad.tolist() == pytest.approx([0.6, 0.0]) and params[1].grad.tolist() == pytest.approx([0.0, 0.8, 0.0])
+    assert params[0].grad.tolist() == pytest.approx([0.6, 0.0])
+    assert params[1].grad.tolist() == pytest.approx([0.0, 0.8, 0.0])
     assert params[2].grad is None
 
 

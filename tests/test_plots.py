@@ -23,7 +23,8 @@ VAL = [dict(kind="val", step=2, tokens=300, val_loss=3.5)]
 SKIPPED = [dict(kind="train", step=3, tokens=400, loss=None)]
 
 
-@pytest.mark.parametrize("records", [TRAIN, VAL, TRAIN + VAL, TRAIN + SKIPPED + VAL], ids=["train", "val", "both", "with a skipped step"])
+@pytest.mark.parametrize("records", [TRAIN, VAL, TRAIN + VAL, TRAIN + SKIPPED + VAL],
+                         ids=["train", "val", "both", "with a skipped step"])
 def test_the_picture_of_a_run(tmp_path, records):
     plot_losses(records, str(tmp_path / "loss.png"), "a$_$b")  # no mathematics
     png = (tmp_path / "loss.png").read_bytes()

@@ -25,8 +25,10 @@ LAYERS = [f"blocks.{i}.{layer}" for i in range(2) for layer in ("attn.qkv", "att
 
 
 @pytest.mark.parametrize("patterns, expected", [
-    ("", []), ("blocks.1", LAYERS[3:]), ("blocks.0.mlp", ["blocks.0.mlp"]), ("blocks.*.attn.proj", [LAYERS[1], LAYERS[4]]),
-    ("blocks.1.attn.*, blocks.0.mlp", [LAYERS[2], LAYERS[3], LAYERS[4]]), ("blocks.*", LAYERS), ("*.mlp,*.mlp", [LAYERS[2], LAYERS[5]]), ("head", ["head"]),
+    ("", []), ("blocks.1", LAYERS[3:]), ("blocks.0.mlp", ["blocks.0.mlp"]),
+    ("blocks.*.attn.proj", [LAYERS[1], LAYERS[4]]),
+    ("blocks.1.attn.*, blocks.0.mlp", [LAYERS[2], LAYERS[3], LAYERS[4]]), ("blocks.*", LAYERS),
+    ("*.mlp,*.mlp", [LAYERS[2], LAYERS[5]]), ("head", ["head"]),
 ])
 def test_patterns(fresh, patterns, expected):
     assert keep_high_precision(make_model(), patterns, te) == expected
@@ -48,6 +50,7 @@ def test_a_pattern_that_matches_nothing_is_an_error(fresh, patterns):
     assert error.value.status == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recompute", [False, True])
 def test_all_layers_in_bf16_are_the_bf16_run(fresh, shards, tmp_path, recompute):
     """To the bit, recomputed or not; one layer less differs."""
@@ -67,7 +70,8 @@ def test_only_the_other_layers_have_scales(fresh):
     assert {name.split(".")[1] for name in fp8_state(model)} == {"0"}
 
 
-@pytest.mark.parametrize("flag, field", [("NVFP4_HADAMARD", "disable_rht"), ("NVFP4_2D_WEIGHTS", "disable_2d_quantization"),
+@pytest.mark.parametrize("flag, field",
+                         [("NVFP4_HADAMARD", "disable_rht"), ("NVFP4_2D_WEIGHTS", "disable_2d_quantization"),
                                          ("NVFP4_STOCHASTIC_ROUNDING", "disable_stochastic_rounding")])
 def test_nvfp4_switches(fresh, flag, field):
     """Each reaches its field of the recipe, and nothing else does."""
@@ -81,13 +85,15 @@ def test_nvfp4_switches(fresh, flag, field):
 # Recipes' switches, each through a whole run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [
     dict(FP8_MARGIN=6), dict(FP8_AMAX_HISTORY=1), dict(USE_NVFP4=True, NVFP4_HADAMARD=False),
     dict(USE_NVFP4=True, NVFP4_STOCHASTIC_ROUNDING=False), dict(USE_NVFP4=True, NVFP4_2D_WEIGHTS=False)], ids=str)
 def test_every_switch_changes_the_run(fresh, shards, tmp_path, changes):
     common = dict(max_iters=4, n_embd=128)
     base = {k: v for k, v in changes.items() if k == "USE_NVFP4"}
-    assert (losses(train_here(tmp_path / "a", shards, **common, **base)) != losses(train_here(tmp_path / "b", shards, **common, **changes))).any()
+    assert (losses(train_here(tmp_path / "a", shards, **common,
+                              **base)) != losses(train_here(tmp_path / "b", shards, **common, **changes))).any()
 
 
 def test_margin_and_history_reach_the_scales(fresh, shards, tmp_path):
@@ -107,19 +113,23 @@ def test_margin_and_history_reach_the_scales(fresh, shards, tmp_path):
 # Evaluation in bf16 or in the format of training
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes, name", [(dict(), "fp8-delayed"), (dict(FP8_RECIPE="current"), "fp8-current"),
                                            (dict(USE_NVFP4=True, n_embd=128), "nvfp4")])
 def test_eval_precision(fresh, shards, tmp_path, capsys, changes, name):
     """The flag chooses what evaluations in between say; the end reports both, and training is the same to the bit."""
-    runs = {p: train_here(tmp_path / p, shards, max_iters=4, eval_interval=2, EVAL_PRECISION=p, **changes) for p in ("bf16", "training")}
+    runs = {p: train_here(tmp_path / p, shards, max_iters=4, eval_interval=2, EVAL_PRECISION=p, **changes)
+            for p in ("bf16", "training")}
     assert (losses(runs["bf16"]) == losses(runs["training"])).all()
     printed = capsys.readouterr().out
     for p, folder in runs.items():
         vals, (done,) = records(folder, "val"), records(folder, "done")
         first, other = ("bf16", name) if p == "bf16" else (name, "bf16")
-        assert list(done["val_losses"]) == [first, other] and done["val_loss"] == done["val_losses"][first] == vals[-1]["val_loss"]
+        assert list(done["val_losses"]) == [first, other]
+        assert done["val_loss"] == done["val_losses"][first] == vals[-1]["val_loss"]
         assert 0 < abs(done["val_losses"]["bf16"] - done["val_losses"][name]) < 0.1
-        assert f"done: val loss {done['val_loss']:.4f} in {first}, {done['val_losses'][other]:.4f} in {other} after" in printed
+        last = f"done: val loss {done['val_loss']:.4f} in {first}, {done['val_losses'][other]:.4f} in {other} after"
+        assert last in printed
     a, b = (records(runs[p], "val")[0]["val_loss"] for p in ("bf16", "training"))
     assert a != b
 
@@ -138,7 +148,8 @@ def test_evaluation_in_the_format_of_training_leaves_the_scales_alone(fresh, sha
         model(x, y).backward()
     before = {k: v.clone() for k, v in fp8_state(model).items()}
     for kept in (True, False):
-        with torch.no_grad(), preserved_scales(model) if kept else contextlib.nullcontext(), precision.autocast(one_process()):
+        with torch.no_grad(), preserved_scales(model) if kept else contextlib.nullcontext(), \
+                precision.autocast(one_process()):
             model(x, y)
         assert all(torch.equal(v, before[k]) for k, v in fp8_state(model).items()) == kept
 
@@ -164,7 +175,8 @@ def test_fp8_state_names_live_tensors():
     forward(model, cfg, x, y).backward()
     state = fp8_state(model)
     modules = [f"blocks.{i}.{m}" for i in range(2) for m in ("attn.qkv", "attn.proj", "mlp")]
-    assert set(state) == {f"{m}.{d}.{t}" for m in modules for d in ("scaling_fwd", "scaling_bwd") for t in ("scale", "amax_history")}
+    assert set(state) == {f"{m}.{d}.{t}" for m in modules for d in ("scaling_fwd", "scaling_bwd")
+                          for t in ("scale", "amax_history")}
     before = {k: v.clone() for k, v in state.items()}
     forward(model, cfg, x, y, quantized=False)
     assert all(torch.equal(v, before[k]) for k, v in state.items())  # bf16 feeds nothing

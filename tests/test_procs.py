@@ -77,7 +77,8 @@ def test_a_user_error_is_one_line_with_its_status(capsys, status):
 
 
 def test_a_script_that_succeeds_returns_its_result():
-    result = command_line(lambda cfg, procs: (cfg.argv, procs.world_size), lambda argv: SimpleNamespace(argv=argv), "s.py", ["a"])
+    result = command_line(lambda cfg, procs: (cfg.argv, procs.world_size), lambda argv: SimpleNamespace(argv=argv),
+                          "s.py", ["a"])
     assert result == (["a"], 1)
     assert not dist.is_initialized()
 
@@ -95,7 +96,8 @@ CFG = SimpleNamespace(batch_size=16, block_size=1, USE_AC_BLOCKS=False, USE_AC_L
 
 
 @pytest.mark.parametrize("error", [
-    torch.OutOfMemoryError("CUDA out of memory."), MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+    torch.OutOfMemoryError("CUDA out of memory."), MemoryError(),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory")])
 def test_too_little_memory_names_the_rank_and_what_needs_less(error):
     """Numbers are halved and switches set, where that is possible."""
     procs = one_process(rank=3, world_size=4)
@@ -120,7 +122,8 @@ def test_too_little_memory_is_one_line(tmp_path, shards, fresh, monkeypatch, cap
     line = capsys.readouterr().err
     assert error.value.code == 1 and line.count("\n") == 1 and "--batch_size=2 or --USE_AC_BLOCKS=True" in line
     monkeypatch.setattr(train, "GPT", mock.Mock(side_effect=RuntimeError(
-        "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 4096 bytes.")))
+        "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to "
+        "allocate 4096 bytes.")))
     fails_in_one_line(capsys, 1, "rank 0 has too little memory", out_dir=tmp_path, data_dir=shards)
 
 

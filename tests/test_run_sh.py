@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.slow
 
 # Logs what it is asked to do. Runs `-c` and `-` programs in the real python, which sees only the packages in $STUBS.
 PYTHON = r"""#!/bin/bash

@@ -34,7 +34,9 @@ def test_run_folders_made_at_once_are_apart(tmp_path):
         make_run_folder(str(tmp_path / "file"), "x")
 
 
-@pytest.mark.parametrize("seconds,text", [(0, "0:00"), (59.4, "0:59"), (59.6, "1:00"), (3599.4, "59:59"), (3600, "1:00:00"), (90061, "25:01:01")])
+@pytest.mark.parametrize("seconds,text",
+                         [(0, "0:00"), (59.4, "0:59"), (59.6, "1:00"), (3599.4, "59:59"), (3600, "1:00:00"),
+                          (90061, "25:01:01")])
 def test_durations(seconds, text):
     assert format_duration(seconds) == text
 
@@ -56,7 +58,8 @@ def test_a_deleted_log_that_cannot_be_written_anew_at_once(tmp_path, capsys):
     (tmp_path / "r").unlink()
     log.write(dict(kind="train", step=3))
     log.close()
-    assert records(tmp_path / "r") == [dict(kind="train", step=step) for step in range(4)] and (tmp_path / "r" / "config.json").exists()
+    assert records(tmp_path / "r") == [dict(kind="train", step=step) for step in range(4)]
+    assert (tmp_path / "r" / "config.json").exists()
     out = capsys.readouterr().out
     assert out.count("log.jsonl cannot be written") == 1 and out.count("log.jsonl was deleted") == 1
 

@@ -430,6 +430,7 @@ def test_prompt_from_a_file(out_dir, tokenizer, capsys, tmp_path):
     assert result.code == 0 and result.out.startswith("Öl\r\nund")
 
 
+@pytest.mark.slow
 def test_interactive_answers_each_line_and_survives_bad_ones(out_dir, tokenizer):
     """As a process: each line of stdin is a prompt; a prompt that is too long is reported, an empty line skipped."""
     lines = "Hello\n\n" + "word " * 80 + "\nÜber\n"
@@ -443,6 +444,7 @@ def test_interactive_answers_each_line_and_survives_bad_ones(out_dir, tokenizer)
     assert out.endswith("\n") and out.count("\n") >= 2
 
 
+@pytest.mark.slow
 def test_runs_without_te_or_its_emulation(out_dir, tokenizer):
     code = (f"import sys; sys.path.insert(0, {str(helpers.ROOT)!r}); import sample; "
             f"sample.main(['--ckpt={out_dir}', '--max_new_tokens=2', '--device=cpu']); "
@@ -451,6 +453,7 @@ def test_runs_without_te_or_its_emulation(out_dir, tokenizer):
     assert result.code == 0, result.err
 
 
+@pytest.mark.slow
 def test_a_run_of_train_py_can_be_sampled(shards, tmp_path, capsys, tokenizer):
     """Train in emulated FP8, then sample: the newest checkpoint's weights are used."""
     folder = helpers.train_here(tmp_path, shards, vocab_size=VOCAB, n_embd=32, max_iters=2, loss_chunk_size=256)
@@ -530,6 +533,7 @@ def test_damaged_checkpoints_are_one_line(tmp_path, tokenizer, capsys):
     assert_refused(main_here(capsys, f"--ckpt={folder}"), 1, "no complete checkpoint")
 
 
+@pytest.mark.slow
 def test_a_reader_that_leaves_ends_it_quietly(out_dir, tokenizer):
     command = [sys.executable, SCRIPT, f"--ckpt={out_dir}", "--max_new_tokens=60"]
     process = subprocess.Popen(command, cwd=out_dir, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -543,6 +547,7 @@ def test_a_reader_that_leaves_ends_it_quietly(out_dir, tokenizer):
 # Export
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, dict(n_embd=64, n_head=2, logit_softcap=0, rope_base=300.0, norm_eps=1e-3)])
 def test_export_loads_in_transformers_with_the_same_logits(tmp_path, tokenizer, capsys, changes, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

@@ -44,7 +44,8 @@ def test_the_shapes_of_every_preset_pass_the_checks():
 @pytest.mark.parametrize("changes,words", [
     (dict(batch_size=0), "batch_size"), (dict(n_layer=-1), "n_layer"), (dict(learning_rate=-0.1), "learning_rate"),
     (dict(rank_timeout=1.0), "rank_timeout"), (dict(FP8_CALIBRATION_STEPS=0), "FP8_CALIBRATION_STEPS"),
-    (dict(warmup_iters=-1), "warmup_iters"), (dict(muon_momentum=1.0), "muon_momentum"), (dict(adam_beta2=1.0), "adam_beta2"),
+    (dict(warmup_iters=-1), "warmup_iters"), (dict(muon_momentum=1.0), "muon_momentum"),
+    (dict(adam_beta2=1.0), "adam_beta2"),
     (dict(n_head=3), "--n_head="), (dict(n_embd=66, n_head=2), "head size"), (dict(run_name="a/b"), "run_name"),
     (dict(run_name=""), "run_name"), (dict(run_name=".."), "run_name"), (dict(log_interval=0), "log_interval"),
     (dict(eval_tokens=0), "eval_tokens"), (dict(max_iters=0), "max_iters"), (dict(norm_eps=0), "norm_eps"),
@@ -57,7 +58,8 @@ def test_impossible_values_are_refused(changes, words):
     assert caught.value.status == 2
 
 
-@pytest.mark.parametrize("total,batch,world", [(300, 2, 1), (1000, 3, 2), (63, 1, 3), (1, 4, 2), (99999, 2, 8), (160, 2, 2)])
+@pytest.mark.parametrize("total,batch,world",
+                         [(300, 2, 1), (1000, 3, 2), (63, 1, 3), (1, 4, 2), (99999, 2, 8), (160, 2, 2)])
 def test_a_total_batch_that_does_not_divide_names_a_nearest_that_does(total, batch, world):
     micro = batch * 32 * world
     with pytest.raises(UserError) as caught:
@@ -118,8 +120,10 @@ def test_wrong_input_ends_main_with_one_line(tmp_path, shards, capsys, monkeypat
     assert not list(tmp_path.iterdir())  # no run folder of a run that could not start
 
 
+@pytest.mark.slow
 def test_as_a_script(tmp_path, shards):
-    """--help, wrong input and a bare import, each in a python of its own: exit status, output, and nothing left behind."""
+    """--help, wrong input and a bare import, each in a python of its own: exit status, output, and nothing left
+    behind."""
     small = helpers.flag_args(data_dir=shards)
     bare_import = ("import sys, threading; import train, torch.distributed as dist; "
                    "assert not dist.is_initialized() and threading.active_count() == 1; "

@@ -54,7 +54,8 @@ def test_the_splits_are_apart_and_shards_follow_by_name(numbered):
     assert ring_of(numbered, split="val").read(0, 3).tolist() == [5000, 5001, 5002]
 
 
-@pytest.mark.parametrize("start,count", [(0, 10), (695, 30), (700, 1), (701, 1), (1200, 20), (1205, 5), (3 * 1205 - 1, 2),
+@pytest.mark.parametrize("start,count",
+                         [(0, 10), (695, 30), (700, 1), (701, 1), (1200, 20), (1205, 5), (3 * 1205 - 1, 2),
                                          (0, 1205), (1000, 3000), (10**12 * 1205 + 7, 3)])
 def test_the_ring_across_shards_and_around(numbered, start, count):
     tokens = ring_of(numbered).read(start, count)
@@ -92,7 +93,7 @@ def test_peek_shows_what_next_gives_and_moves_nothing(numbered):
     loader = loader_of(ring_of(numbered))
     for _ in range(8):  # before the thread runs, and while it is ahead
         peeked, again, given = loader.peek(), loader.peek(), loader.next()
-        for a, b, c in zip(peeked, again, given):
+        for a, b, c in zip(peeked, again, given, strict=True):
             assert torch.equal(a, b) and torch.equal(a, c)
     loader.close()
 
@@ -207,7 +208,8 @@ GOOD = shard_bytes(TOKENS)
     (shard_bytes(TOKENS, version=2), ["version 2", "expected 1"]),
     (shard_bytes([]), ["no tokens"]),
     (b"<html>not found</html>" * 100, ["magic", "20240520"]),
-], ids=["empty", "half a header", "short by a token", "short by a byte", "too long", "header says less", "negative count",
+], ids=["empty", "half a header", "short by a token", "short by a byte", "too long", "header says less",
+        "negative count",
         "magic", "version", "no tokens", "a web page"])
 def test_a_bad_shard_is_one_line_with_file_and_remedy(tmp_path, content, words):
     (tmp_path / "n").mkdir()

@@ -57,8 +57,10 @@ def test_model_is_gpt2_of_torchs_own_layers():
         layer = nn.TransformerEncoderLayer(cfg.n_embd, cfg.n_head, 4 * cfg.n_embd, dropout=0.0, batch_first=True,
                                            norm_first=True, activation=lambda z: F.gelu(z, approximate="tanh"))
         attention = {"in_proj_": block.attn.qkv, "out_proj.": block.attn.proj}
-        state = {f"self_attn.{name}{kind}": getattr(part, kind) for name, part in attention.items() for kind in ("weight", "bias")}
-        for name, part in dict(linear1=block.mlp.fc, linear2=block.mlp.proj, norm1=block.ln_1, norm2=block.ln_2).items():
+        state = {f"self_attn.{name}{kind}": getattr(part, kind) for name,
+                 part in attention.items() for kind in ("weight", "bias")}
+        for name, part in dict(linear1=block.mlp.fc, linear2=block.mlp.proj, norm1=block.ln_1,
+                               norm2=block.ln_2).items():
             state |= {f"{name}.weight": part.weight, f"{name}.bias": part.bias}
         layer.load_state_dict(state)
         h = layer(h, src_mask=mask)
@@ -87,10 +89,12 @@ def test_initialisation_and_optimizer_groups():
 def test_run_learns_and_keeps_the_log_contract(tmp_path, shards, fresh, capsys):
     folder = run_here(tmp_path, shards, max_iters=30, eval_interval=10)
     rows, vals, (done,) = (helpers.records(folder, kind) for kind in ("train", "val", "done"))
-    assert list(rows[0]) == ["kind", "step", "tokens", "loss", "grad_norm", "lr_muon", "lr_embed", "lr_head", "momentum",
+    assert list(rows[0]) == ["kind", "step", "tokens", "loss", "grad_norm", "lr_muon", "lr_embed", "lr_head",
+                             "momentum",
                              "step_ms", "tok_per_sec", "mfu", "peak_mem_gb"]
     assert list(vals[0]) == ["kind", "step", "tokens", "val_loss", "train_seconds"]
-    assert list(done) == ["kind", "step", "tokens", "val_loss", "train_seconds", "tok_per_sec_median", "peak_mem_gb", "compile_seconds"]
+    assert list(done) == ["kind", "step", "tokens", "val_loss", "train_seconds", "tok_per_sec_median", "peak_mem_gb",
+                          "compile_seconds"]
     assert [r["step"] for r in rows] == list(range(30)) and [r["step"] for r in vals] == [9, 19, 29]
     assert [r["tokens"] for r in rows] == [256 * (i + 1) for i in range(30)]
     loss = helpers.losses(folder)
@@ -103,10 +107,12 @@ def test_run_learns_and_keeps_the_log_contract(tmp_path, shards, fresh, capsys):
     config = json.loads((folder / "config.json").read_text())
     assert set(script_flags(SCRIPT)) <= set(config) and config["precision"] == "fp32" and config["world_size"] == 1
     out = capsys.readouterr().out
-    assert re.search(r"^step  1/30 \| loss +[\d.]+ \| norm [\d.e+-]+ \| lr [\d.e-]+ \| +[\d.]+ ms \| [\d,]+ tok/s \| ", out, re.M)
+    assert re.search(r"^step  1/30 \| loss +[\d.]+ \| norm [\d.e+-]+ \| lr [\d.e-]+ \| +[\d.]+ ms \| [\d,]+ tok/s \| ",
+                     out, re.M)
     assert re.search(r"^step 30/30 \| val loss [\d.]+ over 640 tokens \| ", out, re.M) and "\ndone: val loss " in out
 
 
+@pytest.mark.slow
 def test_two_ranks_train_and_evaluate_like_one(tmp_path, shards, fresh):
     """Two ranks of two micro-batches against one rank of one: losses, gradient norms and val loss.
 
@@ -143,10 +149,12 @@ def test_released_flags_and_presets_agree():
         assert set(preset) <= set(table)
     # A flag that some preset changes must be in d20, or an edit of it could not be told
     tree = ast.parse(pathlib.Path(SCRIPT).read_text(encoding="utf-8"))
-    assigned = {t.id for node in tree.body if isinstance(node, ast.Assign) for t in node.targets if isinstance(t, ast.Name)}
+    assigned = {t.id for node in tree.body if isinstance(node, ast.Assign) for t in node.targets
+                if isinstance(t, ast.Name)}
     assert assigned == {"PRESETS"}
     assert set(train_orig.PRESETS["tiny"]) | set(train_orig.PRESETS["d12"]) <= set(train_orig.PRESETS["d20"])
-    shared = {"n_layer", "n_embd", "n_head", "block_size", "total_batch_size", "max_iters", "warmup_iters", "eval_interval",
+    shared = {"n_layer", "n_embd", "n_head", "block_size", "total_batch_size", "max_iters", "warmup_iters",
+              "eval_interval",
               "eval_tokens", "dataset"}  # what a comparison needs alike
     for name in ("d20", "tiny"):
         for flag in shared:
@@ -173,9 +181,11 @@ def test_wrong_input_is_one_line(tmp_path, shards, fresh, capsys, changes, statu
     assert all(word in err for word in words), err
 
 
+@pytest.mark.slow
 def test_script_reports_a_bad_flag_without_traceback(tmp_path):
     """In a process of its own: nothing but main() stands between the error and the console."""
     result = helpers.finish(helpers.start(SCRIPT, "--bath_size=3", cwd=tmp_path))
     assert result.code == 2 and result.out == "" and result.err.count("\n") == 1, result.err
-    assert result.err.startswith("train_orig.py: error: ") and "--bath_size" in result.err and "--batch_size" in result.err
+    assert result.err.startswith("train_orig.py: error: ") and "--bath_size" in result.err
+    assert "--batch_size" in result.err
     assert not os.listdir(tmp_path)

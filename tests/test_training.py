@@ -3,6 +3,7 @@
 Runs of one process happen in this process; runs of two ranks in one torchrun (RANKS below), one after another.
 """
 
+import functools
 import json
 import math
 import pathlib
@@ -40,7 +41,8 @@ pytestmark = pytest.mark.usefixtures("fresh")
 TRAIN_KEYS = {"kind", "step", "tokens", "loss", "grad_norm", "lr_muon", "lr_embed", "lr_head", "momentum", "step_ms",
               "tok_per_sec", "mfu", "peak_mem_gb"}
 VAL_KEYS = {"kind", "step", "tokens", "val_loss", "train_seconds"}
-DONE_KEYS = {"kind", "step", "compile_seconds", "tokens", "val_loss", "val_losses", "train_seconds", "tok_per_sec_median", "peak_mem_gb"}
+DONE_KEYS = {"kind", "step", "compile_seconds", "tokens", "val_loss", "val_losses", "train_seconds",
+             "tok_per_sec_median", "peak_mem_gb"}
 
 # The runs of two ranks: micro-batches of 4 sequences each, where the run of one process takes 8.
 TWO = dict(batch_size=4)
@@ -104,7 +106,7 @@ def two_ranks(tmp_path_factory, shards):
     return folders
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def one_rank(tmp_path_factory, shards):
     """{name: run folder} of the runs of one process that others are compared with."""
     out, patch = tmp_path_factory.mktemp("one"), pytest.MonkeyPatch()
@@ -128,7 +130,8 @@ def script_run(tmp_path_factory, shards):
     folder = tmp_path_factory.mktemp("script")
     (folder / "stub").mkdir()
     (folder / "stub" / "wandb.py").write_text("raise ImportError('no wandb here')\n")
-    args = flag_args(data_dir=shards, max_iters=5, eval_interval=2, total_batch_size=512, USE_WANDB=True, run_name="first")
+    args = flag_args(data_dir=shards, max_iters=5, eval_interval=2, total_batch_size=512, USE_WANDB=True,
+                     run_name="first")
     result = finish(start(TRAIN, *args, cwd=folder, PYTHONPATH=str(folder / "stub")))
     assert result.code == 0, result.err
     result.folder = folder / "out" / "first"
@@ -144,15 +147,18 @@ def test_the_run_folder_is_complete(script_run):
 def test_log_jsonl_follows_the_contract(script_run):
     log = records(script_run.folder)
     assert [(r["kind"], r["step"]) for r in log] == [
-        ("train", 0), ("train", 1), ("val", 1), ("train", 2), ("train", 3), ("val", 3), ("train", 4), ("val", 4), ("done", 4)]
+        ("train", 0), ("train", 1), ("val", 1), ("train", 2), ("train", 3), ("val", 3), ("train", 4), ("val", 4),
+        ("done", 4)]
     keys = {"train": TRAIN_KEYS, "val": VAL_KEYS, "done": DONE_KEYS}
     for r in log:
-        assert set(r) - ({"val_losses"} if r["step"] == 4 else set()) == keys[r["kind"]] - {"val_losses"}  # the last evaluation's, in two formats
+        # the last evaluation's, in two formats
+        assert set(r) - ({"val_losses"} if r["step"] == 4 else set()) == keys[r["kind"]] - {"val_losses"}
         assert r["tokens"] == (r["step"] + 1) * 512
     for r in records(script_run.folder, "train"):
         assert r["tok_per_sec"] == pytest.approx(512 / r["step_ms"] * 1000)
         assert r["mfu"] is None  # no peak for a CPU
-        assert all(r[k] > 0 for k in ("loss", "step_ms", "tok_per_sec", "peak_mem_gb", "lr_muon", "lr_embed", "lr_head"))
+        assert all(r[k] > 0
+                   for k in ("loss", "step_ms", "tok_per_sec", "peak_mem_gb", "lr_muon", "lr_embed", "lr_head"))
     norms = [r["grad_norm"] for r in records(script_run.folder, "train")]
     assert all(math.isfinite(n) and n > 0 for n in norms)
     vals, (done,) = records(script_run.folder, "val"), records(script_run.folder, "done")
@@ -169,7 +175,8 @@ def test_the_logged_rates_are_the_schedule(script_run):
         factor = train.lr_factor(r["step"], cfg.warmup_iters, 5, cfg.min_lr_ratio)
         assert (r["lr_muon"], r["lr_embed"], r["lr_head"]) == pytest.approx(
             (cfg.learning_rate * factor, cfg.learning_rate_embed * factor, cfg.learning_rate_head * factor))
-        assert r["momentum"] == train.momentum_at(r["step"], cfg.muon_momentum_start, cfg.muon_momentum, cfg.muon_momentum_iters)
+        assert r["momentum"] == train.momentum_at(r["step"], cfg.muon_momentum_start, cfg.muon_momentum,
+                                                  cfg.muon_momentum_iters)
 
 
 def test_the_loss_starts_at_ln_vocab_and_falls(script_run):
@@ -185,19 +192,23 @@ def test_config_json_holds_every_flag_and_the_machine(script_run):
         if name != "data_dir":
             assert config[name] == cfg[name]
     assert "explicit" not in config
-    for name in ("device", "versions", "git_commit", "world_size", "wrapper", "precision", "emulated", "optimizers", "parameters"):
+    for name in ("device", "versions", "git_commit", "world_size", "wrapper", "precision", "emulated", "optimizers",
+                 "parameters"):
         assert name in config
     assert config["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
-    assert (config["world_size"], config["wrapper"], config["precision"], config["emulated"]) == (1, "none", "fp8-delayed", True)
+    assert (config["world_size"], config["wrapper"], config["precision"],
+            config["emulated"]) == (1, "none", "fp8-delayed", True)
 
 
 def test_the_console_says_what_runs(script_run):
     out = script_run.out
-    for word in ("fp8-delayed EMULATED by nanofp8/te_emulation.py (no GPU)", "none (one rank)", "torch.optim.Muon", "muon_impl=torch",
+    for word in ("fp8-delayed EMULATED by nanofp8/te_emulation.py (no GPU)", "none (one rank)", "torch.optim.Muon",
+                 "muon_impl=torch",
                  "640 of 1,500 val tokens", "6,000 train tokens in 3 shard(s)",
                  "1 rank(s) x 2 micro-batch(es) x 8 sequences x 32 tokens", "run folder", "done: val loss"):
         assert word in out, word
-    steps = re.findall(r"^step (\d)/5 \| loss +([\d.]+) \| norm .* \| lr .* ms \| [\d,]+ tok/s \| .* GB \| ETA", out, re.M)
+    steps = re.findall(r"^step (\d)/5 \| loss +([\d.]+) \| norm .* \| lr .* ms \| [\d,]+ tok/s \| .* GB \| ETA", out,
+                       re.M)
     assert [int(s) for s, _ in steps] == [1, 2, 3, 4, 5]
     assert [float(x) for _, x in steps] == pytest.approx(losses(script_run.folder), abs=1e-4)
     assert "MFU" not in out
@@ -209,6 +220,7 @@ def test_without_wandb_the_run_goes_on(script_run):
     assert script_run.out.count("wandb is off: no wandb here") == 1
 
 
+@pytest.mark.slow
 def test_a_run_folder_is_never_overwritten(tmp_path, shards):
     first = train_here(tmp_path, shards, max_iters=2, run_name="r", eval_tokens=64)
     before = {p.name: p.read_bytes() for p in first.iterdir() if p.is_file()}
@@ -218,9 +230,11 @@ def test_a_run_folder_is_never_overwritten(tmp_path, shards):
     assert json.loads((folders[1] / "config.json").read_text())["seed"] == 3
 
 
+@pytest.mark.slow
 def test_log_interval_and_only_a_last_evaluation(tmp_path, shards):
     folder = train_here(tmp_path, shards, max_iters=6, log_interval=4, USE_FP8=False, eval_tokens=64)
-    assert [(r["kind"], r["step"]) for r in records(folder)] == [("train", 0), ("train", 4), ("train", 5), ("val", 5), ("done", 5)]
+    assert [(r["kind"], r["step"]) for r in records(folder)] == [("train", 0), ("train", 4), ("train", 5), ("val", 5),
+                                                                 ("done", 5)]
     seconds = records(folder, "done")[0]["train_seconds"]
     assert seconds > sum(r["step_ms"] for r in records(folder, "train")) / 1000  # steps that were not logged count too
 
@@ -231,9 +245,11 @@ def test_losses_that_are_no_numbers_end_the_run_in_one_line(tmp_path, shards, ca
     with pytest.raises(SystemExit) as caught:
         train_here(tmp_path, shards, run_name="nan", max_bad_steps=2, **changes)
     result = SimpleNamespace(code=caught.value.code, err=capsys.readouterr().err)
-    helpers.assert_one_error_line(result, 1, "2 consecutive steps were skipped", "the last at step", "lower learning rate")
+    helpers.assert_one_error_line(result, 1, "2 consecutive steps were skipped", "the last at step",
+                                  "lower learning rate")
     log = records(tmp_path / "nan", "train")
-    assert log[-1]["loss"] is None and log[-1]["skipped"] == "loss not finite" and log[0]["loss"] == pytest.approx(math.log(512))
+    assert log[-1]["loss"] is None and log[-1]["skipped"] == "loss not finite"
+    assert log[0]["loss"] == pytest.approx(math.log(512))
 
 
 # -----------------------------------------------------------------------------------------------------
@@ -241,7 +257,8 @@ def test_losses_that_are_no_numbers_end_the_run_in_one_line(tmp_path, shards, ca
 
 
 def test_the_first_losses_are_those_of_a_plain_loop(tmp_path, shards, one_rank):
-    """bf16, one process: loader, loss mean, schedule, clipping and both optimizers put together by hand. Bit for bit."""
+    """bf16, one process: loader, loss mean, schedule, clipping and both optimizers put together by hand. Bit for
+    bit."""
     cfg = helpers.make_cfg(USE_FP8=False, data_dir=str(shards))
     procs = helpers.one_process()
     ring = train.TokenRing(str(shards), "synthetic", "train", 512, 1)
@@ -260,6 +277,7 @@ def test_the_first_losses_are_those_of_a_plain_loop(tmp_path, shards, one_rank):
         assert loss.item() == expected["loss"] and norm.item() == expected["grad_norm"], step
 
 
+@pytest.mark.slow
 def test_the_same_flags_give_the_same_losses(tmp_path, shards, one_rank):
     again = train_here(tmp_path, shards)
     assert np.array_equal(losses(again), losses(one_rank["fp8"]))
@@ -267,6 +285,7 @@ def test_the_same_flags_give_the_same_losses(tmp_path, shards, one_rank):
     assert not np.array_equal(losses(other)[1:], losses(again)[1:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [1, 2, 4])
 def test_gradient_accumulation_equals_a_larger_batch(tmp_path, shards, one_rank, batch_size):
     """bf16: the same tokens in more micro-batches. fp32 sums in another order, which Adam's and Muon's normalised steps
@@ -276,6 +295,7 @@ def test_gradient_accumulation_equals_a_larger_batch(tmp_path, shards, one_rank,
     assert got[0] - got[-1] > 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [dict(), dict(batch_size=2, max_iters=4)], ids=["whole", "accumulate"])
 def test_evaluation_does_not_touch_training(tmp_path, shards, changes):
     """Delayed scaling: bit for bit the same losses with an evaluation after every step, which feeds no amax history and
@@ -301,8 +321,8 @@ def evaluate_small(shards, eval_tokens, batch_size, world_size=1):
 
     for rank in range(world_size):
         procs = Rank(rank, rank, world_size, helpers.CPU, SimpleNamespace(get_group=lambda: None))
-        precision = train.select_precision(cfg, helpers.CPU)
-        train.evaluate(model, ring, cfg, procs, lambda: precision.autocast(procs, quantized=False))
+        autocast = functools.partial(train.select_precision(cfg, helpers.CPU).autocast, procs, quantized=False)
+        train.evaluate(model, ring, cfg, procs, autocast)
         assert model.training
     total = sum(totals)
     assert total[1] == eval_tokens  # every token once, padding not at all
@@ -327,6 +347,7 @@ def test_val_loss_is_the_cross_entropy_of_the_first_sequences(shards):
     assert evaluate_small(shards, 640, 8) == pytest.approx(want, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_eval_tokens_are_cut_to_what_there_is(tmp_path, shards):
     """1500 val tokens hold 46 sequences of 32 with a last target; fewer than a sequence are rounded up to one."""
     for given, used in ((10**9, 46 * 32), (100, 96), (5, 32)):
@@ -347,8 +368,10 @@ def test_training_goes_around_the_ring(tmp_path):
 # Number formats and flags that change the path, not the result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name,changes", [
-    ("fp8-current", dict(FP8_RECIPE="current")), ("fp8-block", dict(FP8_RECIPE="block")), ("fp8-mxfp8", dict(FP8_RECIPE="mxfp8")),
+    ("fp8-current", dict(FP8_RECIPE="current")), ("fp8-block", dict(FP8_RECIPE="block")),
+    ("fp8-mxfp8", dict(FP8_RECIPE="mxfp8")),
     ("nvfp4", dict(USE_NVFP4=True)),
 ])
 def test_every_number_format_trains(tmp_path, shards, capsys, one_rank, name, changes):
@@ -386,15 +409,17 @@ def test_delayed_scaling_is_calibrated_from_the_first_step(tmp_path, shards, one
     """Delayed scaling starts at scale 1, where E5M2 flushes small gradients to zero. With the calibration passes the
     run stays within 0.01 nats of bf16 from the start; data order and learning rates do not move."""
     assert np.abs(losses(one_rank["fp8"]) - losses(one_rank["bf16"])).max() < 0.01
-    for a, b in zip(records(one_rank["fp8"], "train"), records(one_rank["bf16"], "train")):
+    for a, b in zip(records(one_rank["fp8"], "train"), records(one_rank["bf16"], "train"), strict=True):
         assert all(a[k] == b[k] for k in ("tokens", "lr_muon", "lr_embed", "lr_head", "momentum"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [dict(USE_AC_BLOCKS=True, USE_AC_ATTENTION=True)])
 def test_recomputation_gives_the_same_run(tmp_path, shards, one_rank, flags):
     assert np.array_equal(losses(train_here(tmp_path, shards, **flags)), losses(one_rank["fp8"]))
 
 
+@pytest.mark.slow
 def test_recomputing_the_head_gives_the_same_run(tmp_path, shards, one_rank):
     """The logits are made twice from the same operands: the gradients, and so the losses, are the same."""
     assert np.array_equal(losses(train_here(tmp_path, shards, USE_AC_LM_HEAD=True)), losses(one_rank["fp8"]))
@@ -423,6 +448,7 @@ def test_two_ranks_train_like_one(one_rank, two_ranks, name):
     assert np.abs(got - want).max() < GAPS[name], np.abs(got - want)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flag", ["USE_DDP", "USE_FSDP2"])
 def test_a_wrapper_around_one_rank(tmp_path, shards, one_rank, flag):
     """One path for one rank and many. DDP: bit for bit; FSDP2: bf16 weights, as above."""
@@ -431,7 +457,8 @@ def test_a_wrapper_around_one_rank(tmp_path, shards, one_rank, flag):
 
 
 def test_gradient_norms_agree(one_rank, two_ranks):
-    """The norm is that of the whole gradient under every wrapper, not of a shard. 1%: gradients through bf16 weights."""
+    """The norm is that of the whole gradient under every wrapper, not of a shard. 1%: gradients through bf16
+    weights."""
     want = [r["grad_norm"] for r in records(one_rank["bf16"], "train")]
     for name in ("ddp-bf16", "fsdp2-bf16", "fsdp2-reshard-bf16", "fsdp2-bf16-accumulate"):
         assert [r["grad_norm"] for r in records(two_ranks[name], "train")] == pytest.approx(want, rel=0.01), name
@@ -456,7 +483,7 @@ def test_statistics_of_two_ranks(two_ranks):
         assert (losses(two_ranks[f"{wrapper}-fp8"]) == losses(two_ranks[f"{wrapper}-fp8-stats"])).all()
         found[wrapper] = records(two_ranks[f"{wrapper}-fp8-stats"], "fp8_stats")
         assert [r["step"] for r in found[wrapper]] == [2, 5]
-    for a, b in zip(found["ddp"][0]["layers"].values(), found["fsdp2"][0]["layers"].values()):
+    for a, b in zip(found["ddp"][0]["layers"].values(), found["fsdp2"][0]["layers"].values(), strict=True):
         for kind in a:
             assert a[kind]["amax"] == pytest.approx(b[kind]["amax"], rel=0.1)
             assert a[kind]["error"] == pytest.approx(b[kind]["error"], rel=0.3)
@@ -479,6 +506,7 @@ def test_only_rank_0_writes_and_speaks(two_ranks):
     assert np.isfinite(losses(two_ranks["auto-nvfp4"])).all()
 
 
+@pytest.mark.slow
 def test_torchrun_of_the_script(tmp_path, shards, one_rank):
     """The command of the README: two ranks from start to end, and an error that every rank finds, said once.
 
@@ -490,7 +518,9 @@ def test_torchrun_of_the_script(tmp_path, shards, one_rank):
     tokens = markov_tokens(6000, seed=1)[:1000].copy()
     tokens[200] = 600  # in the second half of step 0
     bad = write_shard(tmp_path / "synthetic" / "s_train_000001.bin", tokens)
-    good, broken = (start_torchrun(2, TRAIN, *flag_args(batch_size=4, max_iters=2, USE_FP8=False, data_dir=d, run_name=name), cwd=tmp_path)
+    good, broken = (start_torchrun(2, TRAIN,
+                                   *flag_args(batch_size=4, max_iters=2, USE_FP8=False, data_dir=d, run_name=name),
+                                   cwd=tmp_path)
                     for name, d in (("good", shards), ("broken", tmp_path)))
     good, broken = finish(good), finish(broken)
     assert good.code == 0, good.err[:2000]

@@ -42,8 +42,8 @@ def test_codes_scales_and_amax_bit_for_bit(reference, case, two_d, dtype):
 
 @pytest.mark.parametrize("case", RHT_CASES)
 def test_hadamard_transform(reference, case):
-    """A bf16 matmul on both sides, so equal but for the order of 16 fp32 sums: at most 1 in 1,000 values in its last bit;
-    where none differs, codes and scales are equal too."""
+    """A bf16 matmul on both sides, so equal but for the order of 16 fp32 sums: at most 1 in 1,000 values in its last
+    bit; where none differs, codes and scales are equal too."""
     x = values(case, torch.bfloat16, DEVICE)
     quantizer = reference.NVFP4QuantizerRef(dtype=reference.reference_utils.Fp4Formats.E2M1, with_rht=True)
     theirs, ours = quantizer._apply_rht(x.t().contiguous()).t(), emulation.hadamard_transform(x, 0)
@@ -69,7 +69,8 @@ def test_whole_layers(te, reference, layer):
     """TE's own layers with the reference's quantizers: within 0.1 of the effect that NVFP4 has on each tensor.
 
     Not LayerNormMLP: there TE 2.20 asks the reference to transpose a tensor that it quantized by rows alone, which the
-    reference does byte by byte, two values in each (NVFP4TensorRef._create_transpose), and its matmul then refuses the shape.
+    reference does byte by byte, two values in each (NVFP4TensorRef._create_transpose), and its matmul then refuses the
+    shape.
     """
     from transformer_engine.common.recipe import CustomRecipe
     theirs, ours = make_pair(te, LAYERS[layer])

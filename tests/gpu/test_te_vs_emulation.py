@@ -56,7 +56,8 @@ def recipe_of(lib, name, history=8):
     else:
         from transformer_engine.common import recipe as recipes
     if name == "delayed":
-        return recipes.DelayedScaling(fp8_format=recipes.Format.HYBRID, margin=0, amax_history_len=history, amax_compute_algo="max")
+        return recipes.DelayedScaling(fp8_format=recipes.Format.HYBRID, margin=0, amax_history_len=history,
+                                      amax_compute_algo="max")
     return {"current": recipes.Float8CurrentScaling, "block": recipes.Float8BlockScaling}[name]()
 
 
@@ -65,7 +66,7 @@ def make_pair(te, make):
     torch.manual_seed(1)
     ours, theirs = make(emulation), make(te)
     with torch.no_grad():
-        for (name, p), (other, q) in zip(ours.named_parameters(), theirs.named_parameters()):
+        for (name, p), (other, q) in zip(ours.named_parameters(), theirs.named_parameters(), strict=True):
             assert (name, p.shape) == (other, q.shape)
             p.normal_(std=p.shape[-1] ** -0.5) if p.dim() == 2 else p.uniform_(0.5, 1.5)
             q.copy_(p)
@@ -144,13 +145,15 @@ def values(case, fp8, dtype):
     return x.to(dtype)
 
 
-CASES = ("normal", "binades", "gradients", "outliers", "zeros", "all zeros", "ties", "tiny", "subnormal", "huge", "every bf16",
+CASES = ("normal", "binades", "gradients", "outliers", "zeros", "all zeros", "ties", "tiny", "subnormal", "huge",
+         "every bf16",
          "inf", "nan")
 
 
 def count_mismatches(theirs, ours):
     """Elements that differ in any bit, NaNs (of either sign) apart. theirs: uint8 for FP8 data, or fp32."""
-    both_nan = ours.float().isnan() & (theirs.view(ours.dtype).float().isnan() if theirs.dtype == torch.uint8 else theirs.isnan())
+    both_nan = ours.float().isnan() & (theirs.view(ours.dtype).float().isnan() if theirs.dtype == torch.uint8
+                                       else theirs.isnan())
     if theirs.dtype == torch.uint8:
         differ = theirs != ours.contiguous().view(torch.uint8)
     else:
@@ -164,7 +167,8 @@ def te_dtype(te, fp8):
 
 def check(**pairs):
     """All pairs (TE's tensor, the emulation's) agree in every bit."""
-    counts = {name: f"{n} of {ours.numel()}" for name, (theirs, ours) in pairs.items() if (n := count_mismatches(theirs, ours))}
+    counts = {name: f"{n} of {ours.numel()}" for name,
+              (theirs, ours) in pairs.items() if (n := count_mismatches(theirs, ours))}
     assert not counts, f"mismatches: {counts}"
 
 
@@ -180,7 +184,8 @@ def test_delayed_quantizer_bit_for_bit(te, case, dtype, fp8):
         amax = torch.zeros(1, device=DEVICE)
         q = te.Float8Quantizer(scale, amax, te_dtype(te, fp8), rowwise=True, columnwise=True)(x)
         ours = emulation.quantize_fp8(x, scale, fp8)
-        check(values=(q._data, ours), transposed=(q._transpose, ours.t()), scale_inv=(q._scale_inv.flatten(), 1.0 / scale),
+        check(values=(q._data, ours), transposed=(q._transpose, ours.t()),
+              scale_inv=(q._scale_inv.flatten(), 1.0 / scale),
               amax=(amax, emulation.compute_amax(x).reshape(1)))
 
 
@@ -194,7 +199,8 @@ def test_current_quantizer_bit_for_bit(te, case, dtype, fp8):
     q = te.Float8CurrentScalingQuantizer(te_dtype(te, fp8), device=DEVICE, rowwise=True, columnwise=True)(x)
     scale = emulation.compute_scale(emulation.compute_amax(x), emulation.FP8_MAX[fp8])
     ours = emulation.quantize_fp8(x, scale, fp8)
-    check(values=(q._data, ours), transposed=(q._transpose, ours.t()), scale_inv=(q._scale_inv.flatten(), (1.0 / scale).reshape(1)))
+    check(values=(q._data, ours), transposed=(q._transpose, ours.t()),
+          scale_inv=(q._scale_inv.flatten(), (1.0 / scale).reshape(1)))
 
 
 @FP8
@@ -265,7 +271,7 @@ def test_compiled_quantizers_give_the_same_bits(kernel, dtype):
             out = KERNELS[kernel](x, E4M3)
             results.append([t.float() for t in (out if isinstance(out, tuple) else (out,))])
         emulation.compile_kernels(False)
-        counts = [count_mismatches(a, b) for a, b in zip(*results)]
+        counts = [count_mismatches(a, b) for a, b in zip(*results, strict=True)]
         assert not any(counts), (case, counts)
 
 
@@ -319,14 +325,16 @@ def test_norm_and_attention(te):
         norm = lib.RMSNorm(WIDTH, eps=1e-6, dtype=torch.float32, device=DEVICE)
         with torch.no_grad():
             norm.weight.copy_(torch.linspace(0.5, 1.5, WIDTH))
-        attention = lib.DotProductAttention(2, WIDTH // 2, attention_dropout=0.0, qkv_format="bshd", attn_mask_type="causal")
+        attention = lib.DotProductAttention(2, WIDTH // 2, attention_dropout=0.0, qkv_format="bshd",
+                                            attn_mask_type="causal")
         inp = x.clone().requires_grad_()
-        q, k, v = (f(inp).view(BATCH, LENGTH, 2, WIDTH // 2) for f in (lambda t: t * 1.5, lambda t: t.roll(1, -1), lambda t: t.roll(2, -1)))
+        q, k, v = (f(inp).view(BATCH, LENGTH, 2, WIDTH // 2)
+                   for f in (lambda t: t * 1.5, lambda t: t.roll(1, -1), lambda t: t.roll(2, -1)))
         with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
             y, z = norm(inp), attention(q, k, v)
         (y.float().square().sum() + (z.float() * x.flip(0).float()).sum()).backward()
         results.append([y.float(), z.float(), inp.grad.float(), norm.weight.grad.float()])
-    gaps = [relative(ours, theirs) for theirs, ours in zip(*results)]
+    gaps = [relative(ours, theirs) for theirs, ours in zip(*results, strict=True)]
     assert max(gaps) < 1e-2, gaps
 
 
@@ -413,7 +421,7 @@ def test_checkpoint_changes_nothing(te, which, name):
                 passes.append(run_pass(lib, stack, rcp, x, dy, m == 0, recompute))
         results.append(passes)
         states.append({n: t.clone() for n, t in fp8_state(stack).items()})
-    for plain, again in zip(*results):
+    for plain, again in zip(*results, strict=True):
         for n in plain:
             if lib is emulation:
                 assert torch.equal(plain[n], again[n]), n

@@ -34,7 +34,8 @@ from nanofp8.precision import fp8_state, preserved_scales  # noqa: E402
 from nanofp8.procs import start_processes  # noqa: E402
 
 FLAGS = dict(
-    preset="tiny", dataset="shakespeare", n_layer=2, n_embd=256, n_head=2, vocab_size=50304, block_size=256, batch_size=8,
+    preset="tiny", dataset="shakespeare", n_layer=2, n_embd=256, n_head=2, vocab_size=50304, block_size=256,
+    batch_size=8,
     total_batch_size=4096, loss_chunk_size=2048, max_iters=8, warmup_iters=4, eval_interval=0, eval_tokens=8192,
     muon_impl="torch", USE_COMPILE=False,
 )
@@ -52,7 +53,8 @@ def read_run(folder, text=""):
     records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     steps = [r for r in records if r["kind"] == "train"]
     return SimpleNamespace(
-        text=text, config=json.loads((folder / "config.json").read_text()), steps=steps, losses=[r["loss"] for r in steps],
+        text=text, config=json.loads((folder / "config.json").read_text()), steps=steps,
+        losses=[r["loss"] for r in steps],
         norms=[r["grad_norm"] for r in steps], vals=[r for r in records if r["kind"] == "val"],
         stats=[r for r in records if r["kind"] == "fp8_stats"], folder=folder, done=records[-1])
 
@@ -90,8 +92,8 @@ def run(te, procs, tmp_path_factory):
 def check_same(a, b, loss=SAME["loss"], norm=SAME["norm"]):
     """Losses and gradient norms of two runs agree step by step."""
     assert len(a.losses) == len(b.losses) == FLAGS["max_iters"]
-    gaps = [abs(x - y) for x, y in zip(a.losses, b.losses)]
-    norms = [abs(x / y - 1) for x, y in zip(a.norms, b.norms)]
+    gaps = [abs(x - y) for x, y in zip(a.losses, b.losses, strict=True)]
+    norms = [abs(x / y - 1) for x, y in zip(a.norms, b.norms, strict=True)]
     print("loss gaps", [f"{g:.5f}" for g in gaps], "norm gaps", [f"{g:.4f}" for g in norms])
     assert max(gaps) < loss, (a.losses, b.losses)
     assert max(norms) < norm, (a.norms, b.norms)
@@ -124,9 +126,9 @@ def has_hardware(te, name):
 
 @pytest.mark.parametrize("precision", [BF16, DELAYED], ids=["bf16", "delayed"])
 def test_fused_blocks_against_te_modules(run, precision):
-    """Eight steps of two micro-batches in our own kernels, launched one by one and as CUDA graphs, against TE's modules with a bf16
-    head. Weights are quantized in a step's first micro-batch and used in the second, when delayed scaling has moved on.
-    An FP8 head rounds what a bf16 head does not: 0.05 in loss."""
+    """Eight steps of two micro-batches in our own kernels, launched one by one and as CUDA graphs, against TE's modules
+    with a bf16 head. Weights are quantized in a step's first micro-batch and used in the second, when delayed scaling
+    has moved on. An FP8 head rounds what a bf16 head does not: 0.05 in loss."""
     modules = run(**precision, USE_TRITON=False, USE_FP8_HEAD=False)
     check_same(run(**precision, USE_FP8_HEAD=False, USE_CUDA_GRAPHS=False), modules)
     check_same(run(**precision, USE_CUDA_GRAPHS=False), modules, loss=0.05)
@@ -134,25 +136,27 @@ def test_fused_blocks_against_te_modules(run, precision):
 
 
 def test_checkpoints_of_one_process(run):
-    """Three checkpoints of one run (torch 2.11's DefaultStager copies aside only once): all there, and a resumed run goes on the same."""
+    """Three checkpoints of one run (torch 2.11's DefaultStager copies aside only once): all there, and a resumed run
+    goes on the same."""
     flags = DELAYED | dict(ckpt_interval=3, keep_checkpoints=3)
     saved = run(**flags)
     assert "failed" not in saved.text and saved.text.count("checkpoint started") == 3
     assert sorted(p.name for p in (saved.folder / "ckpt").iterdir()) == ["step_000003", "step_000006", "step_000008"]
     resumed = run(**flags, resume=str(saved.folder / "ckpt" / "step_000006"))
-    gaps = [abs(a - b) for a, b in zip(saved.losses[6:], resumed.losses[-2:])]
+    gaps = [abs(a - b) for a, b in zip(saved.losses[6:], resumed.losses[-2:], strict=True)]
     assert "resumed from" in resumed.text and max(gaps) < SAME["loss"], gaps
 
 
 @pytest.mark.parametrize("emulated_first", [True, False], ids=["emulation-to-te", "te-to-emulation"])
 def test_resumed_by_the_other_library(run, emulated_first):
-    """Four steps by one, four more by the other from its checkpoint: the losses of eight by the other, within the noise of both."""
+    """Four steps by one, four more by the other from its checkpoint: the losses of eight by the other, within the noise
+    of both."""
     def flags(emulated):
         return DELAYED | dict(USE_EMULATION=emulated or "auto", USE_FP8_HEAD=False, USE_TRITON=False)
 
     saved = run(**flags(emulated_first), ckpt_interval=4, keep_checkpoints=3)
     resumed = run(**flags(not emulated_first), resume=str(saved.folder / "ckpt" / "step_000004"))
-    gaps = [abs(a - b) for a, b in zip(saved.losses[4:], resumed.losses[-4:])]
+    gaps = [abs(a - b) for a, b in zip(saved.losses[4:], resumed.losses[-4:], strict=True)]
     assert "resumed from" in resumed.text and max(gaps) < 2 * SAME["loss"], gaps
 
 
@@ -162,7 +166,8 @@ def test_precisions_run_and_say_by_whom(te, run, name):
     result = run(**PRECISIONS[name])
     line = next(line for line in result.text.splitlines() if line.startswith("precision"))
     emulated = not has_hardware(te, name)
-    assert f"{name} " in line and ("EMULATED by nanofp8/te_emulation.py" if emulated else "by Transformer Engine") in line, line
+    assert f"{name} " in line and ("EMULATED by nanofp8/te_emulation.py" if emulated
+                                   else "by Transformer Engine") in line, line
     assert ("EMULATED" in result.text) == emulated
     assert result.config["precision"] == name and result.config["emulated"] == emulated
     check_trains(result)
@@ -172,7 +177,7 @@ def test_precisions_run_and_say_by_whom(te, run, name):
 def test_precisions_stay_near_bf16(run, name):
     """Quantization costs little in so few steps: 0.1 for FP8, 0.2 for NVFP4."""
     a, b = run(**BF16), run(**PRECISIONS[name])
-    gaps = [abs(x - y) for x, y in zip(a.losses, b.losses)]
+    gaps = [abs(x - y) for x, y in zip(a.losses, b.losses, strict=True)]
     print(name, [f"{g:.4f}" for g in gaps])
     assert max(gaps) < (0.2 if name == "nvfp4" else 0.1), (a.losses, b.losses)
 
@@ -227,7 +232,8 @@ def test_command_line_compiled(te, run, tmp_path):
     Compiled kernels skip some roundings to bf16 between operations, so the usual tolerance holds.
     """
     argv = arguments(DELAYED | dict(USE_COMPILE=True, out_dir=str(tmp_path), run_name="cli"))
-    done = subprocess.run([sys.executable, str(ROOT / "train.py"), *argv], cwd=tmp_path, capture_output=True, text=True, timeout=140)
+    done = subprocess.run([sys.executable, str(ROOT / "train.py"), *argv], cwd=tmp_path, capture_output=True, text=True,
+                          timeout=140)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "fp8-delayed by Transformer Engine" in done.stdout and "done: val loss" in done.stdout
     check_same(run(**DELAYED), read_run(tmp_path / "cli", done.stdout))
@@ -254,7 +260,8 @@ def test_evaluation_in_the_format_of_training(run, name):
 
 
 def test_an_evaluation_restores_te_scales(te, procs):
-    """preserved_scales() around a pass of TE's layers without gradients: history and scales are those of before, to the bit."""
+    """preserved_scales() around a pass of TE's layers without gradients: history and scales are those of before, to the
+    bit."""
     parts = build(procs, **DELAYED)
     batch = parts.loader.peek()
     with parts.precision.autocast(procs):
@@ -268,7 +275,8 @@ def test_an_evaluation_restores_te_scales(te, procs):
 
 @pytest.mark.parametrize("name", ["fp8-delayed", "fp8-current", "fp8-block", "nvfp4"])
 def test_statistics(run, name):
-    """FP8_STATS_INTERVAL trains the same; with TE's recipes and scales every layer's numbers are in range; the picture is there."""
+    """FP8_STATS_INTERVAL trains the same; with TE's recipes and scales every layer's numbers are in range; the picture
+    is there."""
     plain, watched = run(**PRECISIONS[name]), run(**PRECISIONS[name], FP8_STATS_INTERVAL=4)
     check_same(plain, watched)
     assert [r["step"] for r in watched.stats] == [3, 7] and (watched.folder / "fp8_stats.png").stat().st_size > 10_000
@@ -358,8 +366,10 @@ def two_gpus(te, tmp_path_factory):
     runs = {f"{wrapper}-{name}": PRECISIONS[name] | {f"USE_{wrapper}": True}
             for wrapper in ("DDP", "FSDP2") for name in ("bf16", "fp8-delayed")}
     (out / "worker.py").write_text(textwrap.dedent(WORKER))
-    (out / "argv.json").write_text(json.dumps([arguments(f | dict(out_dir=str(out), run_name=n)) for n, f in runs.items()]))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(out / "worker.py"),
+    (out / "argv.json").write_text(json.dumps([arguments(f | dict(out_dir=str(out), run_name=n)) for n,
+                                               f in runs.items()]))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+               str(out / "worker.py"),
                str(ROOT), str(out / "argv.json")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
