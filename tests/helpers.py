@@ -42,35 +42,36 @@ SMALL = dict(
 
 
 def flag_args(**changes):
-    """SMALL with changes, as a command line."""
+    """Return SMALL with changes as a command line."""
     return [f"--{name}={value}" for name, value in (SMALL | changes).items()]
 
 
 def make_cfg(**changes):
-    """SMALL with changes, as train.py resolves it."""
+    """Return SMALL with changes as train.py resolves it."""
     return train.read_flags(flag_args(**changes), has_gpu=False)
 
 
 def one_process(rank=0, world_size=1):
+    """Return a Processes without a process group."""
     return Processes(rank, rank, world_size, CPU, None)
 
 
 def emulated_precision(cfg):
-    """The flags' format by emulation, whether or not the model's shapes fit it."""
+    """Return the flags' format, emulated, whether or not the model's shapes fit it."""
     chosen = FORMATS["nvfp4" if cfg.USE_NVFP4 else f"fp8-{cfg.FP8_RECIPE}" if cfg.USE_FP8 else "bf16"]
     return Precision(te, chosen, chosen.recipe and chosen.recipe(te.recipe, cfg, False), True, "a test")
 
 
 def make_run(cfg, procs, model, loader=None, wrapper="none"):
-    """A train.Run with what a step needs."""
+    """Build a train.Run with what a step needs."""
     parallel = train.Parallel(model, wrapper, cfg, procs)
     optimizers = train.Optimizers(model, cfg, procs, sharded=wrapper == "fsdp2")
     return train.Run(cfg, procs, train.select_precision(cfg, procs.device), parallel, optimizers, loader, Guard(cfg))
 
 
 def make_model(cfg=None, zeros=False, seed=0, **changes):
-    """A model of SMALL. Head and output projections start at zero, which hides most of what a test looks for:
-    zeros=False gives them small random values instead."""
+    """Build a model of SMALL. train.py's head and output projections start at zero, which hides most of what a test
+    looks for; zeros=False replaces the zeros by small random values."""
     cfg = cfg or make_cfg(**changes)
     torch.manual_seed(seed)
     model = train.GPT(cfg, emulated_precision(cfg), lambda f: f, CPU)
@@ -85,13 +86,14 @@ def make_model(cfg=None, zeros=False, seed=0, **changes):
 
 
 def tokens_and_targets(cfg, seed=0):
+    """Return one random batch."""
     g = torch.Generator().manual_seed(seed)
     x = torch.randint(cfg.vocab_size, (cfg.batch_size, cfg.block_size + 1), generator=g)
     return x[:, :-1].int().contiguous(), x[:, 1:].contiguous()
 
 
 def relative(a, b):
-    """|a - b| / |b| in the Frobenius norm."""
+    """Return |a - b| / |b| in the Frobenius norm."""
     a, b = a.detach().double(), b.detach().double()
     return ((a - b).norm() / b.norm()).item()
 
@@ -101,7 +103,7 @@ def relative(a, b):
 
 
 def markov_tokens(count, seed, vocab=VOCAB):
-    """Tokens that a model can learn something about: each follows its predecessor by one of four steps."""
+    """Return tokens that a model can learn something about: each follows from the token before by one of four steps."""
     rng = np.random.default_rng(seed)
     steps = rng.choice([1, 2, 3, 7], size=count, p=[0.7, 0.1, 0.1, 0.1])
     return (np.cumsum(steps) % vocab).astype(np.uint16)
@@ -124,14 +126,14 @@ def write_shard(path, tokens, **header):
 
 
 def script_env(**extra):
-    """The environment of a CPU run: one thread, no GPU, no torchrun around."""
-    env = {k: v for k,
-           v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
+    """Return the environment of a run on a CPU: one thread, no GPU, no torchrun."""
+    of_torchrun = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    env = {name: value for name, value in os.environ.items() if name not in of_torchrun}
     return env | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo", **extra}
 
 
 def start(*command, cwd, **env):
-    """Start `python command...`; finish() waits for it. Several can run side by side."""
+    """Start `python command...` and return the process. finish() waits for its end. Several can run side by side."""
     return subprocess.Popen([sys.executable, *map(str, command)], cwd=cwd, env=script_env(**env), text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
@@ -161,20 +163,20 @@ def finish(process, timeout=180):
 
 
 def start_torchrun(nproc, *command, cwd, **env):
-    """Start `torchrun --nproc_per_node=nproc command...` on gloo."""
+    """Start `torchrun --nproc_per_node=nproc command...` with gloo."""
     return start("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}", *command, cwd=cwd, **env)
 
 
 def train_here(out_dir, data_dir, **changes):
-    """A whole run of train.py in this process, but for loss.png, which takes longer than the training; returns its run
-    folder. Needs the fixture `fresh`."""
+    """Train a whole run in this process and return its run folder. loss.png is not drawn, because that takes longer
+    than the training. Needs the fixture `fresh`."""
     te._state.__init__()
     with mock.patch.object(RunLog, "plot", lambda self: None):
         return pathlib.Path(train.main(flag_args(out_dir=out_dir, data_dir=data_dir, **changes)))
 
 
 def records(folder, kind=None):
-    """The objects of a run's log.jsonl, in order, all or those of one kind."""
+    """Return the records of a run's log.jsonl in order: all, or those of one kind."""
     lines = [json.loads(line) for line in (pathlib.Path(folder) / "log.jsonl").read_text().splitlines()]
     return [r for r in lines if kind in (None, r["kind"])]
 
@@ -188,7 +190,7 @@ def val_losses(folder):
 
 
 def assert_one_error_line(result, code, *words):
-    """train.py gave up with `code` and one line on stderr that has all words, and no traceback."""
+    """Check that train.py exited with `code` and one line on stderr that contains all words."""
     assert result.code == code, result.err
     assert result.err.startswith("train.py: error: ") and result.err.count("\n") == 1, result.err
     for word in words:
@@ -196,7 +198,8 @@ def assert_one_error_line(result, code, *words):
 
 
 def edited_copy(folder, **edits):
-    """A copy of train.py with flags edited in its text, as a user would, imported. Values are source text."""
+    """Edit flags in a copy of train.py as a user would, and import it. edits: {flag: source text}. Returns: module,
+    path."""
     text = pathlib.Path(TRAIN).read_text(encoding="utf-8")
     for name, value in edits.items():
         line = re.search(rf"^{name}: .+? = (.+?)\s+# ", text, re.M)
@@ -218,19 +221,18 @@ CLOCK_KEYS = {"step_ms", "compile_seconds", "tok_per_sec", "tok_per_sec_median",
 
 
 def learned(folder, *kinds):
-    """log.jsonl without what clocks and memory say: equal for runs that learned the same, bit for bit."""
-    return [{k: v for k, v in r.items() if k not in CLOCK_KEYS} for r in records(folder) if not kinds
-            or r["kind"] in kinds]
+    """Return log.jsonl without times and memory: runs that learned the same have equal records, bit for bit."""
+    return [{k: v for k, v in r.items() if k not in CLOCK_KEYS}
+            for r in records(folder) if not kinds or r["kind"] in kinds]
 
 
 def in_ckpt(folder):
-    """Names of all that lies in a run's checkpoint folder."""
+    """Return the names of everything in a run's checkpoint folder."""
     return sorted(p.name for p in (pathlib.Path(folder) / "ckpt").iterdir())
 
 
 def copy_of_run(folder, to, *steps):
-    """A copy of a run folder with its log whole, half a line after it, and of its checkpoints only those after
-    `steps`."""
+    """Copy a run folder: its whole log with half a line after it, and only its checkpoints after `steps`."""
     to = shutil.copytree(folder, to)
     for path in (to / "ckpt").iterdir():
         if int(path.name.removeprefix("step_")) not in steps:
@@ -241,14 +243,14 @@ def copy_of_run(folder, to, *steps):
 
 
 def whole(tensor):
-    """A copy of a tensor, gathered if it is sharded (all ranks must call)."""
+    """Copy a tensor, gathered if it is sharded (then all ranks must call this)."""
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
 
 
 @contextlib.contextmanager
 def parameters_seen():
-    """Whole parameters as training hands them to checkpoints and as a resumed run finds them, before and after:
-    .saved = {step: {name: tensor}}, .restored = {name: tensor}."""
+    """Record whole parameters: .saved = {step: {name: tensor}} as checkpoints get them, .restored = {name: tensor} as a
+    resumed run has them after restore()."""
     seen, save, restore = SimpleNamespace(saved={}, restored={}), Checkpoints.save, checkpoint.restore
 
     def spied_save(self, step, make_state, meta):
@@ -267,7 +269,7 @@ def parameters_seen():
 
 @contextlib.contextmanager
 def before_step(step, do):
-    """train.run() calls do() when it is about to take its step number `step`, counted from where it starts."""
+    """Call do() before the training step number `step`, counted from where the run starts."""
     count, train_step = itertools.count(), train.train_step
 
     def spied(*args):
@@ -284,9 +286,11 @@ POISONS = ("a loss of nan", "an inf inside", "a gradient of inf")
 
 @contextlib.contextmanager
 def poisoned(how, *steps, factor=float("nan")):
-    """Something that is not finite in train.run()'s steps of these numbers, counted from where it starts: the loss
-    (times `factor`), the activations after the first block, or one gradient. Checkpoints are written after such steps
-    too, which shows what they left behind."""
+    """Make something non-finite in the training steps of these numbers, counted from where the run starts: the loss
+    (times `factor`), the activations after the first block, or one gradient.
+
+    Checkpoints are saved after such steps too, so that a test sees the state that they leave.
+    """
     count, train_step = itertools.count(), train.train_step
 
     def spied(run):
@@ -318,6 +322,7 @@ def same_tensors(a, b):
 
 
 def fails_in_one_line(capsys, code, *words, **changes):
+    """Check that a run in this process exits with `code` and one line on stderr that contains all words."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         train_here(**changes)
@@ -326,19 +331,23 @@ def fails_in_one_line(capsys, code, *words, **changes):
 
 
 def make_optimizers(model, cfg=None, **changes):
+    """Build train.py's optimizers for one process."""
     return train.Optimizers(model, cfg or make_cfg(**changes), one_process(), sharded=False)
 
 
 def random_grads(model, seed):
+    """Fill in small random gradients."""
     g = torch.Generator().manual_seed(seed)
     for p in model.parameters():
         p.grad = torch.randn(p.shape, generator=g) * 1e-2
 
 
 def precision_of(cfg):
+    """Return the Precision that train.py chooses on a CPU."""
     return train.select_precision(cfg, CPU)
 
 
 def forward(model, cfg, x, y=None, quantized=True, **kwargs):
+    """Run the model in the flags' format, or in bf16 (quantized=False)."""
     with precision_of(cfg).autocast(one_process(), quantized=quantized):
         return model(x, y, **kwargs)

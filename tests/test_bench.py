@@ -18,13 +18,13 @@ from nanofp8.plots import smooth
 
 
 def small_flags(shards, out_dir, *without):
-    """The small run's flags, but for those that a mode sets itself."""
+    """Return the small run's flags, except those that a mode sets itself."""
     own = ("eval_interval", "total_batch_size", "USE_COMPILE", *without)
     return [f for f in flag_args(data_dir=shards, out_dir=out_dir) if f[2:].split("=")[0] not in own]
 
 
 def study(mode, shards, tmp_path, monkeypatch, *flags):
-    """A study with the small run's flags; returns what it wrote as JSON."""
+    """Run a study with the small run's flags; return what it wrote as JSON."""
     monkeypatch.setattr(bench, "STUDY_ON_A_CPU", bench.STUDY_ON_A_CPU | dict(total_batch_size=256, warmup_iters=2))
     given = small_flags(shards, tmp_path, "warmup_iters", "max_iters", "batch_size")
     bench.main([mode, f"--out={tmp_path}/t/r", "--max_iters=6", *given, "--n_embd=128", "--batch_size=4", *flags])
@@ -33,8 +33,8 @@ def study(mode, shards, tmp_path, monkeypatch, *flags):
 
 @pytest.mark.slow
 def test_precision_study(fresh, shards, tmp_path, capsys, monkeypatch):
-    """Every format from the same weights as bf16, two seeds; noise is the gap of the two bf16 seeds. A second start
-    finds all runs."""
+    """All formats start from the same weights as bf16, with two seeds. Noise is the gap between the two bf16 runs. A
+    second start trains nothing."""
     result = study("precision", shards, tmp_path, monkeypatch)
     rows = {r["label"]: r for r in result["rows"]}
     assert list(rows) == list(bench.MODES["precision"].variants)
@@ -70,7 +70,7 @@ def test_precision_study(fresh, shards, tmp_path, capsys, monkeypatch):
 
 @pytest.mark.slow
 def test_ablation(fresh, shards, tmp_path, monkeypatch):
-    """Each row lacks one ingredient of NVFP4: its flags say so, and its losses differ from those of all four."""
+    """Each row lacks one of NVFP4's four ingredients: its flags say so, and its losses differ."""
     result = study("ablation", shards, tmp_path, monkeypatch, "--seeds=2,1", "--max_iters=4")
     rows = {r["label"]: r for r in result["rows"]}
     assert list(rows) == list(bench.MODES["ablation"].variants)
@@ -85,7 +85,7 @@ def test_ablation(fresh, shards, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_emulation_compares_speeds(fresh, shards, tmp_path):
-    """Formats emulated, as picked, in the mode's own order; the ratio to bf16 in the table."""
+    """The picked rows are trained in the mode's own order, and the table has the ratio to bf16."""
     bench.main(["emulation", f"--out={tmp_path}/r", "--rows=NVFP4; bf16;FP8 current", "--max_iters=3",
                 "--warmup_iters=1", "--total_batch_size=256",
                 *small_flags(shards, tmp_path, "warmup_iters", "max_iters", "batch_size", "eval_tokens"),
@@ -97,8 +97,7 @@ def test_emulation_compares_speeds(fresh, shards, tmp_path):
 
 @pytest.mark.slow
 def test_speed_with_two_ranks(shards, tmp_path):
-    """Every variant of `speed` runs under torchrun, the wrappers and train_orig.py among them; the ratio is to the
-    first."""
+    """Every row of `speed` runs under torchrun, including the wrappers and train_orig.py."""
     flags = small_flags(shards, tmp_path, "warmup_iters", "max_iters", "eval_tokens")
     result = finish(start_torchrun(2, ROOT / "bench.py", "speed", f"--out={tmp_path}/r", "--max_iters=3",
                                    "--warmup_iters=1",
@@ -116,8 +115,8 @@ def test_speed_with_two_ranks(shards, tmp_path):
 
 @pytest.mark.slow
 def test_what_is_left_out_and_what_ends_all(fresh, shards, tmp_path, monkeypatch, capsys):
-    """A run without enough memory is left out; a signal ends the study in one line, and the next start goes on from
-    what is finished."""
+    """A run with too little memory is left out. A signal ends the study with one line, and the next start continues
+    after the finished runs."""
     trained, real = [], train.run
 
     def run(cfg, procs):

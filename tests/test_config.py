@@ -1,4 +1,4 @@
-"""Flags of train.py: names, types, presets, help, and how wrong input ends."""
+"""config.py: names, types, presets and help of flags, and errors of wrong input."""
 
 import shutil
 import subprocess
@@ -20,7 +20,7 @@ BOOLS = [n for n, f in FLAGS.items() if f.kind is bool]
 
 
 def base(flag):
-    """int, float or str for a flag of that type with or without a range; else None."""
+    """Return int, float or str for a flag of that type with or without a range; else None."""
     kind = get_args(flag.kind)[0] if get_origin(flag.kind) is Annotated else flag.kind
     return kind if kind in (int, float, str) else None
 
@@ -34,7 +34,7 @@ def parse(*argv, **options):
 
 
 def refused(*argv, **options):
-    """The one line with which parse_flags refuses argv."""
+    """Return the one line with which parse_flags() refuses argv."""
     with pytest.raises(UserError) as caught:
         parse(*argv, **options)
     assert caught.value.status == 2 and "\n" not in str(caught.value)
@@ -42,7 +42,7 @@ def refused(*argv, **options):
 
 
 def good_value(name):
-    """A value other than the default, as text and as parse_flags should give it."""
+    """Return a value other than the default, as text and as parse_flags() should give it."""
     default = FLAGS[name].default
     if name in CHOICES:
         value = next(v for v in reversed(CHOICES[name]) if v != default)
@@ -139,7 +139,7 @@ def test_an_unknown_flag_names_the_nearest(given, nearest):
 
 
 @pytest.mark.parametrize("arg", ["--seed", "seed=1", "-seed=1", "--", "", "train", "--=1", "--seed 1"])
-def test_what_is_no_flag_is_shown_with_the_right_form(arg):
+def test_an_argument_that_is_no_flag_is_shown_with_the_right_form(arg):
     line = refused(arg)
     assert "=value" in line and f"'{arg}'" in line
 
@@ -256,7 +256,7 @@ def test_torchrun_ranks_are_silent(monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_flags_are_answered_without_torch(tmp_path):
-    """config.py needs the standard library alone, in every Python that this machine has."""
+    """config.py needs only the standard library, in every Python on this machine."""
     script = tmp_path / "script.py"
     script.write_text("from nanofp8.config import *\nfrom nanofp8.config import check_command_line\n"
                       "if __name__ == '__main__':\n    check_command_line(__file__)\n"
@@ -282,7 +282,7 @@ def test_flags_are_answered_without_torch(tmp_path):
                          [dict(max_iters="2 * 1700"), dict(weight_decay='"much"'), dict(USE_FP8="true"),
                           dict(n_layer='"six"')])
 def test_an_edit_that_cannot_work_is_one_line_that_names_the_flag(tmp_path, edit):
-    """An expression counts as cannot-work only if it is refused: evaluating it would be fine too."""
+    """An expression need not be refused: it may be evaluated."""
     try:
         module, path = edited_copy(tmp_path, **edit)
     except NameError:

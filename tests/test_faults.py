@@ -1,4 +1,4 @@
-"""Faults: steps that must not be taken, ranks that die, runs broken off where it hurts, disks that fail."""
+"""faults.py: steps that are skipped, ranks that die, runs that are interrupted, disks that fail."""
 
 import gc
 import json
@@ -49,7 +49,7 @@ RUN = dict(eval_interval=3, ckpt_interval=1, keep_checkpoints=9)
 
 
 class Killed(BaseException):
-    """Ends a run in this process as a kill does: nothing in train.py catches it."""
+    """End a run in this process as a kill does: nothing in train.py catches this."""
 
 
 def kill(*_):
@@ -57,14 +57,15 @@ def kill(*_):
 
 
 def flat(tree, prefix=""):
-    """{name: tensor} of nested dicts, cloned."""
+    """Flatten nested dicts to {name: tensor}, cloned."""
     if torch.is_tensor(tree):
         return {prefix: tree.detach().clone()}
     return {k: v for key, value in tree.items() for k, v in flat(value, f"{prefix}.{key}").items()}
 
 
 def saved_states(run):
-    """What run() saves: {step: {name: tensor}} of model, optimizers and scales (not the random state), and its meta."""
+    """Return what run() returns, {step: {name: tensor}} of all saved model, optimizer and scaling states (no random
+    states), and {step: meta}."""
     states, metas, save = {}, {}, Checkpoints.save
 
     def spied(self, step, make_state, meta):
@@ -78,7 +79,7 @@ def saved_states(run):
 
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory, shards):
-    """The run never touched."""
+    """Train the uninterrupted run."""
     patch = pytest.MonkeyPatch()
     patch.setattr(torch.cuda, "is_available", lambda: False)
     folder, states, metas = saved_states(lambda: train_here(tmp_path_factory.mktemp("whole"), shards, **RUN))
@@ -92,8 +93,8 @@ def whole(tmp_path_factory, shards):
 
 @pytest.mark.parametrize("how", helpers.POISONS)
 def test_a_step_that_is_not_finite_leaves_no_trace(tmp_path, shards, capsys, whole, how):
-    """Weights, momenta, Adam's moments and step counts, scales and amax history: after the step what they were before
-    it, bit for bit. The log says why, and the run goes on."""
+    """Weights, momenta, Adam's moments and step counts, scales and amax history stay as they were before the step, bit
+    for bit. The log says why, and the run continues."""
     with poisoned(how, 3):
         folder, states, metas = saved_states(lambda: train_here(tmp_path, shards, **RUN))
     assert helpers.same_tensors(states[3], whole.states[3]) and helpers.same_tensors(states[4], states[3])
@@ -112,8 +113,8 @@ def test_a_step_that_is_not_finite_leaves_no_trace(tmp_path, shards, capsys, who
 
 @pytest.mark.slow
 @pytest.mark.parametrize("remedy", [True, False])
-def test_without_its_remedy_one_step_would_flush_gradients_to_zero(tmp_path, shards, remedy):
-    """Gradients of order 1e28, whose norm overflows: their amax would rule the scales until it leaves the history."""
+def test_without_restored_scales_one_step_would_flush_gradients_to_zero(tmp_path, shards, remedy):
+    """Gradients of order 1e28, whose norm overflows, would determine the scales until their amax leaves the history."""
     keep = snapshot_scales if remedy else lambda model: lambda: None
     with poisoned("a loss of nan", 3, factor=1e30), mock.patch.object(train, "snapshot_scales", keep):
         folder, states, _ = saved_states(lambda: train_here(tmp_path, shards, **RUN))
@@ -152,8 +153,8 @@ def test_skipped_steps_are_logged_whatever_the_interval(tmp_path, shards):
 
 @pytest.mark.slow
 def test_too_many_in_a_row_end_the_run(tmp_path, shards, capsys, whole):
-    """With status 1 and the newest checkpoint, also where the run was resumed between them; single ones do not add
-    up."""
+    """The run exits with status 1 and names its newest checkpoint, also if it was resumed between the skipped steps.
+    Single skipped steps do not add up."""
     def go(**more):
         return dict(out_dir=tmp_path, data_dir=shards, max_bad_steps=2) | RUN | dict(run_name="r") | more
 
@@ -184,8 +185,8 @@ def guard(**changes):
     return Guard(helpers.make_cfg(**dict(skip_loss_zscore=3.0, skip_grad_zscore=3.0, zscore_window=4) | changes))
 
 
-def test_a_spike_is_one_by_the_window():
-    """Mean 2, standard deviation 0.5: above 3.5 is skipped, whichever of the two it is; below the mean nothing is."""
+def test_a_spike_is_judged_by_the_window():
+    """The mean is 2 and the standard deviation 0.5: loss or norm above 3.5 is skipped; nothing below the mean is."""
     g = guard()
     for value in (1.5, 2.5, 1.5, 2.5):
         assert g.check(value, value + 100) == ""
@@ -196,8 +197,8 @@ def test_a_spike_is_one_by_the_window():
     assert list(g.windows["loss"]) == [1.5, 2.5, 3.4, -50.0]
 
 
-def test_nothing_that_was_skipped_enters_the_window():
-    """Infinities, NaN and spikes, many in a row: the next good value passes and the next spike is still one."""
+def test_skipped_steps_do_not_enter_the_window():
+    """After many infinities, NaNs and spikes, the next normal value passes and the next spike is skipped."""
     g = guard()
     for value in (1.5, 2.5, 1.5, 2.5):
         g.check(value, value)
@@ -208,7 +209,7 @@ def test_nothing_that_was_skipped_enters_the_window():
     assert g.check(2.0, 2.0) == "" and g.check(9.0, 2.0)
 
 
-def test_there_is_no_judgement_without_a_full_window_or_a_spread():
+def test_no_outliers_without_a_full_window_or_a_spread():
     g = guard()
     assert not any(g.check(value, 1.0) for value in (1.0, 100.0, 1.0, 1.0))
     flat_window = guard(zscore_window=2)
@@ -218,7 +219,7 @@ def test_there_is_no_judgement_without_a_full_window_or_a_spread():
     assert off.check(np.nan, 1.0) == "loss not finite" and off.check(1.0, np.inf) == "gradient not finite"
 
 
-def test_a_guard_goes_on_from_its_state():
+def test_a_guard_continues_from_its_state():
     a = guard()
     for value in (1.5, 2.5, 1.7, 2.5, 99.0):
         a.check(value, value)
@@ -232,8 +233,8 @@ SPIKES = dict(skip_loss_zscore=6.0, zscore_window=3)
 
 @pytest.mark.slow
 def test_a_spike_is_skipped_and_a_resumed_run_knows_the_window(tmp_path, shards):
-    """A loss ten times too large in step 4. Broken off and resumed after step 3, whose window of three steps fills no
-    new one before the spike: the same log."""
+    """The loss of step 4 is ten times too large. A run that is resumed after step 3 has too few new steps to fill its
+    window of three, and still writes the same log."""
     with poisoned("a loss of nan", 4, factor=10.0):
         want, states, _ = saved_states(lambda: train_here(tmp_path, shards, run_name="whole", **RUN | SPIKES))
     log = records(want, "train")
@@ -271,8 +272,8 @@ def test_checkpoints_by_minutes(tmp_path, shards):
 @pytest.mark.slow
 @pytest.mark.parametrize("where", ["before done", "before the last evaluation"])
 def test_a_run_killed_after_its_last_checkpoint_is_finished(tmp_path, shards, capsys, whole, where):
-    """The restart evaluates if that is missing, writes `done` once, and trains nothing. Started once more, it says
-    so."""
+    """The restarted run makes the evaluation if it is missing, writes `done` once and trains nothing. One more start is
+    refused."""
     changes = RUN | dict(run_name="r")
     with pytest.raises(Killed):
         if where == "before done":
@@ -316,8 +317,8 @@ def test_a_run_killed_in_its_first_evaluation_gets_it(tmp_path, shards, whole):
 
 @pytest.mark.slow
 def test_started_again_by_torchrun(tmp_path, shards, monkeypatch, capsys, whole):
-    """--max-restarts: the run goes on in its own folder though `resume` was not given, and though a finished run has
-    its name and a newer one too; a run of another torchrun does not."""
+    """With --max-restarts the run continues in its own folder although `resume` was not given, and although a finished
+    run and a newer one have its name. Another torchrun's run is left alone."""
     train_here(tmp_path, shards, run_name="r", **RUN)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "mine")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
@@ -348,7 +349,7 @@ def test_started_again_by_torchrun(tmp_path, shards, monkeypatch, capsys, whole)
 
 @pytest.mark.slow
 def test_a_folder_that_vanishes(tmp_path, shards, capsys, whole):
-    """It is said, training goes on to its end, and log, config and later checkpoints are there again."""
+    """The run reports it and trains to its end; log, config and later checkpoints are written again."""
     def delete():
         while (tmp_path / "r").exists():  # a checkpoint is being written into it
             shutil.rmtree(tmp_path / "r", ignore_errors=True)
@@ -379,8 +380,8 @@ def test_a_stop_whose_checkpoint_cannot_be_written_is_a_failure(tmp_path, shards
 
 @pytest.mark.slow
 def test_no_checkpoint_while_steps_are_skipped(tmp_path, shards, capsys):
-    """Of weights that are not finite, nor of others that no step fits: they would drive out the good ones, and the
-    error at the end names one from which training goes on."""
+    """Neither non-finite weights nor weights whose steps are all skipped are saved: they would replace good
+    checkpoints. The error at the end names a checkpoint from which training continues."""
     run = dict(out_dir=tmp_path, data_dir=shards, run_name="r", **RUN | dict(keep_checkpoints=1, ckpt_interval=1))
     folder, train_step = train_here(**run | dict(max_iters=3)), train.train_step
 
@@ -416,7 +417,7 @@ def free_port():
 
 
 def two_ranks(cwd, data, script=TRAIN, **changes):
-    """Two ranks with nobody around who would end one when the other dies, as on two machines."""
+    """Start two ranks without torchrun, as on two machines: nothing ends one when the other dies."""
     port = free_port()
     return [start("-u", script, *flag_args(data_dir=data, **ENDLESS | changes), cwd=cwd, RANK=str(rank),
                   LOCAL_RANK=str(rank),
@@ -432,8 +433,7 @@ def wait_for_step(process):
 @pytest.mark.parametrize("dead,number",
                          [(1, signal.SIGKILL), (1, signal.SIGSTOP), (0, signal.SIGKILL), (0, signal.SIGSTOP)])
 def test_a_dead_rank_ends_the_other_and_is_named(tmp_path, shards, dead, number):
-    """Killed, it breaks the connection; stopped, only its silence tells. Rank 0 holds the store that signs of life go
-    to."""
+    """A killed rank breaks the connection; a stopped one is only silent. Rank 0 holds the store for the heartbeats."""
     ranks = two_ranks(tmp_path, shards, rank_timeout=6)
     try:
         wait_for_step(ranks[0])
@@ -453,8 +453,8 @@ def test_a_dead_rank_ends_the_other_and_is_named(tmp_path, shards, dead, number)
 
 @pytest.mark.slow
 def test_a_signal_shortens_the_wait_for_a_dead_rank(tmp_path, shards):
-    """torchrun sends SIGTERM to the others when a worker has died: stuck in a collective, they must not wait out the
-    timeout."""
+    """torchrun sends SIGTERM to the other ranks when one has died. Stuck in a collective, they must not wait for the
+    whole timeout."""
     first, second = two_ranks(tmp_path, shards, rank_timeout=90)
     try:
         wait_for_step(first)
@@ -473,7 +473,7 @@ def test_a_signal_shortens_the_wait_for_a_dead_rank(tmp_path, shards):
 
 @pytest.mark.slow
 def test_an_error_on_one_rank_ends_both(tmp_path, shards):
-    """A token id beyond the vocabulary, in what rank 1 alone reads: it says so, and rank 0 names it."""
+    """Only rank 1 reads a token id beyond the vocabulary. It prints the error, and rank 0 names rank 1."""
     tokens = helpers.markov_tokens(6000, seed=1)
     tokens[4096 + 64 + 5] = 600
     write_shard(tmp_path / "data" / "synthetic" / "s_train_000001.bin", tokens)
@@ -500,7 +500,7 @@ train.main()
 
 @pytest.mark.slow
 def test_slow_ranks_are_not_missed(tmp_path, shards):
-    """Rank 1 takes longer than the timeout for an evaluation, and rank 0 for the end, when rank 1 has left."""
+    """Rank 1 takes longer than the timeout for an evaluation; rank 0 does for the end, after rank 1 has left."""
     (tmp_path / "slow.py").write_text(SLOW.format(root=str(ROOT)))
     results = [finish(p, timeout=120)
                for p in two_ranks(tmp_path, shards, tmp_path / "slow.py", max_iters=3, ckpt_interval=0, rank_timeout=6)]
@@ -512,14 +512,14 @@ def test_slow_ranks_are_not_missed(tmp_path, shards):
 
 
 def run_sh(cwd, *args, **env):
-    """bash run.sh in a process group of its own, with this python."""
+    """Start `bash run.sh` in a process group of its own, with this python."""
     return subprocess.Popen(["bash", str(ROOT / "run.sh"), *args], cwd=cwd, text=True, stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE,
                             env=script_env(PYTHON=sys.executable, PYTHONUNBUFFERED="1", **env), start_new_session=True)
 
 
 def workers(process):
-    """{rank: pid} of the processes that run train.py below a run.sh."""
+    """Return {rank: pid} of the processes that run train.py below a run.sh."""
     found = {}
     for path in pathlib.Path("/proc").glob("[0-9]*"):
         try:
@@ -539,7 +539,7 @@ needs_proc = pytest.mark.skipif(not os.path.exists("/proc/self/environ"), reason
 
 @pytest.mark.slow
 def test_wrong_input_under_run_sh_with_two_processes(tmp_path, shards):
-    """One line, the worker's status, no traceback of torchrun's."""
+    """One line, the worker's status, and no traceback of torchrun."""
     result = finish(run_sh(tmp_path,
                            *flag_args(data_dir=shards, out_dir=tmp_path / "out", **QUICK | dict(total_batch_size=1000)),
                            NPROC="2"), timeout=120)
@@ -550,8 +550,9 @@ def test_wrong_input_under_run_sh_with_two_processes(tmp_path, shards):
 @pytest.mark.slow
 @needs_proc
 def test_run_sh_with_two_processes(tmp_path, shards):
-    """Side by side: SIGTERM to run.sh alone, status 0 and a checkpoint; a rank killed without restarts, status 1 and
-    its name; and with one restart, where the run goes on in its own folder from its newest checkpoint and is whole."""
+    """Three runs side by side. SIGTERM to run.sh alone: status 0 and a checkpoint. A rank killed without restarts:
+    status 1 and its number. A rank killed with one restart: the run continues in its own folder from its newest
+    checkpoint, and its log is complete."""
     out = tmp_path / "out"
     done = train_here(out, shards, run_name="again", **QUICK | dict(max_iters=4))  # a finished run of the same name
     runs = {}

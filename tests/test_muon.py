@@ -1,4 +1,4 @@
-"""Schedules, parameter groups, TorchMuon (against float64, and against Dion's Muon where it is installed), clipping."""
+"""muon.py: TorchMuon against float64, and against Dion's Muon where that is installed."""
 
 import copy
 import math
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("fresh")
 
 @pytest.mark.parametrize("muon_impl", ["torch", "dion"])
 def test_warm_up_changes_nothing_now_or_later(muon_impl):
-    """Parameters at once, and three updates after it, bit for bit as without it."""
+    """The parameters stay equal now and after three updates, bit for bit."""
     if muon_impl == "dion":
         pytest.importorskip("dion")
     cfg = make_cfg(muon_impl=muon_impl, weight_decay=0.5, weight_decay_embed=0.5)
@@ -182,7 +182,8 @@ def test_weight_decay_goes_by_the_base_learning_rate(shape):
 
 
 def test_momentum_converts_both_ways():
-    """Out as Dion keeps it (the sum), and back into a fresh optimizer that goes on alike, also at another momentum."""
+    """Exported as Dion keeps it (a sum) and loaded into a new optimizer, the updates continue alike, also at another
+    momentum."""
     start = [matrix((192, 64), 50), matrix((32, 64), 51)]
 
     def make():
@@ -251,8 +252,8 @@ def test_one_step_of_the_model_against_the_reference():
 
 @pytest.mark.parametrize("shape", [(3, 64, 64), (2, 256, 64), (2, 64, 256), (256, 64)])
 def test_polar_express_against_dions(shape):
-    """The same polynomials in float64 are the measure: ours is about as near as Dion's own compiled, and no further
-    than that is uncompiled (on a CPU, where a batch of one takes another matmul)."""
+    """Compared with the same polynomials in float64, ours is about as close as Dion's compiled function, and not
+    further than Dion's uncompiled one (on a CPU, where a batch of one takes another matmul)."""
     pytest.importorskip("dion")
     from dion import polar_express as dions
     G = torch.randn(*shape, generator=torch.Generator().manual_seed(0)).bfloat16()
@@ -311,7 +312,7 @@ def test_torch_muon_against_dions():
 
 
 def test_the_choice_of_muon(monkeypatch):
-    """Dion where it can run; else torch's with a reason; asked for and missing: an error."""
+    """Dion if it can run, else torch's with a reason. muon_impl=dion without Dion is an error."""
     import shutil
     import sys
     from types import ModuleType

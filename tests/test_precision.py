@@ -1,4 +1,4 @@
-"""HIGH_PRECISION_LAYERS, the recipes' switches and EVAL_PRECISION: which layers quantize, how, and when."""
+"""precision.py: layers kept in bf16, the recipes' flags, FP8's scaling state, the format of evaluations."""
 
 import contextlib
 
@@ -35,7 +35,7 @@ def test_patterns(fresh, patterns, expected):
 
 
 def test_a_head_that_is_in_bf16_anyway_may_be_named(fresh):
-    """So one list of patterns serves all formats of a comparison."""
+    """So that one list of patterns serves all formats of a comparison."""
     for flags in (dict(USE_FP8_HEAD=False), dict(USE_NVFP4=True)):
         model = make_model(make_cfg(**flags))
         assert keep_high_precision(model, "head", te) == ["head"] and not model.fp8_head
@@ -53,7 +53,7 @@ def test_a_pattern_that_matches_nothing_is_an_error(fresh, patterns):
 @pytest.mark.slow
 @pytest.mark.parametrize("recompute", [False, True])
 def test_all_layers_in_bf16_are_the_bf16_run(fresh, shards, tmp_path, recompute):
-    """To the bit, recomputed or not; one layer less differs."""
+    """Bit for bit, with and without recomputation. With one layer less, the losses differ."""
     common = dict(max_iters=3, run_name="r", USE_AC_BLOCKS=recompute)
     bf16 = losses(train_here(tmp_path / "a", shards, USE_FP8=False, **common))
     kept = losses(train_here(tmp_path / "b", shards, HIGH_PRECISION_LAYERS="blocks.*,head", **common))
@@ -74,7 +74,7 @@ def test_only_the_other_layers_have_scales(fresh):
                          [("NVFP4_HADAMARD", "disable_rht"), ("NVFP4_2D_WEIGHTS", "disable_2d_quantization"),
                                          ("NVFP4_STOCHASTIC_ROUNDING", "disable_stochastic_rounding")])
 def test_nvfp4_switches(fresh, flag, field):
-    """Each reaches its field of the recipe, and nothing else does."""
+    """Each flag changes its own field of the recipe and no other."""
     fields = ("disable_rht", "disable_2d_quantization", "disable_stochastic_rounding")
     cfg = make_cfg(USE_NVFP4=True, n_embd=128, **{flag: False})
     recipe = train.select_precision(cfg, torch.device("cpu")).recipe
@@ -117,7 +117,8 @@ def test_margin_and_history_reach_the_scales(fresh, shards, tmp_path):
 @pytest.mark.parametrize("changes, name", [(dict(), "fp8-delayed"), (dict(FP8_RECIPE="current"), "fp8-current"),
                                            (dict(USE_NVFP4=True, n_embd=128), "nvfp4")])
 def test_eval_precision(fresh, shards, tmp_path, capsys, changes, name):
-    """The flag chooses what evaluations in between say; the end reports both, and training is the same to the bit."""
+    """The flag chooses the format of the evaluations during training. The last one is made in both formats, and
+    training is equal bit for bit."""
     runs = {p: train_here(tmp_path / p, shards, max_iters=4, eval_interval=2, EVAL_PRECISION=p, **changes)
             for p in ("bf16", "training")}
     assert (losses(runs["bf16"]) == losses(runs["training"])).all()

@@ -42,12 +42,12 @@ def test_durations(seconds, text):
 
 
 def open_log(folder):
-    """A run's log, as rank 0 opens it."""
+    """Open a run's log as rank 0 does."""
     return RunLog(str(folder), FolderLock(str(folder)), {})
 
 
-def test_a_deleted_log_that_cannot_be_written_anew_at_once(tmp_path, capsys):
-    """A file where the folder was: said once; when it is gone, all records are there."""
+def test_a_deleted_log_that_cannot_be_written_again_at_once(tmp_path, capsys):
+    """While a file blocks the folder's name, the failure is printed once. After that, all records are written."""
     (tmp_path / "r").mkdir()
     log = open_log(tmp_path / "r")
     log.write(dict(kind="train", step=0))
@@ -65,7 +65,7 @@ def test_a_deleted_log_that_cannot_be_written_anew_at_once(tmp_path, capsys):
 
 
 def test_pictures_do_not_end_a_run(tmp_path, capsys):
-    """A run name that matplotlib would take for mathematics, and whatever else goes wrong in a drawing."""
+    """A run name that matplotlib could read as mathematics, and an error while drawing."""
     log = open_log(tmp_path)
     log.folder = str(tmp_path / "a$_$b")
     os.makedirs(log.folder)
@@ -80,7 +80,7 @@ def test_pictures_do_not_end_a_run(tmp_path, capsys):
 
 
 def test_a_log_that_cannot_be_written_for_a_while(tmp_path, capsys):
-    """It is said once, nothing is lost, and no line is broken."""
+    """The failure is printed once, no record is lost and no line is broken."""
     log = open_log(tmp_path)
     full = [False]
 

@@ -21,7 +21,7 @@ def parse(*argv):
 
 
 def test_preset_d20_repeats_the_defaults_of_the_file():
-    """An edited flag is told from an untouched one by this table."""
+    """parse_flags() recognises an edited flag by this table."""
     assert {name: FLAGS[name].default for name in train.PRESETS["d20"]} == train.PRESETS["d20"]
 
 
@@ -30,7 +30,7 @@ def test_the_flag_preset_lists_the_presets():
 
 
 def test_every_preset_sets_only_flags_of_d20():
-    """A flag missing in d20 could not be protected from the preset by an edit in the file."""
+    """An edit in the file could not protect a flag that is missing in d20 from the preset."""
     for values in train.PRESETS.values():
         assert set(values) <= set(train.PRESETS["d20"])
 
@@ -93,7 +93,7 @@ def test_wrappers_that_contradict(fsdp2, ddp, world):
     dict(n_embd=72), dict(batch_size=1, block_size=8, total_batch_size=8),
 ])
 def test_shapes_that_the_format_cannot_take(changes):
-    """Each format names its multiple; bf16 takes them all."""
+    """The error names the format's multiple. bf16 takes every shape."""
     with pytest.raises(UserError, match="divisible by"):
         train.select_precision(make_cfg(**changes), helpers.CPU)
     train.select_precision(make_cfg(**changes | dict(USE_FP8=False, USE_NVFP4=False)), helpers.CPU)
@@ -122,8 +122,7 @@ def test_wrong_input_ends_main_with_one_line(tmp_path, shards, capsys, monkeypat
 
 @pytest.mark.slow
 def test_as_a_script(tmp_path, shards):
-    """--help, wrong input and a bare import, each in a python of its own: exit status, output, and nothing left
-    behind."""
+    """--help, wrong input and a bare import, each in its own process: exit status, output, and no files."""
     small = helpers.flag_args(data_dir=shards)
     bare_import = ("import sys, threading; import train, torch.distributed as dist; "
                    "assert not dist.is_initialized() and threading.active_count() == 1; "
@@ -152,7 +151,7 @@ def test_as_a_script(tmp_path, shards):
 
 
 def test_flags_without_effect_are_named(fresh, shards, tmp_path, capsys):
-    """Set for another format than this run's: said in the table at the start."""
+    """The start-up table lists flags that were set for another format than the run's."""
     train_here(tmp_path, shards, max_iters=1, warmup_iters=1, FP8_RECIPE="current", FP8_MARGIN=1, NVFP4_HADAMARD=False)
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "without effect" in line]
     assert {"FP8_MARGIN=1", "NVFP4_HADAMARD=False"} <= set(line.replace(",", "").split()) and "FP8_RECIPE" not in line

@@ -1,4 +1,4 @@
-"""Shards, the ring of tokens, and the data loader: which tokens are read, in which order, by whom."""
+"""TokenRing and DataLoader: which tokens are read, in which order, by which rank; bad shards."""
 
 import os
 import threading
@@ -21,7 +21,7 @@ TOTAL = sum(SIZES)
 
 @pytest.fixture(scope="module")
 def numbered(tmp_path_factory):
-    """A data folder whose ring holds the tokens 0, 1, 2, ...: a token tells its own position."""
+    """Write a data folder whose ring holds the tokens 0, 1, 2, ...: a token is its own position."""
     folder, start = tmp_path_factory.mktemp("numbered"), 0
     for i, size in enumerate(SIZES):
         write_shard(folder / "n" / f"n_train_{i + 1:06d}.bin", np.arange(start, start + size))
@@ -158,7 +158,7 @@ def test_close_ends_the_thread_and_next_starts_another(numbered):
 
 
 def test_an_error_in_the_loader_thread_comes_out_of_next(numbered):
-    """After the good micro-batches before it, not earlier; a second call does not wait for a thread that has ended."""
+    """The error comes after the micro-batches before it. A second call does not wait for a thread that has ended."""
     loader = loader_of(ring_of(numbered, vocab=40))  # tokens 0 ... 1204: the third micro-batch of 16 + 1 holds 40
     loader.next()
     loader.next()
@@ -245,7 +245,7 @@ def test_missing_shards_name_the_command_that_brings_them(tmp_path, dataset, com
 
 
 def test_too_short_for_the_batch(tmp_path):
-    """A step of G tokens needs one more as its last target."""
+    """A step of G tokens needs one more token, its last target."""
     write_shard(tmp_path / "n" / "n_train_000001.bin", TOKENS)
     assert ring_of(tmp_path, need=100).total == 100
     line = bad_line(tmp_path, need=101)
@@ -268,7 +268,7 @@ def test_a_token_beyond_the_vocabulary(tmp_path):
 
 
 def test_a_data_folder_with_odd_characters_in_its_name(tmp_path):
-    """Brackets and stars are pattern characters to glob."""
+    """glob treats brackets and stars as patterns."""
     folder = tmp_path / "my data [v1] *"
     write_shard(folder / "n" / "n_train_000001.bin", TOKENS)
     assert ring_of(folder).total == 100

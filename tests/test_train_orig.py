@@ -35,7 +35,7 @@ def make_cfg(**changes):
 
 
 def run_here(out_dir, data_dir, **changes):
-    """A whole run in this process; returns its run folder. Needs the fixture `fresh`."""
+    """Train a whole run in this process and return its run folder. Needs the fixture `fresh`."""
     return pathlib.Path(train_orig.main(flag_args(out_dir=out_dir, data_dir=data_dir, **changes)))
 
 
@@ -114,9 +114,9 @@ def test_run_learns_and_keeps_the_log_contract(tmp_path, shards, fresh, capsys):
 
 @pytest.mark.slow
 def test_two_ranks_train_and_evaluate_like_one(tmp_path, shards, fresh):
-    """Two ranks of two micro-batches against one rank of one: losses, gradient norms and val loss.
+    """Two ranks with two micro-batches each against one rank with one: losses, gradient norms and val loss.
 
-    eval_tokens=640 are 20 sequences, which the passes of one process (8) do not divide; two ranks take other ones (4).
+    eval_tokens=640 are 20 sequences. One rank evaluates 8 in a pass, so that its last pass is not full; two ranks 4.
     """
     changes = dict(data_dir=shards, eval_interval=2)
     process = helpers.start_torchrun(2, SCRIPT, *flag_args(**changes, batch_size=2), f"--out_dir={tmp_path / 'two'}",
@@ -183,7 +183,7 @@ def test_wrong_input_is_one_line(tmp_path, shards, fresh, capsys, changes, statu
 
 @pytest.mark.slow
 def test_script_reports_a_bad_flag_without_traceback(tmp_path):
-    """In a process of its own: nothing but main() stands between the error and the console."""
+    """In a process of its own, where only main() handles the error."""
     result = helpers.finish(helpers.start(SCRIPT, "--bath_size=3", cwd=tmp_path))
     assert result.code == 2 and result.out == "" and result.err.count("\n") == 1, result.err
     assert result.err.startswith("train_orig.py: error: ") and "--bath_size" in result.err

@@ -1,6 +1,6 @@
 """Whole runs of train.py: log, run folder, evaluation, accumulation, ranks and wrappers, number formats.
 
-Runs of one process happen in this process; runs of two ranks in one torchrun (RANKS below), one after another.
+Runs of one process happen in this process. Runs of two ranks (RANKS) happen one after another under one torchrun.
 """
 
 import functools
@@ -93,7 +93,7 @@ WORKER = textwrap.dedent("""
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory, shards):
-    """{name: run folder} of the runs in RANKS."""
+    """Train the runs of RANKS: {name: run folder}."""
     folder = tmp_path_factory.mktemp("ranks")
     cases = {name: dict(changes, run_name=name, out_dir=str(folder / "out"), data_dir=str(shards))
              for name, changes in RANKS.items()}
@@ -108,7 +108,7 @@ def two_ranks(tmp_path_factory, shards):
 
 @pytest.fixture(scope="session")
 def one_rank(tmp_path_factory, shards):
-    """{name: run folder} of the runs of one process that others are compared with."""
+    """Train the runs of one process that others are compared with: {name: run folder}."""
     out, patch = tmp_path_factory.mktemp("one"), pytest.MonkeyPatch()
     patch.setattr(torch.cuda, "is_available", lambda: False)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
@@ -126,7 +126,7 @@ def one_rank(tmp_path_factory, shards):
 
 @pytest.fixture(scope="module")
 def script_run(tmp_path_factory, shards):
-    """One run of the script itself with wandb switched on and not importable, 5 steps, evaluations after 2, 4 and 5."""
+    """Run the script for 5 steps with wandb switched on but not importable, and evaluations after steps 2, 4 and 5."""
     folder = tmp_path_factory.mktemp("script")
     (folder / "stub").mkdir()
     (folder / "stub" / "wandb.py").write_text("raise ImportError('no wandb here')\n")
@@ -216,7 +216,7 @@ def test_the_console_says_what_runs(script_run):
     assert f"{sum(p.numel() for p in model.parameters()):,}" in out
 
 
-def test_without_wandb_the_run_goes_on(script_run):
+def test_without_wandb_the_run_continues(script_run):
     assert script_run.out.count("wandb is off: no wandb here") == 1
 
 
@@ -239,8 +239,8 @@ def test_log_interval_and_only_a_last_evaluation(tmp_path, shards):
     assert seconds > sum(r["step_ms"] for r in records(folder, "train")) / 1000  # steps that were not logged count too
 
 
-def test_losses_that_are_no_numbers_end_the_run_in_one_line(tmp_path, shards, capsys):
-    """With the step, and what to try; the log keeps what there was, as JSON."""
+def test_non_finite_losses_end_the_run_in_one_line(tmp_path, shards, capsys):
+    """The line names the step and a remedy. The log keeps earlier records, as JSON."""
     changes = dict(USE_FP8=False, learning_rate_embed=1e38, learning_rate=1e38, learning_rate_head=1e38, grad_clip=0)
     with pytest.raises(SystemExit) as caught:
         train_here(tmp_path, shards, run_name="nan", max_bad_steps=2, **changes)
@@ -257,8 +257,8 @@ def test_losses_that_are_no_numbers_end_the_run_in_one_line(tmp_path, shards, ca
 
 
 def test_the_first_losses_are_those_of_a_plain_loop(tmp_path, shards, one_rank):
-    """bf16, one process: loader, loss mean, schedule, clipping and both optimizers put together by hand. Bit for
-    bit."""
+    """In bf16 on one process, a loop of loader, loss mean, schedule, clipping and both optimizers gives the same
+    numbers, bit for bit."""
     cfg = helpers.make_cfg(USE_FP8=False, data_dir=str(shards))
     procs = helpers.one_process()
     ring = train.TokenRing(str(shards), "synthetic", "train", 512, 1)
@@ -288,8 +288,8 @@ def test_the_same_flags_give_the_same_losses(tmp_path, shards, one_rank):
 @pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [1, 2, 4])
 def test_gradient_accumulation_equals_a_larger_batch(tmp_path, shards, one_rank, batch_size):
-    """bf16: the same tokens in more micro-batches. fp32 sums in another order, which Adam's and Muon's normalised steps
-    carry into single bf16 roundings: 1e-3 nats after six steps, where the loss falls by more than one."""
+    """bf16, the same tokens in more micro-batches. Sums in fp32 have another order, and Adam's and Muon's normalised
+    steps carry that into single bf16 roundings: 1e-3 nats after six steps, while the loss falls by more than 1."""
     got = losses(train_here(tmp_path, shards, USE_FP8=False, batch_size=batch_size))
     assert np.abs(got - losses(one_rank["bf16"])).max() < 1e-3
     assert got[0] - got[-1] > 1
@@ -298,8 +298,8 @@ def test_gradient_accumulation_equals_a_larger_batch(tmp_path, shards, one_rank,
 @pytest.mark.slow
 @pytest.mark.parametrize("changes", [dict(), dict(batch_size=2, max_iters=4)], ids=["whole", "accumulate"])
 def test_evaluation_does_not_touch_training(tmp_path, shards, changes):
-    """Delayed scaling: bit for bit the same losses with an evaluation after every step, which feeds no amax history and
-    moves no data."""
+    """With an evaluation after every step, delayed scaling gives the same losses, bit for bit: the amax history and the
+    data position do not change."""
     without = train_here(tmp_path, shards, **changes)
     with_eval = train_here(tmp_path, shards, eval_interval=1, **changes)
     assert len(val_losses(with_eval)) == len(losses(without)) and len(val_losses(without)) == 1
@@ -308,7 +308,7 @@ def test_evaluation_does_not_touch_training(tmp_path, shards, changes):
 
 
 def evaluate_small(shards, eval_tokens, batch_size, world_size=1):
-    """evaluate() of one seeded model, the ranks one after another: their sums are added here."""
+    """Evaluate one seeded model on the ranks one after another, and add their sums."""
     cfg = helpers.make_cfg(eval_tokens=eval_tokens, batch_size=batch_size, total_batch_size=32 * batch_size)
     model = helpers.make_model(cfg)
     ring = train.TokenRing(str(shards), "synthetic", "val", 512, 33)
@@ -330,14 +330,14 @@ def evaluate_small(shards, eval_tokens, batch_size, world_size=1):
 
 
 def test_val_loss_is_the_same_for_any_ranks_and_batch_size(shards):
-    """46 sequences, which fill no round number of passes; fp32 sums per pass in another order: 1e-6."""
+    """46 sequences do not fill a whole number of passes. Sums in fp32 have another order: 1e-6."""
     want = evaluate_small(shards, 46 * 32, 1)
     for batch_size, world_size in ((2, 1), (5, 1), (64, 1), (1, 2), (3, 2), (4, 3), (8, 5)):
         assert evaluate_small(shards, 46 * 32, batch_size, world_size) == pytest.approx(want, rel=1e-6)
 
 
 def test_val_loss_is_the_cross_entropy_of_the_first_sequences(shards):
-    """Each sequence by itself, with fresh context; 1e-5 for bf16 logits summed in fp32."""
+    """Each sequence has its own context. 1e-5 for bf16 logits summed in fp32."""
     cfg = helpers.make_cfg(batch_size=20, total_batch_size=640)
     model = helpers.make_model(cfg)
     tokens = torch.from_numpy(markov_tokens(1500, seed=2).astype(np.int32))
@@ -349,7 +349,7 @@ def test_val_loss_is_the_cross_entropy_of_the_first_sequences(shards):
 
 @pytest.mark.slow
 def test_eval_tokens_are_cut_to_what_there_is(tmp_path, shards):
-    """1500 val tokens hold 46 sequences of 32 with a last target; fewer than a sequence are rounded up to one."""
+    """1500 val tokens hold 46 sequences of 32 with a last target. Less than one sequence is rounded up to one."""
     for given, used in ((10**9, 46 * 32), (100, 96), (5, 32)):
         folder = train_here(tmp_path, shards, max_iters=1, eval_tokens=given, USE_FP8=False)
         assert json.loads((folder / "config.json").read_text())["eval_tokens"] == used
@@ -357,7 +357,7 @@ def test_eval_tokens_are_cut_to_what_there_is(tmp_path, shards):
 
 
 def test_training_goes_around_the_ring(tmp_path):
-    """Two epochs and a bit of a shard that holds one step and one token."""
+    """Train more than two epochs of a shard that holds one step and one token."""
     write_shard(tmp_path / "d" / "synthetic" / "s_train_000001.bin", markov_tokens(257, seed=3))
     write_shard(tmp_path / "d" / "synthetic" / "s_val_000000.bin", markov_tokens(33, seed=4))
     folder = train_here(tmp_path / "out", tmp_path / "d", max_iters=3)
@@ -375,7 +375,8 @@ def test_training_goes_around_the_ring(tmp_path):
     ("nvfp4", dict(USE_NVFP4=True)),
 ])
 def test_every_number_format_trains(tmp_path, shards, capsys, one_rank, name, changes):
-    """Three steps, finite and falling, close to bf16 (0.1 nats), and said to be emulated."""
+    """Three steps have finite, falling losses within 0.1 nats of bf16, and the start-up table says that the format is
+    emulated."""
     got = train_here(tmp_path, shards, n_embd=128, max_iters=3, **changes)
     assert re.search(rf"precision +{name} EMULATED by nanofp8/te_emulation.py \(no GPU\)", capsys.readouterr().out)
     config = json.loads((got / "config.json").read_text())
@@ -385,7 +386,8 @@ def test_every_number_format_trains(tmp_path, shards, capsys, one_rank, name, ch
 
 
 def test_calibration_fills_the_amax_history_and_nothing_else(shards):
-    """A forward and backward pass: every scale that has seen values leaves 1; weights, gradients and data stay."""
+    """After a forward and backward pass, every scale that has seen values differs from 1. Weights, gradients and data
+    position stay."""
     cfg = helpers.make_cfg()
     procs, model = helpers.one_process(), helpers.make_model(cfg)
     loader = train.DataLoader(train.TokenRing(str(shards), "synthetic", "train", 512, 1), cfg, procs)
@@ -406,8 +408,8 @@ def test_calibration_fills_the_amax_history_and_nothing_else(shards):
 
 
 def test_delayed_scaling_is_calibrated_from_the_first_step(tmp_path, shards, one_rank):
-    """Delayed scaling starts at scale 1, where E5M2 flushes small gradients to zero. With the calibration passes the
-    run stays within 0.01 nats of bf16 from the start; data order and learning rates do not move."""
+    """At scale 1, E5M2 flushes small gradients to zero. After the calibration passes, losses stay within 0.01 nats of
+    bf16 from the start. Data order and learning rates do not change."""
     assert np.abs(losses(one_rank["fp8"]) - losses(one_rank["bf16"])).max() < 0.01
     for a, b in zip(records(one_rank["fp8"], "train"), records(one_rank["bf16"], "train"), strict=True):
         assert all(a[k] == b[k] for k in ("tokens", "lr_muon", "lr_embed", "lr_head", "momentum"))
@@ -421,7 +423,7 @@ def test_recomputation_gives_the_same_run(tmp_path, shards, one_rank, flags):
 
 @pytest.mark.slow
 def test_recomputing_the_head_gives_the_same_run(tmp_path, shards, one_rank):
-    """The logits are made twice from the same operands: the gradients, and so the losses, are the same."""
+    """The logits are computed twice from the same operands, so the gradients and losses are equal."""
     assert np.array_equal(losses(train_here(tmp_path, shards, USE_AC_LM_HEAD=True)), losses(one_rank["fp8"]))
 
 
@@ -451,13 +453,13 @@ def test_two_ranks_train_like_one(one_rank, two_ranks, name):
 @pytest.mark.slow
 @pytest.mark.parametrize("flag", ["USE_DDP", "USE_FSDP2"])
 def test_a_wrapper_around_one_rank(tmp_path, shards, one_rank, flag):
-    """One path for one rank and many. DDP: bit for bit; FSDP2: bf16 weights, as above."""
+    """DDP: equal bit for bit. FSDP2: weights in bf16, as in GAPS."""
     got = losses(train_here(tmp_path, shards, USE_FP8=False, **{flag: True}))
     assert np.abs(got - losses(one_rank["bf16"])).max() <= (0 if flag == "USE_DDP" else GAPS["fsdp2-bf16"])
 
 
 def test_gradient_norms_agree(one_rank, two_ranks):
-    """The norm is that of the whole gradient under every wrapper, not of a shard. 1%: gradients through bf16
+    """Under every wrapper the norm is that of the whole gradient, not of a shard. 1% for gradients through bf16
     weights."""
     want = [r["grad_norm"] for r in records(one_rank["bf16"], "train")]
     for name in ("ddp-bf16", "fsdp2-bf16", "fsdp2-reshard-bf16", "fsdp2-bf16-accumulate"):
@@ -465,7 +467,7 @@ def test_gradient_norms_agree(one_rank, two_ranks):
 
 
 def test_resharding_changes_nothing(two_ranks):
-    """Gathering the same weights once more: bit for bit."""
+    """Gathering the same weights again: equal bit for bit."""
     assert np.array_equal(losses(two_ranks["fsdp2-reshard-bf16"]), losses(two_ranks["fsdp2-bf16"]))
     assert np.array_equal(losses(two_ranks["fsdp2-reshard-fp8"]), losses(two_ranks["fsdp2-fp8"]))
 
@@ -477,7 +479,7 @@ def test_evaluation_does_not_touch_the_training_of_two_ranks(two_ranks, wrapper)
 
 
 def test_statistics_of_two_ranks(two_ranks):
-    """FP8_STATS_INTERVAL changes no loss; sharded or not, rank 0's micro-batch gives nearly the same numbers."""
+    """FP8_STATS_INTERVAL changes no loss. Sharded or not, rank 0's micro-batch gives nearly the same numbers."""
     found = {}
     for wrapper in ("ddp", "fsdp2"):
         assert (losses(two_ranks[f"{wrapper}-fp8"]) == losses(two_ranks[f"{wrapper}-fp8-stats"])).all()
@@ -508,10 +510,8 @@ def test_only_rank_0_writes_and_speaks(two_ranks):
 
 @pytest.mark.slow
 def test_torchrun_of_the_script(tmp_path, shards, one_rank):
-    """The command of the README: two ranks from start to end, and an error that every rank finds, said once.
-
-    A bad token that only rank 1 reads must name its shard too, though rank 0 knows nothing of it.
-    """
+    """Two ranks train from start to end. If only rank 1 reads a bad token, its shard is named once, although rank 0
+    does not know of it."""
     (tmp_path / "synthetic").mkdir()
     for path in (shards / "synthetic").iterdir():
         (tmp_path / "synthetic" / path.name).write_bytes(path.read_bytes())
