@@ -1,9 +1,9 @@
 """
-Train a GPT in FP8 (or NVFP4) with NVIDIA Transformer Engine. One file, read it top to bottom.
+Train a GPT in FP8 (or NVFP4) with NVIDIA Transformer Engine. Read it top to bottom; what is in nanofp8/ can wait.
 
     bash run.sh                                   # set up, then train: d20 with a GPU, tiny without
     bash run.sh --USE_FP8=False                   # any flag below can be set as --name=value
-    python train.py --preset=tiny --max_iters=20  # one process, the python you are in
+    python train.py --preset=tiny --max_iters=20  # one process, with the active Python
     torchrun --standalone --nproc_per_node=8 train.py --total_batch_size=524288
     python train.py --help                        # all flags with their defaults
 
