@@ -8,7 +8,7 @@ Train a GPT in FP8 (or NVFP4) with NVIDIA Transformer Engine. Read it top to bot
     python train.py --help                        # all flags with their defaults
 
 The model is nanochat's d20 shape: 561M parameters, RoPE, RMSNorm, QK norm, relu^2, logit softcap.
-Hidden weights learn by Muon (Microsoft's Dion library), embedding, head and gains by AdamW.
+Muon (Microsoft's Dion library) trains the matrices in the blocks, AdamW trains embedding, head and gains.
 """
 
 from typing import Literal
@@ -81,7 +81,7 @@ preset: Literal["auto", "classic", "d20", "d12", "tiny"] = "auto"  # "auto": d20
 run_name: FolderName = "gpt"                  # the run folder is out_dir/run_name; a taken name gets a number
 out_dir: str = "out"                          # folder for run folders
 resume: str = ""                              # "auto": from this run_name's newest checkpoint; or a path to one
-seed: Seed = 1337                             # of initialisation and stochastic rounding; the data order has no seed
+seed: Seed = 1337                             # seed of initialisation and stochastic rounding; data order is fixed
 
 # Data
 dataset: str = "fineweb10B"                   # folder below data_dir: fineweb10B, openwebtext-100k, shakespeare, ...
@@ -100,7 +100,7 @@ logit_softcap: NonNegativeFloat = 15.0        # logits = softcap * tanh(logits /
 # Batch and schedule, in optimizer steps
 total_batch_size: Positive = 524288           # tokens per optimizer step, over all ranks and micro-batches
 batch_size: Positive = 16                     # sequences per micro-batch and rank
-max_iters: Positive = 1700                    # optimizer steps; 1700 x 524,288 tokens are 9 FineWeb shards once
+max_iters: Positive = 1700                    # optimizer steps; 1700 x 524,288 tokens = 9 FineWeb shards, once
 warmup_iters: NonNegative = 100               # steps of linear warm-up of all learning rates
 min_lr_ratio: NonNegativeFloat = 0.1          # the cosine ends at this fraction of each learning rate
 
@@ -128,25 +128,25 @@ USE_FP8: bool = True                          # matmuls of blocks and head in FP
 FP8_RECIPE: Literal["delayed", "current", "block", "mxfp8"] = "delayed"  # how FP8 scales are chosen (docs/precision.md)
 FP8_MARGIN: int = 0                           # delayed: scale = fp8_max / amax / 2^margin
 FP8_AMAX_HISTORY: Positive = 1024             # delayed: the scale follows the largest amax of this many micro-batches
-FP8_CALIBRATION_STEPS: Positive = 3           # delayed: first steps that a pass to fill the amax history precedes
+FP8_CALIBRATION_STEPS: Positive = 3           # delayed: number of first steps with a calibration pass before them
 USE_FP8_HEAD: bool = True                     # with USE_FP8: the head's matmuls in FP8 too, for every recipe
 USE_NVFP4: bool = False                       # matmuls of blocks in NVFP4, the head in bf16; replaces FP8
 NVFP4_HADAMARD: bool = True                   # NVFP4: random Hadamard transform of the operands of weight gradients
 NVFP4_STOCHASTIC_ROUNDING: bool = True        # NVFP4: round gradients stochastically, without bias
 NVFP4_2D_WEIGHTS: bool = True                 # NVFP4: one scale per 16 x 16 weights; False: one per 1 x 16
 HIGH_PRECISION_LAYERS: str = ""               # layers kept in bf16: "blocks.0,blocks.*.attn.proj"
-EVAL_PRECISION: Literal["bf16", "training"] = "bf16"  # format of evaluations; the last one is made in both
+EVAL_PRECISION: Literal["bf16", "training"] = "bf16"  # format of evaluations; the last one runs in both
 FP8_STATS_INTERVAL: NonNegative = 0           # steps between statistics of what quantizing does to each tensor; 0: off
 USE_EMULATION: Literal["auto", True] = "auto"  # emulate block matmuls; "auto": where TE or the hardware is missing
 
 # Parallelism
 USE_FSDP2: AutoBool = "auto"                  # shard parameters, gradients and optimizer state over the ranks
 USE_DDP: AutoBool = "auto"                    # replicate them; both auto: DDP if it fits, else FSDP2; none on one rank
-FSDP2_RESHARD: bool = False                   # FSDP2: free gathered weights after a forward pass (saves memory)
+FSDP2_RESHARD: bool = False                   # FSDP2: free gathered weights after each use (saves memory)
 REDUCE_FP32: bool = True                      # add gradients over ranks in fp32; False: bf16
 
 # Speed and memory
-USE_TRITON: bool = True                       # on a GPU, run bf16 and delayed-FP8 blocks with our fused Triton kernels
+USE_TRITON: bool = True                       # Triton: blocks in bf16 and delayed FP8; RoPE and QK norm in all formats
 USE_CUDA_GRAPHS: bool = True                  # on one GPU, launch fused micro-batches as CUDA graphs from step 4 on
 USE_COMPILE: AutoBool = "auto"                # torch.compile what is not fused; "auto": on a GPU; True: also Dion
 USE_AC_LM_HEAD: bool = False                  # recompute logits in the backward pass instead of keeping gradients
@@ -159,17 +159,17 @@ USE_PROFILE: bool = False                     # profile the sixth step into the 
 eval_interval: NonNegative = 125              # steps between evaluations; 0: only at the end
 eval_tokens: Positive = 10485760              # tokens of the val shards per evaluation (all of them if there are fewer)
 log_interval: Positive = 1                    # steps between log lines
-ckpt_interval: NonNegative = 250              # steps between checkpoints; 0: only at the end and on SIGTERM or SIGINT
+ckpt_interval: NonNegative = 250              # steps between checkpoints; 0: off. Always saved: end, SIGTERM, SIGINT
 ckpt_minutes: NonNegativeFloat = 0.0          # also save every this many minutes; 0: off
 keep_checkpoints: NonNegative = 2             # number of newest checkpoints to keep; 0: write none
 USE_WANDB: bool = False                       # also log to Weights & Biases
-wandb_project: str = "nanogpt-fp8"            # its project
+wandb_project: str = "nanogpt-fp8"            # wandb: name of the project
 
 # Faults: a step with a non-finite loss or gradient is always skipped
 max_bad_steps: Positive = 10                  # stop after this many consecutive skipped steps
 skip_loss_zscore: NonNegativeFloat = 0.0      # skip a step whose loss lies this many deviations above the mean; 0: off
 skip_grad_zscore: NonNegativeFloat = 0.0      # the same for the gradient norm
-zscore_window: Window = 128                   # last taken steps that mean and deviation are computed over
+zscore_window: Window = 128                   # number of last taken steps for mean and deviation
 rank_timeout: Timeout = 120.0                 # seconds without a heartbeat before a rank is declared dead
 
 # End of flags
@@ -186,7 +186,7 @@ CLASSIC = dict(
 )
 PRESETS = {
     "classic": CLASSIC,
-    # Repeats the defaults above for every flag that some preset sets: a flag that differs from it was edited.
+    # Must repeat the default of every flag that a preset sets: a default that differs counts as edited
     "d20": CLASSIC | dict(),
     "d12": dict(n_layer=12, n_embd=768, n_head=6, batch_size=32),
     "tiny": dict(
@@ -270,7 +270,7 @@ class DataLoader:
         self.rank, self.world_size, self.step_tokens = procs.rank, procs.world_size, cfg.total_batch_size
         self.micro_tokens = self.batch_size * self.block_size
         self.accumulation = self.step_tokens // (self.micro_tokens * self.world_size)  # micro-batches per step
-        # Makes a micro-batch's summed loss its share of the step's mean; DDP and FSDP2 average over the ranks
+        # Factor from a summed loss to its share of this rank's mean; DDP and FSDP2 average over the ranks
         self.loss_scale = 1.0 / (self.accumulation * self.micro_tokens)
         self.index, self.prefetcher = 0, Prefetcher(self.micro_batch)  # index counts this rank's micro-batches
 
@@ -279,7 +279,7 @@ class DataLoader:
         return {"step": self.index // self.accumulation, "micro_batch": self.index % self.accumulation}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continue exactly where state_dict() was taken, whatever was prepared since."""
+        """Move to a saved position; drop micro-batches that were prepared."""
         self.prefetcher.close()
         self.index = state["step"] * self.accumulation + state["micro_batch"]
 
@@ -319,7 +319,7 @@ def open_data(cfg: SimpleNamespace, procs: Processes) -> tuple[DataLoader, Token
 
 
 # ======================================================================================================================
-# Precision: nanofp8/precision.py knows the formats; here is decided who computes them
+# Precision: nanofp8/precision.py defines the formats; this part chooses who computes them
 
 
 def select_precision(cfg: SimpleNamespace, device: torch.device) -> Precision:
@@ -398,9 +398,9 @@ class Block(nn.Module):
                                    output_layer_init_method=nn.init.zeros_, params_dtype=torch.float32, device=device)
 
     def forward(self, x, cos, sin, first, delta=None, fused=None):
-        """Return the residual after this block, from the one before it: x (B, T, C) bf16. With `fused`, from
-        FusedBlocks.register(), in Triton kernels: then from x and `delta`, what the block before adds, to the next
-        such pair."""
+        """Return the residual after this block; x (B, T, C) bf16 is the one before it. With `fused` (a pair of
+        FusedBlocks.blocks) Triton kernels run: they take and return (residual, delta), where delta is an MLP output
+        that is not added yet."""
         attn, mlp = self.attn, self.mlp
         if fused is None:
             x = x + attn(x, cos, sin, first)
@@ -417,14 +417,14 @@ class GPT(nn.Module):
     """
 
     def __init__(self, cfg: SimpleNamespace, precision: Precision, compiled: Callable, device: torch.device):
-        """Build the model on `device`. compiled: what plain functions are passed through, torch.compile or nothing."""
+        """Build the model on `device`. compiled: applied to plain functions; torch.compile or the identity."""
         super().__init__()
         self.cfg, self.te = cfg, precision.te
-        recompute = cfg.USE_AC_BLOCKS or cfg.USE_AC_ATTENTION  # is left to Transformer Engine's modules
+        recompute = cfg.USE_AC_BLOCKS or cfg.USE_AC_ATTENTION  # only Transformer Engine's modules do it
         fused = precision.fused and kernels_fit(cfg, device) and not recompute
         self.fused = FusedBlocks(self) if fused else None
         self.fp8_head = precision.fp8_head(cfg)
-        self.in_place = ""  # "add", "write": backward may itself add weight gradients to .grad, or put them there
+        self.in_place = ""  # backward adds ("add") or writes ("write") weight gradients to .grad; "": returns them
         self.embed_norm = compiled(rms_norm)
         self.embed = nn.Embedding(cfg.vocab_size, cfg.n_embd, device=device)
         self.blocks = nn.ModuleList(Block(cfg, self.te, compiled, device) for _ in range(cfg.n_layer))
@@ -432,7 +432,7 @@ class GPT(nn.Module):
         self.head = LMHead(cfg, device)
         # arXiv 2310.17813 for one-hot inputs: entries of order 1 (the RMSNorm after it takes any scale)
         nn.init.normal_(self.embed.weight, std=1.0)
-        # (T, D/2) each. Plain attributes: not saved, and never cast to bf16, which cannot tell position 2047 from 2048
+        # (T, D/2) each. Not buffers: so not saved, and never cast to bf16, where positions 2047 and 2048 are equal
         self.cos, self.sin = rope_tables(cfg.block_size, cfg.n_embd // cfg.n_head, cfg.rope_base, device)
         self.ones = torch.ones(cfg.n_embd, device=device)
 
@@ -571,7 +571,7 @@ def choose_wrapper(cfg: SimpleNamespace, procs: Processes, parameters: int) -> t
         return "ddp", f"{ranks} ranks on CPUs"
     memory_gb = torch.cuda.get_device_properties(procs.device).total_memory / 1e9
     if state_gb < memory_gb / 4:
-        return "ddp", f"{ranks} ranks; {state_gb:.1f} GB of state leave a {memory_gb:.0f} GB GPU room for activations"
+        return "ddp", f"{ranks} ranks; {state_gb:.1f} GB of state are under a quarter of a {memory_gb:.0f} GB GPU"
     return "fsdp2", f"{ranks} ranks; {state_gb:.1f} GB of state are over a quarter of a {memory_gb:.0f} GB GPU"
 
 
@@ -588,10 +588,10 @@ class Parallel:
                                                   gradient_as_bucket_view=True)
             if not cfg.REDUCE_FP32:
                 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook as compress
-                # DDP knows torch's own hook by its name and refuses it without NCCL; gloo takes bf16 as well
+                # A lambda: DDP refuses torch's hook (by its name) without NCCL, although gloo can add bf16
                 self.module.register_comm_hook(procs.mesh.get_group(), lambda group, bucket: compress(group, bucket))
         elif wrapper == "fsdp2":
-            # Inputs stay as they are: RoPE's tables are fp32, all else is bf16 or integers
+            # Inputs are not cast: RoPE's tables must stay fp32; the rest is bf16 or integers
             policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, cast_forward_inputs=False,
                                           reduce_dtype=torch.float32 if cfg.REDUCE_FP32 else torch.bfloat16)
             for part in (model.embed, *model.blocks, model.head):
@@ -599,8 +599,8 @@ class Parallel:
             fully_shard(model, mesh=procs.mesh, mp_policy=policy, reshard_after_forward=False)
 
     def first_micro_batch(self, m: int) -> bool | None:
-        """Whether micro-batch m is the step's first, which quantizes the weights for the others too. None for TE's
-        modules under FSDP2: they keep no quantized weights there, so each micro-batch makes its own."""
+        """Return True for a step's first micro-batch, which quantizes the weights; False for the others, which reuse
+        them. None for TE's modules under FSDP2: they quantize in each micro-batch."""
         return None if self.wrapper == "fsdp2" and self.model.fused is None else m == 0
 
     @contextlib.contextmanager
@@ -611,7 +611,7 @@ class Parallel:
             self.model.set_is_last_backward(last)
             # Gathered weights serve all micro-batches of a step
             self.model.set_reshard_after_backward(last or self.reshard)
-        # Where nothing waits for a gradient, matmuls may add it to .grad themselves
+        # Matmuls may add to .grad themselves if no wrapper reduces it in this pass
         self.model.in_place = "add" if self.wrapper == "none" or self.wrapper == "ddp" and not last else ""
         with self.module.no_sync() if self.wrapper == "ddp" and not last else contextlib.nullcontext():
             yield
@@ -643,7 +643,7 @@ def evaluate(model: nn.Module, ring: TokenRing, cfg: SimpleNamespace, procs: Pro
     Sequence s is tokens s*T ... s*T + T of the ring. Rank r takes sequences r, r + world_size, ...; rows without
     targets fill the last batch. So the result is the same for any number of ranks and any batch size.
 
-    model: without DDP, which has nothing to do without gradients. autocast: returns the context of a pass (bf16, or the
+    model: not wrapped in DDP, because there are no gradients. autocast: returns the context of a pass (bf16, or the
     format of training). after_batch: called after each pass.
     """
     T, sequences = cfg.block_size, cfg.eval_tokens // cfg.block_size
@@ -705,7 +705,7 @@ class Run:
 
 @dataclass
 class StepResult:
-    """What one optimizer step was like; the same on every rank."""
+    """Outcome of one optimizer step, the same on every rank."""
 
     loss: float      # mean over the step's tokens, in nats
     norm: float      # gradient norm before clipping
@@ -717,9 +717,9 @@ class StepResult:
 def train_step(run: Run) -> StepResult:
     """Take one optimizer step over accumulation x world_size micro-batches, unless run.guard rejects its gradients.
 
-    The host waits for the GPU once, for loss and norm before the optimizer: nothing else keeps a NaN out of all the
-    optimizers, since Dion's and bitsandbytes' take no flag from the device, and zeroed gradients would still decay
-    momenta. Clipping is launched before the wait and runs meanwhile (1.5 ms at 561M parameters on an H100).
+    The host waits for the GPU once: it must know loss and norm before the optimizers run. Dion and bitsandbytes cannot
+    skip a step by a flag on the GPU, and zero gradients would still decay momenta. Clipping is launched before the wait
+    and runs meanwhile (1.5 ms at 561M parameters on an H100).
     """
     parallel, loader, procs, device = run.parallel, run.loader, run.procs, run.procs.device
     restore_scales = snapshot_scales(run.model)
@@ -737,7 +737,7 @@ def train_step(run: Run) -> StepResult:
     parameters = list(run.model.parameters())
     norm = gradient_norm(parameters)
 
-    # One sum over the ranks for all that they must agree on (torch.full(), since torch.tensor() would wait for the GPU)
+    # One reduction for all that the ranks must agree on (torch.full() does not wait for the GPU; torch.tensor() does)
     stop = run.stop is not None and bool(run.stop.requested)
     save_due = procs.is_main and 0 < 60 * run.cfg.ckpt_minutes <= time.monotonic() - run.last_save
     requests = [torch.full((), float(request), device=device) for request in (stop, save_due)]
@@ -764,10 +764,9 @@ def train_step(run: Run) -> StepResult:
 def calibrate(run: Run) -> None:
     """Make a forward and backward pass on the next micro-batch and throw its gradients away.
 
-    It compiles what is to be compiled, and fills the amax history of delayed scaling, which starts with scale 1:
-    gradients of order 1e-7 would all round to zero in E5M2. The loss is scaled as in training, since the largest amax
-    of the history counts for FP8_AMAX_HISTORY micro-batches. Weights, optimizers and data position stay as they are; so
-    do the scales if loss or gradients are not finite.
+    It compiles kernels and fills delayed scaling's amax history: at the first scale, 1, gradients of order 1e-7 round
+    to zero in E5M2. The loss is scaled as in training: a larger amax would stay in the history. Weights, optimizers and
+    data position do not change; nor do the scales if loss or gradients are not finite.
     """
     restore_scales = snapshot_scales(run.model)
     x, y = run.loader.peek()
@@ -800,7 +799,7 @@ def train(run: Run) -> bool:
         progress.step(step, rates, result.loss, result.norm, functools.partial(clock.ms, begin, end), result.skipped)
         if run.guard.in_a_row >= cfg.max_bad_steps:
             progress.flush()
-            checkpoints.finish(wait=True)  # one that is still being written would be lost
+            checkpoints.finish(wait=True)  # else a checkpoint still being written is lost
             raise UserError(f"{run.guard.in_a_row} consecutive steps were skipped, the last at step {step} "
                             f"({result.skipped}); try a lower learning rate, a longer warm-up or other data. "
                             f"Newest checkpoint: {checkpoints.last or 'none'}")
@@ -808,10 +807,10 @@ def train(run: Run) -> bool:
             runlog.log_fp8_stats(run, step)  # training is not touched
         due = result.save_due or runlog.is_due(step, cfg.ckpt_interval)
         if last or result.stop or due and run.guard.healthy:
-            checkpoint.save_checkpoint(run, step + 1)  # before an evaluation, which leaves FSDP2's weights gathered
+            checkpoint.save_checkpoint(run, step + 1)  # before the evaluation: it leaves FSDP2's weights gathered
         if last or runlog.is_due(step, cfg.eval_interval):
             if result.stop:
-                checkpoints.finish(wait=True)  # whoever sent the signal may not wait for an evaluation
+                checkpoints.finish(wait=True)  # the sender may kill this process during the evaluation
             evaluate_and_log(run, step)
         checkpoints.finish()
         if result.stop and not last:
@@ -822,10 +821,10 @@ def train(run: Run) -> bool:
 
 
 def prepare_step(run: Run, step: int) -> None:
-    """Before the first few steps: calibrate, and capture the CUDA graphs once the scales have settled."""
+    """Calibrate before the first steps (set_up() does it for step 0); then capture the CUDA graphs, once."""
     calibrations = run.precision.calibration_steps(run.cfg)
     if 0 < step < calibrations:
-        # Head and output projections start at zero, so the gradients behind them appear one step at a time
+        # Head and output projections start at zero: layers below them get their first gradients later
         calibrate(run)
     use_graphs = run.cfg.USE_CUDA_GRAPHS and run.model.fused is not None and run.parallel.wrapper == "none"
     if use_graphs and step == max(run.first_step + 3, calibrations):
@@ -833,7 +832,7 @@ def prepare_step(run: Run, step: int) -> None:
 
 
 def evaluate_and_log(run: Run, step: int) -> None:
-    """Log the val loss with the matmuls in one format, after the last step in both; keep delayed scaling's state."""
+    """Evaluate in one format (after the last step: in both) and log it; delayed scaling's state is kept."""
     formats = run.precision.evaluation_formats(run.cfg)[:None if step == run.cfg.max_iters - 1 else 1]
     with preserved_scales(run.model):
         val_losses = {
@@ -852,8 +851,8 @@ def evaluate_and_log(run: Run, step: int) -> None:
 def set_up(cfg: SimpleNamespace, procs: Processes, cleanup: contextlib.ExitStack) -> Run:
     """Build everything that training needs, and report it in one table.
 
-    Data and checkpoint come first: what is missing should be known before anything is built. `cleanup` takes what must
-    be undone when the run ends, well or not: other runs may follow in this process.
+    Data and checkpoint are checked first, before anything is built. `cleanup` gets what must be undone at the end, also
+    after an error: other runs may follow in this process.
     """
     check_flags(cfg, procs.world_size)
     torch.manual_seed(cfg.seed)
@@ -875,8 +874,8 @@ def set_up(cfg: SimpleNamespace, procs: Processes, cleanup: contextlib.ExitStack
     run.folder = checkpoint.run_folder_of(resumed) if resumed else None
     if not run.folder:
         run.folder = procs.broadcast(runlog.make_run_folder(cfg.out_dir, cfg.run_name) if procs.is_main else None)
-        cleanup.callback(runlog.remove_if_empty, run.folder)
         if procs.is_main:
+            cleanup.callback(runlog.remove_if_empty, run.folder)
             lock = runlog.FolderLock(run.folder)
             cleanup.callback(lock.close)
     runlog.print_table(run, resumed)
@@ -886,7 +885,7 @@ def set_up(cfg: SimpleNamespace, procs: Processes, cleanup: contextlib.ExitStack
     run.optimizers.warm_up(run.model)
     if resumed:
         run.guard = Guard(cfg, meta.get("guard"))
-        if not checkpoint.restore(run, resumed, meta):  # without scales, calibrate as often as a new run does
+        if not checkpoint.restore(run, resumed, meta):  # scales missing: calibrate as often as a new run
             for _ in range(run.precision.calibration_steps(cfg)):
                 calibrate(run)
     if procs.is_main:

@@ -58,7 +58,7 @@ from train import DataLoader, TokenRing, check_flags, clip_gradients, evaluate, 
 preset: Literal["auto", "d20", "d12", "tiny"] = "auto"  # "auto": d20 with a GPU, tiny without
 run_name: FolderName = "gpt2"             # the run folder is out_dir/run_name; a name that is taken gets a number
 out_dir: str = "out"                      # folder for run folders
-seed: Seed = 1337                         # of initialisation; the data order has no seed
+seed: Seed = 1337                         # seed of initialisation; data order is fixed
 
 # Data
 dataset: str = "fineweb10B"               # folder below data_dir: fineweb10B, openwebtext-100k, shakespeare, ...
@@ -74,7 +74,7 @@ block_size: Positive = 2048               # tokens per sequence
 # Batch and schedule, in optimizer steps
 total_batch_size: Positive = 524288       # tokens per optimizer step, over all ranks and micro-batches
 batch_size: Positive = 8                  # sequences per micro-batch and rank; its logits take 3.3 GB in fp32
-max_iters: Positive = 1700                # optimizer steps; 1700 x 524,288 tokens are 9 FineWeb shards once
+max_iters: Positive = 1700                # optimizer steps; 1700 x 524,288 tokens = 9 FineWeb shards, once
 warmup_iters: NonNegative = 100           # steps of linear warm-up of the learning rate
 min_lr_ratio: NonNegativeFloat = 0.1      # the cosine ends at this fraction of the learning rate
 
@@ -94,7 +94,7 @@ eval_interval: NonNegative = 125          # steps between evaluations; 0: only a
 eval_tokens: Positive = 10485760          # tokens of the val shards per evaluation (all of them if there are fewer)
 log_interval: Positive = 1                # steps between log lines
 USE_WANDB: bool = False                   # also log to Weights & Biases
-wandb_project: str = "nanogpt-fp8"        # its project
+wandb_project: str = "nanogpt-fp8"        # wandb: name of the project
 rank_timeout: Timeout = 120.0             # seconds without a heartbeat before a rank is declared dead
 
 # End of flags

@@ -1,7 +1,7 @@
 """Checkpoints: save, find, check and restore.
 
-A checkpoint is a folder <run folder>/ckpt/step_NNNNNN, written by torch.distributed.checkpoint, with a meta.json. It
-counts only if meta.json is there: that is written last, before the folder gets its name. Parameters have the model's
+A checkpoint is a folder <run folder>/ckpt/step_NNNNNN, written by torch.distributed.checkpoint, with a meta.json.
+Without meta.json it does not count: that is written last, then the folder gets its name. Parameters have the model's
 own names, the same for Transformer Engine and its emulation, for DDP and FSDP2, and for any number of ranks.
 """
 
@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.api import CheckpointException  # DCP's own, w
 from torch.distributed.tensor import DTensor
 
 from nanofp8.config import UserError, flag_values
-from nanofp8.files import error_line, sync_to_disk
+from nanofp8.files import console, error_line, sync_to_disk
 from nanofp8.precision import fp8_state
 from nanofp8.procs import Processes, report_good_end
 from nanofp8.runlog import FolderLock, read_log
@@ -167,8 +167,8 @@ def invalidate_later_checkpoints(run_folder: str, first_step: int) -> None:
     checkpoint. Raises UserError if the folder cannot be written."""
     later = [f for f in complete_checkpoints(os.path.join(run_folder, "ckpt")) if steps_of(f) > first_step]
     if later:
-        print(f"resume: continuing from step {first_step}; deleting later checkpoints: "
-              f"{', '.join(map(os.path.basename, later))}", flush=True)
+        console(f"resume: continuing from step {first_step}; deleting later checkpoints: "
+                f"{', '.join(map(os.path.basename, later))}")
     try:
         for folder in reversed(later):
             os.remove(os.path.join(folder, "meta.json"))
@@ -226,8 +226,8 @@ def choose_checkpoint(cfg: SimpleNamespace) -> str | None:
             raise UserError(f"--resume={cfg.resume}: no complete checkpoint there; "
                             f"name a checkpoint or a run folder", 2)
     if checkpoint is None:
-        print(f"resume={cfg.resume or 'auto (after a restart)'}: no complete checkpoint in "
-              f"{before or os.path.join(cfg.out_dir, cfg.run_name)}, starting a new run", flush=True)
+        console(f"resume={cfg.resume or 'auto (after a restart)'}: no complete checkpoint in "
+                f"{before or os.path.join(cfg.out_dir, cfg.run_name)}, starting a new run")
     return checkpoint
 
 
@@ -517,17 +517,17 @@ def save_checkpoint(run: Any, steps: int) -> None:
 def report_end(run: Any, stopped: bool) -> None:
     """Report how a train.Run ended: at its last step, or stopped by a signal.
 
-    Raises: UserError if it was stopped and its last checkpoint could not be written.
+    Raises: UserError if its last checkpoint could not be written.
     """
     steps, newest = run.loader.state_dict()["step"], run.procs.broadcast(run.checkpoints.last)
     if not stopped:
         run.progress.done()
-        if newest:
-            run.procs.print(f"next: python sample.py --ckpt={run.folder} continues a text with this model")
-    elif run.cfg.keep_checkpoints and (newest is None or steps_of(newest) != steps):
-        raise UserError(f"stopped by a signal after {steps} steps, but their checkpoint could not be written. "
-                        f"Newest checkpoint: {newest or 'none'}")
-    else:
+    if run.cfg.keep_checkpoints and (newest is None or steps_of(newest) != steps):
+        raise UserError(f"{'stopped by a signal' if stopped else 'trained to the end'} after {steps} steps, but their "
+                        f"checkpoint could not be written. Newest checkpoint: {newest or 'none'}")
+    if not stopped and newest:
+        run.procs.print(f"next: python sample.py --ckpt={run.folder} continues a text with this model")
+    if stopped:
         run.procs.print(f"\nstopped by a signal after {steps} steps; continue with the same command and --resume=auto "
                         f"(from {newest or 'the start: no checkpoint was kept'})")
     report_good_end(run.procs)

@@ -1,4 +1,4 @@
-"""What can go wrong during a run: bad steps, signals to stop, ranks that died."""
+"""Handle faults of a run: bad steps, signals to stop, dead ranks."""
 
 import contextlib
 import math
@@ -62,7 +62,9 @@ class Guard:
 
 
 class StopSignal:
-    """On SIGTERM or SIGINT, let training finish the current step, save a checkpoint and stop.
+    """On SIGTERM, SIGINT or SIGHUP, let training finish the current step, save a checkpoint and stop.
+
+    SIGHUP (the terminal is gone) does not count where it was ignored at the start, as under nohup.
 
     A context manager. `requested` is false, or the time of the first signal (time.monotonic(), seconds).
     """
@@ -70,7 +72,9 @@ class StopSignal:
     def __init__(self):
         self.requested, self.handlers_before = False, {}
         if threading.current_thread() is threading.main_thread():  # others may not set handlers
-            signals = (signal.SIGTERM, signal.SIGINT)
+            signals = [signal.SIGTERM, signal.SIGINT]
+            if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+                signals.append(signal.SIGHUP)
             self.handlers_before = {number: signal.signal(number, self.request) for number in signals}
 
     def request(self, number: int, _frame: object) -> None:
@@ -188,7 +192,18 @@ class Heartbeat:
 
 
 def exit_now(message: str, status: int) -> NoReturn:
-    """Print a message and exit one of several ranks, without any clean-up that would wait for the others."""
-    print(message, end="\n" if message else "", file=sys.stderr, flush=True)
-    sys.stdout.flush()
-    os._exit(status)
+    """Print a message and exit one of several ranks, without any clean-up that would wait for the others.
+
+    A console that cannot be written, or that blocks, delays the exit by a second at most.
+    """
+    def report() -> None:
+        with contextlib.suppress(OSError, ValueError):
+            print(message, end="\n" if message else "", file=sys.stderr, flush=True)
+            sys.stdout.flush()
+
+    try:
+        thread = threading.Thread(target=report, daemon=True)
+        thread.start()
+        thread.join(timeout=1)
+    finally:
+        os._exit(status)

@@ -1,7 +1,9 @@
-"""Small helpers for files and error messages. Standard library alone."""
+"""Small helpers for files, console lines and error messages. Standard library alone."""
 
 import contextlib
+import errno
 import os
+import sys
 from typing import Callable
 
 
@@ -31,12 +33,32 @@ def replace_file(path: str | os.PathLike, write: Callable[[str], object], sync: 
 
 
 def sync_to_disk(path: str) -> None:
-    """Wait until a file's content, or a folder's list of names, is on disk. Raises OSError."""
+    """Wait until a file's content, or a folder's list of names, is on disk. Raises OSError.
+
+    Some network file systems cannot sync a folder (EINVAL): there the wait is left out.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if not os.path.isdir(path) or error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
     finally:
         os.close(descriptor)
+
+
+def console(*words: object) -> None:
+    """Print a line on stdout. If it cannot be written (a closed pipe or terminal, a full disk), drop it and later ones.
+
+    A failure to report must never end a run.
+    """
+    try:
+        print(*words, flush=True)
+    except (OSError, ValueError):  # ValueError: stdout is closed
+        with contextlib.suppress(OSError, ValueError):  # what is still buffered must not fail at exit
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, sys.stdout.fileno())
+            os.close(null)
 
 
 def error_line(error: BaseException) -> str:

@@ -39,7 +39,7 @@ import torch
 
 try:
     import triton
-except ImportError:  # only some builds of torch bring it; without it the plain PyTorch path is used
+except Exception:  # only some builds of torch bring it, and it may be broken: then the plain PyTorch path is used
     triton = None
 else:
     from nanofp8 import kernels
@@ -100,7 +100,7 @@ def te_gemm() -> Callable | None:
     try:
         from transformer_engine.pytorch.cpp_extensions import general_gemm
         from transformer_engine.pytorch.tensor.storage.float8_tensor_storage import Float8TensorStorage
-    except ImportError:
+    except Exception:  # not installed, or broken
         return None
 
     def operand(x):

@@ -24,7 +24,7 @@ from nanofp8.fused import (
 
 try:
     import triton
-except ImportError:  # only some builds of torch bring it; without it the plain PyTorch path is used
+except Exception:  # only some builds of torch bring it, and it may be broken: then the plain PyTorch path is used
     triton = None
 else:
     from nanofp8 import kernels

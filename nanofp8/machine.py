@@ -15,6 +15,8 @@ from typing import Any, Iterator
 
 import torch
 
+from nanofp8.files import console
+
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # the folder of train.py
 
 # Dense bf16 tensor-core peaks in FLOP/s, first match by device name (NVIDIA data sheets)
@@ -139,7 +141,7 @@ def profiling(folder: str, procs: Any, enabled: bool = True) -> Iterator[None]:
         events = [e for e in profile.key_averages() if e.device_type == kind and "#" not in e.key]
         took = {e.key: e.self_device_time_total if cuda else e.self_cpu_time_total for e in events}  # microseconds
         total, counts = sum(took.values()), {e.key: e.count for e in events}
-        print(f"profile of one step: {total / 1000:.1f} ms of {'kernels' if cuda else 'operators'}; the ten largest:")
+        console(f"profile of one step: {total / 1000:.1f} ms of {'kernels' if cuda else 'operators'}; the ten largest:")
         for key in sorted(took, key=took.__getitem__, reverse=True)[:10]:
-            print(f"  {took[key] / 1000:9.2f} ms {100 * took[key] / total:5.1f}%  x{counts[key]:<5} {key[:110]}")
-        print(f"profile: {trace} (open it in ui.perfetto.dev)", flush=True)
+            console(f"  {took[key] / 1000:9.2f} ms {100 * took[key] / total:5.1f}%  x{counts[key]:<5} {key[:110]}")
+        console(f"profile: {trace} (open it in ui.perfetto.dev)")

@@ -10,6 +10,7 @@ import torch
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from nanofp8.config import UserError
+from nanofp8.files import error_line
 
 
 class TorchMuon(torch.optim.Muon):
@@ -120,8 +121,8 @@ def dion_muon(choice: str, device: torch.device, compiled: bool = True) -> tuple
     why = ""
     try:
         from dion import Muon
-    except ImportError as error:
-        why = f"Dion cannot be imported ({error})"
+    except Exception as error:  # a broken installation fails with more than ImportError
+        why = f"Dion cannot be imported ({error_line(error)})"
     compilers = filter(None, (os.environ.get("CXX"), "g++", "clang++"))
     if not why and compiled and device.type == "cpu" and not any(map(shutil.which, compilers)):
         why = "Dion compiles its kernels and there is no C++ compiler"

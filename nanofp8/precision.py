@@ -1,7 +1,7 @@
 """Precision: the one place that knows number formats; FP8's scaling state; layers kept in bf16.
 
-To add a format, add one entry to FORMATS, named fp8-<choice> for a new choice of the flag FP8_RECIPE. A format with a
-flag of its own is also asked for in choose_format().
+To add a format, add one entry to FORMATS. FP8_RECIPE=x selects the entry fp8-x; a flag of its own needs a line in
+choose_format().
 """
 
 import contextlib
@@ -15,6 +15,7 @@ import torch
 import torch.nn as nn
 
 from nanofp8.config import UserError
+from nanofp8.files import error_line
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Formats
@@ -83,13 +84,17 @@ def choose_format(cfg: SimpleNamespace) -> Format:
 
 
 def import_transformer_engine() -> tuple[ModuleType, ModuleType]:
-    """Import Transformer Engine; return transformer_engine.pytorch and its module of recipes. Raises ImportError.
+    """Import Transformer Engine; return transformer_engine.pytorch and its module of recipes.
 
     Its warnings are switched off: they are about other frameworks, and repeat with every pass.
+    Raises: ImportError in one line, whatever a broken installation raises (OSError for a missing library, and more).
     """
     warnings.filterwarnings("ignore", module="transformer_engine")
-    import transformer_engine.pytorch
-    from transformer_engine.common import recipe
+    try:
+        import transformer_engine.pytorch
+        from transformer_engine.common import recipe
+    except Exception as error:
+        raise ImportError(error_line(error)) from error
     return transformer_engine.pytorch, recipe
 
 

@@ -1,5 +1,6 @@
-"""Processes: rank, world size, device and mesh, the same way for one process as for many; start and end of a script."""
+"""Start and end a script; give it rank, world size, device and mesh. One process works like many."""
 
+import contextlib
 import datetime
 import os
 import sys
@@ -15,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from nanofp8.config import UserError, exit_with
 from nanofp8.faults import Heartbeat, exit_now
+from nanofp8.files import console, error_line
 
 
 @dataclass
@@ -35,7 +37,7 @@ class Processes:
     def print(self, *args: object) -> None:
         """Print on rank 0."""
         if self.is_main:
-            print(*args, flush=True)
+            console(*args)
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Add a tensor up over all ranks, in place."""
@@ -68,26 +70,53 @@ def connect_store(rank: int | None = None) -> dist.Store:
 def start_processes() -> Processes:
     """Join torchrun's process group, or make a group of one: the rest of a script sees no difference.
 
-    Raises: UserError if this machine has fewer GPUs than processes.
+    Raises: UserError if torchrun's variables are wrong, if this machine has fewer GPUs than processes, if a GPU cannot
+    be used, or if the ranks cannot connect.
     """
-    env = os.environ
-    rank, local_rank = int(env.get("RANK", 0)), int(env.get("LOCAL_RANK", 0))
-    world_size = int(env.get("WORLD_SIZE", 1))
+    rank, local_rank, world_size = read_ranks()
     use_cuda = torch.cuda.is_available()
     if use_cuda:
         if local_rank >= torch.cuda.device_count():
             raise UserError(f"local rank {local_rank} has no GPU: this machine has {torch.cuda.device_count()}; "
-                            f"set NPROC to at most that", 2)
-        torch.cuda.set_device(local_rank)
+                            f"set NPROC to at most that", 2, one_rank=True)
+        try:
+            torch.cuda.set_device(local_rank)
+        except RuntimeError as error:
+            raise UserError(f"GPU {local_rank} cannot be used: {str(error).splitlines()[0]}; see nvidia-smi, and "
+                            f"choose another with CUDA_VISIBLE_DEVICES", one_rank=True) from None
     device = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
     if not dist.is_initialized():
         # gloo beside NCCL: objects and CPU tensors travel without touching the GPU's stream
         backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
-        store = dist.HashStore() if world_size == 1 else dist.PrefixStore("ranks", connect_store(rank))
-        dist.init_process_group(backend, rank=rank, world_size=world_size, store=store,
-                                device_id=device if use_cuda else None)
+        try:
+            store = dist.HashStore() if world_size == 1 else dist.PrefixStore("ranks", connect_store(rank))
+            dist.init_process_group(backend, rank=rank, world_size=world_size, store=store,
+                                    device_id=device if use_cuda else None)
+        except (dist.DistNetworkError, dist.DistStoreError) as error:
+            where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            raise UserError(f"rank {rank} cannot connect to the others at {where} ({error_line(error)}); "
+                            f"check MASTER_ADDR, or choose another MASTER_PORT", one_rank=True) from None
     mesh = init_device_mesh(device.type, (world_size,), mesh_dim_names=("data",))
     return Processes(rank, local_rank, world_size, device, mesh)
+
+
+def read_ranks() -> tuple[int, int, int]:
+    """Return rank, local rank and world size from torchrun's variables (0, 0 and 1 without them). Raises UserError."""
+    values = {}
+    for name, default in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
+        text = os.environ.get(name, default)
+        if not (text.isascii() and text.isdigit()):
+            raise UserError(f"{name} must be a number, got '{text}'; start with torchrun, or unset it", 2,
+                            one_rank=True)
+        values[name] = int(text)
+    rank, local_rank, world_size = values.values()
+    if rank >= world_size:
+        raise UserError(f"RANK={rank} needs a WORLD_SIZE above it, got {world_size}; start with torchrun, "
+                        f"or unset both", 2, one_rank=True)
+    if world_size > 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        raise UserError(f"WORLD_SIZE={world_size} needs MASTER_ADDR and MASTER_PORT; start with torchrun, "
+                        f"or unset WORLD_SIZE", 2)
+    return rank, local_rank, world_size
 
 
 def report_good_end(procs: Processes) -> None:
@@ -136,6 +165,9 @@ def command_line(run: Callable[[SimpleNamespace, Processes], Any],
         print(text, file=sys.stderr, flush=True)
         raise SystemExit(status)
 
+    for stream in (sys.stdout, sys.stderr):  # a path in another alphabet must not end a run whose console is ASCII
+        with contextlib.suppress(AttributeError, OSError):
+            stream.reconfigure(errors="backslashreplace")
     try:
         cfg = read_flags(sys.argv[1:] if argv is None else argv)
         procs = start_processes()

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from typing import Any, Callable, Iterator
 
 from nanofp8.config import UserError, flag_values
-from nanofp8.files import error_line
+from nanofp8.files import console, error_line
 from nanofp8.machine import peak_flops, peak_memory_gb
 from nanofp8.plots import plot_losses
 from nanofp8.precision import fp8_state
@@ -141,7 +141,7 @@ class RunLog:
                 import wandb
                 self.wandb = wandb.init(project=wandb_project, name=os.path.basename(folder), config=config, dir=folder)
             except Exception as error:  # no wandb, no network, no login: the run continues
-                print(f"wandb is off: {str(error).splitlines()[0] if str(error) else type(error).__name__}", flush=True)
+                console(f"wandb is off: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
 
     def open_files(self) -> None:
         """Write config.json, and open log.jsonl to append to."""
@@ -159,7 +159,7 @@ class RunLog:
                 values = {k: v for k, v in record.items() if k not in ("kind", "step")}
                 self.wandb.log(dict(flatten(values, record["kind"])), step=record["step"])
             except Exception as error:
-                print(f"wandb is off: {error}", flush=True)
+                console(f"wandb is off: {error}")
                 self.wandb = None
 
     def write_line(self, line: str) -> None:
@@ -175,7 +175,7 @@ class RunLog:
         except OSError as error:
             reason = error.strerror
         if new:
-            print(f"log.jsonl cannot be written ({reason}); training continues", flush=True)
+            console(f"log.jsonl cannot be written ({reason}); training continues")
 
     def restore_deleted_folder(self) -> None:
         """Write config.json and log.jsonl again where somebody deleted them. Raises OSError; the next line retries."""
@@ -187,7 +187,7 @@ class RunLog:
         self.lock.close()
         self.lock = lock
         self.unwritten = "".join(map(log_line, self.records)).encode()
-        print("log.jsonl was deleted; it and config.json are written again", flush=True)
+        console("log.jsonl was deleted; it and config.json are written again")
 
     def plot(self) -> None:
         """Draw loss.png and, with FP8_STATS_INTERVAL, fp8_stats.png."""
@@ -199,8 +199,8 @@ class RunLog:
         except ImportError:  # no matplotlib
             pass
         except Exception as error:  # a full disk, a removed folder, a font
-            print(f"cannot draw the run's pictures ({getattr(error, 'strerror', None) or error_line(error)}); "
-                  f"training continues", flush=True)
+            console(f"cannot draw the run's pictures ({getattr(error, 'strerror', None) or error_line(error)}); "
+                    f"training continues")
 
     def close(self) -> None:
         """Close files, lock and wandb where a run ends, well or not; once is enough."""
@@ -208,7 +208,10 @@ class RunLog:
             self.file.close()
             self.lock.close()
             if self.wandb is not None:
-                self.wandb.finish()
+                try:
+                    self.wandb.finish()
+                except Exception as error:  # the run's own status counts
+                    console(f"wandb could not finish: {error_line(error)}")
 
 
 def open_log(run: Any, lock: FolderLock) -> RunLog:

@@ -20,7 +20,7 @@ value, and the product of two bf16 values is exact in fp32:
     NVFP4              E2M1         1x16 (weights 16x16), E4M3,          value * block scale, exact in bf16;
                                     under one fp32 scale per tensor      sum times amax a * b / 2688^2
 
-What is not the hardware's: the order in which fp32 sums are formed (on Hopper, the reduced precision
+Not reproduced: the order in which fp32 sums are formed (on Hopper, the reduced precision
 of the FP8 accumulator in fprop as well), and which random numbers stochastic rounding draws. Power of
 two scales below 2^-124 reach the subnormal range of bf16 and may lose bits there; no real tensor does.
 

@@ -184,7 +184,7 @@ def test_a_checkpoint_is_complete_and_plain(one_rank):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number,step",
-                         [(signal.SIGTERM, 0), (signal.SIGINT, 2), (signal.SIGTERM, 1), (signal.SIGTERM, 5)])
+                         [(signal.SIGTERM, 0), (signal.SIGINT, 2), (signal.SIGHUP, 1), (signal.SIGTERM, 5)])
 def test_a_signal_stops_the_run_with_a_checkpoint(tmp_path, shards, capsys, one_rank, number, step):
     """After a signal during a step, the run saves a checkpoint and ends within two steps. The resumed run equals the
     uninterrupted one, with the evaluation of the step it stopped at. A signal in the last step changes nothing."""
@@ -974,23 +974,27 @@ def failing_writes(how, patch):
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["no thread", "file size", "meta.json", "a file in the way"])
 def test_a_write_that_fails_is_printed_and_training_continues(tmp_path, shards, capsys, monkeypatch, one_rank, how):
-    """The checkpoint after 2 steps fails and the one after 4 works, unless a file blocks the folder. Nothing half
-    written stays."""
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    """The checkpoint after 2 steps fails and the one after 4 works, unless a file blocks the folder: then the last one
+    fails too, and so does the run. Nothing half written stays."""
+    limit, blocked, folder = resource.getrlimit(resource.RLIMIT_FSIZE), how == "a file in the way", tmp_path / "gpt"
     try:
         word = failing_writes(how, monkeypatch)
-        folder = train_here(tmp_path, shards, **RUN | dict(ckpt_interval=2))
+        with pytest.raises(SystemExit) if blocked else contextlib.nullcontext() as stopped:
+            train_here(tmp_path, shards, **RUN | dict(ckpt_interval=2))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     captured = capsys.readouterr()
+    if blocked:
+        assert stopped.value.code == 1 and captured.err.count("\n") == 1
+        assert "after 6 steps" in captured.err and "could not be written" in captured.err
     lines = [line for line in captured.out.splitlines() if "checkpoint at step" in line and "failed" in line]
-    steps = (2, 4, 6) if how == "a file in the way" else (2,)
+    steps = (2, 4, 6) if blocked else (2,)
     assert len(lines) == len(steps) and "Traceback" not in captured.out + captured.err, lines
     for line, step in zip(lines, steps, strict=True):
         assert line.startswith(f"checkpoint at step {step} failed, training continues: ") and word in line
         assert len(line.split("continues: ")[1]) > 5  # says why
     assert learned(folder) == learned(one_rank["fp8"].folder)
-    if how == "a file in the way":
+    if blocked:
         assert (folder / "ckpt").is_file()
     else:
         assert in_ckpt(folder) == ["step_000004", "step_000006"]

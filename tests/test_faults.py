@@ -169,12 +169,12 @@ def test_too_many_in_a_row_end_the_run(tmp_path, shards, capsys, whole):
     assert train_here(**go(resume="auto")) == tmp_path / "r"
     assert [bool(r.get("skipped"))
             for r in records(tmp_path / "r", "train")] == [False, True, False, True, False, False]
-    handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)]
     with poisoned("a loss of nan", 0, 1):
         fails_in_one_line(capsys, 1, "Newest checkpoint: none", **go(run_name="none", ckpt_interval=0))
     # a process that trains on, as bench.py's does, finds things as they were
     assert gc.isenabled() and gc.get_freeze_count() == 0
-    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)] == handlers
 
 
 # -----------------------------------------------------------------------------------------------------

@@ -1,10 +1,15 @@
 """files.py: files that are written whole or not at all, and error messages of one line."""
 
+import errno
 import os
+import subprocess
+import sys
+import textwrap
 
 import pytest
 
-from nanofp8.files import error_line, replace_file, sync_to_disk
+import helpers
+from nanofp8.files import console, error_line, replace_file, sync_to_disk
 
 
 def write(text):
@@ -64,3 +69,49 @@ def test_sync_to_disk_of_files_and_folders(tmp_path):
 ])
 def test_error_line(error, line):
     assert error_line(error) == line.strip() or error_line(error) == line
+
+
+@pytest.mark.parametrize("number,passes", [(errno.EINVAL, True), (errno.EIO, False)])
+def test_a_folder_that_cannot_be_synced(tmp_path, monkeypatch, number, passes):
+    """Some network file systems cannot sync a folder; a disk that fails is another matter, and so is a file."""
+    def refuse(descriptor):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    if passes:
+        sync_to_disk(str(tmp_path))
+    else:
+        with pytest.raises(OSError):
+            sync_to_disk(str(tmp_path))
+    (tmp_path / "a").write_text("a")
+    with pytest.raises(OSError):
+        sync_to_disk(str(tmp_path / "a"))
+
+
+def test_a_console_that_works(capsys):
+    console("a", 1)
+    assert capsys.readouterr().out == "a 1\n"
+
+
+@pytest.mark.parametrize("out", ["pipe", "/dev/full", "closed"])
+def test_a_console_that_cannot_be_written_ends_nothing(tmp_path, out):
+    """A reader that has gone (| head), a full disk, a closed stdout: the script goes on to its end, without noise."""
+    script = textwrap.dedent(f"""
+        import sys
+        sys.path.insert(0, {str(helpers.ROOT)!r})
+        from nanofp8.files import console
+        if {out!r} == "closed":
+            sys.stdout.close()
+        for i in range(1000):
+            console("a line that nobody reads", i)
+        open("end", "w").close()
+    """)
+    if out == "pipe":
+        read, write_end = os.pipe()
+        os.close(read)
+    else:
+        write_end = os.open("/dev/full" if out == "/dev/full" else os.devnull, os.O_WRONLY)
+    result = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, stdout=write_end, stderr=subprocess.PIPE,
+                            text=True)
+    os.close(write_end)
+    assert (result.returncode, result.stderr) == (0, "") and (tmp_path / "end").exists(), result

@@ -336,6 +336,17 @@ def test_the_choice_of_muon(monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: name if name == "/opt/clang" else None)
     assert dion_muon("auto", CPU)[0] is stub.Muon
 
+    class Broken:  # a library that is missing on this machine, say
+        def find_spec(self, name, *_):
+            if name == "dion":
+                raise OSError("libcudart.so.13: cannot open shared object file")
+
+    monkeypatch.delitem(sys.modules, "dion")
+    monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
+    muon, why = dion_muon("auto", CPU)
+    assert muon is None and "libcudart.so.13" in why
+    monkeypatch.setattr(sys, "meta_path", sys.meta_path[1:])
+
     monkeypatch.setitem(sys.modules, "dion", None)
     muon, why = dion_muon("auto", CPU)
     assert muon is None and "dion" in why.lower()

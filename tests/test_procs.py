@@ -1,6 +1,7 @@
 """procs.py: ranks and what they share, and how a script ends."""
 
 import os
+import socket
 from types import SimpleNamespace
 from unittest import mock
 
@@ -45,6 +46,43 @@ def test_more_processes_than_gpus(monkeypatch):
     with pytest.raises(UserError, match="local rank 2.*has 2.*NPROC") as caught:
         start_processes()
     assert caught.value.status == 2 and not dist.is_initialized()
+
+
+@pytest.mark.parametrize("variables,words", [
+    (dict(RANK="x"), ["RANK", "'x'", "torchrun"]),
+    (dict(WORLD_SIZE="-2"), ["WORLD_SIZE", "'-2'"]),
+    (dict(RANK="1"), ["RANK=1", "WORLD_SIZE"]),
+    (dict(WORLD_SIZE="2"), ["WORLD_SIZE=2", "MASTER_ADDR", "MASTER_PORT"]),
+])
+def test_wrong_variables_of_torchrun_are_one_line(monkeypatch, capsys, variables, words):
+    """The script ends with status 2 and one line on the rank that meets it, not in its error handler."""
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as caught:
+        command_line(lambda *_: pytest.fail("it ran"), lambda argv: SimpleNamespace(rank_timeout=5.0), TRAIN, [])
+    err = capsys.readouterr().err
+    assert caught.value.code == 2 and err.count("\n") == 1 and all(word in err for word in words), err
+
+
+def test_a_port_that_is_taken_is_one_line(monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        for name, value in dict(RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port).items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(UserError, match=f"127.0.0.1:{port}.*MASTER_PORT") as caught:
+            start_processes()
+    assert caught.value.one_rank and "\n" not in str(caught.value)
+
+
+def test_a_busy_gpu_is_one_line(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", mock.Mock(side_effect=RuntimeError("CUDA error: busy\nmore advice")))
+    with pytest.raises(UserError, match="GPU 0.*busy.*CUDA_VISIBLE_DEVICES") as caught:
+        start_processes()
+    assert "\n" not in str(caught.value)
 
 
 # -----------------------------------------------------------------------------------------------------
