@@ -243,7 +243,7 @@ fi
 # A unique id per job: processes that torchrun restarts find their own run folder by it, not another job's.
 RDZV_ID=${RDZV_ID:-${SLURM_JOB_ID:+$SLURM_JOB_ID.${SLURM_STEP_ID:-0}}}
 if [ "${NNODES:-1}" -eq 1 ]; then
-  set -- --standalone "$@"
+  set -- --standalone --local_addr=127.0.0.1 "$@" # a host name that does not resolve would block for minutes
 elif [ -n "$RDZV_ENDPOINT" ]; then
   set -- --nnodes="$NNODES" --rdzv_backend=c10d --rdzv_endpoint="$RDZV_ENDPOINT" --rdzv_id="${RDZV_ID:-nanogpt-fp8}" "$@"
 else

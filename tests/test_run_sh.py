@@ -68,6 +68,8 @@ def check_command_line(path, argv):
 """
 CPU_PARTS = 3  # of requirements-cpu.txt, each with its own pip call
 
+ALONE = "--standalone --local_addr=127.0.0.1"  # torchrun's options for one machine
+
 
 class Host:
     """A copy of the project's folder on a machine made of fakes."""
@@ -174,7 +176,7 @@ def test_gpu_setup_in_order(host):
     assert all("-c .venv/part1.txt" in line for line in host.pips())  # nothing later moves torch
     assert not any("extra-index-url" in line for line in host.pips())
     assert host.did[-2] == ".venv data/cachedfineweb10b.py 9"
-    assert host.did[-1].startswith(".venv torchrun --nproc_per_node=8 --standalone train.py OMP=")
+    assert host.did[-1].startswith(f".venv torchrun --nproc_per_node=8 {ALONE} train.py OMP=")
 
 
 def test_gpu_setup_wants_a_compiler(host):
@@ -385,7 +387,7 @@ def test_more_processes_than_gpus(host):
 
 def test_nproc(host):
     host.has("torch", "numpy").run("--seed=1", NPROC="3")
-    assert host.did[0].startswith("fake torchrun --nproc_per_node=3 --standalone train.py --seed=1 OMP=")
+    assert host.did[0].startswith(f"fake torchrun --nproc_per_node=3 {ALONE} train.py --seed=1 OMP=")
     host.run(NPROC="2", OMP_NUM_THREADS="5")
     assert host.did[0].endswith(" OMP=5")
 
@@ -409,7 +411,7 @@ def test_several_machines(host):
     host.run(NNODES="2", RDZV_ENDPOINT="h:1", RDZV_ID="7")
     assert "--nnodes=2 --rdzv_backend=c10d --rdzv_endpoint=h:1 --rdzv_id=7 train.py" in host.did[0]
     host.run(NNODES="1")
-    assert "--nproc_per_node=1 --standalone train.py" in host.did[0]
+    assert f"--nproc_per_node=1 {ALONE} train.py" in host.did[0]
 
 
 @pytest.mark.parametrize("env", [{"NNODES": "2"}, {"NNODES": "2", "NODE_RANK": "0"}, {"NNODES": "x"}])
@@ -467,9 +469,9 @@ def test_a_failure_stays_one_without_a_signal(host):
 
 def test_restarts(host):
     host.has("torch", "numpy").run("--seed=1", NPROC="2", MAX_RESTARTS="3")
-    assert "--standalone --max_restarts=3 train.py --seed=1" in host.did[0]
+    assert f"{ALONE} --max_restarts=3 train.py --seed=1" in host.did[0]
     host.run(MAX_RESTARTS="1")  # one process needs torchrun too, to be restarted
-    assert "torchrun --nproc_per_node=1 --standalone --max_restarts=1 train.py" in host.did[0]
+    assert f"torchrun --nproc_per_node=1 {ALONE} --max_restarts=1 train.py" in host.did[0]
     host.run(MAX_RESTARTS="0")
     assert host.did == ["fake train.py RANK="]
     assert "MAX_RESTARTS" in host.run(status=2, MAX_RESTARTS="often")
