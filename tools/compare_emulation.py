@@ -242,8 +242,8 @@ def loss_table(results: dict[tuple[str, str], Result], steps: int) -> str:
     return table(["step"] + [f"{config}, {side}" for config, side in results], rows)
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Train all runs, print the tables and write them. Raises UserError."""
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """Read the command line (default: the program's own)."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default=str(ROOT / "results" / card_name() / "emulation_vs_te"),
                         help="path of the two files, without .json or .md")
@@ -251,20 +251,29 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--cpu_steps", type=int, help="steps of the runs on the CPU (default: as --steps)")
     parser.add_argument("--bf16_steps", type=int, default=20, help="steps in bf16 before them")
     parser.add_argument("--dry_run", action="store_true", help="on the CPU alone, with the emulation in TE's place")
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def choose_sides(dry_run: bool) -> tuple[Side, list[Side], Side]:
+    """Return TE, its emulations (the CPU's last), and the emulation that takes TE's scales. Raises UserError."""
+    cpu = torch.device("cpu")
+    if dry_run:
+        return (Side("TE (stand-in)", cpu, True), [Side("emulation CPU", cpu, True)],
+                Side("emulation CPU, TE's scales", cpu, True))
+    if not torch.cuda.is_available():
+        raise UserError("there is no GPU; use --dry_run to try the program without one")
+    gpu = torch.device("cuda", 0)
+    return (Side("TE", gpu, False), [Side("emulation GPU", gpu, True), Side("emulation CPU", cpu, True)],
+            Side("emulation GPU, TE's scales", gpu, True))
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Train all runs, print the tables and write them. Raises UserError."""
+    args = parse_arguments(argv)
     started = time.perf_counter()
     torch.set_float32_matmul_precision("high")  # as train.py sets it
 
-    cpu = torch.device("cpu")
-    if args.dry_run:
-        te, emulations = Side("TE (stand-in)", cpu, True), [Side("emulation CPU", cpu, True)]
-        scaled = Side("emulation CPU, TE's scales", cpu, True)
-    else:
-        if not torch.cuda.is_available():
-            raise UserError("there is no GPU; use --dry_run to try the program without one")
-        gpu = torch.device("cuda", 0)
-        te, emulations = Side("TE", gpu, False), [Side("emulation GPU", gpu, True), Side("emulation CPU", cpu, True)]
-        scaled = Side("emulation GPU, TE's scales", gpu, True)
+    te, emulations, scaled = choose_sides(args.dry_run)
     dataset = next(d for d in ("fineweb10B", "shakespeare") if list((ROOT / "data" / d).glob("*_train_*.bin")))
     flags = FLAGS + [f"--dataset={dataset}"] + (DRY_RUN if args.dry_run else [])
     what = (flags, args.bf16_steps, args.steps)
