@@ -41,7 +41,7 @@ import os
 import random
 import time
 from dataclasses import dataclass, field
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Callable, Iterable, Iterator, Sequence
 
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # read when torch starts
@@ -49,6 +49,7 @@ os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # read 
 import numpy as np
 import torch
 import torch.nn as nn
+from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -283,7 +284,7 @@ class DataLoader:
         self.prefetcher.close()
         self.index = state["step"] * self.accumulation + state["micro_batch"]
 
-    def micro_batch(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def micro_batch(self, index: int) -> tuple[Tensor, Tensor]:
         """Return inputs (B, T) int32 and targets (B, T) int64 of one micro-batch, on the CPU."""
         step, m = divmod(index, self.accumulation)
         start = step * self.step_tokens + (m * self.world_size + self.rank) * self.micro_tokens
@@ -292,13 +293,13 @@ class DataLoader:
         y = tokens[1:].view(self.batch_size, self.block_size).long()
         return (x.pin_memory(), y.pin_memory()) if self.device.type == "cuda" else (x, y)
 
-    def next(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def next(self) -> tuple[Tensor, Tensor]:
         """Return the next micro-batch on the device: inputs (B, T) int32, targets (B, T) int64."""
         x, y = self.prefetcher.next(self.index)
         self.index += 1
         return x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
 
-    def peek(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def peek(self) -> tuple[Tensor, Tensor]:
         """Return the micro-batch that next() would return, without moving on."""
         x, y = self.micro_batch(self.index)
         return x.to(self.device), y.to(self.device)
@@ -350,7 +351,7 @@ def select_precision(cfg: SimpleNamespace, device: torch.device) -> Precision:
 # Model
 
 
-def spectral_init(weight: torch.Tensor) -> torch.Tensor:
+def spectral_init(weight: Tensor) -> Tensor:
     """Draw from a normal with std = 1/sqrt(fan_in) * min(1, sqrt(fan_out/fan_in)) (arXiv 2310.17813)."""
     fan_out, fan_in = weight.shape
     return nn.init.normal_(weight, std=fan_in ** -0.5 * min(1.0, math.sqrt(fan_out / fan_in)))
@@ -359,7 +360,7 @@ def spectral_init(weight: torch.Tensor) -> torch.Tensor:
 class Attention(nn.Module):
     """RMSNorm -> q, k, v -> RoPE and QK norm -> causal attention -> output projection."""
 
-    def __init__(self, cfg, te, compiled, device):
+    def __init__(self, cfg: SimpleNamespace, te: ModuleType, compiled: Callable, device: torch.device):
         super().__init__()
         self.n_head, self.eps, self.recompute, self.te = cfg.n_head, cfg.norm_eps, cfg.USE_AC_ATTENTION, te
         # The Triton kernel works in place, which rules out recomputing from the same qkv
@@ -374,11 +375,11 @@ class Attention(nn.Module):
         self.proj = te.Linear(cfg.n_embd, cfg.n_embd, bias=False, init_method=nn.init.zeros_,
                               params_dtype=torch.float32, device=device)
 
-    def attend(self, qkv, cos, sin):
+    def attend(self, qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         q, k, v = self.rope_qk_norm(qkv, cos, sin, self.n_head, self.eps)  # (B, T, H, D) each
         return self.core(q, k, v)                                          # (B, T, C)
 
-    def forward(self, x, cos, sin, first):
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, first: bool | None) -> Tensor:
         qkv = self.qkv(x, is_first_microbatch=first)                       # (B, T, 3C)
         if self.recompute and self.training:
             y = self.te.checkpoint(self.attend, qkv, cos, sin, use_reentrant=False)
@@ -390,17 +391,17 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """One transformer block: x + attention(x), then x + MLP(x). Each half begins with an RMSNorm with gain."""
 
-    def __init__(self, cfg, te, compiled, device):
+    def __init__(self, cfg: SimpleNamespace, te: ModuleType, compiled: Callable, device: torch.device):
         super().__init__()
         self.attn = Attention(cfg, te, compiled, device)
         self.mlp = te.LayerNormMLP(cfg.n_embd, 4 * cfg.n_embd, eps=cfg.norm_eps, bias=False, normalization="RMSNorm",
                                    activation="srelu", init_method=spectral_init,
                                    output_layer_init_method=nn.init.zeros_, params_dtype=torch.float32, device=device)
 
-    def forward(self, x, cos, sin, first, delta=None, fused=None):
-        """Return the residual after this block; x (B, T, C) bf16 is the one before it. With `fused` (a pair of
-        FusedBlocks.blocks) Triton kernels run: they take and return (residual, delta), where delta is an MLP output
-        that is not added yet."""
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, first: bool | None, delta: Tensor | None = None,
+                fused: tuple | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """Return the residual after this block; x (B, T, C) bf16 is the one before it. With `fused`, from
+        FusedBlocks.blocks, Triton kernels run: they take and return x and delta, an MLP output not added yet."""
         attn, mlp = self.attn, self.mlp
         if fused is None:
             x = x + attn(x, cos, sin, first)
@@ -436,7 +437,7 @@ class GPT(nn.Module):
         self.cos, self.sin = rope_tables(cfg.block_size, cfg.n_embd // cfg.n_head, cfg.rope_base, device)
         self.ones = torch.ones(cfg.n_embd, device=device)
 
-    def forward(self, idx, targets=None, first=None):
+    def forward(self, idx: Tensor, targets: Tensor | None = None, first: bool | None = None) -> Tensor:
         """Return the summed loss over the targets (scalar fp32), or logits (B, T, V) fp32 if there are none.
 
         Args:
@@ -458,8 +459,8 @@ class GPT(nn.Module):
             h = self.norm(x)
         return self.head(h, targets, first, fp8_head, self.in_place)
 
-    def fused_blocks(self, idx, first):
-        """From token ids to the final norm's output (B, T, C) bf16 in our own kernels."""
+    def fused_blocks(self, idx: Tensor, first: bool | None) -> Tensor:
+        """Return the final norm's output (B, T, C) bf16 for token ids (B, T), in our own kernels."""
         x, delta = AddNorm.apply(self.embed(idx), None, self.ones, self.cfg.norm_eps), None
         self.fused.begin(x, first, self.in_place)
         for block, parts in zip(self.blocks, self.fused.blocks, strict=True):
@@ -617,13 +618,13 @@ class Parallel:
             yield
 
 
-def gradient_norm(parameters: Iterable[torch.Tensor]) -> torch.Tensor:
+def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
     """Return the global norm of the gradients over all ranks, a scalar on the device."""
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
-def clip_gradients(parameters: list[torch.Tensor], max_norm: float, norm: torch.Tensor | None = None) -> torch.Tensor:
+def clip_gradients(parameters: list[Tensor], max_norm: float, norm: Tensor | None = None) -> Tensor:
     """Scale the gradients to at most max_norm (0: leave them). Returns their global norm (`norm`, if it is known)."""
     norm = gradient_norm(parameters) if norm is None else norm
     if max_norm > 0:

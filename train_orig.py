@@ -121,13 +121,13 @@ PRESETS = {
 class Attention(nn.Module):
     """Causal self-attention, with biases."""
 
-    def __init__(self, cfg):
+    def __init__(self, cfg: SimpleNamespace):
         super().__init__()
         self.n_head = cfg.n_head
         self.qkv = nn.Linear(cfg.n_embd, 3 * cfg.n_embd)
         self.proj = nn.Linear(cfg.n_embd, cfg.n_embd)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         B, T, C = x.shape
         q, k, v = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)                                # (B, H, T, D)
@@ -137,24 +137,24 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """C -> 4C, GELU in its tanh form, 4C -> C, with biases."""
 
-    def __init__(self, cfg):
+    def __init__(self, cfg: SimpleNamespace):
         super().__init__()
         self.fc = nn.Linear(cfg.n_embd, 4 * cfg.n_embd)
         self.proj = nn.Linear(4 * cfg.n_embd, cfg.n_embd)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.proj(F.gelu(self.fc(x), approximate="tanh"))
 
 
 class Block(nn.Module):
     """One transformer block: x + attention(LayerNorm(x)), then x + MLP(LayerNorm(x))."""
 
-    def __init__(self, cfg):
+    def __init__(self, cfg: SimpleNamespace):
         super().__init__()
         self.ln_1, self.attn = nn.LayerNorm(cfg.n_embd), Attention(cfg)
         self.ln_2, self.mlp = nn.LayerNorm(cfg.n_embd), MLP(cfg)
 
-    def forward(self, x):                    # (B, T, C)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (B, T, C)
         x = x + self.attn(self.ln_1(x))
         return x + self.mlp(self.ln_2(x))
 
@@ -162,7 +162,7 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """GPT-2: token + position embedding -> blocks -> LayerNorm -> head, which is the token embedding again."""
 
-    def __init__(self, cfg):
+    def __init__(self, cfg: SimpleNamespace):
         super().__init__()
         self.cfg = cfg
         self.wte = nn.Embedding(cfg.vocab_size, cfg.n_embd)
@@ -177,7 +177,7 @@ class GPT(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
-    def forward(self, idx, targets):
+    def forward(self, idx: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Return the summed loss, a scalar fp32, for idx (B, T) int32 and targets (B, T) int64 (-1: no target)."""
         x = self.wte(idx) + self.wpe.weight[:idx.shape[1]]                   # (B, T, C)
         for block in self.blocks:
