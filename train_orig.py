@@ -288,6 +288,7 @@ def run(cfg: SimpleNamespace, procs: Processes) -> str:
         # One learning rate for all parameters; there is no Muon, so neither its rate nor its momentum
         rates = dict(lr_muon=None, lr_embed=lr, lr_head=lr, momentum=None)
         progress.step(step, rates, loss, norm, lambda ms=ms: ms)
+        progress.flush()  # the step has ended: its line need not wait for the next one
         if step == cfg.max_iters - 1 or is_due(step, cfg.eval_interval):
             progress.val(step, evaluate(model, val_ring, cfg, procs, lambda: autocast(procs.device)))
     loader.close()

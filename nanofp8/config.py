@@ -153,7 +153,7 @@ def convert(kind: Any, value: Any) -> Any:
 
 def _same_switch(text: Any, choice: Any) -> bool:
     """Whether a text is True or False, in any case, and this choice is that."""
-    return isinstance(choice, bool) and isinstance(text, str) and text.lower() == str(choice).lower()
+    return isinstance(choice, bool) and isinstance(text, str) and text.strip().lower() == str(choice).lower()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -196,9 +196,9 @@ def script_flags(path: str | os.PathLike) -> dict[str, Flag]:
     Returns: {name: Flag}.
     Raises: UserError (status 2) naming the line of a flag without a type, of an unknown type or of a wrong value.
     """
-    with open(path, encoding="utf-8") as f:
+    with open(path, encoding="utf-8-sig") as f:  # an editor may have put a byte order mark there
         text = f.read()
-    lines, script = text.splitlines(), os.path.basename(path)
+    lines, script = text.split("\n"), os.path.basename(path)  # as ast counts them; splitlines() knows more line ends
     starts = {word: next((i for i, line in enumerate(lines, 1) if line.startswith(word)), len(lines))
               for word in ("# Flags", "# End of flags")}
     groups = {i: line[2:] for i, line in enumerate(lines, 1)
@@ -325,7 +325,7 @@ def _is_main() -> bool:
 
 def format_help(path: str, flags: Mapping[str, Flag]) -> str:
     """Return the text of --help: the script's docstring, then every flag with its default, comment and choices."""
-    with open(path, encoding="utf-8") as f:
+    with open(path, encoding="utf-8-sig") as f:
         lines = [ast.get_docstring(ast.parse(f.read())) or ""]
     group = None
     for flag in flags.values():

@@ -243,6 +243,15 @@ def test_values_may_be_arithmetic(tmp_path):
                                                                         ("c", 439453, "")]
 
 
+def test_line_ends_that_python_does_not_count_and_a_byte_order_mark(tmp_path):
+    """A form feed or U+2028 in a comment, a BOM from an editor: flags, comments and groups are read all the same."""
+    path = tmp_path / "script.py"
+    text = ('"""A."""\n\x0c\x0c\x0c\n# Flags\n\n# Model\na: Positive = 2  # one\u2028two\n# End of flags\nb = 1\n')
+    path.write_text(text, encoding="utf-8-sig")
+    (flag,) = script_flags(path).values()
+    assert (flag.name, flag.default, flag.comment, flag.group) == ("a", 2, "one\u2028two", "Model")
+
+
 def test_torchrun_ranks_are_silent(monkeypatch, capsys):
     """Rank 0 alone answers --help and wrong flags; the others exit alike."""
     for rank, says in (("0", True), ("1", False)):
