@@ -103,23 +103,33 @@ total_batch_size: Positive = 524288           # tokens per optimizer step, over 
 batch_size: Positive = 16                     # sequences per micro-batch and rank
 max_iters: Positive = 1700                    # optimizer steps; 1700 x 524,288 tokens = 9 FineWeb shards, once
 warmup_iters: NonNegative = 100               # steps of linear warm-up of all learning rates
-min_lr_ratio: NonNegativeFloat = 0.1          # the cosine ends at this fraction of each learning rate
+warmup_ratio: Fraction = 0.0                  # the same as a fraction of all steps; 0: warmup_iters counts
+lr_schedule: Literal["cosine", "linear"] = "cosine"  # after the warm-up; "linear": constant, then a linear warm-down
+warmdown_ratio: Fraction = 0.65               # linear: fraction of all steps that the warm-down takes
+min_lr_ratio: NonNegativeFloat = 0.1          # the schedule ends at this fraction of each learning rate
+lr_scaling: Literal["none", "sqrt"] = "none"  # "sqrt": rates are for 524,288 tokens a step, and follow its square root
 
 # Optimizers: Muon for the matrices in the blocks, AdamW for the rest
 learning_rate: NonNegativeFloat = 0.02        # Muon; each update is also scaled by sqrt(fan_out / fan_in)
 learning_rate_embed: NonNegativeFloat = 0.3   # AdamW, token embedding
 learning_rate_head: NonNegativeFloat = 0.004  # AdamW, output head
 learning_rate_gain: NonNegativeFloat = 0.004  # AdamW, RMSNorm gains
+lr_ratio_fc2: PositiveFloat = 1.0             # Muon; factor on the learning rate of the MLP's second matrix
 weight_decay: NonNegativeFloat = 0.1          # Muon; decoupled, multiplied by the learning rate
+weight_decay_end: NonNegativeFloat = 1.0      # Muon; the decay falls linearly to this fraction at the last step
+USE_CAUTIOUS_WD: bool = False                 # Muon; decay only where update and weight have the same sign
 weight_decay_embed: NonNegativeFloat = 0.0    # AdamW, token embedding
 weight_decay_head: NonNegativeFloat = 0.0     # AdamW, output head
 weight_decay_gain: NonNegativeFloat = 0.0     # AdamW, RMSNorm gains
 adam_beta1: Fraction = 0.8                    # AdamW, average of gradients
 adam_beta2: Fraction = 0.95                   # AdamW, average of squared gradients
+adam_beta2_embed: Fraction = 0.95             # the same for the token embedding
 adam_eps: PositiveFloat = 1e-10               # AdamW, added to the square root of that average
 muon_momentum_start: Fraction = 0.85          # Muon momentum at step 0 ...
 muon_momentum: Fraction = 0.95                # ... and from step muon_momentum_iters on
 muon_momentum_iters: NonNegative = 300        # steps of the linear momentum warm-up
+muon_momentum_ratio: Fraction = 0.0           # the same as a fraction of all steps; 0: muon_momentum_iters counts
+muon_momentum_end: Fraction = 0.0             # linear schedule: momentum at the last step; 0: it does not fall
 muon_impl: Literal["auto", "dion", "torch"] = "auto"  # "auto": dion where it can run, else torch
 grad_clip: NonNegativeFloat = 1.0             # largest global gradient norm; 0: measure it only
 USE_8BIT_ADAM: bool = False                   # bitsandbytes AdamW8bit for embedding and head (one GPU, unsharded)
@@ -183,7 +193,9 @@ CLASSIC = dict(
     min_lr_ratio=0.1, learning_rate=0.02, learning_rate_embed=0.3, learning_rate_head=0.004, learning_rate_gain=0.004,
     weight_decay=0.1, weight_decay_embed=0.0, weight_decay_head=0.0, weight_decay_gain=0.0, adam_beta1=0.8,
     adam_beta2=0.95, adam_eps=1e-10, muon_momentum_start=0.85, muon_momentum=0.95, muon_momentum_iters=300,
-    grad_clip=1.0, loss_chunk_size=8192, eval_interval=125, eval_tokens=10485760,
+    grad_clip=1.0, loss_chunk_size=8192, eval_interval=125, eval_tokens=10485760, warmup_ratio=0.0,
+    lr_schedule="cosine", warmdown_ratio=0.65, lr_scaling="none", lr_ratio_fc2=1.0, weight_decay_end=1.0,
+    USE_CAUTIOUS_WD=False, adam_beta2_embed=0.95, muon_momentum_ratio=0.0, muon_momentum_end=0.0,
 )
 PRESETS = {
     "classic": CLASSIC,
@@ -478,11 +490,15 @@ def flops_per_token(cfg: SimpleNamespace) -> float:
 # Optimizers and schedules
 
 
-def lr_factor(step: int, warmup_iters: int, max_iters: int, min_lr_ratio: float) -> float:
+def lr_factor(step: int, warmup_iters: int, max_iters: int, min_lr_ratio: float, warmdown_ratio: float = 0.0) -> float:
     """Return the learning-rate factor of a step (from 0): linear from 1/warmup_iters to 1 at step warmup_iters - 1,
-    then a cosine from step warmup_iters to min_lr_ratio at step max_iters - 1."""
+    then a cosine from step warmup_iters to min_lr_ratio at step max_iters - 1. With warmdown_ratio, instead of the
+    cosine: 1, then linear over that fraction of all steps."""
     if step < warmup_iters:
         return (step + 1) / warmup_iters
+    if warmdown_ratio:
+        left = min(1.0, (max_iters - 1 - step) / max(1.0, warmdown_ratio * max_iters))
+        return min_lr_ratio + (1 - min_lr_ratio) * left
     progress = min(1.0, (step - warmup_iters) / max(1, max_iters - 1 - warmup_iters))
     return min_lr_ratio + (1 - min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
 
@@ -492,23 +508,56 @@ def momentum_at(step: int, start: float, end: float, iters: int) -> float:
     return end if step >= iters else start + (end - start) * step / iters
 
 
+class Schedule:
+    """Learning-rate factor, Muon's weight decay and Muon's momentum at each step."""
+
+    def __init__(self, cfg: SimpleNamespace):
+        """Resolve fractions of the run to steps. cfg: all flags."""
+        self.cfg = cfg
+        self.warmup = round(cfg.warmup_ratio * cfg.max_iters) or cfg.warmup_iters
+        self.momentum_iters = round(cfg.muon_momentum_ratio * cfg.max_iters) or cfg.muon_momentum_iters
+        self.warmdown = cfg.warmdown_ratio if cfg.lr_schedule == "linear" else 0.0
+        # The noise of a gradient grows with 1 / sqrt(batch), and a step of Muon or AdamW is as long as its rate
+        self.scale = math.sqrt(cfg.total_batch_size / 524288) if cfg.lr_scaling == "sqrt" else 1.0
+
+    def lr(self, step: int) -> float:
+        """Return the factor on all learning rates at a step (from 0)."""
+        return self.scale * lr_factor(step, self.warmup, self.cfg.max_iters, self.cfg.min_lr_ratio, self.warmdown)
+
+    def weight_decay(self, step: int) -> float:
+        """Return Muon's weight decay at a step; it is also multiplied by the learning rate."""
+        return self.cfg.weight_decay * (1 + (self.cfg.weight_decay_end - 1) * step / max(1, self.cfg.max_iters - 1))
+
+    def momentum(self, step: int) -> float:
+        """Return Muon's momentum at a step: warm-up, constant, then down to muon_momentum_end with the rates."""
+        cfg = self.cfg
+        momentum = momentum_at(step, cfg.muon_momentum_start, cfg.muon_momentum, self.momentum_iters)
+        if cfg.muon_momentum_end and self.warmdown:
+            left = lr_factor(step, 0, cfg.max_iters, 0.0, self.warmdown)  # from 1 to 0 over the warm-down
+            momentum = min(momentum, cfg.muon_momentum_end + (cfg.muon_momentum - cfg.muon_momentum_end) * left)
+        return momentum
+
+
 class Optimizers(OptimizerSet):
     """Muon for the matrices in the blocks, AdamW for embedding, head and gains, stepped as one."""
 
     def __init__(self, model: GPT, cfg: SimpleNamespace, procs: Processes, sharded: bool):
         """Sort the parameters into groups. sharded: by FSDP2. Raises: UserError if an optimizer cannot run here."""
         blocks = list(model.blocks.named_parameters())
-        muon = dict(lr=cfg.learning_rate, weight_decay=cfg.weight_decay, mu=cfg.muon_momentum_start)
+        muon = dict(lr=cfg.learning_rate, weight_decay=cfg.weight_decay, mu=cfg.muon_momentum_start,
+                    cautious_wd=cfg.USE_CAUTIOUS_WD)
         matrix_groups = [
             dict(name="qkv", params=[p for n, p in blocks if n.endswith("qkv.weight")],
                  split_sizes=(cfg.n_embd, cfg.n_embd, cfg.n_embd), **muon),
             dict(name="matrices", **muon,
-                 params=[p for n, p in blocks if p.ndim == 2 and not n.endswith("qkv.weight")]),
+                 params=[p for n, p in blocks if p.ndim == 2 and not n.endswith(("qkv.weight", "fc2_weight"))]),
+            dict(name="fc2", **muon | dict(lr=cfg.learning_rate * cfg.lr_ratio_fc2),
+                 params=[p for n, p in blocks if n.endswith("fc2_weight")]),
         ]
         gains = [p for p in model.parameters() if p.ndim == 1]
         adam_groups = [
             dict(name="embed", params=[model.embed.weight], lr=cfg.learning_rate_embed,
-                 weight_decay=cfg.weight_decay_embed),
+                 weight_decay=cfg.weight_decay_embed, betas=(cfg.adam_beta1, cfg.adam_beta2_embed)),
             dict(name="head", params=[model.head.weight], lr=cfg.learning_rate_head,
                  weight_decay=cfg.weight_decay_head),
             dict(name="gains", params=gains, lr=cfg.learning_rate_gain, weight_decay=cfg.weight_decay_gain),
@@ -532,17 +581,21 @@ class Optimizers(OptimizerSet):
         self.all.append(torch.optim.AdamW(adam_groups, fused=True, **adam))
         self.groups = {g["name"]: g for g in muon_groups(self.muon)}
         self.groups.update({g["name"]: g for optimizer in self.all[1:] for g in optimizer.param_groups})
-        self.schedule = lambda step: lr_factor(step, cfg.warmup_iters, cfg.max_iters, cfg.min_lr_ratio)
-        self.momentum_schedule = lambda step: momentum_at(step, cfg.muon_momentum_start, cfg.muon_momentum,
-                                                          cfg.muon_momentum_iters)
+        self.schedule = Schedule(cfg)
+
+    def rates(self) -> str:
+        """Return the highest learning rate of each group, as the start-up table prints it."""
+        scale = self.schedule.scale
+        return ", ".join(f"{name} {lr * scale:.3g}" for name, lr in self.base_lr.items()) + (
+            f" (flags x {scale:.3g} for {self.schedule.cfg.total_batch_size:,} tokens a step)" if scale != 1 else "")
 
     def set_schedule(self, step: int) -> dict[str, float]:
-        """Set learning rates and Muon's momentum for an optimizer step; return them by log.jsonl's names."""
-        factor, momentum = self.schedule(step), self.momentum_schedule(step)
+        """Set learning rates, Muon's momentum and weight decay for a step; return them by log.jsonl's names."""
+        factor, momentum = self.schedule.lr(step), self.schedule.momentum(step)
         for name, group in self.groups.items():
             group["lr"] = self.base_lr[name] * factor
         for group in muon_groups(self.muon):
-            group["mu"] = momentum
+            group["mu"], group["weight_decay"] = momentum, self.schedule.weight_decay(step)
         lr = {name: self.base_lr[name] * factor for name in self.groups}
         return dict(lr_muon=lr["qkv"], lr_embed=lr["embed"], lr_head=lr["head"], momentum=momentum)
 

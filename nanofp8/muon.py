@@ -31,7 +31,8 @@ class TorchMuon(torch.optim.Muon):
     def __init__(self, groups: Sequence[dict], nesterov: bool = True):
         """Take parameter groups as Dion does.
 
-        groups: each with params (fp32 matrices), lr, weight_decay, mu (momentum) and, for fused weights, split_sizes.
+        groups: each with params (fp32 matrices), lr, weight_decay, mu (momentum), cautious_wd (decay only where update
+            and weight have the same sign, arXiv 2510.12402) and, for fused weights, split_sizes.
         """
         self.groups, self.parts = groups, {}
         stand_ins = []
@@ -62,14 +63,24 @@ class TorchMuon(torch.optim.Muon):
                 grad = grad.full_tensor()
             for part, part_grad in zip(parts, grad.split([len(part) for part in parts]), strict=True):
                 part.grad = part_grad
+        before = {}
         for group in self.param_groups:
             source, (part,) = group["source"], group["params"]
             group["lr"] = source["lr"] * group["lr_scale"]
-            group["weight_decay"] = source["weight_decay"] / group["lr_scale"]  # torch multiplies it by the scaled lr
+            cautious = source.get("cautious_wd", False)
+            # torch multiplies it by the scaled lr; cautious decay comes after torch's step, from the weights before it
+            group["weight_decay"] = 0.0 if cautious else source["weight_decay"] / group["lr_scale"]
+            if cautious:
+                before[part] = part.clone()
             if source["mu"] != group["momentum"] and part in self.state:
                 self.state[part]["momentum_buffer"].mul_((1 - source["mu"]) / (1 - group["momentum"]))
             group["momentum"] = source["mu"]
         super().step()
+        for group in self.param_groups:
+            source, (part,) = group["source"], group["params"]
+            if part in before and part.grad is not None:
+                old = before[part]
+                part.sub_(old * (old * (old - part) >= 0), alpha=source["lr"] * source["weight_decay"])
         for p, (whole, parts) in self.parts.items():
             for part in parts:
                 part.grad = None

@@ -280,6 +280,7 @@ def print_table(run: Any, checkpoint: str | None) -> None:
         ("  without effect", ", ".join(unused)),
         ("wrapper", f"{run.parallel.wrapper} ({run.wrapper_reason})"),
         ("optimizers", run.optimizers.description),
+        ("  learning rates", run.optimizers.rates()),
         ("parameters", f"{run.parameters:,}"),
         *[(f"  {part}", f"{n:,} = {how}") for part, n, how in parameter_table(run.cfg)],
         *data_rows(run.cfg, run.procs, run.loader, run.val_ring),

@@ -246,6 +246,22 @@ def test_one_step_of_the_model_against_the_reference():
             assert relative(p - start[name], want - start[name]) < 0.1, name
 
 
+@pytest.mark.parametrize("shape", sorted(SHAPES.values()))
+def test_cautious_decay_where_update_and_weight_agree(shape):
+    """arXiv 2510.12402: the weight is decayed only where the update moves it towards zero, from its old value."""
+    start, grad, (lr, decay) = matrix(shape, 0), matrix(shape, 1), (0.1, 0.5)
+    moved = {}
+    for cautious in (None, False, True):
+        used = 0.0 if cautious is None else decay
+        (p,), _, opt = muon_of(start, lr=lr, weight_decay=used, cautious_wd=bool(cautious))
+        p.grad = grad.clone()
+        opt.step()
+        moved[cautious] = p.detach().clone()
+    towards_zero = start * (start - moved[None]) >= 0
+    assert 0.2 < towards_zero.float().mean() < 0.8
+    assert torch.allclose(moved[True], torch.where(towards_zero, moved[False], moved[None]), atol=1e-6)
+
+
 # -----------------------------------------------------------------------------------------------------
 # Against Dion
 
@@ -270,7 +286,8 @@ def test_polar_express_against_dions(shape):
             assert relative(ours, exact) < allowed * relative(dions.polar_express(G), exact), stance
 
 
-def test_torch_muon_against_dions():
+@pytest.mark.parametrize("cautious", [False, True])
+def test_torch_muon_against_dions(cautious):
     """One step, and five with a changing momentum and learning rate, through Optimizers in both implementations.
 
     Dion's Polar Express stops after five bf16 steps with singular values between 0.86 and 1.14; TorchMuon's lie within
@@ -279,7 +296,8 @@ def test_torch_muon_against_dions():
     at all.
     """
     pytest.importorskip("dion")
-    changes = dict(learning_rate=0.1, weight_decay=0.3, warmup_iters=3, max_iters=8, muon_momentum_iters=4)
+    changes = dict(learning_rate=0.1, weight_decay=0.3, warmup_iters=3, max_iters=8, muon_momentum_iters=4,
+                   USE_CAUTIOUS_WD=cautious, weight_decay_end=0.5)
     runs = {}
     for impl in ("torch", "dion"):
         cfg = make_cfg(muon_impl=impl, **changes)
@@ -303,6 +321,8 @@ def test_torch_muon_against_dions():
             continue
         for step in (1, 5):
             assert relative(path[step][name] - start, dion_path[step][name] - start) < 0.13, (name, step)
+        if cautious:
+            continue  # which elements were decayed depends on the update's signs, and so on its rounding
         decayed = start * (1 - 0.1 / 3 * 0.3)
         for part, dion_part in zip(*((x[1][name] - decayed).chunk(3 if "qkv" in name else 1)
                                      for x in (path, dion_path)), strict=True):

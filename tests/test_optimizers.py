@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import train
-from helpers import make_model, make_optimizers, random_grads
+from helpers import make_cfg, make_model, make_optimizers, random_grads
 
 pytestmark = pytest.mark.usefixtures("fresh")
 
@@ -36,6 +36,53 @@ def test_min_lr_ratio_one_keeps_the_learning_rate():
     assert all(train.lr_factor(step, 3, 20, 1.0) == 1.0 for step in range(2, 20))
 
 
+def test_linear_schedule_at_its_corners():
+    """100 steps: 10 warm up, then 1, then linear over the last 50 to a tenth at the last one."""
+    f = lambda step: train.lr_factor(step, 10, 100, 0.1, 0.5)  # noqa: E731
+    assert f(0) == 0.1 and all(f(step) == 1.0 for step in range(9, 50)) and f(50) == pytest.approx(0.982)
+    assert f(74) == pytest.approx(0.1 + 0.9 * 25 / 50) and f(99) == pytest.approx(0.1)
+    assert [train.lr_factor(step, 0, 1, 0.1, 0.5) for step in range(1)] == [pytest.approx(0.1)]
+
+
+def schedule(**flags):
+    return train.Schedule(make_cfg(**dict(max_iters=200, warmup_iters=7, muon_momentum_iters=9) | flags))
+
+
+def test_fractions_of_the_run_beat_numbers_of_steps():
+    s = schedule(warmup_ratio=0.1, muon_momentum_ratio=0.25, muon_momentum_start=0.5, muon_momentum=0.9)
+    assert s.warmup == 20 and s.lr(9) == pytest.approx(0.5) and s.lr(19) == 1.0
+    assert s.momentum(0) == 0.5 and s.momentum(25) == pytest.approx(0.7) and s.momentum(50) == s.momentum(199) == 0.9
+    assert schedule().warmup == 7 and schedule().momentum_iters == 9
+
+
+@pytest.mark.parametrize("tokens,factor", [(524288, 1.0), (131072, 0.5), (2097152, 2.0)])
+def test_sqrt_scaling_follows_the_batch(tokens, factor):
+    s = schedule(lr_scaling="sqrt", total_batch_size=tokens)
+    assert s.lr(100) == pytest.approx(factor * schedule(lr_scaling="none", total_batch_size=tokens).lr(100))
+
+
+def test_weight_decay_falls_linearly_to_its_end():
+    s = schedule(weight_decay=0.2, weight_decay_end=0.0)
+    assert s.weight_decay(0) == 0.2 and s.weight_decay(199) == 0.0
+    assert s.weight_decay(99) == pytest.approx(0.2 * 100 / 199)
+    assert schedule(weight_decay=0.2).weight_decay(150) == 0.2
+
+
+def test_momentum_falls_with_the_warm_down():
+    flags = dict(lr_schedule="linear", warmdown_ratio=0.5, muon_momentum=0.95, muon_momentum_end=0.85)
+    s = schedule(**flags)
+    assert s.momentum(50) == 0.95 and s.momentum(149) == pytest.approx(0.90) and s.momentum(199) == pytest.approx(0.85)
+    assert schedule(**flags | dict(muon_momentum_end=0.0)).momentum(199) == 0.95
+    assert schedule(**flags | dict(lr_schedule="cosine")).momentum(199) == 0.95  # a cosine has no warm-down
+
+
+def test_the_startup_table_prints_the_rates_that_are_used():
+    flags = dict(learning_rate=0.04, learning_rate_embed=0.6, lr_ratio_fc2=2.0)
+    assert "qkv 0.04, matrices 0.04, fc2 0.08, embed 0.6," in make_optimizers(make_model(), **flags).rates()
+    text = make_optimizers(make_model(), **flags, lr_scaling="sqrt", total_batch_size=131072).rates()
+    assert "qkv 0.02, matrices 0.02, fc2 0.04, embed 0.3," in text and "131,072" in text
+
+
 def test_momentum_at_its_corners():
     m = lambda step: train.momentum_at(step, 0.85, 0.95, 300)  # noqa: E731
     assert m(0) == 0.85 and m(150) == pytest.approx(0.90) and m(300) == m(10**6) == 0.95 and m(299) < 0.95
@@ -52,12 +99,13 @@ def test_each_parameter_is_in_exactly_one_group():
         "embed": ["embed.weight"], "head": ["head.weight"],
         "qkv": [f"blocks.{i}.attn.qkv.weight" for i in range(2)],
         "matrices": sorted(f"blocks.{i}.{m}" for i in range(2)
-                           for m in ("attn.proj.weight", "mlp.fc1_weight", "mlp.fc2_weight")),
+                           for m in ("attn.proj.weight", "mlp.fc1_weight")),
+        "fc2": [f"blocks.{i}.mlp.fc2_weight" for i in range(2)],
         "gains": sorted([f"blocks.{i}.{m}.layer_norm_weight" for i in range(2)
                          for m in ("attn.qkv", "mlp")] + ["norm.weight"]),
     }
     assert members == expected
-    assert len({id(g) for g in optimizers.groups.values()}) == 5
+    assert len({id(g) for g in optimizers.groups.values()}) == 6
 
 
 def test_rates_decays_and_betas_follow_their_flags():
@@ -66,25 +114,27 @@ def test_rates_decays_and_betas_follow_their_flags():
                  weight_decay_embed=0.2, weight_decay_head=0.3, weight_decay_gain=0.4)
     optimizers = make_optimizers(make_model(), **flags, warmup_iters=4, max_iters=12, min_lr_ratio=0.2, adam_beta1=0.7,
                                  adam_beta2=0.9, adam_eps=1e-7, muon_momentum_start=0.5, muon_momentum=0.9,
-                                 muon_momentum_iters=8)
-    base = dict(qkv=1.5, matrices=1.5, embed=2.5, head=3.5, gains=4.5)
-    decay = dict(qkv=0.1, matrices=0.1, embed=0.2, head=0.3, gains=0.4)
+                                 muon_momentum_iters=8, lr_ratio_fc2=2.0, adam_beta2_embed=0.99)
+    base = dict(qkv=1.5, matrices=1.5, fc2=3.0, embed=2.5, head=3.5, gains=4.5)
+    decay = dict(qkv=0.1, matrices=0.1, fc2=0.1, embed=0.2, head=0.3, gains=0.4)
     for step in (0, 3, 4, 7, 11, 2, 0):  # any order: a step's rates do not depend on the ones before
         rates = optimizers.set_schedule(step)
         factor, momentum = train.lr_factor(step, 4, 12, 0.2), train.momentum_at(step, 0.5, 0.9, 8)
         for name, group in optimizers.groups.items():
             assert float(group["lr"]) == pytest.approx(base[name] * factor)
             assert group["weight_decay"] == decay[name]
-        assert all(optimizers.groups[name]["mu"] == momentum for name in ("qkv", "matrices"))
+        assert all(optimizers.groups[name]["mu"] == momentum for name in ("qkv", "matrices", "fc2"))
         assert rates == pytest.approx(dict(lr_muon=1.5 * factor, lr_embed=2.5 * factor, lr_head=3.5 * factor,
                                            momentum=momentum))
     for name in ("embed", "head", "gains"):
-        assert optimizers.groups[name]["betas"] == (0.7, 0.9) and optimizers.groups[name]["eps"] == 1e-7
+        assert optimizers.groups[name]["betas"] == (0.7, 0.99 if name == "embed" else 0.9)
+        assert optimizers.groups[name]["eps"] == 1e-7
 
 
 def test_a_step_moves_each_parameter_by_its_own_rate():
     """With one group's learning rate zero, exactly that group stands still."""
-    flags = dict(qkv="learning_rate", matrices="learning_rate", embed="learning_rate_embed", head="learning_rate_head",
+    flags = dict(qkv="learning_rate", matrices="learning_rate", fc2="learning_rate", embed="learning_rate_embed",
+                 head="learning_rate_head",
                  gains="learning_rate_gain")
     for flag in sorted(set(flags.values())):
         model = make_model()
