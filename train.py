@@ -129,7 +129,7 @@ muon_momentum_start: Fraction = 0.85          # Muon momentum at step 0 ...
 muon_momentum: Fraction = 0.95                # ... and from step muon_momentum_iters on
 muon_momentum_iters: NonNegative = 300        # steps of the linear momentum warm-up
 muon_momentum_ratio: Fraction = 0.0           # the same as a fraction of all steps; 0: muon_momentum_iters counts
-muon_momentum_end: Fraction = 0.0             # linear schedule: momentum at the last step; 0: it does not fall
+muon_momentum_end: Fraction = 0.0             # Muon momentum at the last step, reached as the rates fall; 0: it stays
 muon_impl: Literal["auto", "dion", "torch"] = "auto"  # "auto": dion where it can run, else torch
 grad_clip: NonNegativeFloat = 1.0             # largest global gradient norm; 0: measure it only
 USE_8BIT_ADAM: bool = False                   # bitsandbytes AdamW8bit for embedding and head (one GPU, unsharded)
@@ -490,14 +490,16 @@ def flops_per_token(cfg: SimpleNamespace) -> float:
 # Optimizers and schedules
 
 
-def lr_factor(step: int, warmup_iters: int, max_iters: int, min_lr_ratio: float, warmdown_ratio: float = 0.0) -> float:
+def lr_factor(step: int, warmup_iters: int, max_iters: int, min_lr_ratio: float,
+              warmdown_ratio: float | None = None) -> float:
     """Return the learning-rate factor of a step (from 0): linear from 1/warmup_iters to 1 at step warmup_iters - 1,
     then a cosine from step warmup_iters to min_lr_ratio at step max_iters - 1. With warmdown_ratio, instead of the
-    cosine: 1, then linear over that fraction of all steps."""
+    cosine: 1, then linear to min_lr_ratio over that fraction of all steps (0: 1 to the end)."""
     if step < warmup_iters:
         return (step + 1) / warmup_iters
-    if warmdown_ratio:
-        left = min(1.0, (max_iters - 1 - step) / max(1.0, warmdown_ratio * max_iters))
+    if warmdown_ratio is not None:
+        length = warmdown_ratio * max_iters
+        left = min(1.0, max(0, max_iters - 1 - step) / length) if length else 1.0
         return min_lr_ratio + (1 - min_lr_ratio) * left
     progress = min(1.0, (step - warmup_iters) / max(1, max_iters - 1 - warmup_iters))
     return min_lr_ratio + (1 - min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
@@ -514,9 +516,10 @@ class Schedule:
     def __init__(self, cfg: SimpleNamespace):
         """Resolve fractions of the run to steps. cfg: all flags."""
         self.cfg = cfg
-        self.warmup = round(cfg.warmup_ratio * cfg.max_iters) or cfg.warmup_iters
-        self.momentum_iters = round(cfg.muon_momentum_ratio * cfg.max_iters) or cfg.muon_momentum_iters
-        self.warmdown = cfg.warmdown_ratio if cfg.lr_schedule == "linear" else 0.0
+        self.warmup, self.momentum_iters = (
+            round(ratio * cfg.max_iters) if ratio else iters for ratio, iters in (
+                (cfg.warmup_ratio, cfg.warmup_iters), (cfg.muon_momentum_ratio, cfg.muon_momentum_iters)))
+        self.warmdown = cfg.warmdown_ratio if cfg.lr_schedule == "linear" else None
         # The noise of a gradient grows with 1 / sqrt(batch), and a step of Muon or AdamW is as long as its rate
         self.scale = math.sqrt(cfg.total_batch_size / 524288) if cfg.lr_scaling == "sqrt" else 1.0
 
@@ -529,11 +532,11 @@ class Schedule:
         return self.cfg.weight_decay * (1 + (self.cfg.weight_decay_end - 1) * step / max(1, self.cfg.max_iters - 1))
 
     def momentum(self, step: int) -> float:
-        """Return Muon's momentum at a step: warm-up, constant, then down to muon_momentum_end with the rates."""
+        """Return Muon's momentum at a step: warm-up, then muon_momentum, or as the rates fall to muon_momentum_end."""
         cfg = self.cfg
         momentum = momentum_at(step, cfg.muon_momentum_start, cfg.muon_momentum, self.momentum_iters)
-        if cfg.muon_momentum_end and self.warmdown:
-            left = lr_factor(step, 0, cfg.max_iters, 0.0, self.warmdown)  # from 1 to 0 over the warm-down
+        if cfg.muon_momentum_end:
+            left = lr_factor(step, 0, cfg.max_iters, 0.0, self.warmdown)  # from 1 to 0, as the rates fall
             momentum = min(momentum, cfg.muon_momentum_end + (cfg.muon_momentum - cfg.muon_momentum_end) * left)
         return momentum
 

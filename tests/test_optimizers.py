@@ -41,7 +41,8 @@ def test_linear_schedule_at_its_corners():
     f = lambda step: train.lr_factor(step, 10, 100, 0.1, 0.5)  # noqa: E731
     assert f(0) == 0.1 and all(f(step) == 1.0 for step in range(9, 50)) and f(50) == pytest.approx(0.982)
     assert f(74) == pytest.approx(0.1 + 0.9 * 25 / 50) and f(99) == pytest.approx(0.1)
-    assert [train.lr_factor(step, 0, 1, 0.1, 0.5) for step in range(1)] == [pytest.approx(0.1)]
+    assert train.lr_factor(0, 0, 1, 0.1, 0.5) == f(10_000) == pytest.approx(0.1)  # a run of one step; beyond the end
+    assert all(train.lr_factor(step, 2, 20, 0.1, 0.0) == 1.0 for step in range(1, 20))  # no warm-down: not the cosine
 
 
 def schedule(**flags):
@@ -53,6 +54,8 @@ def test_fractions_of_the_run_beat_numbers_of_steps():
     assert s.warmup == 20 and s.lr(9) == pytest.approx(0.5) and s.lr(19) == 1.0
     assert s.momentum(0) == 0.5 and s.momentum(25) == pytest.approx(0.7) and s.momentum(50) == s.momentum(199) == 0.9
     assert schedule().warmup == 7 and schedule().momentum_iters == 9
+    short = schedule(warmup_ratio=0.01, muon_momentum_ratio=0.01, max_iters=20)  # less than half a step: none
+    assert short.lr(0) == 1.0 and short.momentum_iters == 0
 
 
 @pytest.mark.parametrize("tokens,factor", [(524288, 1.0), (131072, 0.5), (2097152, 2.0)])
@@ -73,7 +76,9 @@ def test_momentum_falls_with_the_warm_down():
     s = schedule(**flags)
     assert s.momentum(50) == 0.95 and s.momentum(149) == pytest.approx(0.90) and s.momentum(199) == pytest.approx(0.85)
     assert schedule(**flags | dict(muon_momentum_end=0.0)).momentum(199) == 0.95
-    assert schedule(**flags | dict(lr_schedule="cosine")).momentum(199) == 0.95  # a cosine has no warm-down
+    cosine = schedule(**flags | dict(lr_schedule="cosine"))
+    assert 0.85 < cosine.momentum(150) < 0.95 and cosine.momentum(199) == pytest.approx(0.85)
+    assert schedule(**flags | dict(warmdown_ratio=0.0)).momentum(199) == 0.95  # the rates do not fall either
 
 
 def test_the_startup_table_prints_the_rates_that_are_used():
