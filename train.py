@@ -17,6 +17,7 @@ from nanofp8.config import (  # types of flags, and what reads them
     AutoBool,
     FolderName,
     Fraction,
+    Letters,
     NonNegative,
     NonNegativeFloat,
     Positive,
@@ -60,6 +61,7 @@ from nanofp8.fused import AddNorm, FusedBlocks, FusedMLP, FusedQKV, MicroBatchGr
 from nanofp8.loss import LMHead  # output projection and softcapped cross-entropy, without all logits at once
 from nanofp8.machine import Clock, describe_machine, pause_garbage_collection, profiling
 from nanofp8.muon import OptimizerSet, import_bitsandbytes, make_muon, muon_groups  # Dion's Muon, or torch's
+from nanofp8.parts import ValueEmbedding, token_order, value_layers, windows  # what preset "speedrun" adds
 from nanofp8.plain import rms_norm, rope_qk_norm, rope_tables  # parts of the model in plain PyTorch
 from nanofp8.precision import (  # number formats and FP8's scaling state
     Precision,
@@ -97,6 +99,11 @@ block_size: Positive = 2048                   # tokens per sequence
 rope_base: PositiveFloat = 10000.0            # base of the rotary frequencies
 norm_eps: PositiveFloat = 1e-6                # epsilon of every RMSNorm
 logit_softcap: NonNegativeFloat = 15.0        # logits = softcap * tanh(logits / softcap); 0: off
+qk_scale: PositiveFloat = 1.0                 # q and k are each multiplied by it after QK norm; > 1: sharper attention
+window_pattern: Letters = "L"                 # repeated over the blocks: S attends to window_size tokens, L to all
+window_size: Positive = 512                   # tokens that S attends to, the own one included; the last block is an L
+n_value_embed: NonNegative = 0                # blocks that add a learned vector a token to v: every second, last first
+USE_X0: bool = False                          # each block reads a * x + b * token embedding, a and b learned
 
 # Batch and schedule, in optimizer steps
 total_batch_size: Positive = 524288           # tokens per optimizer step, over all ranks and micro-batches
@@ -114,6 +121,8 @@ learning_rate: NonNegativeFloat = 0.02        # Muon; each update is also scaled
 learning_rate_embed: NonNegativeFloat = 0.3   # AdamW, token embedding
 learning_rate_head: NonNegativeFloat = 0.004  # AdamW, output head
 learning_rate_gain: NonNegativeFloat = 0.004  # AdamW, RMSNorm gains
+learning_rate_value: NonNegativeFloat = 0.15  # AdamW, value embeddings
+learning_rate_x0: NonNegativeFloat = 0.5      # AdamW, scalars on the token embedding (USE_X0); those on x: 1% of it
 lr_ratio_fc2: PositiveFloat = 1.0             # Muon; factor on the learning rate of the MLP's second matrix
 weight_decay: NonNegativeFloat = 0.1          # Muon; decoupled, multiplied by the learning rate
 weight_decay_end: NonNegativeFloat = 1.0      # Muon; the decay falls linearly to this fraction at the last step
@@ -130,6 +139,8 @@ muon_momentum: Fraction = 0.95                # ... and from step muon_momentum_
 muon_momentum_iters: NonNegative = 300        # steps of the linear momentum warm-up
 muon_momentum_ratio: Fraction = 0.0           # the same as a fraction of all steps; 0: muon_momentum_iters counts
 muon_momentum_end: Fraction = 0.0             # Muon momentum at the last step, reached as the rates fall; 0: it stays
+muon_variant: Literal["muon", "normuon"] = "muon"  # normuon: each row of an update is divided by its usual size
+muon_beta2: Fraction = 0.95                   # normuon, average of squared updates
 muon_impl: Literal["auto", "dion", "torch"] = "auto"  # "auto": dion where it can run, else torch
 grad_clip: NonNegativeFloat = 1.0             # largest global gradient norm; 0: measure it only
 USE_8BIT_ADAM: bool = False                   # bitsandbytes AdamW8bit for embedding and head (one GPU, unsharded)
@@ -195,7 +206,8 @@ CLASSIC = dict(
     adam_beta2=0.95, adam_eps=1e-10, muon_momentum_start=0.85, muon_momentum=0.95, muon_momentum_iters=300,
     grad_clip=1.0, loss_chunk_size=8192, eval_interval=125, eval_tokens=10485760, warmup_ratio=0.0,
     lr_schedule="cosine", warmdown_ratio=0.65, lr_scaling="none", lr_ratio_fc2=1.0, weight_decay_end=1.0,
-    USE_CAUTIOUS_WD=False, adam_beta2_embed=0.95, muon_momentum_ratio=0.0, muon_momentum_end=0.0,
+    USE_CAUTIOUS_WD=False, adam_beta2_embed=0.95, muon_momentum_ratio=0.0, muon_momentum_end=0.0, qk_scale=1.0,
+    window_pattern="L", n_value_embed=0, USE_X0=False, muon_variant="muon",
 )
 PRESETS = {
     "classic": CLASSIC,
@@ -372,8 +384,12 @@ def spectral_init(weight: Tensor) -> Tensor:
 class Attention(nn.Module):
     """RMSNorm -> q, k, v -> RoPE and QK norm -> causal attention -> output projection."""
 
-    def __init__(self, cfg: SimpleNamespace, te: ModuleType, compiled: Callable, device: torch.device):
+    def __init__(self, cfg: SimpleNamespace, layer: int, te: ModuleType, compiled: Callable, device: torch.device):
         super().__init__()
+        window = windows(cfg)[layer]
+        self.value_embed = None
+        if layer in value_layers(cfg.n_layer, cfg.n_value_embed):
+            self.value_embed = ValueEmbedding(cfg, device)
         self.n_head, self.eps, self.recompute, self.te = cfg.n_head, cfg.norm_eps, cfg.USE_AC_ATTENTION, te
         # The Triton kernel works in place, which rules out recomputing from the same qkv
         in_place = kernels_fit(cfg, device) and not self.recompute
@@ -383,44 +399,54 @@ class Attention(nn.Module):
                                       init_method=lambda qkv: [spectral_init(part) for part in qkv.chunk(3)],
                                       params_dtype=torch.float32, device=device)
         self.core = te.DotProductAttention(cfg.n_head, cfg.n_embd // cfg.n_head, attention_dropout=0.0,
-                                           qkv_format="bshd", attn_mask_type="causal")
+                                           qkv_format="bshd", attn_mask_type="causal",
+                                           window_size=(window - 1, 0) if window < cfg.block_size else None,
+                                           softmax_scale=cfg.qk_scale ** 2 * (cfg.n_embd // cfg.n_head) ** -0.5)
         self.proj = te.Linear(cfg.n_embd, cfg.n_embd, bias=False, init_method=nn.init.zeros_,
                               params_dtype=torch.float32, device=device)
 
-    def attend(self, qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def attend(self, qkv: Tensor, x: Tensor, cos: Tensor, sin: Tensor, idx: Tensor) -> Tensor:
         q, k, v = self.rope_qk_norm(qkv, cos, sin, self.n_head, self.eps)  # (B, T, H, D) each
+        if self.value_embed is not None:
+            v = self.value_embed(v, x, self.qkv.layer_norm_weight, self.eps, idx)
         return self.core(q, k, v)                                          # (B, T, C)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, first: bool | None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, idx: Tensor, first: bool | None) -> Tensor:
         qkv = self.qkv(x, is_first_microbatch=first)                       # (B, T, 3C)
         if self.recompute and self.training:
-            y = self.te.checkpoint(self.attend, qkv, cos, sin, use_reentrant=False)
+            y = self.te.checkpoint(self.attend, qkv, x, cos, sin, idx, use_reentrant=False)
         else:
-            y = self.attend(qkv, cos, sin)
+            y = self.attend(qkv, x, cos, sin, idx)
         return self.proj(y, is_first_microbatch=first)                     # (B, T, C)
 
 
 class Block(nn.Module):
     """One transformer block: x + attention(x), then x + MLP(x). Each half begins with an RMSNorm with gain."""
 
-    def __init__(self, cfg: SimpleNamespace, te: ModuleType, compiled: Callable, device: torch.device):
+    def __init__(self, cfg: SimpleNamespace, layer: int, te: ModuleType, compiled: Callable, device: torch.device):
         super().__init__()
-        self.attn = Attention(cfg, te, compiled, device)
+        self.attn = Attention(cfg, layer, te, compiled, device)
         self.mlp = te.LayerNormMLP(cfg.n_embd, 4 * cfg.n_embd, eps=cfg.norm_eps, bias=False, normalization="RMSNorm",
                                    activation="srelu", init_method=spectral_init,
                                    output_layer_init_method=nn.init.zeros_, params_dtype=torch.float32, device=device)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, first: bool | None, delta: Tensor | None = None,
-                fused: tuple | None = None) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, idx: Tensor, first: bool | None, x0: Tensor | None,
+                x_scale: Tensor | None, x0_scale: Tensor | None, delta: Tensor | None = None,
+                fused: tuple | None = None) -> Tensor | tuple[Tensor, ...]:
         """Return the residual after this block; x (B, T, C) bf16 is the one before it. With `fused`, from
-        FusedBlocks.blocks, Triton kernels run: they take and return x and delta, an MLP output not added yet."""
-        attn, mlp = self.attn, self.mlp
+        FusedBlocks.blocks, Triton kernels run: they take and return x, delta, an MLP output not added yet, and x0."""
+        attn, mlp, values = self.attn, self.mlp, self.attn.value_embed
         if fused is None:
-            x = x + attn(x, cos, sin, first)
+            if x0 is not None:
+                x = (x_scale * x + x0_scale * x0).to(x.dtype)
+            x = x + attn(x, cos, sin, idx, first)
             return x + mlp(x, is_first_microbatch=first)
-        x, q, k, v = FusedQKV.apply(x, delta, attn.qkv.layer_norm_weight, attn.qkv.weight, fused[0])
-        return FusedMLP.apply(attn.core(q, k, v), x, attn.proj.weight, mlp.layer_norm_weight, mlp.fc1_weight,
-                              mlp.fc2_weight, fused[1])
+        table, gate = (None, None) if values is None else (values.table, values.gate)
+        x, q, k, v, x0 = FusedQKV.apply(x, delta, attn.qkv.layer_norm_weight, attn.qkv.weight, fused[0],
+                                        x0, x_scale, x0_scale, table, gate)
+        x, delta = FusedMLP.apply(attn.core(q, k, v), x, attn.proj.weight, mlp.layer_norm_weight, mlp.fc1_weight,
+                                  mlp.fc2_weight, fused[1])
+        return x, delta, x0
 
 
 class GPT(nn.Module):
@@ -440,7 +466,10 @@ class GPT(nn.Module):
         self.in_place = ""  # backward adds ("add") or writes ("write") weight gradients to .grad; "": returns them
         self.embed_norm = compiled(rms_norm)
         self.embed = nn.Embedding(cfg.vocab_size, cfg.n_embd, device=device)
-        self.blocks = nn.ModuleList(Block(cfg, self.te, compiled, device) for _ in range(cfg.n_layer))
+        self.blocks = nn.ModuleList(Block(cfg, i, self.te, compiled, device) for i in range(cfg.n_layer))
+        if cfg.USE_X0:  # as in nanochat: most of the embedding goes to the first blocks
+            self.x_scale = nn.Parameter(torch.linspace(1.15, 1.05, cfg.n_layer, device=device))
+            self.x0_scale = nn.Parameter(torch.linspace(0.20, 0.05, cfg.n_layer, device=device))
         self.norm = self.te.RMSNorm(cfg.n_embd, eps=cfg.norm_eps, dtype=torch.float32, device=device)
         self.head = LMHead(cfg, device)
         # arXiv 2310.17813 for one-hot inputs: entries of order 1 (the RMSNorm after it takes any scale)
@@ -463,27 +492,39 @@ class GPT(nn.Module):
             h = self.fused_blocks(idx, first)
         else:
             x = self.embed_norm(self.embed(idx), self.cfg.norm_eps)        # (B, T, C) bf16
-            for block in self.blocks:
+            x0 = x if self.cfg.USE_X0 else None
+            for block, scales in zip(self.blocks, self.scales(), strict=True):
+                arguments = x, self.cos, self.sin, idx, first, x0, *scales
                 if self.cfg.USE_AC_BLOCKS and self.training:
-                    x = self.te.checkpoint(block, x, self.cos, self.sin, first, use_reentrant=False)
+                    x = self.te.checkpoint(block, *arguments, use_reentrant=False)
                 else:
-                    x = block(x, self.cos, self.sin, first)
+                    x = block(*arguments)
             h = self.norm(x)
         return self.head(h, targets, first, fp8_head, self.in_place)
+
+    def scales(self) -> list[tuple[Tensor | None, Tensor | None]]:
+        """Return each block's scalars on x and on the token embedding (USE_X0)."""
+        if not self.cfg.USE_X0:
+            return [(None, None)] * self.cfg.n_layer
+        return list(zip(self.x_scale.unbind(), self.x0_scale.unbind(), strict=True))
 
     def fused_blocks(self, idx: Tensor, first: bool | None) -> Tensor:
         """Return the final norm's output (B, T, C) bf16 for token ids (B, T), in our own kernels."""
         x, delta = AddNorm.apply(self.embed(idx), None, self.ones, self.cfg.norm_eps), None
-        self.fused.begin(x, first, self.in_place)
-        for block, parts in zip(self.blocks, self.fused.blocks, strict=True):
-            x, delta = block(x, self.cos, self.sin, first, delta, parts)
+        x0 = x if self.cfg.USE_X0 else None
+        where = token_order(idx, self.cfg.vocab_size) if self.cfg.n_value_embed else None
+        self.fused.begin(x, first, self.in_place, where)
+        for block, scales, layers in zip(self.blocks, self.scales(), self.fused.blocks, strict=True):
+            x, delta, x0 = block(x, self.cos, self.sin, idx, first, x0, *scales, delta, layers)
         return AddNorm.apply(x, delta, self.norm.weight, self.cfg.norm_eps)
 
 
 def flops_per_token(cfg: SimpleNamespace) -> float:
-    """Return the training FLOPs of one token: 6 x matmul parameters + causal attention, counted at half."""
+    """Return the training FLOPs of one token: 6 x matmul parameters + 12 x width x pairs of tokens that attention
+    compares, those of the causal half or of the window only."""
     matmul_parameters = cfg.n_layer * 12 * cfg.n_embd ** 2 + cfg.vocab_size * cfg.n_embd
-    return 6 * matmul_parameters + 6 * cfg.n_layer * cfg.block_size * cfg.n_embd
+    pairs = sum(window - window ** 2 / (2 * cfg.block_size) for window in windows(cfg))  # a token, mean over positions
+    return 6 * matmul_parameters + 12 * cfg.n_embd * pairs
 
 
 # ======================================================================================================================
@@ -549,15 +590,19 @@ class Optimizers(OptimizerSet):
         blocks = list(model.blocks.named_parameters())
         muon = dict(lr=cfg.learning_rate, weight_decay=cfg.weight_decay, mu=cfg.muon_momentum_start,
                     cautious_wd=cfg.USE_CAUTIOUS_WD)
+        if cfg.muon_variant == "normuon":
+            muon["muon_beta2"] = cfg.muon_beta2
         matrix_groups = [
             dict(name="qkv", params=[p for n, p in blocks if n.endswith("qkv.weight")],
                  split_sizes=(cfg.n_embd, cfg.n_embd, cfg.n_embd), **muon),
             dict(name="matrices", **muon,
-                 params=[p for n, p in blocks if p.ndim == 2 and not n.endswith(("qkv.weight", "fc2_weight"))]),
+                 params=[p for n, p in blocks
+                         if p.ndim == 2 and not n.endswith(("qkv.weight", "fc2_weight")) and "value_embed" not in n]),
             dict(name="fc2", **muon | dict(lr=cfg.learning_rate * cfg.lr_ratio_fc2),
                  params=[p for n, p in blocks if n.endswith("fc2_weight")]),
         ]
-        gains = [p for p in model.parameters() if p.ndim == 1]
+        gains = [p for n, p in model.named_parameters()
+                 if p.ndim == 1 and n not in ("x_scale", "x0_scale") or n.endswith("value_embed.gate")]
         adam_groups = [
             dict(name="embed", params=[model.embed.weight], lr=cfg.learning_rate_embed,
                  weight_decay=cfg.weight_decay_embed, betas=(cfg.adam_beta1, cfg.adam_beta2_embed)),
@@ -565,6 +610,14 @@ class Optimizers(OptimizerSet):
                  weight_decay=cfg.weight_decay_head),
             dict(name="gains", params=gains, lr=cfg.learning_rate_gain, weight_decay=cfg.weight_decay_gain),
         ]
+        if cfg.n_value_embed:
+            adam_groups.append(dict(name="values", lr=cfg.learning_rate_value, weight_decay=cfg.weight_decay_embed,
+                                    params=[p for n, p in blocks if n.endswith("value_embed.table")],
+                                    betas=(cfg.adam_beta1, cfg.adam_beta2_embed)))
+        if cfg.USE_X0:
+            adam_groups += [dict(name="x0", params=[model.x0_scale], lr=cfg.learning_rate_x0, betas=(0.96, 0.95),
+                                 weight_decay=0.0),
+                            dict(name="x", params=[model.x_scale], lr=cfg.learning_rate_x0 / 100, weight_decay=0.0)]
         # Before Dion turns its groups' "lr" into tensors on the device
         self.base_lr = {g["name"]: g["lr"] for g in matrix_groups + adam_groups}
 
@@ -912,6 +965,7 @@ def set_up(cfg: SimpleNamespace, procs: Processes, cleanup: contextlib.ExitStack
     after an error: other runs may follow in this process.
     """
     check_flags(cfg, procs.world_size)
+    value_layers(cfg.n_layer, cfg.n_value_embed)  # raises UserError
     torch.manual_seed(cfg.seed)
     np.random.seed(cfg.seed)
     random.seed(cfg.seed)

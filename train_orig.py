@@ -265,7 +265,7 @@ def set_up(cfg: SimpleNamespace, procs: Processes, loader: DataLoader,
     loss.backward()
     optimizer.zero_grad(set_to_none=True)
     loss.item()  # waits for the GPU
-    progress = Progress(cfg, procs, log, flops_per_token(cfg))
+    progress = Progress(cfg, procs, log, flops_per_token(SimpleNamespace(**vars(cfg), window_pattern="L")))
     progress.compile_seconds = time.perf_counter() - start
     procs.print(f"ready after {progress.compile_seconds:.1f} s of compiling\n")
     return model, module, optimizer, progress, folder

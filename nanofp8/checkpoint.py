@@ -35,7 +35,8 @@ from nanofp8.runlog import FolderLock, read_log
 
 # Flags that a resumed run cannot change
 FIXED_FLAGS = ("n_layer", "n_embd", "n_head", "vocab_size", "block_size", "rope_base", "norm_eps", "logit_softcap",
-               "dataset", "total_batch_size", "USE_8BIT_ADAM")
+               "qk_scale", "window_pattern", "window_size", "n_value_embed", "USE_X0", "dataset", "total_batch_size",
+               "USE_8BIT_ADAM", "muon_variant")
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What is saved

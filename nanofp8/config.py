@@ -87,6 +87,7 @@ Seed = Annotated[int, Bounds(0, 2**32 - 1)]
 Window = Annotated[int, Bounds(1, 1_000_000)]  # steps that are kept in memory
 Timeout = Annotated[float, Bounds(5)]          # seconds; heartbeats come every second
 FolderName = Annotated[str, Pattern(r"(?!\.{1,2}$)[^/\\\0]+", "a folder name without slashes")]
+Letters = Annotated[str, Pattern(r"[SL]+", "one or more of the letters S and L, such as SSSL")]
 AutoBool = Union[Literal["auto"], bool]
 
 

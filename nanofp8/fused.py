@@ -37,6 +37,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from nanofp8.parts import TokenOrder, add_value_embedding, value_embedding_grad
+
 try:
     import triton
 except Exception:  # only some builds of torch bring it, and it may be broken: then the plain PyTorch path is used
@@ -246,44 +248,66 @@ class AddNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy: torch.Tensor) -> tuple:
         residual, gain, rstd = ctx.saved_tensors
-        dx, dgain = add_norm_grad(dy.flatten(0, -2), residual, gain, rstd, None)
+        dx, dgain, _ = add_norm_grad(dy.flatten(0, -2), residual, gain, rstd, None)
         dx = dx.view(dy.shape)
         return dx, dx if ctx.add else None, dgain, None
 
 
-def add_norm(x: torch.Tensor, delta: torch.Tensor | None, gain: torch.Tensor, eps: float,
-             scaling: Scaling | None) -> tuple[torch.Tensor, Operand, torch.Tensor]:
+class Mix(NamedTuple):
+    """What add_norm mixes into the residual: x_scale * (x + delta) + x0_scale * x0."""
+
+    x0: torch.Tensor        # (..., C) bf16
+    x_scale: torch.Tensor   # one element
+    x0_scale: torch.Tensor  # one element
+
+
+def add_norm(x: torch.Tensor, delta: torch.Tensor | None, gain: torch.Tensor, eps: float, scaling: Scaling | None,
+             mix: Mix | None = None) -> tuple[torch.Tensor, Operand, torch.Tensor]:
     """Return (residual, y, rstd): residual = x + delta (N, C), y = RMSNorm(residual) * gain (N, C), rstd (N,) fp32.
 
-    x (..., C); without delta the residual is x itself. y is bf16, or FP8 by `scaling`. rstd is 1 / RMS of each row.
-    RMSNorm: arXiv 1910.07467.
+    x (..., C); without delta and mix the residual is x itself. y is bf16, or FP8 by `scaling`. rstd is 1 / RMS of each
+    row. RMSNorm: arXiv 1910.07467.
     """
     x = x.flatten(0, -2)
     N, C = x.shape
-    residual = x if delta is None else torch.empty(N, C, dtype=torch.bfloat16, device=x.device)
+    same = delta is None and mix is None
+    residual = x if same else torch.empty(N, C, dtype=torch.bfloat16, device=x.device)
     y = torch.empty(N, C, dtype=torch.bfloat16 if scaling is None else scaling.dtype, device=x.device)
     rstd = torch.empty(N, dtype=torch.float32, device=x.device)
     rows_per_program = 4
     kernels.add_norm_forward[(triton.cdiv(N, rows_per_program),)](
-        x, x if delta is None else delta, gain, residual, y, rstd, *scale_and_amax(scaling), N, C, eps,
-        delta is not None, scaling is not None, rows_per_program, triton.next_power_of_2(C))
+        x, x if delta is None else delta, *(mix or (x, x, x)), gain, residual, y, rstd, *scale_and_amax(scaling), N, C,
+        eps, delta is not None, mix is not None, scaling is not None, rows_per_program, triton.next_power_of_2(C))
     return residual, as_operand(y, scaling), rstd
 
 
 def add_norm_grad(dy: torch.Tensor, residual: torch.Tensor, gain: torch.Tensor, rstd: torch.Tensor,
-                  d_residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the gradients of add_norm's residual (N, C), which x and delta share, and of gain (C,).
+                  d_residual: torch.Tensor | None, mix: Mix | None = None, d_x0: torch.Tensor | None = None,
+                  ) -> tuple[torch.Tensor, torch.Tensor, Mix | None]:
+    """Return the gradients of add_norm's x (N, C), which delta shares, of gain (C,), and of mix.
 
     dy (N, C): gradient of y. d_residual (N, C): gradient that reaches the residual past the norm; None: there is none.
+    d_x0, of x0's shape: gradient of x0 from later blocks, to which this one's is added; used with mix only.
     """
     N, C = residual.shape
     rows_per_program = 16
     dx = torch.empty_like(residual)
-    dgain_parts = torch.empty(triton.cdiv(N, rows_per_program), C, dtype=torch.float32, device=dy.device)
-    kernels.add_norm_backward[(len(dgain_parts),)](
-        dy, residual, gain, rstd, dx if d_residual is None else d_residual, dx, dgain_parts, N, C,
-        d_residual is not None, rows_per_program, triton.next_power_of_2(C), num_warps=8)
-    return dx, dgain_parts.sum(0).to(gain.dtype)
+    programs = triton.cdiv(N, rows_per_program)
+    dgain_parts = torch.empty(programs, C, dtype=torch.float32, device=dy.device)
+    d_x0_out, dots = dx if mix is None else torch.empty_like(mix.x0), dgain_parts
+    if mix is not None:
+        dots = torch.empty(2, programs, dtype=torch.float32, device=dy.device)
+    kernels.add_norm_backward[(programs,)](
+        dy, residual, gain, rstd, dx if d_residual is None else d_residual, *(mix or (dx, dx, dx)),
+        dx if d_x0 is None else d_x0, dx, dgain_parts, d_x0_out, dots, N, C, d_residual is not None, mix is not None,
+        rows_per_program, triton.next_power_of_2(C), num_warps=8)
+    d_mix = None
+    if mix is not None:
+        # residual = x_scale * (x + delta) + x0_scale * x0, and x + delta was not kept
+        residual_dot, x0_dot = dots.sum(1)
+        d_x_scale = (residual_dot - mix.x0_scale * x0_dot) / mix.x_scale
+        d_mix = Mix(d_x0_out, d_x_scale.to(mix.x_scale.dtype), x0_dot.to(mix.x0_scale.dtype))
+    return dx, dgain_parts.sum(0).to(gain.dtype), d_mix
 
 
 def as_int32(cols: torch.Tensor | None) -> torch.Tensor | None:
@@ -328,34 +352,51 @@ class FusedQKV(torch.autograd.Function):
         delta: (B, T, C) bf16, output of the previous block's MLP; None in the first block.
         gain, weight: (C,) and (3C, C), fp32.
         layer: from FusedBlocks.register().
-    Returns: the residual x + delta (B, T, C), and q, k, v (B, T, H, D), bf16. q, k and v are views of one tensor (TE's
-    layout bs3hd), which attention takes without a copy.
+        x0, x_scale, x0_scale: (B, T, C) bf16 and one element each: the residual is x_scale * (x + delta) + x0_scale *
+            x0. None: it is x + delta.
+        table, gate: of a ValueEmbedding, which is added to v; None: there is none.
+    Returns: the residual (B, T, C); q, k, v (B, T, H, D), bf16, views of one tensor (TE's layout bs3hd), which
+    attention takes without a copy; and x0 for the next block, so that its gradient is summed in the kernel.
     """
 
     @staticmethod
     def forward(ctx, x: torch.Tensor, delta: torch.Tensor | None, gain: torch.Tensor, weight: torch.Tensor,
-                layer: QKVLayer) -> tuple[torch.Tensor, ...]:
+                layer: QKVLayer, x0: torch.Tensor | None = None, x_scale: torch.Tensor | None = None,
+                x0_scale: torch.Tensor | None = None, table: torch.Tensor | None = None,
+                gate: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
         B, T, C = x.shape
-        residual, y, rstd = add_norm(x, delta, gain, layer.eps, layer.input)
+        mix = None if x0 is None else Mix(x0, x_scale, x0_scale)
+        residual, y, rstd = add_norm(x, delta, gain, layer.eps, layer.input, mix)
         weight_rows, ctx.weight_cols = layer.fused.operand(weight, layer.weight)
         qkv = matmul(y, weight_rows, fast=True)                                        # (N, 3C)
         rope_rstd = rope_qk_norm_in_place(qkv, layer.cos, layer.sin, T, layer.n_head, layer.eps)
-        ctx.layer, ctx.add, ctx.in_place = layer, delta is not None, layer.fused.in_place
-        ctx.save_for_backward(residual, gain, rstd, weight, qkv, rope_rstd, y if layer.input is None else y.data)
-        return residual.view(B, T, C), *qkv.view(B, T, 3, layer.n_head, C // layer.n_head).unbind(2)
+        gate_inputs, gates = None, None
+        if table is not None:
+            gate_inputs, gates = add_value_embedding(qkv, table, gate, layer.fused.where, residual, rstd, gain)
+        ctx.layer, ctx.add, ctx.in_place, ctx.where = layer, delta is not None, layer.fused.in_place, layer.fused.where
+        ctx.save_for_backward(residual, gain, rstd, weight, qkv, rope_rstd, y if layer.input is None else y.data,
+                              x0, x_scale, x0_scale, table, gate, gate_inputs, gates)
+        q, k, v = qkv.view(B, T, 3, layer.n_head, C // layer.n_head).unbind(2)
+        return residual.view(B, T, C), q, k, v, None if x0 is None else x0.view_as(x0)
 
     @staticmethod
-    def backward(ctx, d_residual: torch.Tensor, dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor) -> tuple:
-        residual, gain, rstd, weight, qkv, rope_rstd, y = ctx.saved_tensors
+    def backward(ctx, d_residual: torch.Tensor, dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor,
+                 d_x0: torch.Tensor | None) -> tuple:
+        (residual, gain, rstd, weight, qkv, rope_rstd, y, x0, x_scale, x0_scale, table, gate, gate_inputs,
+         gates) = ctx.saved_tensors
         layer = ctx.layer
         d_rows, d_cols = rope_qk_norm_grad(dq, dk, dv, qkv, rope_rstd, layer.cos, layer.sin, layer.d_qkv)
         dy = matmul(d_rows, ctx.weight_cols)
-        dx, dgain = add_norm_grad(dy, residual, gain, rstd, d_residual)
+        d_table, d_gate = None, None
+        if table is not None:
+            d_table, d_gate = value_embedding_grad(dv, dy, table, gate, ctx.where, gate_inputs, gates, ctx.in_place)
+        mix = None if x0 is None else Mix(x0, x_scale, x0_scale)
+        dx, dgain, d_mix = add_norm_grad(dy, residual, gain, rstd, d_residual, mix, d_x0)
         d_weight = weight_gradient(d_cols, transposed(as_operand(y, layer.input)), weight, ctx.in_place)
         if layer.on_last_gradient:
             layer.on_last_gradient()
         dx = dx.view(d_residual.shape)
-        return dx, dx if ctx.add else None, dgain, d_weight, None
+        return dx, dx if ctx.add else None, dgain, d_weight, None, *(d_mix or (None, None, None)), d_table, d_gate
 
 
 def rope_qk_norm_in_place(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, T: int, n_head: int,
@@ -490,7 +531,7 @@ class FusedMLP(torch.autograd.Function):
             d_pre_cols, activation_cols = d_pre_rows.t(), activation.t()
         d_fc2 = weight_gradient(d_cols, activation_cols, fc2, ctx.in_place)
         dy = matmul(d_pre_rows, fc1_cols)
-        dx, dgain = add_norm_grad(dy, residual, gain, rstd, d_residual.flatten(0, 1))
+        dx, dgain, _ = add_norm_grad(dy, residual, gain, rstd, d_residual.flatten(0, 1))
         d_fc1 = weight_gradient(d_pre_cols, transposed(as_operand(y, layer.input)), fc1, ctx.in_place)
         d_rows, d_cols = quantize(dx, layer.d_proj)
         d_attention_out = matmul(d_rows, proj_cols)
@@ -511,16 +552,17 @@ class FusedBlocks:
         self.model, self.cache = model, {}
         self.formats = {}  # {whether FP8 is on: (blocks, TE's scales, buffer for their copy, buffer for its inverse)}
 
-    def begin(self, x: torch.Tensor, first: bool | None, in_place: str) -> None:
+    def begin(self, x: torch.Tensor, first: bool | None, in_place: str, where: TokenOrder | None = None) -> None:
         """Start a pass: choose the layers of the present format and copy their scales.
 
-        x: any tensor on the model's device. first: as in GPT.forward(). in_place: as in weight_gradient().
+        x: any tensor on the model's device. first: as in GPT.forward(). in_place: as in weight_gradient(). where: the
+        pass's tokens; needed by value embeddings only.
         """
         state = self.model.te.quantization.FP8GlobalStateManager
         enabled = state.is_fp8_enabled()
         if enabled not in self.formats:
             self.formats[enabled] = self.register(x, state)
-        self.first, self.in_place = first, in_place
+        self.first, self.in_place, self.where = first, in_place, where
         self.blocks, live_scales, scale, inverse = self.formats[enabled]
         if live_scales:
             torch.cat(live_scales, out=scale)
@@ -605,7 +647,7 @@ class MicroBatchGraphs:
             parameter.grad = torch.zeros_like(parameter)
         # Autograd accumulates these gradients, so that they start from zero; matmuls write the weights' own
         self.summed_gradients = [parameter.grad for name, parameter in self.model.named_parameters()
-                       if parameter.ndim == 1 or name.startswith("embed")]
+                       if parameter.ndim == 1 or name.startswith("embed") or "value_embed" in name]
         for first in (True, False)[:loader.accumulation]:
             self.capture(first)
 

@@ -66,12 +66,14 @@ def raise_amax(amax_ptr, largest):
 
 
 @triton.jit
-def add_norm_forward(x_ptr, delta_ptr, gain_ptr, residual_ptr, y_ptr, rstd_ptr, scale_ptr, amax_ptr, N, C, eps,
-                     ADD: tl.constexpr, FP8: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def add_norm_forward(x_ptr, delta_ptr, x0_ptr, x_scale_ptr, x0_scale_ptr, gain_ptr, residual_ptr, y_ptr, rstd_ptr,
+                     scale_ptr, amax_ptr, N, C, eps, ADD: tl.constexpr, MIX: tl.constexpr, FP8: tl.constexpr,
+                     ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """Compute residual = x + delta (if ADD), then y = RMSNorm(residual) * gain; ROWS rows a program.
 
-    x (N, C) bf16, or fp32 without ADD; delta, residual (N, C) bf16, unused without ADD; gain (C,); y (N, C) bf16 or
-    E4M3; rstd (N,) fp32: 1 / RMS of each row, written for backward. BLOCK: power of two >= C.
+    With MIX, residual = x_scale * (x + delta) + x0_scale * x0; both scales are one element.
+    x (N, C) bf16, or fp32 without ADD and MIX; delta, x0, residual (N, C) bf16, used with ADD, MIX, either; gain (C,);
+    y (N, C) bf16 or E4M3; rstd (N,) fp32: 1 / RMS of each row, written for backward. BLOCK: power of two >= C.
     """
     columns = tl.arange(0, BLOCK)
     gain = tl.load(gain_ptr + columns, mask=columns < C, other=0.0).to(tl.float32)
@@ -82,6 +84,10 @@ def add_norm_forward(x_ptr, delta_ptr, gain_ptr, residual_ptr, y_ptr, rstd_ptr, 
         value = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         if ADD:
             value += tl.load(delta_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        if MIX:
+            value = value * tl.load(x_scale_ptr).to(tl.float32) + tl.load(x0_scale_ptr).to(tl.float32) * tl.load(
+                x0_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        if ADD or MIX:
             value = value.to(tl.bfloat16).to(tl.float32)  # the norm of the rounded values, as backward sees them
             tl.store(residual_ptr + offsets, value.to(tl.bfloat16), mask=mask)
         rstd = 1.0 / tl.sqrt(tl.sum(value * value, axis=0) / C + eps)
@@ -97,28 +103,122 @@ def add_norm_forward(x_ptr, delta_ptr, gain_ptr, residual_ptr, y_ptr, rstd_ptr, 
 
 
 @triton.jit
-def add_norm_backward(dy_ptr, residual_ptr, gain_ptr, rstd_ptr, d_residual_ptr, dx_ptr, dgain_ptr, N, C,
-                      ADD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def add_norm_backward(dy_ptr, residual_ptr, gain_ptr, rstd_ptr, d_residual_ptr, x0_ptr, x_scale_ptr, x0_scale_ptr,
+                      d_x0_ptr, dx_ptr, dgain_ptr, d_x0_out_ptr, dots_ptr, N, C, ADD: tl.constexpr, MIX: tl.constexpr,
+                      ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """Compute dx = gradient through RMSNorm (+ d_residual, if ADD) and each program's share of dgain.
 
     dy, residual, dx (N, C); d_residual (N, C): gradient that reaches the residual past the norm; rstd (N,) fp32 from
     add_norm_forward; dgain (programs, C) fp32, which the caller sums over programs.
+    With MIX, that sum g is the gradient of x_scale * x + x0_scale * x0. Then dx = x_scale * g,
+    d_x0_out = d_x0 + x0_scale * g, and dots (2, programs) fp32 are each program's sums of g * residual and of g * x0.
     """
     columns = tl.arange(0, BLOCK)
     gain = tl.load(gain_ptr + columns, mask=columns < C, other=0.0).to(tl.float32)
     dgain = tl.zeros((BLOCK,), tl.float32)
+    residual_dot, x0_dot = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
     for i in range(ROWS):
         row = tl.program_id(0) * ROWS + i
         offsets, mask = row.to(tl.int64) * C + columns, (columns < C) & (row < N)
         dy = tl.load(dy_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         rstd = tl.load(rstd_ptr + row, mask=row < N, other=0.0)
-        normed = tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32) * rstd
+        residual = tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        normed = residual * rstd
         dx = (dy * gain - normed * (tl.sum(dy * gain * normed, axis=0) / C)) * rstd
         if ADD:
             dx += tl.load(d_residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        if MIX:
+            x0 = tl.load(x0_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+            residual_dot += dx * residual
+            x0_dot += dx * x0
+            d_x0 = tl.load(d_x0_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+            d_x0 += tl.load(x0_scale_ptr).to(tl.float32) * dx
+            tl.store(d_x0_out_ptr + offsets, d_x0.to(tl.bfloat16), mask=mask)
+            dx *= tl.load(x_scale_ptr).to(tl.float32)
         tl.store(dx_ptr + offsets, dx.to(dx_ptr.dtype.element_ty), mask=mask)
         dgain += dy * normed
     tl.store(dgain_ptr + tl.program_id(0) * C + columns, dgain, mask=columns < C)
+    if MIX:
+        tl.store(dots_ptr + tl.program_id(0), tl.sum(residual_dot, axis=0))
+        tl.store(dots_ptr + tl.num_programs(0) + tl.program_id(0), tl.sum(x0_dot, axis=0))
+
+
+@triton.jit
+def value_embedding_forward(qkv_ptr, table_ptr, tokens_ptr, residual_ptr, rstd_ptr, gain_ptr, gate_ptr, inputs_ptr,
+                            gates_ptr, C, heads, CHANNELS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr):
+    """Add gate * table[token] to v of one token, in place; a gate for each head of D values.
+
+    gates = 3 * sigmoid(inputs @ gate.T), inputs = the first CHANNELS values of RMSNorm(residual) * gain.
+    qkv (N, 3C) bf16; table (V, C); tokens (N,) int32; residual (N, C) bf16; rstd (N,) fp32; gain (C,); gate (heads,
+    CHANNELS). Written for backward: inputs (N, CHANNELS), gates (N, heads), fp32. HEADS: power of two >= heads.
+    """
+    token, channels = tl.program_id(0).to(tl.int64), tl.arange(0, 16)
+    head, used = tl.arange(0, HEADS), tl.arange(0, 16) < CHANNELS
+    x = tl.load(residual_ptr + token * C + channels, mask=used, other=0.0).to(tl.float32)
+    x *= tl.load(rstd_ptr + token) * tl.load(gain_ptr + channels, mask=used, other=0.0).to(tl.float32)
+    weights = tl.load(gate_ptr + head[:, None] * CHANNELS + channels[None, :],
+                      mask=(head < heads)[:, None] & used[None, :], other=0.0).to(tl.float32)
+    gates = 3.0 / (1.0 + tl.exp(-tl.sum(weights * x[None, :], axis=1)))
+    tl.store(inputs_ptr + token * CHANNELS + channels, x, mask=used)
+    tl.store(gates_ptr + token * heads + head, gates, mask=head < heads)
+    offsets, mask = head[:, None] * D + tl.arange(0, D)[None, :], (head < heads)[:, None]
+    row = tl.load(tokens_ptr + token).to(tl.int64)
+    v_ptrs = qkv_ptr + token * 3 * C + 2 * C + offsets
+    v = tl.load(v_ptrs, mask=mask, other=0.0).to(tl.float32)
+    v += gates[:, None] * tl.load(table_ptr + row * C + offsets, mask=mask, other=0.0).to(tl.float32)
+    tl.store(v_ptrs, v.to(tl.bfloat16), mask=mask)
+
+
+@triton.jit
+def value_embedding_backward(dv_ptr, table_ptr, tokens_ptr, gate_ptr, gates_ptr, dy_ptr, d_logits_ptr, stride, C, heads,
+                             CHANNELS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr):
+    """Compute d_logits, the gradient of the gates before the sigmoid, and add its share to dy, in place; one token.
+
+    dv (N, heads, D) bf16 with `stride` values between tokens; dy (N, C) bf16: gradient of RMSNorm's output; d_logits
+    (N, heads) fp32; the rest as in value_embedding_forward.
+    """
+    token, channels = tl.program_id(0).to(tl.int64), tl.arange(0, 16)
+    head, used = tl.arange(0, HEADS), tl.arange(0, 16) < CHANNELS
+    offsets, mask = head[:, None] * D + tl.arange(0, D)[None, :], (head < heads)[:, None]
+    row = tl.load(tokens_ptr + token).to(tl.int64)
+    dv = tl.load(dv_ptr + token * stride + offsets, mask=mask, other=0.0).to(tl.float32)
+    values = tl.load(table_ptr + row * C + offsets, mask=mask, other=0.0).to(tl.float32)
+    gates = tl.load(gates_ptr + token * heads + head, mask=head < heads, other=0.0)
+    d_logits = tl.sum(dv * values, axis=1) * gates * (1.0 - gates / 3.0)
+    tl.store(d_logits_ptr + token * heads + head, d_logits, mask=head < heads)
+    weights = tl.load(gate_ptr + head[:, None] * CHANNELS + channels[None, :],
+                      mask=(head < heads)[:, None] & used[None, :], other=0.0).to(tl.float32)
+    dy = tl.load(dy_ptr + token * C + channels, mask=used, other=0.0).to(tl.float32)
+    dy += tl.sum(weights * d_logits[:, None], axis=0)
+    tl.store(dy_ptr + token * C + channels, dy.to(tl.bfloat16), mask=used)
+
+
+@triton.jit
+def embedding_gradient(grad_ptr, d_rows_ptr, gates_ptr, order_ptr, starts_ptr, V, stride, C, heads, D: tl.constexpr,
+                       GATED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Add to grad (V, C) the gradients of the rows that an embedding looked up, without atomics: always the same sums.
+
+    d_rows (N, C): gradient of each looked-up row, `stride` values apart, times gates (N, heads) if GATED. order (N,):
+    positions sorted by token; starts (V + 1,): where each token begins in it. A program takes BLOCK columns of every
+    num_programs-th token, because frequent tokens have neighbouring ids in GPT-2's vocabulary.
+    """
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    for token in range(tl.program_id(0), V, tl.num_programs(0)):
+        start, end = tl.load(starts_ptr + token), tl.load(starts_ptr + token + 1)
+        if start < end:
+            total = tl.zeros((BLOCK,), tl.float32)
+            for first in range(start, end, ROWS):
+                index = first + tl.arange(0, ROWS)
+                position = tl.load(order_ptr + index, mask=index < end, other=0)
+                mask = (index < end)[:, None] & (columns < C)[None, :]
+                rows = tl.load(d_rows_ptr + position[:, None] * stride + columns[None, :], mask=mask, other=0.0)
+                rows = rows.to(tl.float32)
+                if GATED:
+                    rows *= tl.load(gates_ptr + position[:, None] * heads + columns[None, :] // D, mask=mask, other=0.0)
+                total += tl.sum(rows, axis=0)
+            pointers = grad_ptr + tl.full((), C, tl.int64) * token + columns
+            grad = tl.load(pointers, mask=columns < C, other=0.0).to(tl.float32) + total
+            tl.store(pointers, grad.to(grad_ptr.dtype.element_ty), mask=columns < C)
 
 
 @triton.jit

@@ -23,6 +23,11 @@ class TorchMuon(torch.optim.Muon):
     - torch averages gradients into its momentum buffer with weight 1 - momentum; Dion adds them up. The update does
       not depend on the buffer's scale, so only the ratio matters: when the momentum changes, buffers are rescaled to
       keep it.
+    - Decoupled weight decay goes by the base learning rate, and may be cautious: only where update and weight have the
+      same sign (arXiv 2510.12402).
+    - With muon_beta2 each row of an update is divided by its root mean square, averaged over steps, and the update is
+      scaled back to its old norm: NorMuon (arXiv 2510.05491), as Dion does it for whole matrices. Of matrices that
+      FSDP2 shards, Dion normalizes each shard by itself.
     - Sharded parameters (DTensor) are gathered, updated alike on every rank, and sharded again.
 
     torch.optim.Muon holds one stand-in tensor for each matrix; the model's own parameters are in `groups`.
@@ -31,22 +36,27 @@ class TorchMuon(torch.optim.Muon):
     def __init__(self, groups: Sequence[dict], nesterov: bool = True):
         """Take parameter groups as Dion does.
 
-        groups: each with params (fp32 matrices), lr, weight_decay, mu (momentum), cautious_wd (decay only where update
-            and weight have the same sign, arXiv 2510.12402) and, for fused weights, split_sizes.
+        groups: each with params (fp32 matrices), lr, weight_decay, mu (momentum); cautious_wd; for fused weights,
+            split_sizes; for NorMuon, muon_beta2.
         """
-        self.groups, self.parts = groups, {}
+        self.groups, self.parts, self.variances = groups, {}, {}
         stand_ins = []
         for group in groups:
             for p in group["params"]:
                 # The whole matrix of this parameter; a view of it if it is not sharded
                 sharded = isinstance(p, DTensor)
                 whole = torch.empty(p.shape, dtype=p.dtype, device=p.device) if sharded else p.detach()
-                parts = list(whole.split(list(group.get("split_sizes", whole.shape[:1]))))
+                sizes = list(group.get("split_sizes", whole.shape[:1]))
+                parts = list(whole.split(sizes))
                 self.parts[p] = (whole, parts)
-                for part in parts:
+                if "muon_beta2" in group:
+                    self.variances[p] = torch.zeros(whole.shape[0], 1, device=p.device)
+                variances = self.variances[p].split(sizes) if p in self.variances else [None] * len(parts)
+                for part, variance in zip(parts, variances, strict=True):
                     ratio = math.sqrt(part.shape[0] / part.shape[1])
                     # torch's "original" scales by sqrt(max(1, fan_out / fan_in)): lr_scale adds what is below 1
-                    stand_ins.append(dict(params=[part], source=group, lr_scale=min(1.0, ratio)))
+                    stand_ins.append(dict(params=[part], source=group, lr_scale=min(1.0, ratio), variance=variance,
+                                          whole_ratio=math.sqrt(whole.shape[0] / whole.shape[1])))
         super().__init__(stand_ins, momentum=groups[0]["mu"], nesterov=nesterov, adjust_lr_fn="original",
                          ns_coefficients=(15 / 8, -10 / 8, 3 / 8), ns_steps=14)
 
@@ -66,21 +76,25 @@ class TorchMuon(torch.optim.Muon):
         before = {}
         for group in self.param_groups:
             source, (part,) = group["source"], group["params"]
-            group["lr"] = source["lr"] * group["lr_scale"]
-            cautious = source.get("cautious_wd", False)
-            # torch multiplies it by the scaled lr; cautious decay comes after torch's step, from the weights before it
-            group["weight_decay"] = 0.0 if cautious else source["weight_decay"] / group["lr_scale"]
-            if cautious:
-                before[part] = part.clone()
+            if part.grad is None:
+                continue
+            # torch is to write the scaled update, and nothing else, into the stand-in
+            before[part] = part.clone()
+            part.zero_()
+            group["lr"], group["weight_decay"] = group["lr_scale"], 0.0
             if source["mu"] != group["momentum"] and part in self.state:
                 self.state[part]["momentum_buffer"].mul_((1 - source["mu"]) / (1 - group["momentum"]))
             group["momentum"] = source["mu"]
         super().step()
         for group in self.param_groups:
             source, (part,) = group["source"], group["params"]
-            if part in before and part.grad is not None:
-                old = before[part]
-                part.sub_(old * (old * (old - part) >= 0), alpha=source["lr"] * source["weight_decay"])
+            if part not in before:
+                continue
+            update, old = -part, before[part]
+            if group["variance"] is not None:
+                update = normalize_rows(update, group["variance"], source["muon_beta2"], group["whole_ratio"])
+            decayed = old * (old * update >= 0) if source.get("cautious_wd", False) else old
+            part.copy_(old - source["lr"] * (source["weight_decay"] * decayed + update))
         for p, (whole, parts) in self.parts.items():
             for part in parts:
                 part.grad = None
@@ -117,6 +131,16 @@ class TorchMuon(torch.optim.Muon):
         """Take over Dion's state, {parameter: whole matrix}, at `momentum` (default: the present one)."""
         momentum = self.param_groups[0]["momentum"] if momentum is None else momentum
         self.load_buffers({p: m * (1 - momentum) for p, m in momenta.items()}, momentum)
+
+
+def normalize_rows(update: torch.Tensor, variance: torch.Tensor, beta2: float, scale: float) -> torch.Tensor:
+    """Return NorMuon's update (M, N): each row over its root mean square, averaged over steps; the norm is kept.
+
+    variance (M, 1): average of the mean squares of the rows of update / scale, which is updated in place.
+    """
+    variance.lerp_((update / scale).square().mean(1, keepdim=True), 1 - beta2)
+    normalized = update / (variance.sqrt() + 1e-8)
+    return normalized * (update.norm() / normalized.norm().clamp(min=1e-8))
 
 
 def dion_muon(choice: str, device: torch.device, compiled: bool = True) -> tuple[type | None, str]:
@@ -170,11 +194,13 @@ def make_muon(groups: Sequence[dict], choice: str, device: torch.device, mesh: A
     """
     Muon, why = dion_muon(choice, device, compiled)
     if Muon is None:
-        return TorchMuon(groups), f"Muon by torch.optim.Muon: {why}"
+        return TorchMuon(groups), f"{'NorMuon' if 'muon_beta2' in groups[0] else 'Muon'} by torch.optim.Muon: {why}"
     if compiled:  # Dion's many shapes
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    if "muon_beta2" in groups[0]:
+        from dion import NorMuon as Muon
     muon = Muon(groups, mesh, nesterov=True, adjust_lr="spectral_norm", newton_schulz_func=polar_express)
-    return muon, "Muon by Dion"
+    return muon, f"{type(muon).__name__} by Dion"
 
 
 def muon_groups(muon: torch.optim.Optimizer) -> list[dict]:
@@ -214,7 +240,9 @@ class OptimizerSet:
     def state_of(self, optimizer: torch.optim.Optimizer) -> dict:
         """Return the state of one optimizer, {parameter: {name: tensor or number}}; Muon's buffers as `momentum`."""
         if isinstance(optimizer, TorchMuon):
-            return {p: dict(momentum=buffer) for p, buffer in optimizer.buffers().items()}
+            variances = optimizer.variances
+            return {p: dict(momentum=buffer) | (dict(variance_neuron=variances[p]) if p in variances else {})
+                    for p, buffer in optimizer.buffers().items()}
         return optimizer.state
 
     def load_state(self, saved: dict[str, dict], parameters: dict[str, torch.Tensor], meta: dict) -> None:

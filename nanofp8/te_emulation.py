@@ -1522,6 +1522,13 @@ class RMSNorm(torch.nn.Module):
         return _NormFunction.apply(x, self.weight, self.eps, dtype).view(inp.shape)
 
 
+@functools.lru_cache(maxsize=8)
+def window_mask(tokens: int, before: int, device: torch.device) -> torch.Tensor:
+    """Return which tokens (columns) each token (row) attends to: itself and `before` tokens before it; bool (T, T)."""
+    distance = torch.arange(tokens, device=device)[:, None] - torch.arange(tokens, device=device)[None, :]
+    return (distance >= 0) & (distance <= before)
+
+
 class DotProductAttention(torch.nn.Module):
     """Causal attention through torch's SDPA: q, k, v (B, T, H, D) -> (B, T, H * D). Never quantized."""
 
@@ -1537,9 +1544,11 @@ class DotProductAttention(torch.nn.Module):
         )
         causal = attn_mask_type == "causal"
         _require(
-            window_size is None or tuple(window_size) in ((-1, -1), (-1, 0) if causal else (-1, -1)),
-            f"DotProductAttention: window_size={window_size} is not emulated; use None",
+            window_size is None or tuple(window_size) in ((-1, -1), (-1, 0) if causal else (-1, -1))
+            or causal and window_size[0] >= 0 and window_size[1] == 0,
+            f"DotProductAttention: window_size={window_size} is not emulated; use None, or (tokens, 0) with causal",
         )
+        self.window = window_size[0] if window_size is not None and window_size[0] >= 0 else None
         _require(
             isinstance(kv_channels, int),
             f"DotProductAttention: kv_channels must be an integer, got {kv_channels!r}",
@@ -1556,7 +1565,8 @@ class DotProductAttention(torch.nn.Module):
         q, k, v = (t.transpose(1, 2) for t in (query_layer, key_layer, value_layer))
         out = F.scaled_dot_product_attention(
             q, k, v,
-            is_causal=self.causal,
+            attn_mask=None if self.window is None else window_mask(q.shape[2], self.window, q.device),
+            is_causal=self.causal and self.window is None,
             dropout_p=self.attention_dropout if self.training else 0.0,
             scale=self.softmax_scale,
             enable_gqa=self.num_gqa_groups != self.num_attention_heads,

@@ -54,6 +54,8 @@ def good_value(name):
         value = default + 1
     elif name in FLOATS:
         value = default / 2 + 0.25
+    elif name == "window_pattern":
+        value = "SSSL"
     else:
         value = f"other-{default}"
     return str(value), value

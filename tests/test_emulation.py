@@ -839,7 +839,7 @@ def test_fused_wgrad_accumulation():
         (lambda: te.LayerNormMLP(16, 16, activation="swiglu"), "activation"),
         (lambda: te.DotProductAttention(2, 16, qkv_format="sbhd"), "qkv_format"),
         (lambda: te.DotProductAttention(2, 16, attn_mask_type="padding"), "attn_mask_type"),
-        (lambda: te.DotProductAttention(2, 16, window_size=(128, 0)), "window_size"),
+        (lambda: te.DotProductAttention(2, 16, window_size=(128, 128)), "window_size"),
         (lambda: te.autocast(calibrating=True), "calibrating"),
         (lambda: te.autocast(recipe="delayed"), "not a recipe"),
         (lambda: R.DelayedScaling(fp8_format=R.Format.E5M2), "E5M2"),

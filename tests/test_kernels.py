@@ -31,6 +31,7 @@ from nanofp8.fused import (
     weight_operand,
 )
 from nanofp8.loss import LOGIT_GRAD_SCALE, softcap_cross_entropy, softcap_cross_entropy_and_grad
+from nanofp8.parts import ValueEmbedding, token_order
 from nanofp8.plain import rope_qk_norm
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -123,7 +124,7 @@ def test_add_norm_and_its_gradient(add, fp8):
         assert (y.data.float() == 448).any()  # the scale is large enough that some values saturate
     else:
         assert relative(y, expected) < 3e-3
-    dx, dgain = add_norm_grad(dy, residual, gain, rstd, d_residual if add else None)
+    dx, dgain, _ = add_norm_grad(dy, residual, gain, rstd, d_residual if add else None)
     expected.backward(dy.float())
     assert relative(dx, leaf.grad + (d_residual.float() if add else 0)) < 4e-3
     assert relative(dgain, gain_leaf.grad) < 1e-4
@@ -211,7 +212,7 @@ def reference_qkv(x, delta, gain, weight, cos, sin):
 
 # Stands for FusedBlocks: weights are quantized anew at every use
 FUSED = SimpleNamespace(
-    in_place="", operand=lambda weight, scaling: weight_operand(weight, lambda _: scaling, None, {}))
+    in_place="", where=None, operand=lambda weight, scaling: weight_operand(weight, lambda _: scaling, None, {}))
 
 
 @pytest.mark.parametrize("fp8", [False, True])
@@ -226,7 +227,8 @@ def test_first_part_of_a_block(fp8):
     layer = QKVLayer(
         fused=FUSED, eps=1e-6, n_head=H, cos=cos, sin=sin, on_last_gradient=lambda: updates.append(1),
         input=make_scaling(90, E4M3, fp8), weight=make_scaling(400, E4M3, fp8), d_qkv=make_scaling(2000, E5M2, fp8))
-    outputs = FusedQKV.apply(*leaves, layer)
+    *outputs, x0 = FusedQKV.apply(*leaves, layer)
+    assert x0 is None
     torch.autograd.backward(outputs, [grad.to(output.dtype) for grad, output in zip(grads, outputs, strict=True)])
     plain = [tensor.float().clone().requires_grad_() for tensor in (x, delta, gain, weight)]
     expected = reference_qkv(*plain, cos, sin)
@@ -239,6 +241,54 @@ def test_first_part_of_a_block(fp8):
     assert torch.equal(leaves[0].grad, leaves[1].grad)
     if fp8:  # quantizing records the amax
         assert layer.input.amax > 0 and layer.d_qkv.amax > 0
+
+
+@pytest.mark.parametrize("in_place", ["", "add"])
+@pytest.mark.parametrize("first_block", [False, True])
+@pytest.mark.parametrize("x0_on, values_on", [(True, False), (False, True), (True, True)])
+def test_residual_scalars_and_value_embedding(x0_on, values_on, first_block, in_place):
+    """In bf16 against plain PyTorch: 1% of each output and gradient. One token fills a third of a sequence."""
+    V = 50
+    cos, sin = tables()
+    idx = torch.randint(V, (B, T), generator=torch.Generator().manual_seed(0), dtype=torch.int32).to(DEVICE)
+    idx[0, : T // 3] = 7
+    embed = ValueEmbedding(SimpleNamespace(vocab_size=V, n_embd=C, n_head=H), torch.device(DEVICE))
+    torch.nn.init.normal_(embed.gate, std=0.3)
+    shared = SimpleNamespace(**vars(FUSED) | dict(in_place=in_place, where=token_order(idx, V)))
+    layer = QKVLayer(fused=shared, eps=1e-6, n_head=H, cos=cos, sin=sin, on_last_gradient=None, input=None,
+                     weight=None, d_qkv=None)
+    inputs = dict(
+        x=randn(B, T, C), delta=randn(B, T, C, seed=1), gain=1 + 0.1 * randn(C, seed=2, dtype=torch.float32),
+        weight=SIZE * randn(3 * C, C, seed=3, dtype=torch.float32), x0=randn(B, T, C, seed=8),
+        x_scale=torch.tensor(1.1, device=DEVICE), x0_scale=torch.tensor(-0.3, device=DEVICE),
+        table=embed.table.detach(), gate=embed.gate.detach())
+    off = {"delta"} if first_block else set()
+    off |= set() if x0_on else {"x0", "x_scale", "x0_scale"}
+    off |= set() if values_on else {"table", "gate"}
+    ours, theirs = ({name: None if name in off else tensor.clone().to(dtype or tensor.dtype).requires_grad_()
+                     for name, tensor in inputs.items()} for dtype in (None, torch.float32))
+    if in_place and values_on:
+        ours["table"].grad = torch.ones_like(ours["table"])
+    grads = [randn(B, T, C, seed=4), *(randn(B, T, H, D, seed=5 + i) for i in range(3)), randn(B, T, C, seed=9)]
+    outputs = FusedQKV.apply(*list(ours.values())[:4], layer, *list(ours.values())[4:])
+
+    zero = torch.zeros(B, T, C, device=DEVICE)
+    residual, x0 = theirs["x"] + (zero if first_block else theirs["delta"]), theirs["x0"]
+    if x0_on:
+        residual = theirs["x_scale"] * residual + theirs["x0_scale"] * x0
+    residual, q, k, v = reference_qkv(residual, zero, theirs["gain"], theirs["weight"], cos, sin)
+    if values_on:
+        embed.table.data, embed.gate.data = theirs["table"].data, theirs["gate"].data
+        v = torch.func.functional_call(embed, dict(table=theirs["table"], gate=theirs["gate"]),
+                                       (v, residual, theirs["gain"], 1e-6, idx))
+    for results in (outputs, (residual, q, k, v, x0)):
+        kept = [(r, g.to(r.dtype)) for r, g in zip(results, grads, strict=True) if r is not None]
+        torch.autograd.backward(*map(list, zip(*kept, strict=True)))
+    for a, b in zip(outputs, (residual, q, k, v, x0), strict=True):
+        assert (a is None) == (b is None) and (a is None or relative(a, b) < 1e-2)
+    for name in inputs.keys() - off:
+        got = ours[name].grad - (1 if name == "table" and in_place else 0)
+        assert relative(got, theirs[name].grad) < 1e-2, name
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -349,7 +399,7 @@ def test_fused_blocks_share_delayed_scaling_with_te(monkeypatch):
         [(3 * C, C), (C, C), (4 * C, C), (C, 4 * C)])]
     qkv, proj, fc1, fc2 = (torch.nn.Parameter(weight) for weight in weights)
     gain = torch.ones(C, device=DEVICE)
-    residual, q, k, v = FusedQKV.apply(x.requires_grad_(), None, gain, qkv, first_qkv)
+    residual, q, k, v, _ = FusedQKV.apply(x.requires_grad_(), None, gain, qkv, first_qkv)
     outputs = FusedMLP.apply((q + k + v).flatten(2), residual, proj, gain, fc1, fc2, first_mlp)
     scales = [layer.fp8_meta[key].scale for layer in (blocks[0].attn.qkv, blocks[0].attn.proj, blocks[0].mlp)
               for key in layer.fp8_meta]

@@ -10,6 +10,7 @@ from helpers import ROOT
 ORDER = """
     prefetch files
     config kernels shards te_emulation plain
+    parts
     machine plots faults muon precision fused
     fp8_stats loss procs runlog
     checkpoint

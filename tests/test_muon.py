@@ -262,6 +262,28 @@ def test_cautious_decay_where_update_and_weight_agree(shape):
     assert torch.allclose(moved[True], torch.where(towards_zero, moved[False], moved[None]), atol=1e-6)
 
 
+@pytest.mark.parametrize("parts", [1, 3])
+def test_normuon_divides_rows_by_their_averaged_size_and_keeps_the_norm(parts):
+    """Against the formulas in fp32, with Muon's own update as their input (TorchMuon without muon_beta2)."""
+    sizes = dict(split_sizes=(32,) * parts) if parts > 1 else {}
+    start = matrix((32 * parts, 64), 9)
+    (plain_p,), _, plain_opt = muon_of(start, lr=0.1, **sizes)
+    (p,), _, opt = muon_of(start, lr=0.1, muon_beta2=0.8, **sizes)
+    whole_scale, variance, want = fan_scale(start.shape), torch.zeros(32 * parts, 1), start.clone()
+    for step in range(3):
+        before = plain_p.detach().clone()
+        for q, o in ((plain_p, plain_opt), (p, opt)):
+            q.grad = matrix(start.shape, step)
+            o.step()
+        update = (before - plain_p.detach()) / 0.1
+        variance = 0.8 * variance + 0.2 * (update / whole_scale).square().mean(1, keepdim=True)
+        for piece, v, w in zip(update.chunk(parts), variance.chunk(parts), want.chunk(parts), strict=True):
+            rows = piece / v.sqrt()
+            w -= 0.1 * rows * piece.norm() / rows.norm()
+        assert relative(p, want) < 1e-5
+        assert relative(opt.variances[p], variance) < 1e-4
+
+
 # -----------------------------------------------------------------------------------------------------
 # Against Dion
 
@@ -286,8 +308,8 @@ def test_polar_express_against_dions(shape):
             assert relative(ours, exact) < allowed * relative(dions.polar_express(G), exact), stance
 
 
-@pytest.mark.parametrize("cautious", [False, True])
-def test_torch_muon_against_dions(cautious):
+@pytest.mark.parametrize("cautious, variant", [(False, "muon"), (True, "muon"), (True, "normuon")])
+def test_torch_muon_against_dions(cautious, variant):
     """One step, and five with a changing momentum and learning rate, through Optimizers in both implementations.
 
     Dion's Polar Express stops after five bf16 steps with singular values between 0.86 and 1.14; TorchMuon's lie within
@@ -297,8 +319,8 @@ def test_torch_muon_against_dions(cautious):
     """
     pytest.importorskip("dion")
     changes = dict(learning_rate=0.1, weight_decay=0.3, warmup_iters=3, max_iters=8, muon_momentum_iters=4,
-                   USE_CAUTIOUS_WD=cautious, weight_decay_end=0.5)
-    runs = {}
+                   USE_CAUTIOUS_WD=cautious, weight_decay_end=0.5, muon_variant=variant)
+    runs, variances = {}, {}
     for impl in ("torch", "dion"):
         cfg = make_cfg(muon_impl=impl, **changes)
         model = make_model(cfg)
@@ -312,9 +334,13 @@ def test_torch_muon_against_dions(cautious):
             path.append({n: p.detach().clone() for n, p in model.named_parameters()})
         muon = optimizers.muon
         momentum = muon.momentum() if impl == "torch" else {p: s["momentum"] for p, s in muon.state.items()}
+        if variant == "normuon":
+            variances[impl] = {p.shape: optimizers.state_of(muon)[p]["variance_neuron"] for p in momentum}
         runs[impl] = path, {n: momentum[p] for n, p in model.named_parameters() if p in momentum}
     (path, momenta), (dion_path, dion_momenta) = runs["torch"], runs["dion"]
     assert momenta.keys() == dion_momenta.keys() and len(momenta) == 8
+    for shape, variance in variances.get("torch", {}).items():
+        assert relative(variance, variances["dion"][shape]) < 0.25, shape
     for name, start in path[0].items():
         if name not in momenta:
             assert torch.equal(path[5][name], dion_path[5][name]), name

@@ -1,0 +1,123 @@
+"""Parts of the model that preset "speedrun" adds to nanochat's shape; each is off by default.
+
+- Residual scalars: each block reads x_scale * x + x0_scale * x0, where x0 is the normalized token embedding and both
+  scalars are learned (KellerJordan/modded-nanogpt, karpathy/nanochat).
+- Value embeddings: some blocks add gate * table[token] to v; each head's gate depends on the block's input
+  (arXiv 2410.17897; tables and gates as in modded-nanogpt and nanochat).
+- Sliding windows: blocks marked S in window_pattern attend to the last window_size tokens only (arXiv 2004.05150).
+"""
+
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from nanofp8.config import UserError
+from nanofp8.plain import inverse_rms
+
+try:
+    import triton
+except Exception:  # only some builds of torch bring it, and it may be broken: then the plain PyTorch path is used
+    triton = None
+else:
+    from nanofp8 import kernels
+
+GATE_CHANNELS = 12  # values of a block's input that decide its gates, as in nanochat
+
+
+def value_layers(n_layer: int, n_value_embed: int) -> list[int]:
+    """Return the blocks that have a value embedding: every second one, counted from the last. Raises: UserError."""
+    if n_value_embed > (n_layer + 1) // 2:
+        raise UserError(f"n_value_embed={n_value_embed} is more than every second one of n_layer={n_layer} blocks; "
+                        f"use --n_value_embed={(n_layer + 1) // 2} or fewer", 2)
+    return sorted(range(n_layer - 1, -1, -2)[:n_value_embed])
+
+
+def windows(cfg: SimpleNamespace) -> list[int]:
+    """Return how many tokens each block attends to, itself included; block_size: all before it.
+
+    cfg.window_pattern is repeated over the blocks; the last block always attends to all.
+    """
+    pattern = cfg.window_pattern
+    sizes = [cfg.block_size if pattern[i % len(pattern)] == "L" else min(cfg.window_size, cfg.block_size)
+             for i in range(cfg.n_layer)]
+    return [*sizes[:-1], cfg.block_size]
+
+
+class ValueEmbedding(nn.Module):
+    """A table of one value vector per token, and the gates that scale it: v += gate * table[token]."""
+
+    def __init__(self, cfg: SimpleNamespace, device: torch.device):
+        """Draw the table (V, C) like v's weight, and the gates' weights (n_head, GATE_CHANNELS) near zero: all gates
+        start near 1.5. Both fp32."""
+        super().__init__()
+        self.table = nn.Parameter(torch.empty(cfg.vocab_size, cfg.n_embd, device=device))
+        self.gate = nn.Parameter(torch.empty(cfg.n_head, min(GATE_CHANNELS, cfg.n_embd), device=device))
+        nn.init.normal_(self.table, std=cfg.n_embd ** -0.5)
+        nn.init.normal_(self.gate, std=0.01)
+
+    def forward(self, v: Tensor, x: Tensor, gain: Tensor, eps: float, idx: Tensor) -> Tensor:
+        """Return v + gate * table[idx] in plain PyTorch.
+
+        v (B, T, H, D); x (B, T, C): what the block's RMSNorm reads; gain (C,) and eps: that norm's; idx (B, T) int32.
+        """
+        channels = self.gate.shape[1]
+        inputs = (x[..., :channels].float() * inverse_rms(x, eps)) * gain[:channels].float()
+        gates = 3 * torch.sigmoid(inputs @ self.gate.float().t())                     # (B, T, H)
+        values = F.embedding(idx, self.table).float().view(*v.shape)
+        return (v.float() + gates[..., None] * values).to(v.dtype)
+
+
+class TokenOrder(NamedTuple):
+    """The tokens of a micro-batch, and where each occurs: what an embedding's gradient needs to be summed in order."""
+
+    tokens: Tensor         # (N,) int32
+    order: Tensor | None   # (N,) int64, positions sorted by token; None: no gradients are computed
+    starts: Tensor | None  # (V + 1,) int64, where each token begins in `order`
+
+
+def token_order(idx: Tensor, vocab_size: int) -> TokenOrder:
+    """Sort the positions of a micro-batch by token, unless gradients are off. idx (B, T) int32."""
+    tokens = idx.flatten()
+    if not torch.is_grad_enabled():
+        return TokenOrder(tokens, None, None)
+    ordered, order = tokens.sort(stable=True)
+    ids = torch.arange(vocab_size + 1, dtype=tokens.dtype, device=idx.device)
+    return TokenOrder(tokens, order, torch.searchsorted(ordered, ids))
+
+
+def add_value_embedding(qkv: Tensor, table: Tensor, gate: Tensor, where: TokenOrder, residual: Tensor, rstd: Tensor,
+                        gain: Tensor) -> tuple[Tensor, Tensor]:
+    """Add gates * table[tokens] to v in place, in a Triton kernel; return the gates' inputs (N, channels) and the gates
+    (N, H), fp32, for backward. Arguments: kernels.value_embedding_forward."""
+    N, C = residual.shape
+    heads, channels = gate.shape
+    inputs = torch.empty(N, channels, dtype=torch.float32, device=qkv.device)
+    gates = torch.empty(N, heads, dtype=torch.float32, device=qkv.device)
+    kernels.value_embedding_forward[(N,)](
+        qkv, table, where.tokens, residual, rstd, gain, gate, inputs, gates, C, heads, channels,
+        triton.next_power_of_2(heads), C // heads)
+    return inputs, gates
+
+
+def value_embedding_grad(dv: Tensor, dy: Tensor, table: Tensor, gate: Tensor, where: TokenOrder, inputs: Tensor,
+                         gates: Tensor, in_place: str) -> tuple[Tensor | None, Tensor]:
+    """Return the gradients of table and gate, and add the gates' share to dy (N, C), the gradient of the norm's output.
+
+    dv (B, T, H, D) bf16; inputs, gates: from add_value_embedding(). in_place: if not "" and table.grad exists, the
+    table's gradient is added to it, and None returned in its place.
+    """
+    (N, C), (heads, channels), stride = dy.shape, gate.shape, dv.stride(1)
+    d_logits = torch.empty_like(gates)
+    kernels.value_embedding_backward[(N,)](
+        dv, table, where.tokens, gate, gates, dy, d_logits, stride, C, heads, channels, triton.next_power_of_2(heads),
+        C // heads)
+    add = bool(in_place) and table.grad is not None
+    grad = table.grad if add else torch.zeros_like(table)
+    columns = 128
+    kernels.embedding_gradient[(min(len(grad), 4096), triton.cdiv(C, columns))](
+        grad, dv, gates, where.order, where.starts, len(grad), stride, C, heads, C // heads, True, 32, columns)
+    return None if add else grad, (d_logits.t() @ inputs).to(gate.dtype)
