@@ -15,6 +15,7 @@ from typing import Literal
 
 from nanofp8.config import (  # types of flags, and what reads them
     AutoBool,
+    AutoPositive,
     FolderName,
     Fraction,
     Letters,
@@ -80,7 +81,7 @@ from nanofp8.shards import ShardError, open_shard  # the token shard format
 # A flag that is edited here or given on the command line beats the preset.
 
 # The run
-preset: Literal["auto", "classic", "d20", "d12", "tiny"] = "auto"  # "auto": d20 with a GPU, tiny without
+preset: Literal["auto", "d20", "speedrun", "d12", "tiny", "classic"] = "auto"  # "auto": d20 with a GPU, tiny without
 run_name: FolderName = "gpt"                  # the run folder is out_dir/run_name; a taken name gets a number
 out_dir: str = "out"                          # folder for run folders
 resume: str = ""                              # "auto": from this run_name's newest checkpoint; or a path to one
@@ -105,28 +106,29 @@ window_size: Positive = 512                   # tokens that S attends to, the ow
 n_value_embed: NonNegative = 0                # blocks that add a learned vector a token to v: every second, last first
 USE_X0: bool = False                          # each block reads a * x + b * token embedding, a and b learned
 
-# Batch and schedule, in optimizer steps
-total_batch_size: Positive = 524288           # tokens per optimizer step, over all ranks and micro-batches
-batch_size: Positive = 16                     # sequences per micro-batch and rank
-max_iters: Positive = 1700                    # optimizer steps; 1700 x 524,288 tokens = 9 FineWeb shards, once
+# Length, batch and schedule
+train_tokens: NonNegative = 891289600         # tokens to train on: 9 FineWeb shards, once; 0: max_iters counts
+total_batch_size: AutoPositive = "auto"       # tokens per optimizer step, over all ranks; "auto": by train_tokens
+batch_size: Positive = 16                     # most sequences per micro-batch and rank
+max_iters: Positive = 1700                    # optimizer steps; if given, it beats train_tokens
 warmup_iters: NonNegative = 100               # steps of linear warm-up of all learning rates
-warmup_ratio: Fraction = 0.0                  # the same as a fraction of all steps; 0: warmup_iters counts
-lr_schedule: Literal["cosine", "linear"] = "cosine"  # after the warm-up; "linear": constant, then a linear warm-down
-warmdown_ratio: Fraction = 0.65               # linear: fraction of all steps that the warm-down takes
-min_lr_ratio: NonNegativeFloat = 0.1          # the schedule ends at this fraction of each learning rate
-lr_scaling: Literal["none", "sqrt"] = "none"  # "sqrt": rates are for 524,288 tokens a step, and follow its square root
+warmup_ratio: Fraction = 0.02                 # the same as a fraction of all steps; 0: warmup_iters counts
+lr_schedule: Literal["cosine", "linear"] = "linear"  # after the warm-up; "linear": constant, then a linear warm-down
+warmdown_ratio: Fraction = 0.75               # linear: fraction of all steps that the warm-down takes
+min_lr_ratio: NonNegativeFloat = 0.03         # the schedule ends at this fraction of each learning rate
+lr_scaling: Literal["none", "sqrt"] = "sqrt"  # "sqrt": rates are for 524,288 tokens a step, and follow its square root
 
 # Optimizers: Muon for the matrices in the blocks, AdamW for the rest
-learning_rate: NonNegativeFloat = 0.02        # Muon; each update is also scaled by sqrt(fan_out / fan_in)
-learning_rate_embed: NonNegativeFloat = 0.3   # AdamW, token embedding
-learning_rate_head: NonNegativeFloat = 0.004  # AdamW, output head
-learning_rate_gain: NonNegativeFloat = 0.004  # AdamW, RMSNorm gains
-learning_rate_value: NonNegativeFloat = 0.15  # AdamW, value embeddings
+learning_rate: NonNegativeFloat = 0.04        # Muon; each update is also scaled by sqrt(fan_out / fan_in)
+learning_rate_embed: NonNegativeFloat = 0.6   # AdamW, token embedding
+learning_rate_head: NonNegativeFloat = 0.008  # AdamW, output head
+learning_rate_gain: NonNegativeFloat = 0.016  # AdamW, RMSNorm gains, and gates of value embeddings
+learning_rate_value: NonNegativeFloat = 0.3   # AdamW, value embeddings
 learning_rate_x0: NonNegativeFloat = 0.5      # AdamW, scalars on the token embedding (USE_X0); those on x: 1% of it
 lr_ratio_fc2: PositiveFloat = 1.0             # Muon; factor on the learning rate of the MLP's second matrix
-weight_decay: NonNegativeFloat = 0.1          # Muon; decoupled, multiplied by the learning rate
-weight_decay_end: NonNegativeFloat = 1.0      # Muon; the decay falls linearly to this fraction at the last step
-USE_CAUTIOUS_WD: bool = False                 # Muon; decay only where update and weight have the same sign
+weight_decay: NonNegativeFloat = 0.17         # Muon; decoupled, multiplied by the learning rate
+weight_decay_end: NonNegativeFloat = 0.0      # Muon; the decay falls linearly to this fraction at the last step
+USE_CAUTIOUS_WD: bool = True                  # Muon; decay only where update and weight have the same sign
 weight_decay_embed: NonNegativeFloat = 0.0    # AdamW, token embedding
 weight_decay_head: NonNegativeFloat = 0.0     # AdamW, output head
 weight_decay_gain: NonNegativeFloat = 0.0     # AdamW, RMSNorm gains
@@ -137,9 +139,9 @@ adam_eps: PositiveFloat = 1e-10               # AdamW, added to the square root 
 muon_momentum_start: Fraction = 0.85          # Muon momentum at step 0 ...
 muon_momentum: Fraction = 0.95                # ... and from step muon_momentum_iters on
 muon_momentum_iters: NonNegative = 300        # steps of the linear momentum warm-up
-muon_momentum_ratio: Fraction = 0.0           # the same as a fraction of all steps; 0: muon_momentum_iters counts
+muon_momentum_ratio: Fraction = 0.15          # the same as a fraction of all steps; 0: muon_momentum_iters counts
 muon_momentum_end: Fraction = 0.0             # Muon momentum at the last step, reached as the rates fall; 0: it stays
-muon_variant: Literal["muon", "normuon"] = "muon"  # normuon: each row of an update is divided by its usual size
+muon_variant: Literal["muon", "normuon"] = "normuon"  # normuon: each row of an update is divided by its usual size
 muon_beta2: Fraction = 0.95                   # normuon, average of squared updates
 muon_impl: Literal["auto", "dion", "torch"] = "auto"  # "auto": dion where it can run, else torch
 grad_clip: NonNegativeFloat = 1.0             # largest global gradient norm; 0: measure it only
@@ -178,10 +180,10 @@ loss_chunk_size: Positive = 8192              # tokens whose logits exist at the
 USE_PROFILE: bool = False                     # profile the sixth step into the run folder, print its top kernels
 
 # Evaluation, logging, checkpoints
-eval_interval: NonNegative = 125              # steps between evaluations; 0: only at the end
+eval_interval: NonNegative = 500              # steps between evaluations; 0: only at the end
 eval_tokens: Positive = 10485760              # tokens of the val shards per evaluation (all of them if there are fewer)
 log_interval: Positive = 1                    # steps between log lines
-ckpt_interval: NonNegative = 250              # steps between checkpoints; 0: off. Always saved: end, SIGTERM, SIGINT
+ckpt_interval: NonNegative = 1000             # steps between checkpoints; 0: off. Always saved: end, SIGTERM, SIGINT
 ckpt_minutes: NonNegativeFloat = 0.0          # also save every this many minutes; 0: off
 keep_checkpoints: NonNegative = 2             # number of newest checkpoints to keep; 0: write none
 USE_WANDB: bool = False                       # also log to Weights & Biases
@@ -197,36 +199,73 @@ rank_timeout: Timeout = 120.0                 # seconds without a heartbeat befo
 # End of flags
 # ======================================================================================================================
 
-# The default flags of commit 1ea897b, to compare later recipes with.
+# The default flags of commit 1ea897b, to compare later recipes with. A checkpoint that lacks a flag was trained so
 CLASSIC = dict(
     dataset="fineweb10B", n_layer=20, n_embd=1280, n_head=10, vocab_size=65536, block_size=2048, rope_base=10000.0,
-    norm_eps=1e-6, logit_softcap=15.0, total_batch_size=524288, batch_size=16, max_iters=1700, warmup_iters=100,
-    min_lr_ratio=0.1, learning_rate=0.02, learning_rate_embed=0.3, learning_rate_head=0.004, learning_rate_gain=0.004,
-    weight_decay=0.1, weight_decay_embed=0.0, weight_decay_head=0.0, weight_decay_gain=0.0, adam_beta1=0.8,
-    adam_beta2=0.95, adam_eps=1e-10, muon_momentum_start=0.85, muon_momentum=0.95, muon_momentum_iters=300,
-    grad_clip=1.0, loss_chunk_size=8192, eval_interval=125, eval_tokens=10485760, warmup_ratio=0.0,
-    lr_schedule="cosine", warmdown_ratio=0.65, lr_scaling="none", lr_ratio_fc2=1.0, weight_decay_end=1.0,
-    USE_CAUTIOUS_WD=False, adam_beta2_embed=0.95, muon_momentum_ratio=0.0, muon_momentum_end=0.0, qk_scale=1.0,
-    window_pattern="L", n_value_embed=0, USE_X0=False, muon_variant="muon",
+    norm_eps=1e-6, logit_softcap=15.0, qk_scale=1.0, window_pattern="L", n_value_embed=0, USE_X0=False, train_tokens=0,
+    total_batch_size=524288, batch_size=16, max_iters=1700, warmup_iters=100, warmup_ratio=0.0, lr_schedule="cosine",
+    warmdown_ratio=0.65, min_lr_ratio=0.1, lr_scaling="none", learning_rate=0.02, learning_rate_embed=0.3,
+    learning_rate_head=0.004, learning_rate_gain=0.004, lr_ratio_fc2=1.0, weight_decay=0.1, weight_decay_end=1.0,
+    USE_CAUTIOUS_WD=False, weight_decay_embed=0.0, weight_decay_head=0.0, weight_decay_gain=0.0, adam_beta1=0.8,
+    adam_beta2=0.95, adam_beta2_embed=0.95, adam_eps=1e-10, muon_momentum_start=0.85, muon_momentum=0.95,
+    muon_momentum_iters=300, muon_momentum_ratio=0.0, muon_momentum_end=0.0, muon_variant="muon", grad_clip=1.0,
+    loss_chunk_size=8192, eval_interval=125, eval_tokens=10485760, ckpt_interval=250,
 )
+PARTS = dict(qk_scale=1.2, window_pattern="SSSL", USE_X0=True, vocab_size=50304)  # Hugging Face's class lacks them
 PRESETS = {
-    "classic": CLASSIC,
     # Must repeat the default of every flag that a preset sets: a default that differs counts as edited
-    "d20": CLASSIC | dict(),
-    "d12": dict(n_layer=12, n_embd=768, n_head=6, batch_size=32),
-    "tiny": dict(
-        dataset="shakespeare", n_layer=4, n_embd=128, n_head=2, vocab_size=50304, block_size=128, total_batch_size=2048,
-        batch_size=8, max_iters=60, warmup_iters=5, loss_chunk_size=64, muon_momentum_iters=60, eval_interval=20,
-        eval_tokens=16384, learning_rate_head=0.01,
+    "d20": CLASSIC | dict(
+        train_tokens=891289600, total_batch_size="auto", warmup_ratio=0.02, lr_schedule="linear", warmdown_ratio=0.75,
+        min_lr_ratio=0.03, lr_scaling="sqrt", learning_rate=0.04, learning_rate_embed=0.6, learning_rate_head=0.008,
+        learning_rate_gain=0.016, weight_decay=0.17, weight_decay_end=0.0, USE_CAUTIOUS_WD=True,
+        muon_momentum_ratio=0.15, muon_variant="normuon", eval_interval=500, ckpt_interval=1000,
     ),
+    "speedrun": PARTS | dict(n_value_embed=5),
+    "d12": PARTS | dict(n_layer=12, n_embd=768, n_head=6, batch_size=32, n_value_embed=3),
+    "tiny": dict(
+        dataset="shakespeare", n_layer=4, n_embd=128, n_head=2, vocab_size=50304, block_size=128, train_tokens=0,
+        total_batch_size=2048, batch_size=8, max_iters=60, loss_chunk_size=64, eval_interval=20, eval_tokens=16384,
+        lr_scaling="none", learning_rate=0.03, learning_rate_embed=0.5, learning_rate_head=0.015,
+        learning_rate_gain=0.01,
+    ),
+    "classic": CLASSIC,
 }
 
 
+def auto_batch(train_tokens: int) -> int:
+    """Return the tokens per step for a run of this length: the power of two nearest to 65,536 x (length / 70M)^0.383.
+
+    65,536 was best at 70M tokens of FineWeb (docs/recipe.md); the exponent is nanochat's.
+    """
+    return 2 ** max(0, round(math.log2(65536 * (train_tokens / 70e6) ** 0.383)))
+
+
+def resolve_length(cfg: SimpleNamespace, saved: dict | None = None) -> None:
+    """Set total_batch_size if it is "auto", and max_iters by train_tokens, in place.
+
+    saved: flags of the checkpoint that is resumed, whose total_batch_size stays if the flag is "auto".
+    """
+    if "max_iters" in cfg.explicit and "train_tokens" in cfg.explicit and cfg.train_tokens:
+        raise UserError("train_tokens and max_iters both set the length; give only one of them", 2)
+    if "total_batch_size" in cfg.auto:
+        if not cfg.train_tokens and not saved:
+            raise UserError("total_batch_size=auto needs --train_tokens; or give --total_batch_size=65536", 2)
+        cfg.total_batch_size = saved["total_batch_size"] if saved else auto_batch(cfg.train_tokens)
+    if cfg.train_tokens and "max_iters" not in cfg.explicit:
+        cfg.max_iters = max(1, round(cfg.train_tokens / cfg.total_batch_size))
+
+
 def check_flags(cfg: SimpleNamespace, world_size: int) -> None:
-    """Refuse combinations of flags that cannot work: UserError. Types and ranges were checked by parse_flags()."""
+    """Refuse combinations of flags that cannot work: UserError. Types and ranges were checked by parse_flags().
+
+    A batch_size that was not given is lowered until total_batch_size is a multiple of what all ranks read at once.
+    """
     if cfg.n_embd % cfg.n_head or cfg.n_embd // cfg.n_head % 2:
         raise UserError(f"n_embd={cfg.n_embd} over n_head={cfg.n_head} heads must give an even head size; "
                         f"try --n_head={max(1, cfg.n_embd // 128)}", 2)
+    sequences, rest = divmod(cfg.total_batch_size, world_size * cfg.block_size)
+    if "batch_size" not in cfg.explicit and sequences and not rest:
+        cfg.batch_size = max(b for b in range(1, cfg.batch_size + 1) if sequences % b == 0)
     micro = world_size * cfg.batch_size * cfg.block_size
     if cfg.total_batch_size % micro:
         nearest = max(1, round(cfg.total_batch_size / micro)) * micro
@@ -964,6 +1003,11 @@ def set_up(cfg: SimpleNamespace, procs: Processes, cleanup: contextlib.ExitStack
     Data and checkpoint are checked first, before anything is built. `cleanup` gets what must be undone at the end, also
     after an error: other runs may follow in this process.
     """
+    resumed, lock = checkpoint.lock_checkpoint(cfg, procs)
+    if lock:
+        cleanup.callback(lock.close)
+    if resumed:
+        resolve_length(cfg, checkpoint.adopt_flags(resumed, cfg, CLASSIC, procs))
     check_flags(cfg, procs.world_size)
     value_layers(cfg.n_layer, cfg.n_value_embed)  # raises UserError
     torch.manual_seed(cfg.seed)
@@ -974,9 +1018,6 @@ def set_up(cfg: SimpleNamespace, procs: Processes, cleanup: contextlib.ExitStack
         torch.cuda.reset_peak_memory_stats(procs.device)
     loader, val_ring = open_data(cfg, procs)
     cleanup.callback(loader.close)
-    resumed, lock = checkpoint.lock_checkpoint(cfg, procs)
-    if lock:
-        cleanup.callback(lock.close)
     meta = checkpoint.check_resume(resumed, cfg, loader.ring, procs) if resumed else None
 
     run = build(cfg, procs, loader)
@@ -1048,7 +1089,9 @@ def run(cfg: SimpleNamespace, procs: Processes) -> str:
 def read_flags(argv: Sequence[str], has_gpu: bool | None = None) -> SimpleNamespace:
     """Resolve this script's flags from command-line arguments (has_gpu: default torch.cuda.is_available())."""
     has_gpu = torch.cuda.is_available() if has_gpu is None else has_gpu
-    return parse_flags(argv, os.path.abspath(__file__), PRESETS, has_gpu)
+    cfg = parse_flags(argv, os.path.abspath(__file__), PRESETS, has_gpu)
+    resolve_length(cfg)
+    return cfg
 
 
 def main(argv: Sequence[str] | None = None) -> str:

@@ -266,6 +266,23 @@ def lock_checkpoint(cfg: SimpleNamespace, procs: Processes) -> tuple[str | None,
     return checkpoint, lock
 
 
+def adopt_flags(checkpoint: str, cfg: SimpleNamespace, old: dict, procs: Processes) -> dict:
+    """Return the flags of a checkpoint that is to be resumed.
+
+    If it is older than the flag lr_scaling, cfg takes its recipe, because the present defaults differ: every flag of
+    `old` (what such code trained with) that was neither given nor edited.
+    Raises: UserError.
+    """
+    saved = read_checkpoint(checkpoint)["flags"]
+    if "lr_scaling" not in saved:
+        taken = [name for name in old if name not in cfg.explicit]
+        for name in taken:
+            setattr(cfg, name, saved.get(name, old[name]))
+        cfg.auto = [name for name in cfg.auto if name not in taken]
+        procs.print("resume: the checkpoint is older than the present recipe, and continues with its own")
+    return saved
+
+
 def check_resume(checkpoint: str, cfg: SimpleNamespace, ring: Any, procs: Processes) -> dict:
     """Return the meta.json of a checkpoint, after checking that flags and data fit it. Prints harmless differences.
 

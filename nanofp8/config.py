@@ -88,6 +88,7 @@ Window = Annotated[int, Bounds(1, 1_000_000)]  # steps that are kept in memory
 Timeout = Annotated[float, Bounds(5)]          # seconds; heartbeats come every second
 FolderName = Annotated[str, Pattern(r"(?!\.{1,2}$)[^/\\\0]+", "a folder name without slashes")]
 Letters = Annotated[str, Pattern(r"[SL]+", "one or more of the letters S and L, such as SSSL")]
+AutoPositive = Union[Literal["auto"], Positive]
 AutoBool = Union[Literal["auto"], bool]
 
 
@@ -123,8 +124,9 @@ def convert(kind: Any, value: Any) -> Any:
         for part in get_args(kind):
             try:
                 return convert(part, value)
-            except ValueError:
-                continue
+            except ValueError as error:
+                if get_origin(part) is Annotated and str(error) != describe(part):  # a number that is out of range
+                    raise
         raise wrong
     if origin is Literal:
         for choice in get_args(kind):
@@ -273,7 +275,8 @@ def parse_flags(argv: Sequence[str], path: str | os.PathLike, presets: Mapping[s
         presets: {preset: {flag: value}}. An entry of GPU_PRESET repeats the script's released defaults: a flag whose
             default differs from it was edited.
         has_gpu: whether preset "auto" stands for GPU_PRESET or for CPU_PRESET.
-    Returns: one attribute per flag, and `explicit`: sorted names of the flags given in `argv`, and "preset".
+    Returns: one attribute per flag; `explicit`: sorted names of the flags given in `argv` or edited, and "preset";
+        `auto`: those whose value is "auto".
     Raises: UserError (status 2).
     """
     flags = script_flags(path)
@@ -285,12 +288,13 @@ def parse_flags(argv: Sequence[str], path: str | os.PathLike, presets: Mapping[s
     edited = {name for name, released in presets[GPU_PRESET].items() if values[name] != released}
     values |= {name: value for name, value in presets[preset].items() if name not in edited}
     values |= given | {"preset": preset}
-    return SimpleNamespace(**values, explicit=sorted({*given, "preset"}))
+    auto = sorted(name for name, value in values.items() if value == "auto")
+    return SimpleNamespace(**values, explicit=sorted({*given, *edited, "preset"}), auto=auto)
 
 
 def flag_values(cfg: SimpleNamespace) -> dict[str, Any]:
     """Return all flags as a dict, for config.json and meta.json."""
-    return {name: value for name, value in vars(cfg).items() if name != "explicit"}
+    return {name: value for name, value in vars(cfg).items() if name not in ("explicit", "auto")}
 
 
 def check_command_line(path: str, argv: Sequence[str] | None = None) -> None:

@@ -228,7 +228,8 @@ def test_momentum_of_a_fresh_optimizer_is_zero():
 
 def test_one_step_of_the_model_against_the_reference():
     """Through Optimizers: groups, schedule and momentum together, for every matrix of the blocks."""
-    cfg = make_cfg(learning_rate=0.1, weight_decay=0.3, warmup_iters=4, muon_momentum_iters=4)
+    cfg = make_cfg(learning_rate=0.1, weight_decay=0.3, weight_decay_end=1.0, USE_CAUTIOUS_WD=False, warmup_iters=4,
+                   muon_momentum_iters=4, muon_variant="muon")
     model = make_model(cfg)
     optimizers = make_optimizers(model, cfg)
     start = {n: p.detach().clone() for n, p in model.blocks.named_parameters()}

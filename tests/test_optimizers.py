@@ -68,7 +68,7 @@ def test_weight_decay_falls_linearly_to_its_end():
     s = schedule(weight_decay=0.2, weight_decay_end=0.0)
     assert s.weight_decay(0) == 0.2 and s.weight_decay(199) == 0.0
     assert s.weight_decay(99) == pytest.approx(0.2 * 100 / 199)
-    assert schedule(weight_decay=0.2).weight_decay(150) == 0.2
+    assert schedule(weight_decay=0.2, weight_decay_end=1.0).weight_decay(150) == 0.2
 
 
 def test_momentum_falls_with_the_warm_down():
@@ -115,7 +115,7 @@ def test_each_parameter_is_in_exactly_one_group():
 
 def test_rates_decays_and_betas_follow_their_flags():
     flags = dict(learning_rate=1.5, learning_rate_embed=2.5, learning_rate_head=3.5, learning_rate_gain=4.5,
-                 weight_decay=0.1,
+                 weight_decay=0.1, weight_decay_end=1.0, lr_schedule="cosine",
                  weight_decay_embed=0.2, weight_decay_head=0.3, weight_decay_gain=0.4)
     optimizers = make_optimizers(make_model(), **flags, warmup_iters=4, max_iters=12, min_lr_ratio=0.2, adam_beta1=0.7,
                                  adam_beta2=0.9, adam_eps=1e-7, muon_momentum_start=0.5, muon_momentum=0.9,

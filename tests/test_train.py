@@ -1,5 +1,6 @@
 """train.py's presets, the checks of its flags, the choice of a wrapper, and train.py as a program."""
 
+import math
 import re
 import sys
 from types import SimpleNamespace
@@ -39,6 +40,78 @@ def test_the_shapes_of_every_preset_pass_the_checks():
     for name in train.PRESETS:
         train.check_flags(parse(f"--preset={name}"), 1)
         train.check_flags(parse(f"--preset={name}"), 1 if name == "tiny" else 8)
+
+
+# -----------------------------------------------------------------------------------------------------
+# Length and batch
+
+
+def test_the_batch_follows_the_length_alone():
+    sizes = [train.auto_batch(tokens) for tokens in (1, 10**6, 70 * 10**6, 400 * 10**6, 891289600, 10**10)]
+    assert sizes == [2 ** round(math.log2(65536 * (tokens / 70e6) ** 0.383))
+                     for tokens in (1, 10**6, 70 * 10**6, 400 * 10**6, 891289600, 10**10)]
+    assert sizes == sorted(sizes) and sizes[2] == 65536 and sizes[4] == 131072
+
+
+def test_train_tokens_sets_the_number_of_steps():
+    cfg = parse("--preset=d20")
+    assert (cfg.total_batch_size, cfg.max_iters) == (131072, 6800)
+    cfg = parse("--preset=d20", "--train_tokens=70000000")
+    assert (cfg.total_batch_size, cfg.max_iters) == (65536, 1068)
+    cfg = parse("--preset=d20", "--total_batch_size=524288")
+    assert (cfg.total_batch_size, cfg.max_iters) == (524288, 1700)
+    cfg = parse("--preset=d20", "--max_iters=20")  # beats the preset's train_tokens
+    assert (cfg.total_batch_size, cfg.max_iters) == (131072, 20)
+    assert parse("--preset=classic").max_iters == 1700 and parse("--preset=tiny").max_iters == 60
+    assert parse("--preset=tiny", "--train_tokens=4096").max_iters == 2
+
+
+@pytest.mark.parametrize("arguments,words", [
+    (["--preset=d20", "--train_tokens=1000000", "--max_iters=3"], ["train_tokens", "max_iters"]),
+    (["--preset=d20", "--train_tokens=0"], ["total_batch_size=auto", "--train_tokens"]),
+    (["--total_batch_size=0"], ["total_batch_size", "at least 1"]),
+    (["--total_batch_size=many"], ["total_batch_size", "auto or an integer"]),
+    (["--preset=d20", "--n_value_embed=-1"], ["n_value_embed"]), (["--window_pattern=SLX"], ["window_pattern", "SSSL"]),
+])
+def test_a_length_or_batch_that_cannot_be_is_refused(arguments, words):
+    with pytest.raises(UserError) as caught:
+        parse(*arguments)
+    assert caught.value.status == 2 and all(word in str(caught.value) for word in words)
+
+
+def resumed(monkeypatch, saved, *argv):
+    """The flags of a run that resumes a checkpoint with these flags."""
+    monkeypatch.setattr(train.checkpoint, "read_checkpoint", lambda folder: dict(flags=saved))
+    cfg = parse(*argv)
+    train.resolve_length(cfg, train.checkpoint.adopt_flags("a", cfg, train.CLASSIC, one_process()))
+    return cfg
+
+
+def test_a_resumed_run_keeps_the_batch_that_was_chosen_for_it(monkeypatch):
+    saved = vars(parse("--preset=d20", "--train_tokens=70000000"))
+    cfg = resumed(monkeypatch, saved, "--preset=d20", "--train_tokens=891289600")
+    assert (cfg.total_batch_size, cfg.max_iters) == (65536, 13600)
+    cfg = resumed(monkeypatch, saved, "--preset=d20", "--total_batch_size=131072")  # check_resume() refuses it
+    assert cfg.total_batch_size == 131072
+
+
+def test_a_checkpoint_without_the_new_flags_continues_with_the_recipe_that_it_had(monkeypatch):
+    saved = dict(total_batch_size=524288, learning_rate=0.03, max_iters=1700, n_layer=20, vocab_size=65536)
+    cfg = resumed(monkeypatch, saved, "--preset=d20", "--learning_rate_head=0.007")
+    assert vars(cfg) | dict(explicit=0, auto=0, preset=0) == vars(parse("--preset=classic")) | dict(
+        learning_rate=0.03, learning_rate_head=0.007, explicit=0, auto=0, preset=0)
+    assert resumed(monkeypatch, saved, "--preset=d20", "--max_iters=2000").max_iters == 2000
+
+
+@pytest.mark.parametrize("ranks,batch", [(1, 16), (2, 16), (4, 16), (8, 8), (16, 4), (64, 1)])
+def test_a_batch_size_that_was_not_given_is_lowered_for_many_ranks(ranks, batch):
+    cfg = parse("--preset=d20")
+    train.check_flags(cfg, ranks)
+    assert cfg.batch_size == batch and cfg.total_batch_size == 131072
+    cfg = parse("--preset=d20", "--batch_size=16")
+    if ranks > 4:
+        with pytest.raises(UserError, match="--total_batch_size="):
+            train.check_flags(cfg, ranks)
 
 
 @pytest.mark.parametrize("changes,words", [
