@@ -54,7 +54,6 @@ import torch.nn as nn
 from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
 
 from nanofp8 import checkpoint, runlog  # save, find, check, restore; run folder, log.jsonl, console, wandb
 from nanofp8.faults import Guard, StopSignal  # bad steps; SIGTERM and SIGINT
@@ -63,7 +62,7 @@ from nanofp8.loss import LMHead  # output projection and softcapped cross-entrop
 from nanofp8.machine import Clock, describe_machine, pause_garbage_collection, profiling
 from nanofp8.muon import OptimizerSet, import_bitsandbytes, make_muon, muon_groups  # Dion's Muon, or torch's
 from nanofp8.parts import ValueEmbedding, token_order, value_layers, windows  # what preset "speedrun" adds
-from nanofp8.plain import rms_norm, rope_qk_norm, rope_tables  # parts of the model in plain PyTorch
+from nanofp8.plain import MATRICES, rms_norm, rope_qk_norm, rope_tables  # parts of the model in plain PyTorch
 from nanofp8.precision import (  # number formats and FP8's scaling state
     Precision,
     choose_format,
@@ -74,7 +73,9 @@ from nanofp8.precision import (  # number formats and FP8's scaling state
 )
 from nanofp8.prefetch import Prefetcher  # items made ahead of time by a thread
 from nanofp8.procs import Processes, command_line  # rank, device, mesh; start and end of a script
+from nanofp8.schedule import Schedule  # learning rates, weight decay and momentum at each step
 from nanofp8.shards import ShardError, open_shard  # the token shard format
+from nanofp8.zero import Shards  # what USE_DDP does
 
 # ======================================================================================================================
 # Flags. Edit a value here, or give --name=value. The values below are those of preset "d20".
@@ -541,6 +542,10 @@ class GPT(nn.Module):
             h = self.norm(x)
         return self.head(h, targets, first, fp8_head, self.in_place)
 
+    def matrices(self) -> list[Tensor]:
+        """Return the weights that Muon trains."""
+        return [p for name, p in self.blocks.named_parameters() if name.endswith(tuple(MATRICES.values()))]
+
     def scales(self) -> list[tuple[Tensor | None, Tensor | None]]:
         """Return each block's scalars on x and on the token embedding (USE_X0)."""
         if not self.cfg.USE_X0:
@@ -567,65 +572,15 @@ def flops_per_token(cfg: SimpleNamespace) -> float:
 
 
 # ======================================================================================================================
-# Optimizers and schedules
-
-
-def lr_factor(step: int, warmup_iters: int, max_iters: int, min_lr_ratio: float,
-              warmdown_ratio: float | None = None) -> float:
-    """Return the learning-rate factor of a step (from 0): linear from 1/warmup_iters to 1 at step warmup_iters - 1,
-    then a cosine from step warmup_iters to min_lr_ratio at step max_iters - 1. With warmdown_ratio, instead of the
-    cosine: 1, then linear to min_lr_ratio over that fraction of all steps (0: 1 to the end)."""
-    if step < warmup_iters:
-        return (step + 1) / warmup_iters
-    if warmdown_ratio is not None:
-        length = warmdown_ratio * max_iters
-        left = min(1.0, max(0, max_iters - 1 - step) / length) if length else 1.0
-        return min_lr_ratio + (1 - min_lr_ratio) * left
-    progress = min(1.0, (step - warmup_iters) / max(1, max_iters - 1 - warmup_iters))
-    return min_lr_ratio + (1 - min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def momentum_at(step: int, start: float, end: float, iters: int) -> float:
-    """Return Muon's momentum at a step: linear from `start` at step 0 to `end` at step `iters`, then constant."""
-    return end if step >= iters else start + (end - start) * step / iters
-
-
-class Schedule:
-    """Learning-rate factor, Muon's weight decay and Muon's momentum at each step."""
-
-    def __init__(self, cfg: SimpleNamespace):
-        """Resolve fractions of the run to steps. cfg: all flags."""
-        self.cfg = cfg
-        self.warmup, self.momentum_iters = (
-            round(ratio * cfg.max_iters) if ratio else iters for ratio, iters in (
-                (cfg.warmup_ratio, cfg.warmup_iters), (cfg.muon_momentum_ratio, cfg.muon_momentum_iters)))
-        self.warmdown = cfg.warmdown_ratio if cfg.lr_schedule == "linear" else None
-        # The noise of a gradient grows with 1 / sqrt(batch), and a step of Muon or AdamW is as long as its rate
-        self.scale = math.sqrt(cfg.total_batch_size / 524288) if cfg.lr_scaling == "sqrt" else 1.0
-
-    def lr(self, step: int) -> float:
-        """Return the factor on all learning rates at a step (from 0)."""
-        return self.scale * lr_factor(step, self.warmup, self.cfg.max_iters, self.cfg.min_lr_ratio, self.warmdown)
-
-    def weight_decay(self, step: int) -> float:
-        """Return Muon's weight decay at a step; it is also multiplied by the learning rate."""
-        return self.cfg.weight_decay * (1 + (self.cfg.weight_decay_end - 1) * step / max(1, self.cfg.max_iters - 1))
-
-    def momentum(self, step: int) -> float:
-        """Return Muon's momentum at a step: warm-up, then muon_momentum, or as the rates fall to muon_momentum_end."""
-        cfg = self.cfg
-        momentum = momentum_at(step, cfg.muon_momentum_start, cfg.muon_momentum, self.momentum_iters)
-        if cfg.muon_momentum_end:
-            left = lr_factor(step, 0, cfg.max_iters, 0.0, self.warmdown)  # from 1 to 0, as the rates fall
-            momentum = min(momentum, cfg.muon_momentum_end + (cfg.muon_momentum - cfg.muon_momentum_end) * left)
-        return momentum
+# Optimizers
 
 
 class Optimizers(OptimizerSet):
     """Muon for the matrices in the blocks, AdamW for embedding, head and gains, stepped as one."""
 
-    def __init__(self, model: GPT, cfg: SimpleNamespace, procs: Processes, sharded: bool):
-        """Sort the parameters into groups. sharded: by FSDP2. Raises: UserError if an optimizer cannot run here."""
+    def __init__(self, model: GPT, cfg: SimpleNamespace, procs: Processes, parallel: "Parallel"):
+        """Sort the parameters into groups. Raises: UserError if an optimizer cannot run here."""
+        sharded, self.shards = parallel.wrapper == "fsdp2", parallel.shards
         blocks = list(model.blocks.named_parameters())
         muon = dict(lr=cfg.learning_rate, weight_decay=cfg.weight_decay, mu=cfg.muon_momentum_start,
                     cautious_wd=cfg.USE_CAUTIOUS_WD)
@@ -635,8 +590,7 @@ class Optimizers(OptimizerSet):
             dict(name="qkv", params=[p for n, p in blocks if n.endswith("qkv.weight")],
                  split_sizes=(cfg.n_embd, cfg.n_embd, cfg.n_embd), **muon),
             dict(name="matrices", **muon,
-                 params=[p for n, p in blocks
-                         if p.ndim == 2 and not n.endswith(("qkv.weight", "fc2_weight")) and "value_embed" not in n]),
+                 params=[p for n, p in blocks if n.endswith(("proj.weight", "fc1_weight"))]),
             dict(name="fc2", **muon | dict(lr=cfg.learning_rate * cfg.lr_ratio_fc2),
                  params=[p for n, p in blocks if n.endswith("fc2_weight")]),
         ]
@@ -657,12 +611,15 @@ class Optimizers(OptimizerSet):
             adam_groups += [dict(name="x0", params=[model.x0_scale], lr=cfg.learning_rate_x0, betas=(0.96, 0.95),
                                  weight_decay=0.0),
                             dict(name="x", params=[model.x_scale], lr=cfg.learning_rate_x0 / 100, weight_decay=0.0)]
+        if self.shards is not None:
+            for group in matrix_groups + adam_groups:
+                group["params"] = self.shards.own(group["params"])
         # Before Dion turns its groups' "lr" into tensors on the device
         self.base_lr = {g["name"]: g["lr"] for g in matrix_groups + adam_groups}
 
         # Compiling Dion's update adds half a minute to a first start, and saves milliseconds a step (results/NOTES.md)
         self.compiled = cfg.USE_COMPILE is True
-        mesh = procs.mesh if sharded else procs.mesh.get_group() if procs.world_size > 1 else None
+        mesh = procs.mesh if sharded else None
         self.muon, self.description = make_muon(matrix_groups, cfg.muon_impl, procs.device, mesh, self.compiled)
         adam = dict(betas=(cfg.adam_beta1, cfg.adam_beta2), eps=cfg.adam_eps)
         self.all = [self.muon]
@@ -714,8 +671,8 @@ def choose_wrapper(cfg: SimpleNamespace, procs: Processes, parameters: int) -> t
         return "ddp", f"{ranks} ranks, USE_FSDP2=False"
     if ddp is False:
         return "fsdp2", f"{ranks} ranks, USE_DDP=False"
-    # fp32 weight, fp32 gradient (DDP's buckets are views of it), up to two fp32 moments: 16 bytes a parameter
-    state_gb = 16 * parameters / 1e9
+    # fp32 weight and gradient on every rank, two fp32 moments divided among them
+    state_gb = (8 + 8 / ranks) * parameters / 1e9
     if procs.device.type != "cuda":
         return "ddp", f"{ranks} ranks on CPUs"
     memory_gb = torch.cuda.get_device_properties(procs.device).total_memory / 1e9
@@ -725,24 +682,19 @@ def choose_wrapper(cfg: SimpleNamespace, procs: Processes, parameters: int) -> t
 
 
 class Parallel:
-    """The model under its wrapper. `module` is what to call; `model` keeps the plain names."""
+    """The model, and how its gradients and updates are shared out over the ranks."""
 
     def __init__(self, model: GPT, wrapper: str, cfg: SimpleNamespace, procs: Processes):
-        """Wrap the model, in place under FSDP2. wrapper: "none", "ddp" or "fsdp2"."""
-        self.model, self.module, self.wrapper, self.reshard = model, model, wrapper, cfg.FSDP2_RESHARD
+        """Prepare the model in place. wrapper: "none", "ddp" (every rank holds all weights) or "fsdp2"."""
+        self.model, self.wrapper, self.reshard, self.shards = model, wrapper, cfg.FSDP2_RESHARD, None
+        self.world_size = procs.world_size
+        reduce_dtype = torch.float32 if cfg.REDUCE_FP32 else torch.bfloat16
         if wrapper == "ddp":
-            # Buckets are views of the gradients: no second copy of them
-            device_ids = [procs.device] if procs.device.type == "cuda" else None
-            self.module = DistributedDataParallel(model, process_group=procs.mesh.get_group(), device_ids=device_ids,
-                                                  gradient_as_bucket_view=True)
-            if not cfg.REDUCE_FP32:
-                from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook as compress
-                # A lambda: DDP refuses torch's hook (by its name) without NCCL, although gloo can add bf16
-                self.module.register_comm_hook(procs.mesh.get_group(), lambda group, bucket: compress(group, bucket))
+            self.shards = Shards(model, model.matrices(), procs, reduce_dtype, divide_rows=not cfg.USE_8BIT_ADAM)
         elif wrapper == "fsdp2":
             # Inputs are not cast: RoPE's tables must stay fp32; the rest is bf16 or integers
             policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, cast_forward_inputs=False,
-                                          reduce_dtype=torch.float32 if cfg.REDUCE_FP32 else torch.bfloat16)
+                                          reduce_dtype=reduce_dtype)
             for part in (model.embed, *model.blocks, model.head):
                 fully_shard(part, mesh=procs.mesh, mp_policy=policy, reshard_after_forward=cfg.FSDP2_RESHARD)
             fully_shard(model, mesh=procs.mesh, mp_policy=policy, reshard_after_forward=False)
@@ -754,16 +706,35 @@ class Parallel:
 
     @contextlib.contextmanager
     def micro_batch(self, last: bool) -> Iterator[None]:
-        """Enter the context of one micro-batch. Gradients are reduced over the ranks in a step's last one only."""
+        """Enter the context of one micro-batch. FSDP2 reduces gradients over the ranks in a step's last one."""
         if self.wrapper == "fsdp2":
             self.model.set_requires_gradient_sync(last)
             self.model.set_is_last_backward(last)
             # Gathered weights serve all micro-batches of a step
             self.model.set_reshard_after_backward(last or self.reshard)
-        # Matmuls may add to .grad themselves if no wrapper reduces it in this pass
-        self.model.in_place = "add" if self.wrapper == "none" or self.wrapper == "ddp" and not last else ""
-        with self.module.no_sync() if self.wrapper == "ddp" and not last else contextlib.nullcontext():
-            yield
+        self.model.in_place = "" if self.wrapper == "fsdp2" else "add"  # FSDP2 must see the gradients
+        yield
+
+    def reduce_gradients(self) -> Tensor:
+        """Average the gradients over the ranks; return this rank's share of their squared norm, on the device. The
+        shares add up over the ranks."""
+        if self.shards is not None:
+            self.shards.reduce()
+            return self.shards.squared_norm()
+        return gradient_norm(self.model.parameters()).square() / self.world_size
+
+    def gather_weights(self) -> None:
+        """Get the weights that other ranks have updated. FSDP2 does it when they are needed."""
+        if self.shards is not None:
+            self.shards.gather()
+
+    def zero_grad(self) -> None:
+        """Drop all gradients, or set them to zero where they must stay in place."""
+        if self.shards is not None:
+            self.shards.zero_grad()
+        else:
+            for p in self.model.parameters():
+                p.grad = None
 
 
 def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
@@ -880,22 +851,22 @@ def train_step(run: Run) -> StepResult:
             continue
         with parallel.micro_batch(last=m == loader.accumulation - 1):
             with run.precision.autocast(procs):
-                loss = parallel.module(x, y, first=parallel.first_micro_batch(m)) * loader.loss_scale
+                loss = parallel.model(x, y, first=parallel.first_micro_batch(m)) * loader.loss_scale
             loss.backward()
         loss_sum += loss.detach()
-    parameters = list(run.model.parameters())
-    norm = gradient_norm(parameters)
+    square = parallel.reduce_gradients()
 
     # One reduction for all that the ranks must agree on (torch.full() does not wait for the GPU; torch.tensor() does)
     stop = run.stop is not None and bool(run.stop.requested)
     save_due = procs.is_main and 0 < 60 * run.cfg.ckpt_minutes <= time.monotonic() - run.last_save
     requests = [torch.full((), float(request), device=device) for request in (stop, save_due)]
-    shared = procs.sum(torch.stack([loss_sum / procs.world_size, norm / procs.world_size, *requests]))
+    shared = procs.sum(torch.stack([loss_sum / procs.world_size, square, *requests]))
+    shared[1].sqrt_()
+    clip_gradients(run.optimizers.parameters(), run.cfg.grad_clip, shared[1])
     shared = shared.to("cpu", non_blocking=True)
     if device.type == "cuda":
         arrived = torch.cuda.Event()
         arrived.record()
-    clip_gradients(parameters, run.cfg.grad_clip, norm)
     if device.type == "cuda":
         arrived.synchronize()
     loss, norm, stop, save_due = shared.tolist()
@@ -905,8 +876,9 @@ def train_step(run: Run) -> StepResult:
         restore_scales()
     else:
         run.optimizers.step()
+        parallel.gather_weights()
     if run.graphs is None:
-        run.optimizers.zero_grad()
+        parallel.zero_grad()
     return StepResult(loss, norm, skipped, bool(stop), bool(save_due))
 
 
@@ -921,11 +893,11 @@ def calibrate(run: Run) -> None:
     x, y = run.loader.peek()
     with run.parallel.micro_batch(last=True):
         with run.precision.autocast(run.procs):
-            loss = run.parallel.module(x, y, first=run.parallel.first_micro_batch(0)) * run.loader.loss_scale
+            loss = run.model(x, y, first=run.parallel.first_micro_batch(0)) * run.loader.loss_scale
         loss.backward()
     if not math.isfinite(run.procs.sum(loss.detach() + gradient_norm(run.model.parameters()))):
         restore_scales()
-    run.optimizers.zero_grad()
+    run.parallel.zero_grad()
 
 
 # ======================================================================================================================
@@ -975,7 +947,7 @@ def prepare_step(run: Run, step: int) -> None:
     if 0 < step < calibrations:
         # Head and output projections start at zero: layers below them get their first gradients later
         calibrate(run)
-    use_graphs = run.cfg.USE_CUDA_GRAPHS and run.model.fused is not None and run.parallel.wrapper == "none"
+    use_graphs = run.cfg.USE_CUDA_GRAPHS and run.model.fused is not None and run.parallel.wrapper != "fsdp2"
     if use_graphs and step == max(run.first_step + 3, calibrations):
         run.graphs = MicroBatchGraphs(run.parallel, run.loader, run.precision, run.procs)
 
@@ -1034,7 +1006,7 @@ def set_up(cfg: SimpleNamespace, procs: Processes, cleanup: contextlib.ExitStack
 
     start = time.perf_counter()
     calibrate(run)  # and compile, before training is timed
-    run.optimizers.warm_up(run.model)
+    run.optimizers.warm_up(run.parallel)
     if resumed:
         run.guard = Guard(cfg, meta.get("guard"))
         if not checkpoint.restore(run, resumed, meta):  # scales missing: calibrate as often as a new run
@@ -1071,7 +1043,7 @@ def build(cfg: SimpleNamespace, procs: Processes, loader: DataLoader) -> Run:
     if cfg.USE_8BIT_ADAM:
         import_bitsandbytes(procs.device, wrapper == "fsdp2")  # before the model is sharded
     parallel = Parallel(model, wrapper, cfg, procs)
-    optimizers = Optimizers(model, cfg, procs, sharded=wrapper == "fsdp2")
+    optimizers = Optimizers(model, cfg, procs, parallel)
     return Run(cfg, procs, precision, parallel, optimizers, loader, Guard(cfg), reason, parameters, in_bf16=in_bf16)
 
 

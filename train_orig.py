@@ -48,7 +48,8 @@ from torch.nn.parallel import DistributedDataParallel
 from nanofp8.machine import describe_machine
 from nanofp8.procs import Processes, command_line
 from nanofp8.runlog import FolderLock, Progress, RunLog, data_rows, is_due, make_run_folder
-from train import DataLoader, TokenRing, check_flags, clip_gradients, evaluate, flops_per_token, lr_factor, open_data
+from nanofp8.schedule import lr_factor
+from train import DataLoader, TokenRing, check_flags, clip_gradients, evaluate, flops_per_token, open_data
 
 # ======================================================================================================================
 # Flags. Edit a value here, or give --name=value. The values below are those of preset "d20".

@@ -644,7 +644,8 @@ class MicroBatchGraphs:
         self.graphs, self.pool = {}, torch.cuda.graph_pool_handle()
         self.batch, self.loss = list(loader.peek()), torch.zeros((), device=procs.device)
         for parameter in self.model.parameters():
-            parameter.grad = torch.zeros_like(parameter)
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
         # Autograd accumulates these gradients, so that they start from zero; matmuls write the weights' own
         self.summed_gradients = [parameter.grad for name, parameter in self.model.named_parameters()
                        if parameter.ndim == 1 or name.startswith("embed") or "value_embed" in name]

@@ -57,6 +57,8 @@ class TorchMuon(torch.optim.Muon):
                     # torch's "original" scales by sqrt(max(1, fan_out / fan_in)): lr_scale adds what is below 1
                     stand_ins.append(dict(params=[part], source=group, lr_scale=min(1.0, ratio), variance=variance,
                                           whole_ratio=math.sqrt(whole.shape[0] / whole.shape[1])))
+        if not stand_ins:  # this rank owns no matrix, and torch wants one
+            stand_ins = [dict(params=[torch.zeros(1, 1)], source=groups[0], lr_scale=1.0, variance=None)]
         super().__init__(stand_ins, momentum=groups[0]["mu"], nesterov=nesterov, adjust_lr_fn="original",
                          ns_coefficients=(15 / 8, -10 / 8, 3 / 8), ns_steps=14)
 
@@ -92,7 +94,11 @@ class TorchMuon(torch.optim.Muon):
                 continue
             update, old = -part, before[part]
             if group["variance"] is not None:
-                update = normalize_rows(update, group["variance"], source["muon_beta2"], group["whole_ratio"])
+                # Dion's variances are those of updates before they are scaled for their shape
+                ratio = group["whole_ratio"]
+                update, variance = normalize_rows(update / ratio, group["variance"], source["muon_beta2"])
+                update *= ratio
+                group["variance"].copy_(variance)
             decayed = old * (old * update >= 0) if source.get("cautious_wd", False) else old
             part.copy_(old - source["lr"] * (source["weight_decay"] * decayed + update))
         for p, (whole, parts) in self.parts.items():
@@ -101,11 +107,6 @@ class TorchMuon(torch.optim.Muon):
             if isinstance(p, DTensor) and p.grad is not None:
                 sharded = distribute_tensor(whole, p.device_mesh, p.placements, src_data_rank=None)
                 p.to_local().copy_(sharded.to_local())
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop the gradients of the model's parameters."""
-        for p in self.parts:
-            p.grad = None
 
     def buffers(self) -> dict[torch.Tensor, torch.Tensor]:
         """Return torch's momentum buffers, {parameter: whole matrix}; zero before the first step."""
@@ -133,14 +134,21 @@ class TorchMuon(torch.optim.Muon):
         self.load_buffers({p: m * (1 - momentum) for p, m in momenta.items()}, momentum)
 
 
-def normalize_rows(update: torch.Tensor, variance: torch.Tensor, beta2: float, scale: float) -> torch.Tensor:
-    """Return NorMuon's update (M, N): each row over its root mean square, averaged over steps; the norm is kept.
+def normalize_rows(update: torch.Tensor, variance: torch.Tensor, beta2: float | torch.Tensor,
+                   split_sizes: Sequence[int] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return NorMuon's update (..., M, N) fp32, and the new variance: each row over its root mean square, averaged over
+    steps; the norm of each matrix is kept (arXiv 2510.05491).
 
-    variance (M, 1): average of the mean squares of the rows of update / scale, which is updated in place.
+    variance (..., M, 1): average of the mean squares of rows. split_sizes: rows of the matrices that are fused in one.
+    This is dion.normuon.normuon_normalization_stacked with two passes over the update in place of ten.
     """
-    variance.lerp_((update / scale).square().mean(1, keepdim=True), 1 - beta2)
-    normalized = update / (variance.sqrt() + 1e-8)
-    return normalized * (update.norm() / normalized.norm().clamp(min=1e-8))
+    rows = torch.linalg.vector_norm(update, dim=-1, keepdim=True, dtype=torch.float32)
+    variance = torch.lerp(variance, rows.square() / update.shape[-1], 1 - beta2)
+    scale = 1 / (variance.sqrt() + 1e-8)
+    sizes = list(split_sizes or rows.shape[-2:-1])
+    norms, new_norms = (torch.cat([torch.linalg.vector_norm(part, dim=-2, keepdim=True).expand_as(part)
+                                   for part in values.split(sizes, dim=-2)], dim=-2) for values in (rows, rows * scale))
+    return update * (scale * norms / new_norms.clamp(min=1e-8)), variance
 
 
 def dion_muon(choice: str, device: torch.device, compiled: bool = True) -> tuple[type | None, str]:
@@ -199,6 +207,8 @@ def make_muon(groups: Sequence[dict], choice: str, device: torch.device, mesh: A
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     if "muon_beta2" in groups[0]:
         from dion import NorMuon as Muon
+        from dion import normuon
+        normuon.normuon_normalization_stacked = normalize_rows
     muon = Muon(groups, mesh, nesterov=True, adjust_lr="spectral_norm", newton_schulz_func=polar_express)
     return muon, f"{type(muon).__name__} by Dion"
 
@@ -211,13 +221,15 @@ def muon_groups(muon: torch.optim.Optimizer) -> list[dict]:
 class OptimizerSet:
     """Several optimizers stepped as one: what does not depend on who optimizes what.
 
-    A subclass sets `muon`, `all` (muon first), `groups` ({name: parameter group}) and `compiled` (Dion's update).
+    A subclass sets `muon`, `all` (muon first), `groups` ({name: parameter group}), `compiled` (Dion's update) and
+    `shards` (zero.Shards, or None).
     """
 
     muon: torch.optim.Optimizer
     all: list[torch.optim.Optimizer]
     groups: dict[str, dict]
     compiled: bool
+    shards: Any
 
     def step(self) -> None:
         """Update all parameters."""
@@ -225,10 +237,9 @@ class OptimizerSet:
             for optimizer in self.all:
                 optimizer.step()
 
-    def zero_grad(self) -> None:
-        """Drop all gradients."""
-        for optimizer in self.all:
-            optimizer.zero_grad(set_to_none=True)
+    def parameters(self) -> list[torch.Tensor]:
+        """Return what this rank updates."""
+        return [p for group in self.groups.values() for p in group["params"]]
 
     @property
     def meta(self) -> dict:
@@ -243,7 +254,7 @@ class OptimizerSet:
             variances = optimizer.variances
             return {p: dict(momentum=buffer) | (dict(variance_neuron=variances[p]) if p in variances else {})
                     for p, buffer in optimizer.buffers().items()}
-        return optimizer.state
+        return optimizer.state if self.shards is None else self.shards.whole_state(optimizer.state)
 
     def load_state(self, saved: dict[str, dict], parameters: dict[str, torch.Tensor], meta: dict) -> None:
         """Take over a checkpoint's state. Muon's buffers are converted if the other library wrote them.
@@ -266,14 +277,17 @@ class OptimizerSet:
                     if not torch.is_tensor(value):  # bitsandbytes counts steps in a plain number
                         state[key] = type(value)(saved[names[p]][key].item())
 
-    def warm_up(self, model: torch.nn.Module) -> None:
-        """Compile kernels and allocate state, by a step with zero gradients and learning rate 0."""
+    def warm_up(self, parallel: Any) -> None:
+        """Compile kernels and allocate state, by a step with zero gradients and learning rate 0.
+
+        parallel: train.Parallel.
+        """
         for group in self.groups.values():
             group["lr"] = 0.0
-        for p in model.parameters():
-            p.grad = torch.zeros_like(p)
+        for p in self.parameters():
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad.zero_()
         self.step()
-        self.zero_grad()
+        parallel.zero_grad()
         for optimizer in self.all:  # the moments are still zero: only the step counts must go back
             for group in optimizer.param_groups:
                 if "step" in group:

@@ -66,7 +66,7 @@ def emulated_precision(cfg):
 def make_run(cfg, procs, model, loader=None, wrapper="none"):
     """Build a train.Run with what a step needs."""
     parallel = train.Parallel(model, wrapper, cfg, procs)
-    optimizers = train.Optimizers(model, cfg, procs, sharded=wrapper == "fsdp2")
+    optimizers = train.Optimizers(model, cfg, procs, parallel)
     return train.Run(cfg, procs, train.select_precision(cfg, procs.device), parallel, optimizers, loader, Guard(cfg))
 
 
@@ -333,7 +333,8 @@ def fails_in_one_line(capsys, code, *words, **changes):
 
 def make_optimizers(model, cfg=None, **changes):
     """Build train.py's optimizers for one process."""
-    return train.Optimizers(model, cfg or make_cfg(**changes), one_process(), sharded=False)
+    cfg = cfg or make_cfg(**changes)
+    return train.Optimizers(model, cfg, one_process(), train.Parallel(model, "none", cfg, one_process()))
 
 
 def random_grads(model, seed):

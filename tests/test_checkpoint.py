@@ -582,7 +582,7 @@ def test_the_gradient_scales_follow_the_world_size(tmp_path, shards, one_rank, t
     model, loader = helpers.make_model(cfg), train.open_data(cfg, procs)[0]
     run = helpers.make_run(cfg, procs, model, loader)
     train.calibrate(run)
-    run.optimizers.warm_up(model)
+    run.optimizers.warm_up(run.parallel)
     assert restore(run, str(folder), read_checkpoint(str(folder)))
     saved = {name: torch.empty_like(t) for name, t in fp8_state(model).items()}
     load_tensors(str(folder), {"fp8": saved}, no_dist=True)

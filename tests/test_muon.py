@@ -10,6 +10,7 @@ import train
 from helpers import CPU, make_cfg, make_model, make_optimizers, one_process, random_grads, relative
 from nanofp8.config import UserError
 from nanofp8.muon import TorchMuon, dion_muon, import_bitsandbytes, polar_express
+from nanofp8.schedule import momentum_at
 
 pytestmark = pytest.mark.usefixtures("fresh")
 
@@ -27,15 +28,16 @@ def test_warm_up_changes_nothing_now_or_later(muon_impl):
     models = [make_model(cfg), make_model(cfg)]
     start = copy.deepcopy(models[0].state_dict())
     optimizers = [make_optimizers(m, cfg) for m in models]
-    optimizers[0].warm_up(models[0])
+    parallel = [train.Parallel(m, "none", cfg, one_process()) for m in models]
+    optimizers[0].warm_up(parallel[0])
     assert all(torch.equal(v, start[k]) for k, v in models[0].state_dict().items())
     assert all(p.grad is None for p in models[0].parameters())
     for step in range(3):
-        for model, optimizer in zip(models, optimizers, strict=True):
+        for model, optimizer, wrapper in zip(models, optimizers, parallel, strict=True):
             optimizer.set_schedule(step)
             random_grads(model, step)
             optimizer.step()
-            optimizer.zero_grad()
+            wrapper.zero_grad()
         for (name, a), b in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
             assert torch.equal(a, b), (step, name)
     assert not torch.equal(models[0].norm.weight, start["norm.weight"])
@@ -241,7 +243,7 @@ def test_one_step_of_the_model_against_the_reference():
     for name, p in model.blocks.named_parameters():
         if p.ndim == 2:
             parts = 3 if name.endswith("qkv.weight") else 1
-            momentum = train.momentum_at(1, cfg.muon_momentum_start, cfg.muon_momentum, 4)
+            momentum = momentum_at(1, cfg.muon_momentum_start, cfg.muon_momentum, 4)
             want, _ = reference_muon(start[name], [grads[name]], [momentum], 0.1 * 0.5, 0.3, parts)
             # Random square matrices have singular values down to 1/64 of the mean, which converge last
             assert relative(p - start[name], want - start[name]) < 0.1, name

@@ -4,49 +4,50 @@ import pytest
 import torch
 
 import train
-from helpers import make_cfg, make_model, make_optimizers, random_grads
+from helpers import make_cfg, make_model, make_optimizers, one_process, random_grads
+from nanofp8.schedule import Schedule, lr_factor, momentum_at
 
 pytestmark = pytest.mark.usefixtures("fresh")
 
 
 def test_learning_rate_at_its_corners():
     """100 steps of which 10 warm up, down to a tenth."""
-    f = lambda step: train.lr_factor(step, 10, 100, 0.1)  # noqa: E731
+    f = lambda step: lr_factor(step, 10, 100, 0.1)  # noqa: E731
     assert f(0) == 0.1 and f(8) == 0.9 and f(9) == 1.0 and f(10) == 1.0
     assert f(99) == pytest.approx(0.1) and f(10_000) == pytest.approx(0.1)  # last step, and beyond the end
-    assert train.lr_factor(30, 10, 51, 0.1) == pytest.approx(0.55)  # half way down: step 30 of 10 ... 50
+    assert lr_factor(30, 10, 51, 0.1) == pytest.approx(0.55)  # half way down: step 30 of 10 ... 50
     factors = [f(step) for step in range(100)]
     assert factors[:10] == sorted(factors[:10]) and factors[10:] == sorted(factors[10:], reverse=True)
     assert factors[11] < 1.0 and all(0.1 - 1e-9 <= x <= 1 for x in factors)
 
 
 def test_learning_rate_without_warm_up():
-    factors = [train.lr_factor(step, 0, 5, 0.0) for step in range(5)]
+    factors = [lr_factor(step, 0, 5, 0.0) for step in range(5)]
     assert factors[0] == 1.0 and factors[4] == pytest.approx(0.0) and factors[2] == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize("warmup,max_iters", [(0, 1), (1, 1), (1, 2), (5, 1), (5, 3), (5, 5), (5, 6), (100, 60)])
 def test_learning_rate_of_runs_that_end_in_or_at_the_warm_up(warmup, max_iters):
     """Never above 1, never 0, rising to the end: the cosine has no room, and nothing divides by zero."""
-    factors = [train.lr_factor(step, warmup, max_iters, 0.1) for step in range(max_iters)]
+    factors = [lr_factor(step, warmup, max_iters, 0.1) for step in range(max_iters)]
     assert factors == [min(1.0, (step + 1) / max(1, warmup)) for step in range(max_iters)]
 
 
 def test_min_lr_ratio_one_keeps_the_learning_rate():
-    assert all(train.lr_factor(step, 3, 20, 1.0) == 1.0 for step in range(2, 20))
+    assert all(lr_factor(step, 3, 20, 1.0) == 1.0 for step in range(2, 20))
 
 
 def test_linear_schedule_at_its_corners():
     """100 steps: 10 warm up, then 1, then linear over the last 50 to a tenth at the last one."""
-    f = lambda step: train.lr_factor(step, 10, 100, 0.1, 0.5)  # noqa: E731
+    f = lambda step: lr_factor(step, 10, 100, 0.1, 0.5)  # noqa: E731
     assert f(0) == 0.1 and all(f(step) == 1.0 for step in range(9, 50)) and f(50) == pytest.approx(0.982)
     assert f(74) == pytest.approx(0.1 + 0.9 * 25 / 50) and f(99) == pytest.approx(0.1)
-    assert train.lr_factor(0, 0, 1, 0.1, 0.5) == f(10_000) == pytest.approx(0.1)  # a run of one step; beyond the end
-    assert all(train.lr_factor(step, 2, 20, 0.1, 0.0) == 1.0 for step in range(1, 20))  # no warm-down: not the cosine
+    assert lr_factor(0, 0, 1, 0.1, 0.5) == f(10_000) == pytest.approx(0.1)  # a run of one step; beyond the end
+    assert all(lr_factor(step, 2, 20, 0.1, 0.0) == 1.0 for step in range(1, 20))  # no warm-down: not the cosine
 
 
 def schedule(**flags):
-    return train.Schedule(make_cfg(**dict(max_iters=200, warmup_iters=7, muon_momentum_iters=9) | flags))
+    return Schedule(make_cfg(**dict(max_iters=200, warmup_iters=7, muon_momentum_iters=9) | flags))
 
 
 def test_fractions_of_the_run_beat_numbers_of_steps():
@@ -89,9 +90,9 @@ def test_the_startup_table_prints_the_rates_that_are_used():
 
 
 def test_momentum_at_its_corners():
-    m = lambda step: train.momentum_at(step, 0.85, 0.95, 300)  # noqa: E731
+    m = lambda step: momentum_at(step, 0.85, 0.95, 300)  # noqa: E731
     assert m(0) == 0.85 and m(150) == pytest.approx(0.90) and m(300) == m(10**6) == 0.95 and m(299) < 0.95
-    assert train.momentum_at(0, 0.85, 0.95, 0) == 0.95  # no warm-up at all
+    assert momentum_at(0, 0.85, 0.95, 0) == 0.95  # no warm-up at all
 
 
 def test_each_parameter_is_in_exactly_one_group():
@@ -124,7 +125,7 @@ def test_rates_decays_and_betas_follow_their_flags():
     decay = dict(qkv=0.1, matrices=0.1, fc2=0.1, embed=0.2, head=0.3, gains=0.4)
     for step in (0, 3, 4, 7, 11, 2, 0):  # any order: a step's rates do not depend on the ones before
         rates = optimizers.set_schedule(step)
-        factor, momentum = train.lr_factor(step, 4, 12, 0.2), train.momentum_at(step, 0.5, 0.9, 8)
+        factor, momentum = lr_factor(step, 4, 12, 0.2), momentum_at(step, 0.5, 0.9, 8)
         for name, group in optimizers.groups.items():
             assert float(group["lr"]) == pytest.approx(base[name] * factor)
             assert group["weight_decay"] == decay[name]
@@ -155,9 +156,8 @@ def test_a_step_moves_each_parameter_by_its_own_rate():
 
 def test_zero_grad_drops_every_gradient():
     model = make_model()
-    optimizers = make_optimizers(model)
     random_grads(model, 1)
-    optimizers.zero_grad()
+    train.Parallel(model, "none", make_cfg(), one_process()).zero_grad()
     assert all(p.grad is None for p in model.parameters())
 
 

@@ -17,6 +17,7 @@ import helpers
 import train
 import train_orig
 from nanofp8.config import script_flags
+from nanofp8.schedule import lr_factor
 
 SCRIPT = str(helpers.ROOT / "train_orig.py")
 SMALL = dict(
@@ -103,7 +104,7 @@ def test_run_learns_and_keeps_the_log_contract(tmp_path, shards, fresh, capsys):
     assert done["train_seconds"] == pytest.approx(sum(r["step_ms"] for r in rows) / 1000)
     for r in rows:  # one rate for all parameters, and no Muon
         assert r["lr_muon"] is None and r["momentum"] is None and r["mfu"] is None
-        assert r["lr_embed"] == r["lr_head"] == pytest.approx(3e-3 * train.lr_factor(r["step"], 2, 30, 0.1))
+        assert r["lr_embed"] == r["lr_head"] == pytest.approx(3e-3 * lr_factor(r["step"], 2, 30, 0.1))
     config = json.loads((folder / "config.json").read_text())
     assert set(script_flags(SCRIPT)) <= set(config) and config["precision"] == "fp32" and config["world_size"] == 1
     out = capsys.readouterr().out

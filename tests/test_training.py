@@ -35,6 +35,7 @@ from helpers import (
 from nanofp8.config import script_flags
 from nanofp8.precision import fp8_state
 from nanofp8.procs import Processes
+from nanofp8.schedule import lr_factor, momentum_at
 
 pytestmark = pytest.mark.usefixtures("fresh")
 
@@ -172,10 +173,10 @@ def test_log_jsonl_follows_the_contract(script_run):
 def test_the_logged_rates_are_the_schedule(script_run):
     cfg = helpers.make_cfg(max_iters=5)
     for r in records(script_run.folder, "train"):
-        factor = train.lr_factor(r["step"], cfg.warmup_iters, 5, cfg.min_lr_ratio)
+        factor = lr_factor(r["step"], cfg.warmup_iters, 5, cfg.min_lr_ratio)
         assert (r["lr_muon"], r["lr_embed"], r["lr_head"]) == pytest.approx(
             (cfg.learning_rate * factor, cfg.learning_rate_embed * factor, cfg.learning_rate_head * factor))
-        assert r["momentum"] == train.momentum_at(r["step"], cfg.muon_momentum_start, cfg.muon_momentum,
+        assert r["momentum"] == momentum_at(r["step"], cfg.muon_momentum_start, cfg.muon_momentum,
                                                   cfg.muon_momentum_iters)
 
 
@@ -263,7 +264,8 @@ def test_the_first_losses_are_those_of_a_plain_loop(tmp_path, shards, one_rank):
     procs = helpers.one_process()
     ring = train.TokenRing(str(shards), "synthetic", "train", 512, 1)
     model = helpers.make_model(cfg, zeros=True, seed=cfg.seed)
-    optimizers = train.Optimizers(model, cfg, procs, sharded=False)
+    parallel = train.Parallel(model, "none", cfg, procs)
+    optimizers = train.Optimizers(model, cfg, procs, parallel)
     precision = train.select_precision(cfg, helpers.CPU)
     for step, expected in enumerate(records(one_rank["bf16"], "train")):
         tokens = torch.from_numpy(ring.read(step * 256, 257))
@@ -273,7 +275,7 @@ def test_the_first_losses_are_those_of_a_plain_loop(tmp_path, shards, one_rank):
         loss.backward()
         norm = train.clip_gradients(list(model.parameters()), cfg.grad_clip)
         optimizers.step()
-        optimizers.zero_grad()
+        parallel.zero_grad()
         assert loss.item() == expected["loss"] and norm.item() == expected["grad_norm"], step
 
 

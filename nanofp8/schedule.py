@@ -1,0 +1,55 @@
+"""Learning rate, weight decay and momentum at each step."""
+
+import math
+from types import SimpleNamespace
+
+
+def lr_factor(step: int, warmup_iters: int, max_iters: int, min_lr_ratio: float,
+              warmdown_ratio: float | None = None) -> float:
+    """Return the learning-rate factor of a step (from 0): linear from 1/warmup_iters to 1 at step warmup_iters - 1,
+    then a cosine from step warmup_iters to min_lr_ratio at step max_iters - 1. With warmdown_ratio, instead of the
+    cosine: 1, then linear to min_lr_ratio over that fraction of all steps (0: 1 to the end)."""
+    if step < warmup_iters:
+        return (step + 1) / warmup_iters
+    if warmdown_ratio is not None:
+        length = warmdown_ratio * max_iters
+        left = min(1.0, max(0, max_iters - 1 - step) / length) if length else 1.0
+        return min_lr_ratio + (1 - min_lr_ratio) * left
+    progress = min(1.0, (step - warmup_iters) / max(1, max_iters - 1 - warmup_iters))
+    return min_lr_ratio + (1 - min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def momentum_at(step: int, start: float, end: float, iters: int) -> float:
+    """Return Muon's momentum at a step: linear from `start` at step 0 to `end` at step `iters`, then constant."""
+    return end if step >= iters else start + (end - start) * step / iters
+
+
+class Schedule:
+    """Learning-rate factor, Muon's weight decay and Muon's momentum at each step."""
+
+    def __init__(self, cfg: SimpleNamespace):
+        """Resolve fractions of the run to steps. cfg: all flags."""
+        self.cfg = cfg
+        self.warmup, self.momentum_iters = (
+            round(ratio * cfg.max_iters) if ratio else iters for ratio, iters in (
+                (cfg.warmup_ratio, cfg.warmup_iters), (cfg.muon_momentum_ratio, cfg.muon_momentum_iters)))
+        self.warmdown = cfg.warmdown_ratio if cfg.lr_schedule == "linear" else None
+        # The noise of a gradient grows with 1 / sqrt(batch), and a step of Muon or AdamW is as long as its rate
+        self.scale = math.sqrt(cfg.total_batch_size / 524288) if cfg.lr_scaling == "sqrt" else 1.0
+
+    def lr(self, step: int) -> float:
+        """Return the factor on all learning rates at a step (from 0)."""
+        return self.scale * lr_factor(step, self.warmup, self.cfg.max_iters, self.cfg.min_lr_ratio, self.warmdown)
+
+    def weight_decay(self, step: int) -> float:
+        """Return Muon's weight decay at a step; it is also multiplied by the learning rate."""
+        return self.cfg.weight_decay * (1 + (self.cfg.weight_decay_end - 1) * step / max(1, self.cfg.max_iters - 1))
+
+    def momentum(self, step: int) -> float:
+        """Return Muon's momentum at a step: warm-up, then muon_momentum, or as the rates fall to muon_momentum_end."""
+        cfg = self.cfg
+        momentum = momentum_at(step, cfg.muon_momentum_start, cfg.muon_momentum, self.momentum_iters)
+        if cfg.muon_momentum_end:
+            left = lr_factor(step, 0, cfg.max_iters, 0.0, self.warmdown)  # from 1 to 0, as the rates fall
+            momentum = min(momentum, cfg.muon_momentum_end + (cfg.muon_momentum - cfg.muon_momentum_end) * left)
+        return momentum
