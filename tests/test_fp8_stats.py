@@ -12,7 +12,17 @@ import pytest
 import torch
 
 import train
-from helpers import losses, make_cfg, make_model, one_process, records, relative, tokens_and_targets, train_here
+from helpers import (
+    PARTS,
+    losses,
+    make_cfg,
+    make_model,
+    one_process,
+    records,
+    relative,
+    tokens_and_targets,
+    train_here,
+)
 from nanofp8 import fp8_stats, fused
 from nanofp8 import te_emulation as te
 from nanofp8.loss import LOGIT_GRAD_SCALE
@@ -86,9 +96,11 @@ def test_odd_tensors(rcp):
 # The pass
 
 
-def test_the_pass_sees_what_training_sees(fresh):
+@pytest.mark.parametrize("changes", [{}, PARTS, *({name: value, "window_size": 8} for name, value in PARTS.items()
+                                                  if name != "window_size")], ids=lambda changes: "-".join(changes))
+def test_the_pass_sees_what_training_sees(fresh, changes):
     """Compare the inputs, weights and gradients of all matmuls with those of the layers themselves in a bf16 pass."""
-    cfg = make_cfg(USE_FP8=False)
+    cfg = make_cfg(USE_FP8=False, **changes)
     model, (x, y) = make_model(cfg), tokens_and_targets(cfg)
     precision = train.select_precision(cfg, torch.device("cpu"))
     want, got = {}, {}
