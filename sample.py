@@ -649,6 +649,18 @@ def hf_json_files(shape: Shape, dtype: torch.dtype) -> dict[str, dict[str, Any]]
             "special_tokens_map.json": special}
 
 
+def check_exportable(shape: Shape) -> None:
+    """Raise UserError if the model has parts that transformers' NanoChatForCausalLM lacks."""
+    off = dict(qk_scale=1.0, n_value_embed=0, USE_X0=False)
+    parts = [name for name, value in off.items() if getattr(shape, name) != value]
+    if min(windows(shape)) < shape.block_size:
+        parts += ["window_pattern", "window_size"]
+    if parts:
+        flags = ", ".join(f"{name}={getattr(shape, name)}" for name in parts)
+        raise UserError(f"--export: the model was trained with {flags}, which transformers' NanoChatForCausalLM lacks; "
+                        "export another --ckpt, or use this one with sample.py", 2)
+
+
 def write_export(
     folder: str, shape: Shape, weights: dict[str, Tensor], meta: dict[str, Any], dtype: torch.dtype, name: str
 ) -> None:
@@ -685,6 +697,7 @@ def export(
         name: the model's name in its README.md; None: the folder's name.
     Raises: UserError. If writing fails, what was written is removed, so that the same command works again.
     """
+    check_exportable(shape)
     try:
         import safetensors.torch  # noqa: F401 (used by write_export)
     except ImportError as error:

@@ -618,6 +618,26 @@ def test_export_loads_in_transformers_with_the_same_logits(tmp_path, tokenizer, 
     assert theirs.eos_token_id == theirs.bos_token_id == sample.EOT and theirs.model_max_length == 64
 
 
+@pytest.mark.parametrize("changes, flag", [
+    (dict(n_value_embed=1), "n_value_embed=1"), (dict(USE_X0=True), "USE_X0=True"),
+    (dict(qk_scale=1.2), "qk_scale=1.2"),
+    (dict(window_pattern="SSL", window_size=8), "window_pattern=SSL, window_size=8"),
+    (PARTS, "qk_scale=1.2, n_value_embed=1, USE_X0=True, window_pattern=SL, window_size=8")])
+def test_export_refuses_parts_that_transformers_lacks(tmp_path, capsys, changes, flag):
+    """The line names the flags, and no folder is made."""
+    save(text_model(**changes), tmp_path / "run" / "ckpt" / "step_000001")
+    result = main_here(capsys, f"--ckpt={tmp_path}/run", f"--export={tmp_path}/hf")
+    result.err = "".join(line for line in result.err.splitlines(True) if not line.startswith("checkpoint: "))
+    assert_refused(result, 2, f"trained with {flag}, which", "NanoChatForCausalLM")
+    assert result.out == "" and not (tmp_path / "hf").exists()
+
+
+@pytest.mark.parametrize("changes", [dict(window_size=8), dict(window_pattern="S", window_size=32),
+                                     dict(window_pattern="LSSS", n_layer=1, window_size=8)])
+def test_export_takes_windows_that_hide_nothing(changes):
+    sample.check_exportable(sample.Shape.of(vars(helpers.make_cfg(**changes))))
+
+
 def test_export_in_bf16_and_never_over_other_files(tmp_path, out_dir, tokenizer, capsys):
     torch_file = pytest.importorskip("safetensors.torch")
     folder = tmp_path / "hf"
