@@ -237,6 +237,16 @@ def test_a_run_with_statistics_trains_the_same(fresh, shards, tmp_path, changes,
     assert (tmp_path / "p.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_sharded_optional_parts_are_gathered(fresh, shards, tmp_path):
+    """Under FSDP2 the numbers are nearly those of a model that is not sharded."""
+    changes = PARTS | dict(max_iters=2, FP8_STATS_INTERVAL=2, eval_tokens=32, learning_rate_x0=0.05)
+    (plain,), (sharded,) = (records(train_here(tmp_path, shards, USE_FSDP2=flag, **changes), "fp8_stats")
+                            for flag in (False, True))
+    for name, kinds in plain["layers"].items():
+        for kind, numbers in kinds.items():
+            assert sharded["layers"][name][kind] == pytest.approx(numbers, rel=0.3, abs=1e-3), (name, kind)
+
+
 def test_wandb_gets_a_curve_for_each_number(fresh, shards, tmp_path, monkeypatch):
     logged = {}
     fake = SimpleNamespace(log=lambda values, step: logged.update({(k, step): v for k, v in values.items()}),
