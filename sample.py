@@ -28,7 +28,7 @@ import types
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 import torch
@@ -39,6 +39,7 @@ from nanofp8 import plain
 from nanofp8.checkpoint import find_checkpoint, load_weights, read_checkpoint
 from nanofp8.config import OneLineParser, UserError
 from nanofp8.files import replace_file
+from nanofp8.parts import GATE_CHANNELS, value_layers, windows
 from nanofp8.shards import EOT, GPT2_VOCAB
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -60,7 +61,10 @@ def first_line(error: BaseException) -> str:
 
 @dataclass
 class Shape:
-    """The flags of train.py that the model's computation depends on."""
+    """The flags of train.py that the model's computation depends on.
+
+    Those with a default are newer than some checkpoints, whose models are without that part: the default.
+    """
 
     n_layer: int
     n_embd: int
@@ -70,11 +74,17 @@ class Shape:
     rope_base: float
     norm_eps: float
     logit_softcap: float
+    qk_scale: float = 1.0
+    window_pattern: str = "L"
+    window_size: int = 0  # has no effect with this pattern
+    n_value_embed: int = 0
+    USE_X0: bool = False
 
     @classmethod
     def of(cls, flags: dict[str, Any]) -> "Shape":
-        """Pick them from a dict of all flags. Raises KeyError if one is missing."""
-        return cls(**{name: flags[name] for name in cls.__dataclass_fields__})
+        """Pick them from a dict of all flags. Raises KeyError if one without a default is missing."""
+        return cls(**{field.name: flags[field.name] for field in fields(cls)
+                      if field.name in flags or field.default is MISSING})
 
 
 def weight_shapes(shape: Shape) -> dict[str, tuple[int, ...]]:
@@ -84,6 +94,11 @@ def weight_shapes(shape: Shape) -> dict[str, tuple[int, ...]]:
     for i in range(shape.n_layer):
         shapes |= {f"blocks.{i}.{parameter}": (C,) for parameter in plain.GAINS.values()}
         shapes |= {f"blocks.{i}.{parameter}": matrices[name] for name, parameter in plain.MATRICES.items()}
+    for i in value_layers(shape.n_layer, shape.n_value_embed):
+        shapes |= {f"blocks.{i}.{plain.TABLE}": (shape.vocab_size, C),
+                   f"blocks.{i}.{plain.GATE}": (shape.n_head, min(GATE_CHANNELS, C))}
+    if shape.USE_X0:
+        shapes |= {"x_scale": (shape.n_layer,), "x0_scale": (shape.n_layer,)}
     return shapes | {"norm.weight": (C,), "head.weight": (shape.vocab_size, C)}
 
 
@@ -94,6 +109,9 @@ def fold_gains(weights: dict[str, Tensor], shape: Shape) -> dict[str, Tensor]:
         weights: {name: fp32 tensor}, by train.GPT's names. It is changed.
     Returns: the same dict, without the gains.
     """
+    for i in value_layers(shape.n_layer, shape.n_value_embed):  # the gates read the first channels of the same g * x
+        gate = weights[f"blocks.{i}.{plain.GATE}"]
+        gate.mul_(weights[f"blocks.{i}.{plain.GAINS['attn.qkv']}"][:gate.shape[1]])
     pairs = [("norm.weight", "head.weight")]
     for i in range(shape.n_layer):
         pairs += [(f"blocks.{i}.{gain}", f"blocks.{i}.{plain.MATRICES[name]}") for name, gain in plain.GAINS.items()]
@@ -122,7 +140,7 @@ def load_checkpoint(path: str) -> tuple[Shape, dict[str, Tensor], dict[str, Any]
     try:
         shape = Shape.of(meta["flags"])
         weights = {name: torch.empty(size) for name, size in weight_shapes(shape).items()}
-    except (KeyError, TypeError, RuntimeError) as error:
+    except (KeyError, TypeError, RuntimeError, UserError) as error:
         raise UserError(f"checkpoint {folder}: its meta.json does not describe a model "
                         f"({type(error).__name__}: {error}); give another --ckpt") from error
     with warnings.catch_warnings():
@@ -177,7 +195,6 @@ class DecodingState:
     cache: Tensor            # (n_layer, 2, batch, n_head, span, head size), keys and values in the model's dtype
     token: Tensor            # (batch, 1) int64, the newest token of each sample
     position: Tensor         # (1,) int64, its position in the sequence
-    cache_positions: Tensor  # (span,) int64, 0 to span - 1
     noise: Tensor            # (batch, number of tokens to choose from) fp32, Exponential(1) draws
     static: bool             # every step has the same shapes; a mask hides the positions that are still empty
     graph: Any = None        # the captured step, a torch.cuda.CUDAGraph, or None
@@ -220,14 +237,22 @@ class Sampler:
         self.cuda_graph = cuda_graph and self.device.type == "cuda"
         if self.device.type == "cuda" and self.device.index is not None:
             torch.cuda.set_device(self.device)  # CUDA events and graphs use the current device's streams
+        self.x_scales = None  # each block's factors of the residual and of the token embedding
+        if shape.USE_X0:
+            self.x_scales = list(zip(weights["x_scale"].tolist(), weights["x0_scale"].tolist(), strict=True))
         weights = {name: weight.to(self.device, dtype) for name, weight in weights.items()}
         self.embed, self.head = weights["embed.weight"], weights["head.weight"]
         self.blocks = [block_weights(weights, i) for i in range(shape.n_layer)]
+        self.value_embeds = {i: (weights[f"blocks.{i}.{plain.TABLE}"], weights[f"blocks.{i}.{plain.GATE}"])
+                             for i in value_layers(shape.n_layer, shape.n_value_embed)}
+        self.windows = windows(shape)
         # Only GPT-2's tokens are sampled. short_head has their rows, rounded up to 64 to keep the matmul aligned
         self.n_tokens = min(shape.vocab_size, GPT2_VOCAB)
         self.short_head = self.head[: -(-self.n_tokens // 64) * 64]
         head_size = shape.n_embd // shape.n_head
+        self.softmax_scale = shape.qk_scale ** 2 * head_size ** -0.5
         self.cos, self.sin = plain.rope_tables(shape.block_size, head_size, shape.rope_base, self.device)
+        self.positions = torch.arange(shape.block_size, device=self.device)
         self.compiled = torch.compile(self.hidden, dynamic=False) if compile else None
         self.state = None  # the DecodingState of the last generate(), reused if it fits
 
@@ -237,30 +262,45 @@ class Sampler:
         """Apply RMSNorm without gain over the last dimension (on a GPU, one kernel)."""
         return F.rms_norm(x, x.shape[-1:], eps=self.shape.norm_eps)
 
+    def mask(self, positions: Tensor, span: int, window: int, static: bool) -> Tensor | None:
+        """Return what hides the cache's positions that a block with this window does not attend to.
+
+        It is added to the attention scores: (T, span), 0 or -inf. None: causal attention hides all there is to hide.
+        Arguments: as in hidden().
+        """
+        if not static and window >= span:
+            return None
+        distance = positions[:, None] - self.positions[:span]
+        return torch.where((distance >= 0) & (distance < window), 0.0, -torch.inf).to(self.dtype)
+
     def block(
-        self, weights: dict[str, Tensor], cache: Tensor, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor,
+        self, i: int, cache: Tensor, x: Tensor, tokens: Tensor, cos: Tensor, sin: Tensor, positions: Tensor,
         span: int, mask: Tensor | None,
     ) -> Tensor:
-        """Run one block on x (B, T, C), with its weights and its cache (2, B, H, S, D); for the rest see hidden().
+        """Run block number i on x (B, T, C), with its cache (2, B, H, S, D); for the rest see hidden() and mask().
 
         cos, sin: (T, D/2) fp32, the RoPE tables at `positions`.
         """
-        keys, values = cache
+        weights, (keys, values) = self.blocks[i], cache
 
-        def attend(qkv):
+        def attend(qkv, h):
             B, T, _ = qkv.shape
-            qkv = qkv.view(B, T, 3, self.shape.n_head, -1).permute(2, 0, 3, 1, 4)  # (3, B, H, T, D)
-            q, k = self.norm(plain.rotate(qkv[:2], cos, sin)).to(self.dtype)
+            qkv = qkv.view(B, T, 3, self.shape.n_head, -1)
+            v = qkv[:, :, 2]
+            if i in self.value_embeds:
+                table, gate = self.value_embeds[i]
+                v = plain.add_values(v, h, gate, F.embedding(tokens, table))
+            q, k = self.norm(plain.rotate(qkv[:, :, :2].permute(2, 0, 3, 1, 4), cos, sin)).to(self.dtype)
             keys.index_copy_(2, positions, k)
-            values.index_copy_(2, positions, qkv[2])
+            values.index_copy_(2, positions, v.transpose(1, 2))
             y = F.scaled_dot_product_attention(q, keys[:, :, :span], values[:, :, :span], attn_mask=mask,
-                                               is_causal=mask is None and T > 1)
+                                               is_causal=mask is None and T > 1, scale=self.softmax_scale)
             return y.transpose(1, 2).flatten(2)
 
         return plain.block_forward(x, lambda name, h: F.linear(h, weights[name]), lambda name, h: self.norm(h), attend)
 
     def hidden(
-        self, tokens: Tensor, positions: Tensor, cache: Tensor, span: int, mask: Tensor | None = None
+        self, tokens: Tensor, positions: Tensor, cache: Tensor, span: int, static: bool = False
     ) -> Tensor:
         """Run tokens through the blocks, and add their keys and values to the cache.
 
@@ -269,14 +309,18 @@ class Sampler:
             positions: (T,) int64, the tokens' positions in the sequence.
             cache: (n_layer, 2, B, H, S, D), keys and values; written at `positions`.
             span: attention reads the first `span` positions of the cache.
-            mask: (T, span), added to the attention scores: 0 where a token may look, else -inf. None: causal attention
-                of a whole prompt (T == span) or of one token at the end (T == 1, at position span - 1).
+            static: hide positions after a token by a mask, so that one span serves all positions. False: the tokens
+                are a whole prompt (T == span) or the last one (T == 1, at position span - 1).
         Returns: (B, T, C) after the last RMSNorm.
         """
         cos, sin = self.cos[positions], self.sin[positions]
-        x = self.norm(F.embedding(tokens, self.embed))
-        for weights, block_cache in zip(self.blocks, cache, strict=True):
-            x = self.block(weights, block_cache, x, cos, sin, positions, span, mask)
+        masks = {window: self.mask(positions, span, window, static) for window in dict.fromkeys(self.windows)}
+        x = x0 = self.norm(F.embedding(tokens, self.embed))
+        for i, (block_cache, window) in enumerate(zip(cache, self.windows, strict=True)):
+            if self.x_scales is not None:
+                x_scale, x0_scale = self.x_scales[i]
+                x = x_scale * x + x0_scale * x0
+            x = self.block(i, block_cache, x, tokens, cos, sin, positions, span, masks[window])
         return self.norm(x)
 
     def logits(self, h: Tensor, head: Tensor | None = None) -> Tensor:
@@ -314,7 +358,6 @@ class Sampler:
             options, self.new_cache(batch, span),
             token=torch.zeros(batch, 1, dtype=torch.int64, device=self.device),
             position=torch.zeros(1, dtype=torch.int64, device=self.device),
-            cache_positions=torch.arange(span, device=self.device),
             noise=torch.ones(batch, self.n_tokens, device=self.device),
             static=self.cuda_graph or self.compiled is not None)
         if self.compiled:
@@ -355,8 +398,7 @@ class Sampler:
         position: the state's position as an int, for shapes that grow from step to step; None: static shapes.
         """
         if position is None:
-            mask = torch.where(state.cache_positions <= state.position, 0.0, -torch.inf).to(self.dtype)[None]
-            h = (self.compiled or self.hidden)(state.token, state.position, state.cache, state.span, mask)
+            h = (self.compiled or self.hidden)(state.token, state.position, state.cache, state.span, True)
         else:
             h = self.hidden(state.token, state.position, state.cache, position + 1)
         self.choose(state, h)
@@ -607,6 +649,18 @@ def hf_json_files(shape: Shape, dtype: torch.dtype) -> dict[str, dict[str, Any]]
             "special_tokens_map.json": special}
 
 
+def check_exportable(shape: Shape) -> None:
+    """Raise UserError if the model has parts that transformers' NanoChatForCausalLM lacks."""
+    off = dict(qk_scale=1.0, n_value_embed=0, USE_X0=False)
+    parts = [name for name, value in off.items() if getattr(shape, name) != value]
+    if min(windows(shape)) < shape.block_size:
+        parts += ["window_pattern", "window_size"]
+    if parts:
+        flags = ", ".join(f"{name}={getattr(shape, name)}" for name in parts)
+        raise UserError(f"--export: the model was trained with {flags}, which transformers' NanoChatForCausalLM lacks; "
+                        "export another --ckpt, or use this one with sample.py", 2)
+
+
 def write_export(
     folder: str, shape: Shape, weights: dict[str, Tensor], meta: dict[str, Any], dtype: torch.dtype, name: str
 ) -> None:
@@ -643,6 +697,7 @@ def export(
         name: the model's name in its README.md; None: the folder's name.
     Raises: UserError. If writing fails, what was written is removed, so that the same command works again.
     """
+    check_exportable(shape)
     try:
         import safetensors.torch  # noqa: F401 (used by write_export)
     except ImportError as error:

@@ -37,6 +37,8 @@ from nanofp8.runlog import FolderLock, read_log
 FIXED_FLAGS = ("n_layer", "n_embd", "n_head", "vocab_size", "block_size", "rope_base", "norm_eps", "logit_softcap",
                "qk_scale", "window_pattern", "window_size", "n_value_embed", "USE_X0", "dataset", "total_batch_size",
                "USE_8BIT_ADAM", "muon_variant")
+# Those that older checkpoints do not name, with the values that these were trained with
+ADDED_FLAGS = dict(qk_scale=1.0, window_pattern="L", n_value_embed=0, USE_X0=False, muon_variant="muon")
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What is saved
@@ -294,7 +296,8 @@ def check_resume(checkpoint: str, cfg: SimpleNamespace, ring: Any, procs: Proces
     """
     meta = read_checkpoint(checkpoint)
     now = vars(cfg)
-    changed = {k: (was, now[k]) for k, was in meta["flags"].items() if k in now and now[k] != was}
+    then = ADDED_FLAGS | meta["flags"]
+    changed = {k: (was, now[k]) for k, was in then.items() if k in now and now[k] != was}
     for name in FIXED_FLAGS:
         if name in changed:
             was, new = changed[name]

@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 
 from nanofp8 import plain, te_emulation
 from nanofp8.files import replace_file
+from nanofp8.parts import windows
 
 KINDS = ("input", "weight", "gradient")
 TOKENS = 4096       # tokens of the micro-batch that the pass uses, in whole sequences; more hardly change the numbers
@@ -69,25 +70,36 @@ class WatchedMatmul(torch.autograd.Function):
 
 
 def block_forward(
-    block: torch.nn.Module, x: Tensor, cos: Tensor, sin: Tensor, n_head: int, eps: float,
-    see: Callable[[str, str, Tensor], None],
+    model: torch.nn.Module, i: int, tokens: Tensor, x: Tensor, x0: Tensor, see: Callable[[str, str, Tensor], None],
 ) -> Tensor:
-    """Run a block of train.py's model on x (B, T, C) bf16, with its present weights and gains.
+    """Run block number i of train.py's model on x (B, T, C) bf16, with its present weights and gains.
 
-    see(matmul, kind, tensor) is called with each operand of its matmuls as a matrix; with gradients in backward.
+    tokens (B, T) int64; x0 (B, T, C) bf16, their normalized embeddings (used with USE_X0). see(matmul, kind, tensor) is
+    called with each operand of the block's matmuls as a matrix; with gradients in backward.
     """
+    block, cfg = model.blocks[i], model.cfg
+    window, softmax_scale = windows(cfg)[i], cfg.qk_scale ** 2 * (cfg.n_embd // cfg.n_head) ** -0.5
 
     def linear(name, h):
         weight = whole(block.get_parameter(plain.MATRICES[name]))
         return WatchedMatmul.apply(h, weight, lambda kind, tensor: see(name, kind, tensor.flatten(0, -2)))
 
-    def attend(qkv):
-        q, k, v = (heads.transpose(1, 2) for heads in plain.rope_qk_norm(qkv, cos, sin, n_head, eps))
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+    def attend(qkv, h):
+        q, k, v = plain.rope_qk_norm(qkv, model.cos, model.sin, cfg.n_head, cfg.norm_eps)
+        if block.attn.value_embed is not None:
+            table, gate = (whole(block.get_parameter(name)) for name in (plain.TABLE, plain.GATE))
+            v = plain.add_values(v, h, gate, F.embedding(tokens, table))
+        T = tokens.shape[1]
+        mask = None if window >= T else te_emulation.window_mask(T, window - 1, x.device)
+        q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=softmax_scale)
+        return y.transpose(1, 2).flatten(2)
 
     def norm(name, h):
-        return rms_norm_with_gain(h, eps, whole(block.get_parameter(plain.GAINS[name])))
+        return rms_norm_with_gain(h, cfg.norm_eps, whole(block.get_parameter(plain.GAINS[name])))
 
+    if cfg.USE_X0:
+        x = whole(model.x_scale)[i] * x + whole(model.x0_scale)[i] * x0
     return plain.block_forward(x, linear, norm, attend)
 
 
@@ -164,24 +176,22 @@ def run_pass(model: torch.nn.Module, x: Tensor, y: Tensor, recorder: Recorder) -
     """Run one forward and backward pass on token ids x and targets y (B, T), and show the recorder each operand.
 
     A first forward pass without gradients keeps the input of each block. Then, from the last block to the first, each
-    block runs again with gradients, so that only one block's activations exist at once.
+    block runs again with gradients, so that only one block's activations exist at once. The gradient of the token
+    embedding is not computed: no matmul gets it.
     """
-    cfg = model.cfg
-
-    def run_block(i, h, see):
-        return block_forward(model.blocks[i], h, model.cos, model.sin, cfg.n_head, cfg.norm_eps, see)
-
+    cfg, tokens = model.cfg, x.long()
     with torch.no_grad():
-        inputs = [plain.rms_norm(F.embedding(x.long(), whole(model.embed.weight)), cfg.norm_eps)]
+        x0 = plain.rms_norm(F.embedding(tokens, whole(model.embed.weight)), cfg.norm_eps)
+        inputs = [x0]
         for i in range(cfg.n_layer):
-            inputs.append(run_block(i, inputs[-1], lambda *_: None))
+            inputs.append(block_forward(model, i, tokens, inputs[-1], x0, lambda *_: None))
     last = inputs.pop().requires_grad_()
     h = rms_norm_with_gain(last, cfg.norm_eps, whole(model.norm.weight))
     gradient = head_gradient(model.head, h.detach().flatten(0, 1), y.flatten(), recorder.loss_scale, recorder.see_head)
     (gradient,) = torch.autograd.grad(h, last, gradient.view_as(h))
     for i in reversed(range(cfg.n_layer)):
-        h = inputs.pop().requires_grad_()
-        out = run_block(i, h, functools.partial(recorder.see_block, i))
+        h = inputs.pop().detach().requires_grad_()  # the first block's is x0, which must stay without gradients
+        out = block_forward(model, i, tokens, h, x0, functools.partial(recorder.see_block, i))
         (gradient,) = torch.autograd.grad(out, h, gradient)
 
 

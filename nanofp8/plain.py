@@ -4,17 +4,21 @@ train.py builds the same model from Transformer Engine's modules and from Triton
 T tokens, width C, heads of size D.
 
     embedding -> RMSNorm -> n_layer x block_forward -> RMSNorm with gain -> head -> softcap
+
+Of the optional parts (parts.py), add_values() is here; callers scale the residual and choose what attention sees.
 """
 
 from typing import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # The four matmuls of a block, and the RMSNorm gains in front of two of them -> their parameters in train.py's Block
 MATRICES = {"attn.qkv": "attn.qkv.weight", "attn.proj": "attn.proj.weight", "mlp.fc1": "mlp.fc1_weight",
             "mlp.fc2": "mlp.fc2_weight"}
 GAINS = {"attn.qkv": "attn.qkv.layer_norm_weight", "mlp.fc1": "mlp.layer_norm_weight"}
+TABLE, GATE = "attn.value_embed.table", "attn.value_embed.gate"  # of a block with a value embedding
 
 
 def rope_tables(
@@ -70,6 +74,20 @@ def rope_qk_norm(qkv: Tensor, cos: Tensor, sin: Tensor, n_head: int, eps: float)
     return rms_norm(rotate(q, cos, sin), eps), rms_norm(rotate(k, cos, sin), eps), v.contiguous()
 
 
+def add_values(v: Tensor, h: Tensor, gate: Tensor, values: Tensor) -> Tensor:
+    """Add a value embedding to v, each head times its own gate, computed in fp32 (arXiv 2410.17897).
+
+    Args:
+        v: (B, T, n_head, D).
+        h: (B, T, C), the input of v's matmul. The gates depend on its first channels.
+        gate: (n_head, channels), the gates' weights.
+        values: (B, T, C), the tokens' rows of the table.
+    Returns: (B, T, n_head, D) in the dtype of v.
+    """
+    gates = 3 * torch.sigmoid(F.linear(h[..., :gate.shape[1]].float(), gate.float()))
+    return (v.float() + gates[..., None] * values.view(v.shape)).to(v.dtype)
+
+
 def relu2(x: Tensor) -> Tensor:
     """Apply relu(x)^2, the MLP's activation, in the dtype of x (arXiv 2109.08668)."""
     return torch.relu(x).square()
@@ -82,7 +100,7 @@ def softcap(logits: Tensor, cap: float) -> Tensor:
 
 def block_forward(
     x: Tensor, linear: Callable[[str, Tensor], Tensor], norm: Callable[[str, Tensor], Tensor],
-    attend: Callable[[Tensor], Tensor],
+    attend: Callable[[Tensor, Tensor], Tensor],
 ) -> Tensor:
     """Run one transformer block: x + attention(x), then x + MLP(x).
 
@@ -93,8 +111,10 @@ def block_forward(
         linear: linear(name, h) multiplies h by the transposed weight `name` of MATRICES: "attn.qkv" (3C, C),
             "attn.proj" (C, C), "mlp.fc1" (4C, C) or "mlp.fc2" (C, 4C).
         norm: norm(name, h) applies the RMSNorm in front of the matmul `name` of GAINS.
-        attend: attend(qkv) takes (B, T, 3C) through RoPE, QK norm and causal attention to (B, T, C).
+        attend: attend(qkv, h) takes qkv (B, T, 3C) through RoPE, QK norm and causal attention to (B, T, C). h (B, T, C)
+            is the input of qkv's matmul, which the gates of a value embedding need.
     Returns: (B, T, C) in the dtype of x.
     """
-    x = x + linear("attn.proj", attend(linear("attn.qkv", norm("attn.qkv", x))))
+    h = norm("attn.qkv", x)
+    x = x + linear("attn.proj", attend(linear("attn.qkv", h), h))
     return x + linear("mlp.fc2", relu2(linear("mlp.fc1", norm("mlp.fc1", x))))

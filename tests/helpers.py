@@ -42,6 +42,10 @@ SMALL = dict(
 )
 
 
+# All optional parts of the model; a window that is shorter than block_size
+PARTS = dict(n_value_embed=1, USE_X0=True, qk_scale=1.2, window_pattern="SL", window_size=8)
+
+
 def flag_args(**changes):
     """Return SMALL with changes as a command line."""
     return [f"--{name}={value}" for name, value in (SMALL | changes).items()]
@@ -72,7 +76,8 @@ def make_run(cfg, procs, model, loader=None, wrapper="none"):
 
 def make_model(cfg=None, zeros=False, seed=0, **changes):
     """Build a model of SMALL. train.py's head and output projections start at zero, which hides most of what a test
-    looks for; zeros=False replaces the zeros by small random values."""
+    looks for, and value embeddings start small with gates that are all alike; zeros=False replaces these by random
+    values."""
     cfg = cfg or make_cfg(**changes)
     torch.manual_seed(seed)
     model = train.GPT(cfg, emulated_precision(cfg), lambda f: f, CPU)
@@ -81,6 +86,8 @@ def make_model(cfg=None, zeros=False, seed=0, **changes):
             for name, p in model.named_parameters():
                 if name.endswith(("proj.weight", "fc2_weight", "head.weight")):
                     p.normal_(std=0.5 * p.shape[1] ** -0.5)
+                elif "value_embed" in name:
+                    p.normal_(std=0.5)
                 elif p.ndim == 1:
                     p.add_(0.1 * torch.randn_like(p))
     return model

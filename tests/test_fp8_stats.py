@@ -12,7 +12,17 @@ import pytest
 import torch
 
 import train
-from helpers import losses, make_cfg, make_model, one_process, records, relative, tokens_and_targets, train_here
+from helpers import (
+    PARTS,
+    losses,
+    make_cfg,
+    make_model,
+    one_process,
+    records,
+    relative,
+    tokens_and_targets,
+    train_here,
+)
 from nanofp8 import fp8_stats, fused
 from nanofp8 import te_emulation as te
 from nanofp8.loss import LOGIT_GRAD_SCALE
@@ -86,9 +96,11 @@ def test_odd_tensors(rcp):
 # The pass
 
 
-def test_the_pass_sees_what_training_sees(fresh):
+@pytest.mark.parametrize("changes", [{}, PARTS, *({name: value, "window_size": 8} for name, value in PARTS.items()
+                                                  if name != "window_size")], ids=lambda changes: "-".join(changes))
+def test_the_pass_sees_what_training_sees(fresh, changes):
     """Compare the inputs, weights and gradients of all matmuls with those of the layers themselves in a bf16 pass."""
-    cfg = make_cfg(USE_FP8=False)
+    cfg = make_cfg(USE_FP8=False, **changes)
     model, (x, y) = make_model(cfg), tokens_and_targets(cfg)
     precision = train.select_precision(cfg, torch.device("cpu"))
     want, got = {}, {}
@@ -223,6 +235,16 @@ def test_a_run_with_statistics_trains_the_same(fresh, shards, tmp_path, changes,
             assert all(0 <= n[s] <= 1 for n in layer.values() for s in ("saturated", "underflow"))
     fp8_stats.plot(records(on), str(tmp_path / "p.png"))
     assert (tmp_path / "p.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_sharded_optional_parts_are_gathered(fresh, shards, tmp_path):
+    """Under FSDP2 the numbers are nearly those of a model that is not sharded."""
+    changes = PARTS | dict(max_iters=2, FP8_STATS_INTERVAL=2, eval_tokens=32, learning_rate_x0=0.05)
+    (plain,), (sharded,) = (records(train_here(tmp_path, shards, USE_FSDP2=flag, **changes), "fp8_stats")
+                            for flag in (False, True))
+    for name, kinds in plain["layers"].items():
+        for kind, numbers in kinds.items():
+            assert sharded["layers"][name][kind] == pytest.approx(numbers, rel=0.3, abs=1e-3), (name, kind)
 
 
 def test_wandb_gets_a_curve_for_each_number(fresh, shards, tmp_path, monkeypatch):

@@ -1,12 +1,23 @@
 """The model, its loss and its precision: parameters, initialisation, RoPE, causality, recomputation, number formats."""
 
 import math
+import re
 
 import pytest
 import torch
 
 import train
-from helpers import VOCAB, emulated_precision, forward, make_cfg, make_model, precision_of, relative, tokens_and_targets
+from helpers import (
+    PARTS,
+    VOCAB,
+    emulated_precision,
+    forward,
+    make_cfg,
+    make_model,
+    precision_of,
+    relative,
+    tokens_and_targets,
+)
 from nanofp8 import te_emulation as te
 from nanofp8.precision import fp8_state
 from nanofp8.runlog import parameter_table
@@ -31,14 +42,23 @@ def test_parameter_count_at_the_default_flags():
     assert train.flops_per_token(cfg) == 6 * (20 * 12 * 1280**2 + 65536 * 1280) + 6 * 20 * 2048 * 1280
 
 
-def test_the_parameter_table_adds_up():
-    model = make_model(n_layer=3, n_embd=96, n_head=3, vocab_size=VOCAB + 7)
-    assert sum(n for _, n, _ in parameter_table(model.cfg)) == sum(p.numel() for p in model.parameters())
+@pytest.mark.parametrize("changes, more", [
+    ({}, []), (PARTS | dict(n_value_embed=2), ["value embeddings", "residual scalars"])], ids=["plain", "parts"])
+def test_the_parameter_table_adds_up(changes, more):
+    model = make_model(n_layer=3, n_embd=96, n_head=3, vocab_size=VOCAB + 7, **changes)
+    table = parameter_table(model.cfg)
+    assert sum(n for _, n, _ in table) == sum(p.numel() for p in model.parameters())
+    for part, n, how in table:  # the explanation is a formula that gives the number
+        formula = re.sub(r"[a-z][a-z0-9, ]*: ", "", how).replace(" x ", " * ").replace("^", "**")
+        assert eval(formula) == n, part
+    rows = [part for part, _, _ in table]
+    assert len(rows) == 5 + len(more) and set(more) <= set(rows)
 
 
-def test_parameter_names_and_shapes():
+@pytest.mark.parametrize("changes", [{}, PARTS], ids=["plain", "parts"])
+def test_parameter_names_and_shapes(changes):
     """Names are what checkpoints are written by: a change breaks every checkpoint there is."""
-    model = make_model(n_layer=2)
+    model = make_model(n_layer=2, **changes)
     V, C = VOCAB, 64
     block = {
         "attn.qkv.layer_norm_weight": (C,), "attn.qkv.weight": (3 * C, C), "attn.proj.weight": (C, C),
@@ -46,6 +66,9 @@ def test_parameter_names_and_shapes():
     }
     expected = {"embed.weight": (V, C), "norm.weight": (C,), "head.weight": (V, C)}
     expected |= {f"blocks.{i}.{name}": shape for i in range(2) for name, shape in block.items()}
+    if changes:
+        expected |= {"blocks.1.attn.value_embed.table": (V, C), "blocks.1.attn.value_embed.gate": (2, 12),
+                     "x_scale": (2,), "x0_scale": (2,)}
     assert {name: tuple(p.shape) for name, p in model.named_parameters()} == expected
     assert set(model.state_dict()) == set(expected)  # no buffer, no extra state
     assert all(p.dtype == torch.float32 for p in model.parameters())

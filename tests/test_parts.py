@@ -7,12 +7,10 @@ import torch
 import torch.nn.functional as F
 
 import train
-from helpers import make_cfg, make_model, make_optimizers, relative, tokens_and_targets
+from helpers import PARTS, make_cfg, make_model, make_optimizers, relative, tokens_and_targets
 from nanofp8 import plain
 from nanofp8.config import UserError
 from nanofp8.parts import token_order, value_layers, windows
-
-PARTS = dict(n_value_embed=1, USE_X0=True, qk_scale=1.2, window_pattern="SL", window_size=8)
 
 
 def test_value_layers_are_every_second_counted_from_the_last():

@@ -58,7 +58,7 @@ def test_the_plain_model_has_the_logits_of_the_real_one(fresh):
                    "mlp.fc1": part.mlp.fc1_weight, "mlp.fc2": part.mlp.fc2_weight}
         gains = {"attn.qkv": part.attn.qkv.layer_norm_weight, "mlp.fc1": part.mlp.layer_norm_weight}
 
-        def attend(qkv):
+        def attend(qkv, h):
             q, k, v = (t.transpose(1, 2) for t in plain.rope_qk_norm(qkv, model.cos, model.sin, cfg.n_head, 1e-6))
             y = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=True)
             return y.transpose(1, 2).flatten(2)

@@ -16,11 +16,14 @@ import torch.distributed.checkpoint as dcp
 
 import helpers
 import sample
+from helpers import PARTS
 from nanofp8.config import UserError
 from sample import SamplingOptions
 
 SCRIPT = str(helpers.ROOT / "sample.py")
 VOCAB = 50304  # the smallest that holds GPT-2's ids
+EACH_PART = [{name: value, "window_size": PARTS["window_size"]} for name, value in PARTS.items()
+             if name != "window_size"]
 pytestmark = pytest.mark.usefixtures("fresh")
 
 
@@ -103,7 +106,8 @@ def generated(sampler, prompt, new, **arguments):
 
 
 @pytest.mark.parametrize("changes", [
-    {}, dict(logit_softcap=0, rope_base=500.0), dict(n_head=4, n_layer=3, norm_eps=1e-2)])
+    {}, dict(logit_softcap=0, rope_base=500.0), dict(n_head=4, n_layer=3, norm_eps=1e-2), *EACH_PART,
+    PARTS | dict(n_layer=3, n_value_embed=2), PARTS | dict(n_embd=8, batch_size=16, total_batch_size=512)])
 def test_logits_are_those_of_train_gpt(changes):
     """The logits differ from train.GPT's by its bf16 rounding only, in fp32 and in bf16."""
     model = helpers.make_model(**changes)
@@ -134,28 +138,58 @@ def test_a_wrong_model_would_be_noticed():
         assert helpers.relative(wrong.forward(tokens), reference) > 0.03, spoil
 
 
+def test_a_missing_part_would_be_noticed():
+    """So it is with the optional parts, and with the gains in front of the gates."""
+    model = helpers.make_model(**PARTS)
+    with torch.no_grad():
+        for block in model.blocks:
+            block.attn.qkv.layer_norm_weight[:12] *= 4  # the channels that the gates read
+    tokens, _ = helpers.tokens_and_targets(model.cfg)
+    reference = train_logits(model, tokens)
+    assert helpers.relative(sampler_of(model).forward(tokens), reference) < 0.015
+    for spoil in ("table", "gain of the gate", "scales", "x0", "softmax", "window", "window of one more"):
+        wrong = sampler_of(model)
+        table, gate = wrong.value_embeds[1]
+        if spoil == "table":
+            table.zero_()
+        elif spoil == "gain of the gate":
+            wrong.value_embeds[1] = table, model.blocks[1].attn.value_embed.gate.detach()
+        elif spoil == "scales":
+            wrong.x_scales = wrong.x_scales[::-1]
+        elif spoil == "x0":
+            wrong.x_scales = [(x_scale, 0.0) for x_scale, _ in wrong.x_scales]
+        elif spoil == "softmax":
+            wrong.softmax_scale /= PARTS["qk_scale"]
+        else:
+            wrong.windows[0] = 32 if spoil == "window" else 9
+        assert helpers.relative(wrong.forward(tokens), reference) > 0.025, spoil
+
+
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.015)])
+@pytest.mark.parametrize("changes, start", [({}, 5), (PARTS, 5), (PARTS, 20)])  # before and after a window of 8 is full
 @pytest.mark.parametrize("static", [False, True])
-def test_prefill_and_steps_give_the_logits_of_the_full_forward(dtype, tolerance, static):
-    """Prefill 5 tokens, then decode one at a time, with growing shapes or with static ones and a mask (CUDA graph)."""
-    model = helpers.make_model()
+def test_prefill_and_steps_give_the_logits_of_the_full_forward(dtype, tolerance, changes, start, static):
+    """Prefill some tokens, then decode one at a time, with growing shapes or with static ones and a mask (CUDA
+    graph)."""
+    model = helpers.make_model(**changes)
     sampler = sampler_of(model, dtype)
     tokens = helpers.tokens_and_targets(model.cfg)[0][:2].long()
-    T, start = tokens.shape[1], 5
+    T = tokens.shape[1]
     cache, at = sampler.new_cache(2, T), torch.arange(T)
     with torch.no_grad():
         pieces = [sampler.hidden(tokens[:, :start], at[:start], cache, start)]
         for i in range(start, T):
-            span, mask = (T, torch.where(at <= i, 0.0, -torch.inf).to(dtype)[None]) if static else (i + 1, None)
-            pieces.append(sampler.hidden(tokens[:, i : i + 1], at[i : i + 1], cache, span, mask))
+            span = T if static else i + 1
+            pieces.append(sampler.hidden(tokens[:, i : i + 1], at[i : i + 1], cache, span, static))
         logits = sampler.logits(torch.cat(pieces, dim=1))
     assert helpers.relative(logits, sampler.forward(tokens)) < tolerance
     assert helpers.relative(logits, train_logits(model, tokens)) < 0.015
 
 
+@pytest.mark.parametrize("changes", [{}, PARTS], ids=["plain", "parts"])
 @pytest.mark.parametrize("static", [False, True])
-def test_greedy_decoding_takes_the_argmax_of_the_full_forward(static):
-    sampler = sampler_of(helpers.make_model())
+def test_greedy_decoding_takes_the_argmax_of_the_full_forward(static, changes):
+    sampler = sampler_of(helpers.make_model(**changes))
     if static:
         sampler.compiled = sampler.hidden  # use the step with static shapes, but do not compile it
     prompt, greedy = [3, 100, 200, 7], SamplingOptions(temperature=0)
@@ -167,9 +201,10 @@ def test_greedy_decoding_takes_the_argmax_of_the_full_forward(static):
         prompt = prompt + [5] * (5 * (1 - repeat))
 
 
-def test_samples_of_a_batch_continue_on_their_own():
+@pytest.mark.parametrize("changes", [{}, PARTS], ids=["plain", "parts"])
+def test_samples_of_a_batch_continue_on_their_own(changes):
     """Each of four different samples has the cache that its own tokens give: caches are not mixed up."""
-    sampler = sampler_of(helpers.make_model())
+    sampler = sampler_of(helpers.make_model(**changes))
     with torch.no_grad():
         sampler.head *= 4
     g = torch.Generator().manual_seed(3)
@@ -581,6 +616,26 @@ def test_export_loads_in_transformers_with_the_same_logits(tmp_path, tokenizer, 
     assert theirs(text)["input_ids"] == tokenizer.encode(text, allowed_special="all")
     assert theirs.decode(theirs(text)["input_ids"]) == text
     assert theirs.eos_token_id == theirs.bos_token_id == sample.EOT and theirs.model_max_length == 64
+
+
+@pytest.mark.parametrize("changes, flag", [
+    (dict(n_value_embed=1), "n_value_embed=1"), (dict(USE_X0=True), "USE_X0=True"),
+    (dict(qk_scale=1.2), "qk_scale=1.2"),
+    (dict(window_pattern="SSL", window_size=8), "window_pattern=SSL, window_size=8"),
+    (PARTS, "qk_scale=1.2, n_value_embed=1, USE_X0=True, window_pattern=SL, window_size=8")])
+def test_export_refuses_parts_that_transformers_lacks(tmp_path, capsys, changes, flag):
+    """The line names the flags, and no folder is made."""
+    save(text_model(**changes), tmp_path / "run" / "ckpt" / "step_000001")
+    result = main_here(capsys, f"--ckpt={tmp_path}/run", f"--export={tmp_path}/hf")
+    result.err = "".join(line for line in result.err.splitlines(True) if not line.startswith("checkpoint: "))
+    assert_refused(result, 2, f"trained with {flag}, which", "NanoChatForCausalLM")
+    assert result.out == "" and not (tmp_path / "hf").exists()
+
+
+@pytest.mark.parametrize("changes", [dict(window_size=8), dict(window_pattern="S", window_size=32),
+                                     dict(window_pattern="LSSS", n_layer=1, window_size=8)])
+def test_export_takes_windows_that_hide_nothing(changes):
+    sample.check_exportable(sample.Shape.of(vars(helpers.make_cfg(**changes))))
 
 
 def test_export_in_bf16_and_never_over_other_files(tmp_path, out_dir, tokenizer, capsys):
