@@ -98,7 +98,7 @@ def weight_shapes(shape: Shape) -> dict[str, tuple[int, ...]]:
         shapes |= {f"blocks.{i}.{plain.TABLE}": (shape.vocab_size, C),
                    f"blocks.{i}.{plain.GATE}": (shape.n_head, min(GATE_CHANNELS, C))}
     if shape.USE_X0:
-        shapes |= {"x_scale": (shape.n_layer,), "x0_scale": (shape.n_layer,)}
+        shapes |= {"scales.x": (shape.n_layer,), "scales.x0": (shape.n_layer,)}
     return shapes | {"norm.weight": (C,), "head.weight": (shape.vocab_size, C)}
 
 
@@ -239,7 +239,7 @@ class Sampler:
             torch.cuda.set_device(self.device)  # CUDA events and graphs use the current device's streams
         self.x_scales = None  # each block's factors of the residual and of the token embedding
         if shape.USE_X0:
-            self.x_scales = list(zip(weights["x_scale"].tolist(), weights["x0_scale"].tolist(), strict=True))
+            self.x_scales = list(zip(weights["scales.x"].tolist(), weights["scales.x0"].tolist(), strict=True))
         weights = {name: weight.to(self.device, dtype) for name, weight in weights.items()}
         self.embed, self.head = weights["embed.weight"], weights["head.weight"]
         self.blocks = [block_weights(weights, i) for i in range(shape.n_layer)]

@@ -61,7 +61,14 @@ from nanofp8.fused import AddNorm, FusedBlocks, FusedMLP, FusedQKV, MicroBatchGr
 from nanofp8.loss import LMHead  # output projection and softcapped cross-entropy, without all logits at once
 from nanofp8.machine import Clock, describe_machine, pause_garbage_collection, profiling
 from nanofp8.muon import OptimizerSet, import_bitsandbytes, make_muon, muon_groups  # Dion's Muon, or torch's
-from nanofp8.parts import ValueEmbedding, token_order, value_layers, windows  # what preset "speedrun" adds
+from nanofp8.parts import (  # what preset "speedrun" adds
+    ResidualScalars,
+    ValueEmbedding,
+    mix_residual,
+    token_order,
+    value_layers,
+    windows,
+)
 from nanofp8.plain import MATRICES, rms_norm, rope_qk_norm, rope_tables  # parts of the model in plain PyTorch
 from nanofp8.precision import (  # number formats and FP8's scaling state
     Precision,
@@ -130,12 +137,12 @@ lr_ratio_fc2: PositiveFloat = 1.0             # Muon; factor on the learning rat
 weight_decay: NonNegativeFloat = 0.17         # Muon; decoupled, multiplied by the learning rate
 weight_decay_end: NonNegativeFloat = 0.0      # Muon; the decay falls linearly to this fraction at the last step
 USE_CAUTIOUS_WD: bool = True                  # Muon; decay only where update and weight have the same sign
-weight_decay_embed: NonNegativeFloat = 0.0    # AdamW, token embedding
+weight_decay_embed: NonNegativeFloat = 0.0    # AdamW, token and value embeddings
 weight_decay_head: NonNegativeFloat = 0.0     # AdamW, output head
 weight_decay_gain: NonNegativeFloat = 0.0     # AdamW, RMSNorm gains
 adam_beta1: Fraction = 0.8                    # AdamW, average of gradients
 adam_beta2: Fraction = 0.95                   # AdamW, average of squared gradients
-adam_beta2_embed: Fraction = 0.95             # the same for the token embedding
+adam_beta2_embed: Fraction = 0.95             # the same for token and value embeddings
 adam_eps: PositiveFloat = 1e-10               # AdamW, added to the square root of that average
 muon_momentum_start: Fraction = 0.85          # Muon momentum at step 0 ...
 muon_momentum: Fraction = 0.95                # ... and from step muon_momentum_iters on
@@ -465,7 +472,7 @@ class Block(nn.Module):
 
     def __init__(self, cfg: SimpleNamespace, layer: int, te: ModuleType, compiled: Callable, device: torch.device):
         super().__init__()
-        self.attn = Attention(cfg, layer, te, compiled, device)
+        self.attn, self.mix = Attention(cfg, layer, te, compiled, device), compiled(mix_residual)
         self.mlp = te.LayerNormMLP(cfg.n_embd, 4 * cfg.n_embd, eps=cfg.norm_eps, bias=False, normalization="RMSNorm",
                                    activation="srelu", init_method=spectral_init,
                                    output_layer_init_method=nn.init.zeros_, params_dtype=torch.float32, device=device)
@@ -478,7 +485,7 @@ class Block(nn.Module):
         attn, mlp, values = self.attn, self.mlp, self.attn.value_embed
         if fused is None:
             if x0 is not None:
-                x = (x_scale * x + x0_scale * x0).to(x.dtype)
+                x = self.mix(x, x0, x_scale, x0_scale)
             x = x + attn(x, cos, sin, idx, first)
             return x + mlp(x, is_first_microbatch=first)
         table, gate = (None, None) if values is None else (values.table, values.gate)
@@ -507,9 +514,7 @@ class GPT(nn.Module):
         self.embed_norm = compiled(rms_norm)
         self.embed = nn.Embedding(cfg.vocab_size, cfg.n_embd, device=device)
         self.blocks = nn.ModuleList(Block(cfg, i, self.te, compiled, device) for i in range(cfg.n_layer))
-        if cfg.USE_X0:  # as in nanochat: most of the embedding goes to the first blocks
-            self.x_scale = nn.Parameter(torch.linspace(1.15, 1.05, cfg.n_layer, device=device))
-            self.x0_scale = nn.Parameter(torch.linspace(0.20, 0.05, cfg.n_layer, device=device))
+        self.scales = ResidualScalars(cfg.n_layer, device) if cfg.USE_X0 else None
         self.norm = self.te.RMSNorm(cfg.n_embd, eps=cfg.norm_eps, dtype=torch.float32, device=device)
         self.head = LMHead(cfg, device)
         # arXiv 2310.17813 for one-hot inputs: entries of order 1 (the RMSNorm after it takes any scale)
@@ -533,7 +538,7 @@ class GPT(nn.Module):
         else:
             x = self.embed_norm(self.embed(idx), self.cfg.norm_eps)        # (B, T, C) bf16
             x0 = x if self.cfg.USE_X0 else None
-            for block, scales in zip(self.blocks, self.scales(), strict=True):
+            for block, scales in zip(self.blocks, self.residual_scales(), strict=True):
                 arguments = x, self.cos, self.sin, idx, first, x0, *scales
                 if self.cfg.USE_AC_BLOCKS and self.training:
                     x = self.te.checkpoint(block, *arguments, use_reentrant=False)
@@ -546,11 +551,9 @@ class GPT(nn.Module):
         """Return the weights that Muon trains."""
         return [p for name, p in self.blocks.named_parameters() if name.endswith(tuple(MATRICES.values()))]
 
-    def scales(self) -> list[tuple[Tensor | None, Tensor | None]]:
+    def residual_scales(self) -> list[tuple[Tensor | None, Tensor | None]]:
         """Return each block's scalars on x and on the token embedding (USE_X0)."""
-        if not self.cfg.USE_X0:
-            return [(None, None)] * self.cfg.n_layer
-        return list(zip(self.x_scale.unbind(), self.x0_scale.unbind(), strict=True))
+        return self.scales() if self.scales else [(None, None)] * self.cfg.n_layer
 
     def fused_blocks(self, idx: Tensor, first: bool | None) -> Tensor:
         """Return the final norm's output (B, T, C) bf16 for token ids (B, T), in our own kernels."""
@@ -558,7 +561,7 @@ class GPT(nn.Module):
         x0 = x if self.cfg.USE_X0 else None
         where = token_order(idx, self.cfg.vocab_size) if self.cfg.n_value_embed else None
         self.fused.begin(x, first, self.in_place, where)
-        for block, scales, layers in zip(self.blocks, self.scales(), self.fused.blocks, strict=True):
+        for block, scales, layers in zip(self.blocks, self.residual_scales(), self.fused.blocks, strict=True):
             x, delta, x0 = block(x, self.cos, self.sin, idx, first, x0, *scales, delta, layers)
         return AddNorm.apply(x, delta, self.norm.weight, self.cfg.norm_eps)
 
@@ -595,7 +598,7 @@ class Optimizers(OptimizerSet):
                  params=[p for n, p in blocks if n.endswith("fc2_weight")]),
         ]
         gains = [p for n, p in model.named_parameters()
-                 if p.ndim == 1 and n not in ("x_scale", "x0_scale") or n.endswith("value_embed.gate")]
+                 if p.ndim == 1 and not n.startswith("scales.") or n.endswith("value_embed.gate")]
         adam_groups = [
             dict(name="embed", params=[model.embed.weight], lr=cfg.learning_rate_embed,
                  weight_decay=cfg.weight_decay_embed, betas=(cfg.adam_beta1, cfg.adam_beta2_embed)),
@@ -608,9 +611,9 @@ class Optimizers(OptimizerSet):
                                     params=[p for n, p in blocks if n.endswith("value_embed.table")],
                                     betas=(cfg.adam_beta1, cfg.adam_beta2_embed)))
         if cfg.USE_X0:
-            adam_groups += [dict(name="x0", params=[model.x0_scale], lr=cfg.learning_rate_x0, betas=(0.96, 0.95),
+            adam_groups += [dict(name="x0", params=[model.scales.x0], lr=cfg.learning_rate_x0, betas=(0.96, 0.95),
                                  weight_decay=0.0),
-                            dict(name="x", params=[model.x_scale], lr=cfg.learning_rate_x0 / 100, weight_decay=0.0)]
+                            dict(name="x", params=[model.scales.x], lr=cfg.learning_rate_x0 / 100, weight_decay=0.0)]
         if self.shards is not None:
             for group in matrix_groups + adam_groups:
                 group["params"] = self.shards.own(group["params"])
@@ -627,9 +630,9 @@ class Optimizers(OptimizerSet):
             bitsandbytes = import_bitsandbytes(procs.device, sharded)
             self.all.append(bitsandbytes.optim.AdamW8bit(adam_groups[:2], **adam))
             adam_groups = adam_groups[2:]
-            self.description += "; AdamW8bit by bitsandbytes for embedding and head, AdamW for gains"
+            self.description += "; AdamW8bit by bitsandbytes for embedding and head, AdamW for the rest"
         else:
-            self.description += "; AdamW for embedding, head and gains"
+            self.description += "; AdamW for the rest"
         self.all.append(torch.optim.AdamW(adam_groups, fused=True, **adam))
         self.groups = {g["name"]: g for g in muon_groups(self.muon)}
         self.groups.update({g["name"]: g for optimizer in self.all[1:] for g in optimizer.param_groups})
@@ -695,6 +698,8 @@ class Parallel:
             # Inputs are not cast: RoPE's tables must stay fp32; the rest is bf16 or integers
             policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, cast_forward_inputs=False,
                                           reduce_dtype=reduce_dtype)
+            if model.scales:  # in fp32: a few learned scalars, which bf16 would move in steps of 1%
+                fully_shard(model.scales, mesh=procs.mesh, reshard_after_forward=False)
             for part in (model.embed, *model.blocks, model.head):
                 fully_shard(part, mesh=procs.mesh, mp_policy=policy, reshard_after_forward=cfg.FSDP2_RESHARD)
             fully_shard(model, mesh=procs.mesh, mp_policy=policy, reshard_after_forward=False)

@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 
 from nanofp8 import plain, te_emulation
 from nanofp8.files import replace_file
-from nanofp8.parts import windows
+from nanofp8.parts import mix_residual, windows
 
 KINDS = ("input", "weight", "gradient")
 TOKENS = 4096       # tokens of the micro-batch that the pass uses, in whole sequences; more hardly change the numbers
@@ -99,7 +99,7 @@ def block_forward(
         return rms_norm_with_gain(h, cfg.norm_eps, whole(block.get_parameter(plain.GAINS[name])))
 
     if cfg.USE_X0:
-        x = whole(model.x_scale)[i] * x + whole(model.x0_scale)[i] * x0
+        x = mix_residual(x, x0, whole(model.scales.x)[i], whole(model.scales.x0)[i])
     return plain.block_forward(x, linear, norm, attend)
 
 

@@ -306,6 +306,7 @@ def add_norm_grad(dy: torch.Tensor, residual: torch.Tensor, gain: torch.Tensor, 
         # residual = x_scale * (x + delta) + x0_scale * x0, and x + delta was not kept
         residual_dot, x0_dot = dots.sum(1)
         d_x_scale = (residual_dot - mix.x0_scale * x0_dot) / mix.x_scale
+        d_x_scale = torch.where(mix.x_scale.abs() > 1e-3, d_x_scale, 0)  # the quotient says nothing any more
         d_mix = Mix(d_x0_out, d_x_scale.to(mix.x_scale.dtype), x0_dot.to(mix.x0_scale.dtype))
     return dx, dgain_parts.sum(0).to(gain.dtype), d_mix
 

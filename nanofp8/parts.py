@@ -47,6 +47,25 @@ def windows(cfg: SimpleNamespace) -> list[int]:
     return [*sizes[:-1], cfg.block_size]
 
 
+class ResidualScalars(nn.Module):
+    """Learned scalars by which each block mixes the residual x and the token embedding x0: a * x + b * x0."""
+
+    def __init__(self, n_layer: int, device: torch.device):
+        """Start as nanochat does: most of the embedding goes to the first blocks. (n_layer,) each, fp32."""
+        super().__init__()
+        self.x = nn.Parameter(torch.linspace(1.15, 1.05, n_layer, device=device))
+        self.x0 = nn.Parameter(torch.linspace(0.20, 0.05, n_layer, device=device))
+
+    def forward(self) -> list[tuple[Tensor, Tensor]]:
+        """Return the two scalars of each block."""
+        return list(zip(self.x.unbind(), self.x0.unbind(), strict=True))
+
+
+def mix_residual(x: Tensor, x0: Tensor, x_scale: Tensor, x0_scale: Tensor) -> Tensor:
+    """Return x_scale * x + x0_scale * x0 in the dtype of x, computed in fp32. The scales are scalars."""
+    return (x_scale.float() * x.float() + x0_scale.float() * x0.float()).to(x.dtype)
+
+
 class ValueEmbedding(nn.Module):
     """A table of one value vector per token, and the gates that scale it: v += gate * table[token]."""
 

@@ -37,7 +37,7 @@ VOCAB = 512
 SMALL = dict(
     preset="tiny", dataset="synthetic", vocab_size=VOCAB, n_layer=2, n_embd=64, n_head=2, block_size=32, batch_size=8,
     total_batch_size=256, max_iters=6, warmup_iters=2, muon_momentum_iters=4, loss_chunk_size=64, eval_interval=0,
-    warmup_ratio=0.0, muon_momentum_ratio=0.0,
+    warmup_ratio=0.0, muon_momentum_ratio=0.0, muon_variant="muon", learning_rate=0.02,
     eval_tokens=640, learning_rate_head=0.02, muon_impl="torch", USE_COMPILE=False, FP8_AMAX_HISTORY=16,
 )
 

@@ -68,7 +68,7 @@ def test_parameter_names_and_shapes(changes):
     expected |= {f"blocks.{i}.{name}": shape for i in range(2) for name, shape in block.items()}
     if changes:
         expected |= {"blocks.1.attn.value_embed.table": (V, C), "blocks.1.attn.value_embed.gate": (2, 12),
-                     "x_scale": (2,), "x0_scale": (2,)}
+                     "scales.x": (2,), "scales.x0": (2,)}
     assert {name: tuple(p.shape) for name, p in model.named_parameters()} == expected
     assert set(model.state_dict()) == set(expected)  # no buffer, no extra state
     assert all(p.dtype == torch.float32 for p in model.parameters())

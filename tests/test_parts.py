@@ -40,7 +40,7 @@ def reference_loss(model, cfg, x, y):
             return w[f"blocks.{i}.{name}"]
 
         if cfg.USE_X0:
-            h = w["x_scale"][i] * h + w["x0_scale"][i] * x0
+            h = w["scales.x"][i] * h + w["scales.x0"][i] * x0
         y_in = norm(h) * part("attn.qkv.layer_norm_weight")
         q, k, v = (y_in @ part("attn.qkv.weight").T).view(*x.shape, 3, H, C // H).unbind(2)
         if i in value_layers(cfg.n_layer, cfg.n_value_embed):
@@ -87,7 +87,7 @@ def test_each_parameter_has_one_optimizer_and_its_own_rate():
     assert sorted(sum(groups.values(), [])) == sorted(n for n, _ in model.named_parameters())
     assert groups["values"] == ["blocks.1.attn.value_embed.table"]
     assert "blocks.1.attn.value_embed.gate" in groups["gains"]
-    assert (groups["x"], groups["x0"]) == (["x_scale"], ["x0_scale"])
+    assert (groups["x"], groups["x0"]) == (["scales.x"], ["scales.x0"])
     assert [optimizers.base_lr[n] for n in ("values", "x0", "x")] == [0.7, 0.3, 0.003]
 
 
