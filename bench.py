@@ -25,9 +25,8 @@ so a study that was stopped continues. With several GPUs, each can train some of
 them makes the table. Ctrl-C and SIGTERM end everything; finished runs stay.
 """
 
-import datetime
+import functools
 import gc
-import json
 import os
 import re
 import shlex
@@ -45,10 +44,11 @@ import train_orig
 import torch
 import torch.distributed as dist
 
-from nanofp8.config import UserError, exit_with, flag_values, script_flags
+from nanofp8.config import UserError, exit_with, script_flags
 from nanofp8.machine import Clock, card_name, describe_machine
 from nanofp8.plots import smooth
 from nanofp8.procs import Processes, start_processes
+from nanofp8.reports import RunData, finished_run, header, read_run, table, write_report
 from nanofp8.runlog import read_log
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -207,23 +207,6 @@ def plan_study(name: str, given: Sequence[str], seeds: tuple[int, int],
     return plan
 
 
-def finished_run(cfg: SimpleNamespace, machine: dict) -> str | None:
-    """Return the folder of a run that was finished with these very flags, by this code and on this device, or None."""
-    wanted = {k: v for k, v in flag_values(cfg).items() if k not in ("run_name", "out_dir")}
-    wanted |= {k: machine[k] for k in ("device", "code")}
-    for n in range(1, 100):
-        folder = os.path.join(cfg.out_dir, cfg.run_name if n == 1 else f"{cfg.run_name}-{n}")
-        if not os.path.isdir(folder):
-            return None
-        try:
-            run = read_run(folder)
-        except UserError:  # a run that was broken off
-            continue
-        if run.done and all(run.config.get(k) == v for k, v in wanted.items()):
-            return folder
-    return None
-
-
 def matmul_rate(device: torch.device) -> float:
     """Return the FLOP/s of square matmuls as training makes them (bf16 on a GPU, fp32 on a CPU): the best of six."""
     n, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (512, torch.float32)
@@ -271,47 +254,6 @@ def train_study(name: str, plan: dict[tuple, SimpleNamespace], procs: Processes)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Report
-
-
-@dataclass
-class RunData:
-    """What a report needs of a finished or unfinished run."""
-
-    config: dict
-    train: list[dict]   # records of kind "train"
-    val: list[dict]
-    done: dict | None
-
-    @property
-    def losses(self) -> list[float | None]:
-        """Train loss of each step; None for one that was not finite."""
-        return [record["loss"] for record in self.train]
-
-    @property
-    def timed(self) -> list[dict]:
-        """The train records after the warm-up, over which speed is measured."""
-        return self.train[self.config["warmup_iters"]:] or self.train
-
-    @property
-    def val_loss(self) -> float | None:
-        """Last val loss in bf16; None without one, or over one sequence a rank, which is what `speed` evaluates."""
-        if not self.val or self.config["eval_tokens"] <= self.config["world_size"] * self.config["block_size"]:
-            return None
-        return ((self.done or {}).get("val_losses") or {}).get("bf16", self.val[-1]["val_loss"])
-
-
-def read_run(folder: str) -> RunData:
-    """Read a run folder's config.json and log.jsonl. Raises UserError if it is not one, or has no training step."""
-    try:
-        with open(os.path.join(folder, "config.json"), encoding="utf-8") as f:
-            config = json.load(f)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder} is not a run folder of train.py (config.json: {error})", 2) from None
-    records = read_log(folder)
-    kinds = {kind: [r for r in records if r["kind"] == kind] for kind in ("train", "val", "done")}
-    if not kinds["train"]:
-        raise UserError(f"{folder}/log.jsonl holds no training step yet", 2)
-    return RunData(config, kinds["train"], kinds["val"], (kinds["done"] or [None])[-1])
 
 
 def largest_gap(a: RunData, b: RunData) -> float | None:
@@ -415,16 +357,12 @@ def columns(rows: list[dict], noise: float | None) -> list[tuple[str, Callable[[
 def markdown(rows: list[dict], noise: float | None, val_noise: float | None, command: str) -> str:
     """Return the table, with date, device, command and model above it, and how to read it below."""
     config = rows[0]["config"]
-    versions = ", ".join(f"{name} {version}" for name, version in config["versions"].items() if version)
-    table = [[title, *map(cell, rows)] for title, cell in columns(rows, noise)]
-    table = [column for column in table if any(column[1:])]
-    lines = ["| " + " | ".join(cells) + " |" for cells in zip(*table, strict=True)]
     gaps_to = rows[0]["label"] if not any(len(r["seeds"]) > 1 for r in rows) else "the bf16 run of the same seed"
     text = [
-        f"{datetime.date.today()}, {config['device']}, {versions}", "", f"    {command}", "",
+        *header(config, command),
         f"{config['parameters'] / 1e6:.1f}M parameters ({config['n_layer']} layers, width {config['n_embd']}, "
         f"vocabulary {config['vocab_size']:,}), {config['total_batch_size']:,} tokens a step of {config['dataset']}, "
-        f"unless a row says otherwise.", "", lines[0], "|" + "---|" * len(table), *lines[1:], "",
+        f"unless a row says otherwise.", "", *table(rows, columns(rows, noise)), "",
         f"Gaps are to {gaps_to}, on the same tokens. Train loss is smoothed (exponential average, 0.9). Val loss is "
         f"evaluated in bf16; \"evaluated in the format\" is how much it rises if the evaluation runs in the format "
         f"too. The largest gap in training is that of the smoothed train loss after {rows[0]['warmup']} warm-up steps. "
@@ -497,18 +435,8 @@ def plot(rows: list[dict], noise: float | None, val_noise: float | None, path: s
 def report(runs: dict[tuple, str], out: str, command: str, study: bool = False) -> None:
     """Write out.json, out.md and out.png from run folders, {(label, seed): folder}, and print the table."""
     rows, noise, val_noise = summarize({key: read_run(folder) for key, folder in runs.items()}, study)
-    text = markdown(rows, noise, val_noise, command)
-    os.makedirs(os.path.dirname(out) or ".", exist_ok=True)
-    with open(out + ".json", "w", encoding="utf-8") as f:
-        json.dump(dict(date=str(datetime.date.today()), command=command, noise=noise, val_noise=val_noise, rows=rows),
-                  f, indent=1)
-    with open(out + ".md", "w", encoding="utf-8") as f:
-        f.write(text)
-    try:
-        plot(rows, noise, val_noise, out + ".png")
-    except ImportError:
-        print("no plot: matplotlib is not installed")
-    print("\n" + text, flush=True)
+    write_report(out, command, dict(noise=noise, val_noise=val_noise, rows=rows),
+                 markdown(rows, noise, val_noise, command), functools.partial(plot, rows, noise, val_noise))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ ORDER = """
     parts
     machine plots faults muon precision fused
     fp8_stats loss procs runlog
-    checkpoint
+    checkpoint reports
     train
     train_orig sample
     bench
