@@ -6,10 +6,11 @@ Compare runs side by side: loss curves, noise, speed and memory, as a table and 
     python bench.py ablation                                # NVFP4 without one of its four ingredients at a time
     python bench.py emulation                               # speed of the emulated formats against bf16
     torchrun --standalone --nproc_per_node=2 bench.py wrappers --max_iters=77      # FSDP2, then DDP
+    python bench.py race --tokens=60e6,100e6 '--variants=base; normuon: --muon_variant=normuon'   # whole schedules
     python bench.py report --out=results/mine out/a out/b   # table and plot of run folders that exist
 
-All modes train by train.py's own run() (train_orig.py by its own), one run after another in one process group. Any flag
-of train.py can be given as --name=value.
+All modes but `race` train by train.py's own run() (train_orig.py by its own), one run after another in one process
+group. Any flag of train.py can be given as --name=value.
 
     --out=PATH           write PATH.json, PATH.md and PATH.png
     --rows="bf16; FP8 delayed"       pick rows of speed, emulation and wrappers
@@ -23,6 +24,17 @@ enough steps to compare (on a CPU the first two take preset tiny's). `speed` tak
 They first print what they will cost. A run that was finished with the same flags, code and device is not trained again,
 so a study that was stopped continues. With several GPUs, each can train some of the --formats; a last start with all of
 them makes the table. Ctrl-C and SIGTERM end everything; finished runs stay.
+
+`race` compares the val losses at the end of whole schedules. It starts one train.py per GPU at a time. Its output
+goes to out_dir/race-*.log. Finished runs are found again, as in studies. If a run fails, the others continue.
+
+    --variants="base; normuon: --muon_variant=normuon; small batch: --total_batch_size=32768"
+                         names and their flags; other flags are for all. Differences are to the first variant
+    --tokens=60e6,100e6  lengths of the runs; each is a whole schedule. With two, a difference is also given in tokens
+    --minutes=3          instead: the same training time for all, by the speed of a short run of each variant
+    --seeds=2            number of seeds: 1337, 1338, ...
+    --gpus=1             number of GPUs to use, of those visible
+    --target=3.5885      also report in how many tokens and minutes each variant reaches this val loss
 """
 
 import functools
@@ -44,6 +56,7 @@ import train_orig
 import torch
 import torch.distributed as dist
 
+from nanofp8 import race
 from nanofp8.config import UserError, exit_with, script_flags
 from nanofp8.machine import Clock, card_name, describe_machine
 from nanofp8.plots import smooth
@@ -475,6 +488,10 @@ def main(argv: Sequence[str]) -> None:
         return
     ranks = os.environ.get("LOCAL_WORLD_SIZE")
     command = f"{f'torchrun --nproc_per_node={ranks}' if ranks else 'python'} bench.py {shlex.join(argv)}"
+    if name == "race":
+        options, given = take_options(arguments, *race.OPTIONS)
+        race.run(options, given, train, options.get("out") or os.path.join("results", card_name(), name), command)
+        return
     options, given = take_options(arguments, "out", "rows", "formats", "seeds")
     if any(a.startswith("--log_interval=") and a != "--log_interval=1" for a in given):
         raise UserError("comparisons need every step's record; leave --log_interval at 1", 2)
@@ -486,7 +503,7 @@ def main(argv: Sequence[str]) -> None:
         report({(label, read_run(folder).config["seed"]): folder for label, folder in named.items()}, out, command)
         return
     if name not in MODES:
-        raise UserError(f"unknown mode '{name}'; bench.py has {', '.join((*MODES, 'report'))}", 2)
+        raise UserError(f"unknown mode '{name}'; bench.py has {', '.join((*MODES, 'race', 'report'))}", 2)
     study, option = MODES[name].study, "formats" if MODES[name].study else "rows"
     wrong = {"rows" if study else "formats", *(() if study else ("seeds",))} & set(options)
     if wrong:

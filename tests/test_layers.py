@@ -14,6 +14,8 @@ ORDER = """
     machine plots faults muon precision fused
     fp8_stats loss procs runlog
     checkpoint reports
+    race_report
+    race
     train
     train_orig sample
     bench
