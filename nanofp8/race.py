@@ -135,8 +135,8 @@ def check_given(given: Sequence[str]) -> None:
 class Job:
     """One run to train."""
 
-    key: tuple           # (variant, length, seed), or (variant, tokens per step) of a run that measures speed
-    label: str           # how the console names it
+    key: tuple            # (variant, length, seed), or (variant, tokens per step) of a run that measures speed
+    label: str            # how the console names it
     arguments: list[str]
     cfg: SimpleNamespace  # what train.py makes of the arguments
 

@@ -127,7 +127,7 @@ def test_torchrun_is_refused(fresh, monkeypatch):
         bench.main(["race"])
 
 
-def fake_script(tmp_path, monkeypatch):
+def fake_script(tmp_path):
     """Return a script whose batch follows from the length: 100 tokens a step for up to 5,000 tokens, else 200."""
     path = tmp_path / "fake.py"
     path.write_text("# Flags\ntrain_tokens: int = 10000  # length\n# End of flags\n")
@@ -155,13 +155,13 @@ def test_a_length_becomes_steps_of_the_variants_own_batch(fresh):
     assert len({job.cfg.run_name for job in jobs}) == 8 and {job.cfg.seed for job in jobs} == {1337, 1338}
 
 
-def test_a_batch_that_follows_from_the_length_gets_the_length(tmp_path, monkeypatch):
-    jobs = race.Planner(make_race("base", (4000, 20000), seeds=1), [], fake_script(tmp_path, monkeypatch)).by_length()
+def test_a_batch_that_follows_from_the_length_gets_the_length(tmp_path):
+    jobs = race.Planner(make_race("base", (4000, 20000), seeds=1), [], fake_script(tmp_path)).by_length()
     assert [(job.cfg.total_batch_size, job.cfg.max_iters) for job in jobs] == [(200, 100), (100, 40)]
     assert not any(a.startswith("--max_iters") for job in jobs for a in job.arguments)
 
 
-def test_equal_time_by_measured_speeds(tmp_path, monkeypatch):
+def test_equal_time_by_measured_speeds(tmp_path):
     """A short run of each variant and batch gives the speed; its first half does not count. One variant fails."""
     probed = []
 
@@ -173,13 +173,13 @@ def test_equal_time_by_measured_speeds(tmp_path, monkeypatch):
                 for job in jobs if job.key[0] != "broken"}
 
     contest = make_race("base; broken", (1, 5), "minutes", seeds=1)
-    jobs = race.Planner(contest, [], fake_script(tmp_path, monkeypatch)).by_time(measure)
+    jobs = race.Planner(contest, [], fake_script(tmp_path)).by_time(measure)
     # at 200 tokens a step: 100 tokens/s, 6,000 and 30,000 tokens: it stays at this batch
     assert probed == [("base", 200), ("broken", 200)]
     assert {job.key: job.tokens for job in jobs} == {("base", 1, 1337): 6000, ("base", 5, 1337): 30000}
     probed.clear()
     contest = make_race("base", (0.5,), "minutes", seeds=1)
-    (job,) = race.Planner(contest, [], fake_script(tmp_path, monkeypatch)).by_time(measure)
+    (job,) = race.Planner(contest, [], fake_script(tmp_path)).by_time(measure)
     # 3,000 tokens take 100 a step, at which there are 50 tokens/s
     assert probed == [("base", 200), ("base", 100)] and (job.tokens, job.cfg.total_batch_size) == (1500, 100)
 
@@ -233,7 +233,7 @@ def toy(fresh, shards, tmp_path, monkeypatch):
     monkeypatch.setattr(race, "describe_machine", lambda device: machine)
     monkeypatch.setattr(race, "POLL_SECONDS", 0.01)
     monkeypatch.setattr(race_report, "plot", lambda rows, contest, path: None)
-    given = [f for f in flag_args(out_dir=out, data_dir=shards) if f[2:].split("=")[0] not in ("max_iters",)]
+    given = [f for f in flag_args(out_dir=out, data_dir=shards, learning_rate=0.02) if not f.startswith("--max_iters")]
 
     def start(*arguments):
         options, flags = bench.take_options(arguments, *race.OPTIONS)
