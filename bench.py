@@ -6,10 +6,11 @@ Compare runs side by side: loss curves, noise, speed and memory, as a table and 
     python bench.py ablation                                # NVFP4 without one of its four ingredients at a time
     python bench.py emulation                               # speed of the emulated formats against bf16
     torchrun --standalone --nproc_per_node=2 bench.py wrappers --max_iters=77      # FSDP2, then DDP
+    python bench.py race --tokens=60e6,100e6 '--variants=base; normuon: --muon_variant=normuon'   # whole schedules
     python bench.py report --out=results/mine out/a out/b   # table and plot of run folders that exist
 
-All modes train by train.py's own run() (train_orig.py by its own), one run after another in one process group. Any flag
-of train.py can be given as --name=value.
+All modes but `race` train by train.py's own run() (train_orig.py by its own), one run after another in one process
+group. Any flag of train.py can be given as --name=value.
 
     --out=PATH           write PATH.json, PATH.md and PATH.png
     --rows="bf16; FP8 delayed"       pick rows of speed, emulation and wrappers
@@ -23,11 +24,21 @@ enough steps to compare (on a CPU the first two take preset tiny's). `speed` tak
 They first print what they will cost. A run that was finished with the same flags, code and device is not trained again,
 so a study that was stopped continues. With several GPUs, each can train some of the --formats; a last start with all of
 them makes the table. Ctrl-C and SIGTERM end everything; finished runs stay.
+
+`race` compares the val losses at the end of whole schedules. It starts one train.py per GPU at a time. Its output
+goes to out_dir/race-*.log. Finished runs are found again, as in studies. If a run fails, the others continue.
+
+    --variants="base; normuon: --muon_variant=normuon; small batch: --total_batch_size=32768"
+                         names and their flags; other flags are for all. Differences are to the first variant
+    --tokens=60e6,100e6  lengths of the runs; each is a whole schedule. With two, a difference is also given in tokens
+    --minutes=3          instead: the same training time for all, by the speed of a short run of each variant
+    --seeds=2            number of seeds: 1337, 1338, ...
+    --gpus=1             number of GPUs to use, of those visible
+    --target=3.5885      also report in how many tokens and minutes each variant reaches this val loss
 """
 
-import datetime
+import functools
 import gc
-import json
 import os
 import re
 import shlex
@@ -45,10 +56,12 @@ import train_orig
 import torch
 import torch.distributed as dist
 
-from nanofp8.config import UserError, exit_with, flag_values, script_flags
+from nanofp8 import race
+from nanofp8.config import UserError, exit_with, script_flags
 from nanofp8.machine import Clock, card_name, describe_machine
 from nanofp8.plots import smooth
 from nanofp8.procs import Processes, start_processes
+from nanofp8.reports import RunData, finished_run, header, read_run, table, write_report
 from nanofp8.runlog import read_log
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -207,23 +220,6 @@ def plan_study(name: str, given: Sequence[str], seeds: tuple[int, int],
     return plan
 
 
-def finished_run(cfg: SimpleNamespace, machine: dict) -> str | None:
-    """Return the folder of a run that was finished with these very flags, by this code and on this device, or None."""
-    wanted = {k: v for k, v in flag_values(cfg).items() if k not in ("run_name", "out_dir")}
-    wanted |= {k: machine[k] for k in ("device", "code")}
-    for n in range(1, 100):
-        folder = os.path.join(cfg.out_dir, cfg.run_name if n == 1 else f"{cfg.run_name}-{n}")
-        if not os.path.isdir(folder):
-            return None
-        try:
-            run = read_run(folder)
-        except UserError:  # a run that was broken off
-            continue
-        if run.done and all(run.config.get(k) == v for k, v in wanted.items()):
-            return folder
-    return None
-
-
 def matmul_rate(device: torch.device) -> float:
     """Return the FLOP/s of square matmuls as training makes them (bf16 on a GPU, fp32 on a CPU): the best of six."""
     n, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (512, torch.float32)
@@ -271,47 +267,6 @@ def train_study(name: str, plan: dict[tuple, SimpleNamespace], procs: Processes)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Report
-
-
-@dataclass
-class RunData:
-    """What a report needs of a finished or unfinished run."""
-
-    config: dict
-    train: list[dict]   # records of kind "train"
-    val: list[dict]
-    done: dict | None
-
-    @property
-    def losses(self) -> list[float | None]:
-        """Train loss of each step; None for one that was not finite."""
-        return [record["loss"] for record in self.train]
-
-    @property
-    def timed(self) -> list[dict]:
-        """The train records after the warm-up, over which speed is measured."""
-        return self.train[self.config["warmup_iters"]:] or self.train
-
-    @property
-    def val_loss(self) -> float | None:
-        """Last val loss in bf16; None without one, or over one sequence a rank, which is what `speed` evaluates."""
-        if not self.val or self.config["eval_tokens"] <= self.config["world_size"] * self.config["block_size"]:
-            return None
-        return ((self.done or {}).get("val_losses") or {}).get("bf16", self.val[-1]["val_loss"])
-
-
-def read_run(folder: str) -> RunData:
-    """Read a run folder's config.json and log.jsonl. Raises UserError if it is not one, or has no training step."""
-    try:
-        with open(os.path.join(folder, "config.json"), encoding="utf-8") as f:
-            config = json.load(f)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder} is not a run folder of train.py (config.json: {error})", 2) from None
-    records = read_log(folder)
-    kinds = {kind: [r for r in records if r["kind"] == kind] for kind in ("train", "val", "done")}
-    if not kinds["train"]:
-        raise UserError(f"{folder}/log.jsonl holds no training step yet", 2)
-    return RunData(config, kinds["train"], kinds["val"], (kinds["done"] or [None])[-1])
 
 
 def largest_gap(a: RunData, b: RunData) -> float | None:
@@ -415,16 +370,12 @@ def columns(rows: list[dict], noise: float | None) -> list[tuple[str, Callable[[
 def markdown(rows: list[dict], noise: float | None, val_noise: float | None, command: str) -> str:
     """Return the table, with date, device, command and model above it, and how to read it below."""
     config = rows[0]["config"]
-    versions = ", ".join(f"{name} {version}" for name, version in config["versions"].items() if version)
-    table = [[title, *map(cell, rows)] for title, cell in columns(rows, noise)]
-    table = [column for column in table if any(column[1:])]
-    lines = ["| " + " | ".join(cells) + " |" for cells in zip(*table, strict=True)]
     gaps_to = rows[0]["label"] if not any(len(r["seeds"]) > 1 for r in rows) else "the bf16 run of the same seed"
     text = [
-        f"{datetime.date.today()}, {config['device']}, {versions}", "", f"    {command}", "",
+        *header(config, command),
         f"{config['parameters'] / 1e6:.1f}M parameters ({config['n_layer']} layers, width {config['n_embd']}, "
         f"vocabulary {config['vocab_size']:,}), {config['total_batch_size']:,} tokens a step of {config['dataset']}, "
-        f"unless a row says otherwise.", "", lines[0], "|" + "---|" * len(table), *lines[1:], "",
+        f"unless a row says otherwise.", "", *table(rows, columns(rows, noise)), "",
         f"Gaps are to {gaps_to}, on the same tokens. Train loss is smoothed (exponential average, 0.9). Val loss is "
         f"evaluated in bf16; \"evaluated in the format\" is how much it rises if the evaluation runs in the format "
         f"too. The largest gap in training is that of the smoothed train loss after {rows[0]['warmup']} warm-up steps. "
@@ -497,18 +448,8 @@ def plot(rows: list[dict], noise: float | None, val_noise: float | None, path: s
 def report(runs: dict[tuple, str], out: str, command: str, study: bool = False) -> None:
     """Write out.json, out.md and out.png from run folders, {(label, seed): folder}, and print the table."""
     rows, noise, val_noise = summarize({key: read_run(folder) for key, folder in runs.items()}, study)
-    text = markdown(rows, noise, val_noise, command)
-    os.makedirs(os.path.dirname(out) or ".", exist_ok=True)
-    with open(out + ".json", "w", encoding="utf-8") as f:
-        json.dump(dict(date=str(datetime.date.today()), command=command, noise=noise, val_noise=val_noise, rows=rows),
-                  f, indent=1)
-    with open(out + ".md", "w", encoding="utf-8") as f:
-        f.write(text)
-    try:
-        plot(rows, noise, val_noise, out + ".png")
-    except ImportError:
-        print("no plot: matplotlib is not installed")
-    print("\n" + text, flush=True)
+    write_report(out, command, dict(noise=noise, val_noise=val_noise, rows=rows),
+                 markdown(rows, noise, val_noise, command), functools.partial(plot, rows, noise, val_noise))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -547,6 +488,10 @@ def main(argv: Sequence[str]) -> None:
         return
     ranks = os.environ.get("LOCAL_WORLD_SIZE")
     command = f"{f'torchrun --nproc_per_node={ranks}' if ranks else 'python'} bench.py {shlex.join(argv)}"
+    if name == "race":
+        options, given = take_options(arguments, *race.OPTIONS)
+        race.run(options, given, train, options.get("out") or os.path.join("results", card_name(), name), command)
+        return
     options, given = take_options(arguments, "out", "rows", "formats", "seeds")
     if any(a.startswith("--log_interval=") and a != "--log_interval=1" for a in given):
         raise UserError("comparisons need every step's record; leave --log_interval at 1", 2)
@@ -558,7 +503,7 @@ def main(argv: Sequence[str]) -> None:
         report({(label, read_run(folder).config["seed"]): folder for label, folder in named.items()}, out, command)
         return
     if name not in MODES:
-        raise UserError(f"unknown mode '{name}'; bench.py has {', '.join((*MODES, 'report'))}", 2)
+        raise UserError(f"unknown mode '{name}'; bench.py has {', '.join((*MODES, 'race', 'report'))}", 2)
     study, option = MODES[name].study, "formats" if MODES[name].study else "rows"
     wrong = {"rows" if study else "formats", *(() if study else ("seeds",))} & set(options)
     if wrong:

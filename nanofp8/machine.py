@@ -19,6 +19,9 @@ from nanofp8.files import console
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # the folder of train.py
 
+# Modules that no training run imports: an edit to a report must not make finished runs count as old
+REPORTS = ("race.py", "race_report.py", "reports.py")
+
 # Dense bf16 tensor-core peaks in FLOP/s, first match by device name (NVIDIA data sheets)
 PEAK_BF16 = [
     ("GB200", 2.5e15), ("B200", 2.25e15), ("B100", 1.8e15), ("H200", 989e12), ("H100 PCIe", 756e12),
@@ -55,7 +58,7 @@ def card_name() -> str:
 def describe_machine(device: torch.device) -> dict[str, Any]:
     """Return what config.json says of machine and code: device, versions, git_commit, and `code`.
 
-    `code` is a hash of train.py and nanofp8/*.py: a git commit does not show edits.
+    `code` is a hash of train.py and nanofp8/*.py without REPORTS: a git commit does not show edits.
     """
     from importlib.metadata import PackageNotFoundError, version
     versions: dict[str, str | None] = {"python": platform.python_version()}
@@ -70,6 +73,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
             else f"CPU ({platform.machine()}, {os.cpu_count()} cores)")
     code = hashlib.sha256()
     package = glob.glob(os.path.join(glob.escape(ROOT), "nanofp8", "*.py"))
+    package = [path for path in package if os.path.basename(path) not in REPORTS]
     for path in [os.path.join(ROOT, "train.py"), *sorted(package)]:
         with open(path, "rb") as f:
             code.update(f.read())

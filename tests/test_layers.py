@@ -13,7 +13,9 @@ ORDER = """
     parts
     machine plots faults muon precision fused
     fp8_stats loss procs runlog
-    checkpoint
+    checkpoint reports
+    race_report
+    race
     train
     train_orig sample
     bench
