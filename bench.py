@@ -17,8 +17,9 @@ group. Any flag of train.py can be given as --name=value.
     --formats="bf16,FP8 block"       pick rows of precision and ablation
     --seeds=3, --seeds=2,1           seeds of every row; of bf16, and of each format
 
-`precision`, `ablation` and `wrappers` take 65,536 tokens a step and 20 warm-up steps, so that a few million tokens are
-enough steps to compare (on a CPU the first two take preset tiny's). `speed` takes 24 steps; the first 4 do not count.
+`precision`, `ablation` and `wrappers` take 65,536 tokens a step, so that a few million tokens are enough steps to
+compare (on a CPU the first two take preset tiny's). `speed` takes 24 steps of preset classic (on a CPU: tiny); the
+first 4 do not count.
 
 `precision` and `ablation` are studies: for each seed all rows start from the same weights and read the same tokens.
 They first print what they will cost. A run that was finished with the same flags, code and device is not trained again,
@@ -85,9 +86,10 @@ class Mode:
     flags: dict[str, Any]
     variants: dict[str, Variant]
     study: bool = False
+    gpu_preset: str = ""  # preset on a GPU; "": the default
 
 
-COMPARISON = dict(total_batch_size=65536, warmup_iters=20, eval_interval=0, keep_checkpoints=0)
+COMPARISON = dict(total_batch_size=65536, eval_interval=0, keep_checkpoints=0)
 SPEED = dict(warmup_iters=4, eval_interval=0, eval_tokens=1, keep_checkpoints=0)
 STUDY_ON_A_CPU = dict(preset="tiny", eval_interval=0, keep_checkpoints=0)
 BF16, NVFP4, VOCAB = dict(USE_FP8=False), dict(USE_NVFP4=True), dict(vocab_size=50304)
@@ -111,7 +113,7 @@ MODES = {
         "FP8 delayed, FSDP2": Variant(dict(USE_FSDP2=True)),
         "FP8 delayed, DDP": Variant(dict(USE_DDP=True)),
         "train_orig.py": Variant(script=train_orig),
-    }),
+    }, gpu_preset="classic"),
     "precision": Mode(COMPARISON | dict(preset="d12", max_iters=381), {
         "bf16": STUDY_BF16,
         "FP8 delayed": Variant(dict(FP8_RECIPE="delayed")),
@@ -132,7 +134,7 @@ MODES = {
         **{name: Variant(dict(USE_EMULATION=True, FP8_RECIPE=recipe)) for name, recipe in (
             ("FP8 delayed", "delayed"), ("FP8 current", "current"), ("FP8 block", "block"), ("MXFP8", "mxfp8"))},
         "NVFP4": Variant(NVFP4 | dict(USE_EMULATION=True)),
-    }),
+    }, gpu_preset="classic"),
     "wrappers": Mode(COMPARISON, {
         "FSDP2": Variant(dict(USE_FSDP2=True, seed=1)),
         "DDP": Variant(dict(USE_DDP=True, seed=1)),
@@ -149,6 +151,8 @@ def resolve(mode: Mode, variant: Variant, given: Sequence[str], run_name: str, *
     train_orig.py has fewer flags: it takes those it has, and its own micro-batch. Raises: UserError.
     """
     common = mode.flags if torch.cuda.is_available() or not mode.study else STUDY_ON_A_CPU
+    if mode.gpu_preset and torch.cuda.is_available() and variant.script is train:
+        common = dict(preset=mode.gpu_preset) | common
     arguments = [f"--{name}={value}" for name, value in common.items()] + list(given)
     if variant.script is not train:
         known = set(script_flags(variant.script.__file__)) - {"batch_size"}

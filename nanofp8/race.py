@@ -15,7 +15,7 @@ from typing import Any, Callable, Iterator, Mapping, Sequence
 
 import torch
 
-from nanofp8.config import PositiveFloat, UserError, convert, script_flags
+from nanofp8.config import PositiveFloat, UserError, convert
 from nanofp8.faults import StopSignal
 from nanofp8.files import console
 from nanofp8.machine import describe_machine
@@ -169,7 +169,6 @@ class Planner:
         """
         self.race, self.script = race, script
         self.given = [f"--{name}={value}" for name, value in FLAGS.items()] + list(given)
-        self.by_tokens = "train_tokens" in script_flags(script.__file__)
         check_given(given)
         script.read_flags(self.given)  # a mistake in these is no variant's
         for variant, flags in race.variants.items():
@@ -195,7 +194,7 @@ class Planner:
 
     def batch(self, variant: str, tokens: float | None) -> int:
         """Return a variant's tokens per step in a run of this many tokens (None: of its usual length)."""
-        length = [f"--train_tokens={round(tokens)}"] if self.by_tokens and tokens else []
+        length = [f"--train_tokens={round(tokens)}"] if tokens else []
         return self.script.read_flags(self.given + self.race.variants[variant] + length).total_batch_size
 
     def by_length(self) -> list[Job]:
@@ -237,9 +236,7 @@ class Planner:
             if (other := seen.setdefault((variant, batch, steps), what)) != what:
                 raise UserError(f"variant '{variant}': {other} and {what} are both {steps} step(s) of {batch:,} "
                                 f"tokens; choose --{unit} farther apart", 2)
-            # A batch that follows from the length needs to know it, and then gives the number of steps
-            own = dict(train_tokens=round(wanted)) if self.by_tokens else dict(max_iters=steps)
-            jobs += [self.job((variant, length, seed), f"{what}, seed {seed}", seed=seed, **own)
+            jobs += [self.job((variant, length, seed), f"{what}, seed {seed}", seed=seed, train_tokens=round(wanted))
                      for seed in self.race.seeds]
         return sorted(jobs, key=lambda job: -job.tokens)
 
