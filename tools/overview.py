@@ -1,12 +1,11 @@
 """
-Draw README's picture, docs/overview.png, from measured results: loss curves beside a bar chart of speeds.
+Draw README's picture, docs/overview.png, from measured results: loss over time beside a bar chart of speeds.
 
     python tools/overview.py
 """
 
 import json
 import pathlib
-import statistics
 import sys
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -15,29 +14,31 @@ sys.path.insert(0, str(ROOT))
 from nanofp8.files import replace_file
 from nanofp8.plots import smooth
 
-# The curves lie on each other: a wide light line below, thin ones above
-CURVES = {"bf16": dict(color="0.75", linewidth=6), "FP8 delayed": dict(color="tab:blue", linewidth=1.8),
-          "NVFP4": dict(color="tab:orange", linewidth=1.4, linestyle="--")}
+NANOCHAT_SECONDS, NANOCHAT_LOSS = 151.5, 3.5885  # results/NOTES.md, "Time to val loss 3.5885 on four H200s"
+STYLES = {"speedrun": dict(color="tab:red", ha="right"), "d20": dict(color="tab:blue", ha="left")}
 
 
 def draw(path: pathlib.Path) -> None:
-    """Draw results/h200/precision.json (losses) and results/h200/speed.json (speeds) into a PNG."""
+    """Draw results/h200/race_four_gpus.json (losses) and results/h200/speed.json (speeds) into a PNG."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     fig, (left, right) = plt.subplots(1, 2, figsize=(12, 4), layout="constrained", width_ratios=(5, 5))
 
-    study = json.loads((ROOT / "results/h200/precision.json").read_text())
-    for row in study["formats"]:
-        if row["label"] in CURVES:
-            curves = [smooth(losses, 0.95) for losses in row["losses"].values()]
-            mean = [statistics.mean(values) for values in zip(*curves, strict=True)]
-            tokens = [(i + 1) * row["config"]["total_batch_size"] / 1e6 for i in range(len(mean))]
-            name = "FP8" if row["label"] == "FP8 delayed" else row["label"] + " (emulated)" * row["emulated"]
-            left.plot(tokens[20:], mean[20:], **CURVES[row["label"]], label=f"{name}: val loss {row['val_loss']:.3f}")
-    left.set(xlabel="million tokens", ylabel="train loss, smoothed",
-             title="The same loss in FP8 (186M parameters, mean of two seeds)")
-    left.legend()
+    race = json.loads((ROOT / "results/h200/race_four_gpus.json").read_text())["runs"]
+    for name, style in STYLES.items():
+        run, color = race[name], style["color"]
+        seconds = [(i + 1) * run["tokens"] / run["steps"] / run["tok_per_sec"] for i in range(run["steps"])]
+        left.plot(seconds, smooth(run["train_losses"], 0.95), color=color, linewidth=1.5)
+        left.plot(seconds[-1], run["val_loss"], "o", color=color)
+        left.annotate(f"{name}: {seconds[-1]:.0f} s", (seconds[-1], run["val_loss"]), xytext=(0, -16),
+                      textcoords="offset points", weight="bold", **style)
+    left.plot(NANOCHAT_SECONDS, NANOCHAT_LOSS, "o", color="0.4")
+    left.annotate(f"nanochat: {NANOCHAT_SECONDS:.0f} s", (NANOCHAT_SECONDS, NANOCHAT_LOSS), xytext=(0, -16),
+                  textcoords="offset points", ha="center", color="0.4", weight="bold")
+    left.axhline(NANOCHAT_LOSS, color="0.6", linewidth=0.8, linestyle="--")
+    left.set(xlabel="seconds of training on four H200s", ylabel="train loss, smoothed; dots: val loss", xlim=(0, 180),
+             ylim=(3.4, 5.2), title="To val loss 3.59 in 56% of nanochat's time")
     left.grid(alpha=0.3)
 
     speed = json.loads((ROOT / "results/h200/speed.json").read_text())
