@@ -34,7 +34,7 @@ def draw(path: pathlib.Path) -> None:
         left.annotate(f"{name}: {seconds[-1]:.0f} s", (seconds[-1], run["val_loss"]), xytext=(0, -16),
                       textcoords="offset points", weight="bold", **style)
     left.plot(NANOCHAT_SECONDS, NANOCHAT_LOSS, "o", color="0.4")
-    left.annotate(f"nanochat: {NANOCHAT_SECONDS:.0f} s", (NANOCHAT_SECONDS, NANOCHAT_LOSS), xytext=(0, -16),
+    left.annotate(f"nanochat: {NANOCHAT_SECONDS:.0f} s", (NANOCHAT_SECONDS, NANOCHAT_LOSS), xytext=(0, 8),
                   textcoords="offset points", ha="center", color="0.4", weight="bold")
     left.axhline(NANOCHAT_LOSS, color="0.6", linewidth=0.8, linestyle="--")
     left.set(xlabel="seconds of training on four H200s", ylabel="train loss, smoothed; dots: val loss", xlim=(0, 180),
