@@ -24,13 +24,34 @@ say() { echo "run.sh: $*" >&2; }
 die() { say "$1"; exit "${2:-1}"; }
 positive() { case $2 in '' | 0* | *[!0-9]*) die "$1 must be a positive integer, got '$2'" 2 ;; esac; }
 
-# All GPUs in the machine decide what is installed; the GPUs that CUDA_VISIBLE_DEVICES allows decide what runs.
-machine_gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ' || true)
-case ${CUDA_VISIBLE_DEVICES-all} in
-  all) gpus=$machine_gpus ;;
-  '' | -* | NoDevFiles) gpus=0 ;;
-  *) gpus=${CUDA_VISIBLE_DEVICES//[^,]/} && gpus=$((machine_gpus > 0 ? ${#gpus} + 1 : 0)) ;;
-esac
+flag() { # print the value of flag $1 among the arguments that follow, else train.py's: name: type = "value"
+  local name=$1 value arg
+  value=$(sed -n "s/^$name *\(:[^=]*\)\{0,1\}= *[\"']\([^\"']*\)[\"'].*/\2/p" train.py | sed -n 1p)
+  shift
+  for arg in "$@"; do case $arg in "--$name="*) value=${arg#*=} ;; esac done
+  echo "$value"
+}
+
+# All GPUs in the machine decide what is installed; the GPUs that CUDA_VISIBLE_DEVICES allows decide what runs. CUDA
+# uses the entries before the first that is not a GPU.
+smi_status=0
+smi=$(nvidia-smi -L 2>&1) || smi_status=$?
+machine_gpus=$(grep -c '^GPU ' <<<"$smi" || true)
+gpus=$machine_gpus
+if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
+  gpus=0
+  IFS=, read -ra visible <<<"$CUDA_VISIBLE_DEVICES" || true
+  for entry in "${visible[@]+"${visible[@]}"}"; do
+    case $entry in
+      GPU-* | MIG-*) [ "$machine_gpus" -gt 0 ] || break ;;
+      '' | *[!0-9]*) break ;;
+      *) [ "$((10#$entry))" -lt "$machine_gpus" ] || break ;;
+    esac
+    gpus=$((gpus + 1))
+  done
+elif [ "$smi_status" -ne 0 ] && command -v nvidia-smi >/dev/null && [[ $smi != *"No devices"* ]]; then
+  broken_gpu=${smi%%$'\n'*} # training on the CPU instead would be a surprise
+fi
 requirements="requirements-cpu.txt"
 [ "$machine_gpus" -eq 0 ] || requirements="requirements.txt"
 NPROC=${NPROC-$((gpus > 0 ? gpus : 1))}
@@ -196,6 +217,8 @@ unset RANK LOCAL_RANK WORLD_SIZE # ranks come from torchrun alone, not from what
 command=train
 case ${1:-} in setup | test) command=$1 && shift ;; esac
 [ "$command" = test ] || check_flags "$@"
+[ -z "${broken_gpu:-}" ] || [ "$command" != train ] || [ "$(flag preset "$@")" != auto ] ||
+  die "the GPU does not answer (nvidia-smi: $broken_gpu); repair its driver, or train on the CPU: --preset=tiny"
 py=$PWD/.venv/bin/python
 if [ -n "$found" ] && { [ ! -f .venv/installed ] || [ ! "${found%/*}" -ef .venv/bin ]; } && usable "$found"; then
   py=$found # unless it is run.sh's own .venv, which must be complete
@@ -215,13 +238,6 @@ case " $* " in *' --help '* | *' -h '*) exec "$py" train.py --help ;; esac
 
 # With a GPU, train.py's default data set is FineWeb. Preset tiny, the default without a GPU, uses Shakespeare, which is
 # included.
-flag() { # print the value of flag $1 among the arguments that follow, else train.py's: name: type = "value"
-  local name=$1 value arg
-  value=$(sed -n "s/^$name *\(:[^=]*\)\{0,1\}= *[\"']\([^\"']*\)[\"'].*/\2/p" train.py | sed -n 1p)
-  shift
-  for arg in "$@"; do case $arg in "--$name="*) value=${arg#*=} ;; esac done
-  echo "$value"
-}
 if [ "$gpus" -gt 0 ] && [ "$(flag dataset "$@") $(flag data_dir "$@")" = "fineweb10B data" ] && [ "$(flag preset "$@")" != tiny ]; then
   {
     lock

@@ -59,7 +59,7 @@ from nanofp8 import checkpoint, runlog  # save, find, check, restore; run folder
 from nanofp8.faults import Guard, StopSignal  # bad steps; SIGTERM and SIGINT
 from nanofp8.fused import AddNorm, FusedBlocks, FusedMLP, FusedQKV, MicroBatchGraphs, RopeQKNorm, kernels_fit  # Triton
 from nanofp8.loss import LMHead  # output projection and softcapped cross-entropy, without all logits at once
-from nanofp8.machine import Clock, describe_machine, pause_garbage_collection, profiling
+from nanofp8.machine import Clock, check_gpus, describe_machine, pause_garbage_collection, profiling
 from nanofp8.muon import OptimizerSet, import_bitsandbytes, make_muon, muon_groups  # Dion's Muon, or torch's
 from nanofp8.parts import (  # what preset "speedrun" adds
     ResidualScalars,
@@ -622,8 +622,11 @@ class Optimizers(OptimizerSet):
 
         # Compiling Dion's update adds half a minute to a first start, and saves milliseconds a step (results/NOTES.md)
         self.compiled = cfg.USE_COMPILE is True
-        mesh = procs.mesh if sharded else None
-        self.muon, self.description = make_muon(matrix_groups, cfg.muon_impl, procs.device, mesh, self.compiled)
+        mesh, obstacle = procs.mesh if sharded else None, ""
+        if sharded and 3 * cfg.n_embd % procs.world_size:
+            obstacle = f"Dion cannot divide 3 x n_embd = {3 * cfg.n_embd} rows among {procs.world_size} ranks"
+        self.muon, self.description = make_muon(matrix_groups, cfg.muon_impl, procs.device, mesh, self.compiled,
+                                                obstacle)
         adam = dict(betas=(cfg.adam_beta1, cfg.adam_beta2), eps=cfg.adam_eps)
         self.all = [self.muon]
         if cfg.USE_8BIT_ADAM:
@@ -1021,7 +1024,7 @@ def set_up(cfg: SimpleNamespace, procs: Processes, cleanup: contextlib.ExitStack
         if resumed:
             checkpoint.invalidate_later_checkpoints(run.folder, run.first_step)
         run.log = runlog.open_log(run, lock)
-        cleanup.callback(run.log.close)
+        cleanup.push(lambda kind, *_: run.log.close(failed=kind is not None))
     run.checkpoints = checkpoint.Checkpoints(run.folder, cfg.keep_checkpoints, procs)
     run.stop = cleanup.enter_context(StopSignal())
     run.checkpoints.prepare(lambda: checkpoint.training_state(run))
@@ -1065,8 +1068,10 @@ def run(cfg: SimpleNamespace, procs: Processes) -> str:
 
 def read_flags(argv: Sequence[str], has_gpu: bool | None = None) -> SimpleNamespace:
     """Resolve this script's flags from command-line arguments (has_gpu: default torch.cuda.is_available())."""
-    has_gpu = torch.cuda.is_available() if has_gpu is None else has_gpu
+    known, has_gpu = has_gpu is not None, torch.cuda.is_available() if has_gpu is None else has_gpu
     cfg = parse_flags(argv, os.path.abspath(__file__), PRESETS, has_gpu)
+    if not known and not has_gpu and "preset" in cfg.auto:
+        check_gpus()  # rather than train a tiny model on the CPU by surprise
     resolve_length(cfg)
     return cfg
 

@@ -283,12 +283,13 @@ def parse_flags(argv: Sequence[str], path: str | os.PathLike, presets: Mapping[s
     given = parse_arguments(argv, flags)
     values = {name: flag.default for name, flag in flags.items()}
     preset = given.get("preset", values["preset"])
-    if preset == "auto":
+    auto = ["preset"] if preset == "auto" else []
+    if auto:
         preset = GPU_PRESET if has_gpu else CPU_PRESET
     edited = {name for name, released in presets[GPU_PRESET].items() if values[name] != released}
     values |= {name: value for name, value in presets[preset].items() if name not in edited}
     values |= given | {"preset": preset}
-    auto = sorted(name for name, value in values.items() if value == "auto")
+    auto = sorted(auto + [name for name, value in values.items() if value == "auto"])
     return SimpleNamespace(**values, explicit=sorted({*given, *edited, "preset"}), auto=auto)
 
 

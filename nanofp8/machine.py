@@ -15,7 +15,8 @@ from typing import Any, Iterator
 
 import torch
 
-from nanofp8.files import console
+from nanofp8.config import UserError
+from nanofp8.files import console, error_line
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # the folder of train.py
 
@@ -28,6 +29,27 @@ PEAK_BF16 = [
     ("H100 NVL", 835e12), ("H100", 989e12), ("H800", 989e12), ("A100", 312e12), ("A800", 312e12), ("L40S", 362e12),
     ("RTX PRO 6000", 503.8e12), ("RTX 5090", 209.5e12), ("RTX 4090", 165.2e12), ("RTX 3090", 71e12),
 ]
+
+
+def check_gpus() -> None:
+    """Raise UserError if nvidia-smi lists GPUs, or fails, although torch sees none and CUDA_VISIBLE_DEVICES is not set.
+
+    nvidia-smi that finds no devices is all right: a login node.
+    """
+    if "CUDA_VISIBLE_DEVICES" in os.environ or not shutil.which("nvidia-smi"):
+        return
+    try:
+        smi = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60)
+        listed = next((line for line in smi.stdout.splitlines() if line.startswith("GPU ")), "")
+        failed = smi.returncode != 0 and "No devices" not in smi.stdout + smi.stderr
+        reason = listed and f"nvidia-smi lists {listed.split(' (')[0]}, but torch {torch.__version__} finds no GPU"
+        if failed:
+            lines = (smi.stdout + smi.stderr).strip().splitlines() or [f"status {smi.returncode}"]
+            reason = f"the GPU does not answer (nvidia-smi: {lines[0]})"
+    except (OSError, subprocess.TimeoutExpired) as error:
+        reason = f"the GPU does not answer (nvidia-smi: {error_line(error)})"
+    if reason:
+        raise UserError(f"{reason}; repair driver or torch, or train on the CPU: --preset=tiny")
 
 
 def peak_flops(device: torch.device) -> float | None:

@@ -151,26 +151,26 @@ def normalize_rows(update: torch.Tensor, variance: torch.Tensor, beta2: float | 
     return update * (scale * norms / new_norms.clamp(min=1e-8)), variance
 
 
-def dion_muon(choice: str, device: torch.device, compiled: bool = True) -> tuple[type | None, str]:
+def dion_muon(choice: str, device: torch.device, compiled: bool = True, why: str = "") -> tuple[type | None, str]:
     """Return Dion's Muon class, or None and the reason why torch.optim.Muon takes its place.
 
     Args:
         choice: the flag muon_impl: "auto", "dion" or "torch".
         compiled: whether Dion's update is to be compiled.
+        why: a reason that the caller knows.
     Raises: UserError if muon_impl is "dion" and Dion cannot run.
     """
     if choice == "torch":
         return None, "muon_impl=torch"
-    why = ""
     try:
         from dion import Muon
     except Exception as error:  # a broken installation fails with more than ImportError
-        why = f"Dion cannot be imported ({error_line(error)})"
+        why = why or f"Dion cannot be imported ({error_line(error)})"
     compilers = filter(None, (os.environ.get("CXX"), "g++", "clang++"))
     if not why and compiled and device.type == "cpu" and not any(map(shutil.which, compilers)):
         why = "Dion compiles its kernels and there is no C++ compiler"
     if why and choice == "dion":
-        raise UserError(f"muon_impl=dion, but {why}; install requirements.txt, or use --muon_impl=auto")
+        raise UserError(f"muon_impl=dion, but {why}; use --muon_impl=auto, or mend that (requirements.txt has Dion)")
     return (None, why) if why else (Muon, "")
 
 
@@ -190,17 +190,18 @@ def polar_express(G: torch.Tensor, epsilon: float = 1e-6) -> torch.Tensor:
     return (wide.mT if X.shape[-2] > X.shape[-1] else wide).reshape(G.shape)
 
 
-def make_muon(groups: Sequence[dict], choice: str, device: torch.device, mesh: Any,
-              compiled: bool) -> tuple[torch.optim.Optimizer, str]:
+def make_muon(groups: Sequence[dict], choice: str, device: torch.device, mesh: Any, compiled: bool,
+              obstacle: str = "") -> tuple[torch.optim.Optimizer, str]:
     """Build Muon for these parameter groups (params, lr, weight_decay, mu, split_sizes), and say whose it is.
 
     Args:
         choice: the flag muon_impl.
         mesh: how Dion shares the work out: a DeviceMesh for sharded parameters, a process group for whole ones, None.
         compiled: compile Dion's update.
+        obstacle: why Dion cannot take these parameters; "": it can.
     Returns: the optimizer, and its description for the start-up table. Raises: UserError, as dion_muon().
     """
-    Muon, why = dion_muon(choice, device, compiled)
+    Muon, why = dion_muon(choice, device, compiled, obstacle)
     if Muon is None:
         return TorchMuon(groups), f"{'NorMuon' if 'muon_beta2' in groups[0] else 'Muon'} by torch.optim.Muon: {why}"
     if compiled:  # Dion's many shapes

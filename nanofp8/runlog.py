@@ -7,6 +7,7 @@ import math
 import os
 import statistics
 import time
+import uuid
 from types import SimpleNamespace
 from typing import Any, Callable, Iterator
 
@@ -140,7 +141,9 @@ class RunLog:
         if wandb_project:
             try:
                 import wandb
-                self.wandb = wandb.init(project=wandb_project, name=os.path.basename(folder), config=config, dir=folder)
+                # A run that continues goes on under its own id
+                self.wandb = wandb.init(project=wandb_project, name=os.path.basename(folder), config=config, dir=folder,
+                                        id=config.get("wandb_id"), resume="allow")
             except Exception as error:  # no wandb, no network, no login: the run continues
                 console(f"wandb is off: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
 
@@ -203,16 +206,26 @@ class RunLog:
             console(f"cannot draw the run's pictures ({getattr(error, 'strerror', None) or error_line(error)}); "
                     f"training continues")
 
-    def close(self) -> None:
+    def close(self, failed: bool = False) -> None:
         """Close files, lock and wandb where a run ends, well or not; once is enough."""
         if not self.file.closed:
             self.file.close()
             self.lock.close()
             if self.wandb is not None:
                 try:
-                    self.wandb.finish()
+                    self.wandb.finish(exit_code=int(failed))
                 except Exception as error:  # the run's own status counts
                     console(f"wandb could not finish: {error_line(error)}")
+
+
+def saved_config(folder: str) -> dict:
+    """Return what config.json of a run folder holds; nothing if there is none that can be read."""
+    try:
+        with open(os.path.join(folder, "config.json"), encoding="utf-8") as f:
+            config = json.load(f)
+        return config if isinstance(config, dict) else {}
+    except (OSError, ValueError):
+        return {}
 
 
 def open_log(run: Any, lock: FolderLock) -> RunLog:
@@ -222,6 +235,8 @@ def open_log(run: Any, lock: FolderLock) -> RunLog:
         started_at=time.time(), torchrun=os.environ.get("TORCHELASTIC_RUN_ID"), world_size=run.procs.world_size,
         wrapper=run.parallel.wrapper, precision=precision.name, emulated=precision.emulated,
         optimizers=run.optimizers.description, parameters=run.parameters)
+    if cfg.USE_WANDB:
+        config["wandb_id"] = saved_config(run.folder).get("wandb_id") or uuid.uuid4().hex[:12]
     return RunLog(run.folder, lock, config, run.first_step, cfg.wandb_project if cfg.USE_WANDB else "")
 
 

@@ -8,7 +8,8 @@ import torch
 import helpers
 from helpers import losses, train_here
 from nanofp8 import machine
-from nanofp8.machine import describe_machine, peak_flops
+from nanofp8.config import UserError
+from nanofp8.machine import check_gpus, describe_machine, peak_flops
 
 
 def test_the_code_hash_follows_train_py_and_the_package(tmp_path, monkeypatch):
@@ -55,3 +56,22 @@ def test_profile(fresh, shards, tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     at = next(i for i, line in enumerate(lines) if line.startswith("profile of one step"))
     assert len([line for line in lines[at + 1:at + 11] if " ms " in line]) == 10
+
+
+@pytest.mark.parametrize("script, words", [
+    ("echo 'GPU 0: NVIDIA H100 (UUID: GPU-1)'", ["GPU 0: NVIDIA H100", "torch"]),
+    ("echo 'could not communicate with the driver'; exit 9", ["could not communicate", "does not answer"]),
+    ("exit 9", ["status 9"]), ("echo 'No devices were found'; exit 6", None), ("true", None),
+])  # fmt: skip
+def test_gpus_that_torch_does_not_see(tmp_path, monkeypatch, script, words):
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text(f"#!/bin/sh\n{script}\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if words:
+        with pytest.raises(UserError) as caught:
+            check_gpus()
+        assert all(word in str(caught.value) for word in [*words, "--preset=tiny"])
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    check_gpus()

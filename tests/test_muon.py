@@ -9,7 +9,7 @@ import torch
 import train
 from helpers import CPU, make_cfg, make_model, make_optimizers, one_process, random_grads, relative
 from nanofp8.config import UserError
-from nanofp8.muon import TorchMuon, dion_muon, import_bitsandbytes, polar_express
+from nanofp8.muon import TorchMuon, dion_muon, import_bitsandbytes, make_muon, polar_express
 from nanofp8.schedule import momentum_at
 
 pytestmark = pytest.mark.usefixtures("fresh")
@@ -285,6 +285,19 @@ def test_normuon_divides_rows_by_their_averaged_size_and_keeps_the_norm(parts):
             w -= 0.1 * rows * piece.norm() / rows.norm()
         assert relative(p, want) < 1e-5
         assert relative(opt.variances[p], variance) < 1e-4
+
+
+@pytest.mark.parametrize("choice", ["auto", "dion"])
+def test_parameters_that_dion_cannot_divide(choice):
+    """FSDP2 over 5 ranks: torch's Muon by default, one line if Dion was asked for."""
+    groups = [dict(params=[torch.nn.Parameter(torch.zeros(6, 2))], lr=0.1, weight_decay=0.0, mu=0.9)]
+    why = "Dion cannot divide 384 rows among 5 ranks"
+    if choice == "auto":
+        muon, description = make_muon(groups, choice, CPU, None, False, why)
+        assert isinstance(muon, TorchMuon) and why in description
+    else:
+        with pytest.raises(UserError, match=f"{why}.*--muon_impl=auto"):
+            make_muon(groups, choice, CPU, None, False, why)
 
 
 # -----------------------------------------------------------------------------------------------------

@@ -101,7 +101,7 @@ class Host:
 
     def gpus(self, n):
         lines = "".join(f"echo 'GPU {i}: NVIDIA H100 (UUID: GPU-{i})'\n" for i in range(n))
-        self.fake("nvidia-smi", f"#!/bin/bash\n{lines or 'exit 9'}\n")
+        self.fake("nvidia-smi", f"#!/bin/bash\n{lines or 'echo No devices were found; exit 6'}\n")
         return self
 
     def has(self, *modules):
@@ -397,11 +397,25 @@ def test_one_process_takes_no_ranks_from_outside(host):
     assert host.did == ["fake train.py RANK="]
 
 
-@pytest.mark.parametrize("visible, processes", [("2,3", 2), ("5", 1), ("", 1)])
+@pytest.mark.parametrize("visible, processes", [
+    ("2,3", 2), ("5", 1), ("", 1), ("0,1,-1,2", 2), ("0,1,9,2", 2), ("GPU-0,MIG-1", 2), ("0,1,", 2), ("-1", 1),
+])  # fmt: skip
 def test_visible_gpus(host, visible, processes):
+    """As CUDA counts them: up to the first entry that is not a GPU."""
     host.gpus(8).has("torch", "numpy", "transformer_engine.pytorch", "transformer_engine.__init__")
     host.run("--dataset=shakespeare", CUDA_VISIBLE_DEVICES=visible)
     assert ("--nproc_per_node=2" in host.did[0]) == (processes == 2) and ("torchrun" in host.did[0]) == (processes > 1)
+
+
+def test_a_gpu_that_does_not_answer_stops_training_unless_the_cpu_is_meant(host):
+    host.has("torch", "numpy").fake("nvidia-smi", "#!/bin/bash\necho 'NVIDIA-SMI has failed: no driver' >&2; exit 9\n")
+    out = host.run(status=1)
+    assert "NVIDIA-SMI has failed" in out and "--preset=tiny" in out and host.did == []
+    for arguments, env in ((["--preset=tiny"], {}), ([], dict(CUDA_VISIBLE_DEVICES=""))):
+        host.run(*arguments, **env)
+        assert host.did[-1].startswith("fake train.py")
+    host.gpus(0).run()  # nvidia-smi without a GPU: a login node
+    assert host.did == ["fake train.py RANK="]
 
 
 def test_several_machines(host):

@@ -9,7 +9,7 @@ import pytest
 
 from helpers import records
 from nanofp8.config import UserError
-from nanofp8.runlog import FolderLock, RunLog, format_duration, make_run_folder
+from nanofp8.runlog import FolderLock, RunLog, format_duration, make_run_folder, saved_config
 
 
 def test_a_wandb_that_fails_later_is_switched_off(tmp_path, monkeypatch, capsys):
@@ -25,6 +25,25 @@ def test_a_wandb_that_fails_later_is_switched_off(tmp_path, monkeypatch, capsys)
     log.close()
     assert capsys.readouterr().out.count("wandb is off: no network") == 1
     assert [r["loss"] for r in records(tmp_path)] == [1.0, None]  # JSON has no NaN
+
+
+def test_wandb_gets_the_id_of_the_run_and_whether_it_failed(tmp_path, monkeypatch):
+    """An error in finish() is printed and no more."""
+    calls = []
+
+    def finish(exit_code):
+        calls.append(exit_code)
+        raise RuntimeError("no network")
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(
+        init=lambda **kwargs: calls.append((kwargs["id"], kwargs["resume"])) or SimpleNamespace(finish=finish)))
+    for failed in (False, True):
+        log = RunLog(str(tmp_path), FolderLock(str(tmp_path)), dict(wandb_id="abc"), wandb_project="x")
+        log.close(failed)
+    assert calls == [("abc", "allow"), 0, ("abc", "allow"), 1]
+    assert saved_config(str(tmp_path)) == dict(wandb_id="abc")
+    (tmp_path / "config.json").write_text("[1, ")
+    assert saved_config(str(tmp_path)) == {} == saved_config(str(tmp_path / "none"))
 
 
 def test_run_folders_made_at_once_are_apart(tmp_path):
