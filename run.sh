@@ -18,7 +18,8 @@
 # On SIGTERM or SIGINT, training finishes the current step, saves a checkpoint and stops; the exit status is 0 if the
 # checkpoint was written.
 set -euo pipefail
-cd -P -- "$(dirname -- "${BASH_SOURCE[0]}")" >/dev/null
+script=$(readlink -f -- "${BASH_SOURCE[0]}" 2>/dev/null || echo "${BASH_SOURCE[0]}") # a link to run.sh may be elsewhere
+cd -P -- "$(dirname -- "$script")" >/dev/null
 
 say() { echo "run.sh: $*" >&2; }
 die() { say "$1"; exit "${2:-1}"; }
@@ -210,6 +211,10 @@ lock() {
   flock -n 9 || { say "another run.sh is setting up here; waiting for it" && flock 9; }
 }
 
+can_write() {
+  (: >>.setup.lock) 2>/dev/null || die "$PWD cannot be written; copy the project to a folder where you can write"
+}
+
 python=${PYTHON:-${VIRTUAL_ENV:+$VIRTUAL_ENV/bin/python}}
 found=$(command -v "${python:=python3}" || true)
 [ -n "$found" ] || [ -z "${PYTHON:-}" ] || die "PYTHON=$PYTHON does not exist; set it to a Python of 3.10 or newer"
@@ -227,6 +232,7 @@ if [ -n "$found" ] && { [ ! -f .venv/installed ] || [ ! "${found%/*}" -ef .venv/
   done
 elif ! complete; then
   [ -f .venv/installed ] || [ ! -e .venv/bin/python ] || die "$PWD/.venv was not made by run.sh; activate it or remove it"
+  can_write
   {
     lock
     complete || { make_venv && install; }
@@ -239,6 +245,7 @@ case " $* " in *' --help '* | *' -h '*) exec "$py" train.py --help ;; esac
 # With a GPU, train.py's default data set is FineWeb. Preset tiny, the default without a GPU, uses Shakespeare, which is
 # included.
 if [ "$gpus" -gt 0 ] && [ "$(flag dataset "$@") $(flag data_dir "$@")" = "fineweb10B data" ] && [ "$(flag preset "$@")" != tiny ]; then
+  can_write
   {
     lock
     compgen -G 'data/fineweb10B/*_train_*.bin' >/dev/null || step "$py" data/cachedfineweb10b.py 9 ||
@@ -263,11 +270,12 @@ if [ "${NNODES:-1}" -eq 1 ]; then
 elif [ -n "$RDZV_ENDPOINT" ]; then
   set -- --nnodes="$NNODES" --rdzv_backend=c10d --rdzv_endpoint="$RDZV_ENDPOINT" --rdzv_id="${RDZV_ID:-nanogpt-fp8}" "$@"
 else
+  [ "$NODE_RANK" -eq 0 ] || say "machine $NODE_RANK of $NNODES: training is reported on machine 0, $MASTER_ADDR"
   [ -z "$RDZV_ID" ] || set -- --rdzv_id="$RDZV_ID" "$@"
   set -- --nnodes="$NNODES" --node_rank="$NODE_RANK" --master_addr="$MASTER_ADDR" --master_port="${MASTER_PORT:-29500}" "$@"
 fi
 # torchrun's default is one thread per process; divide the cores among the processes instead.
-cores=$(getconf _NPROCESSORS_ONLN)
+cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN) # nproc counts those that this process may use
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > NPROC ? cores / NPROC : 1))}
 
 # torchrun, started by this python, runs in a process group of its own. So it gets a signal once, from this script, even

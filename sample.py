@@ -682,6 +682,7 @@ def write_export(
                                   parameters=sum(tensor.numel() for tensor in tensors.values())))
     replace_file(os.path.join(folder, "model.safetensors"),
                  lambda temporary: save_file(tensors, temporary, metadata={"format": "pt"}))
+    shutil.copymode(os.path.join(folder, "config.json"), os.path.join(folder, "model.safetensors"))  # 0600 otherwise
 
 
 def export(

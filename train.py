@@ -233,7 +233,7 @@ PRESETS = {
     "tiny": dict(
         dataset="shakespeare", n_layer=4, n_embd=128, n_head=2, vocab_size=50304, block_size=128, train_tokens=0,
         total_batch_size=2048, batch_size=8, max_iters=60, loss_chunk_size=64, eval_interval=20, eval_tokens=16384,
-        lr_scaling="none", learning_rate=0.03, learning_rate_embed=0.5, learning_rate_head=0.015,
+        ckpt_interval=20, lr_scaling="none", learning_rate=0.03, learning_rate_embed=0.5, learning_rate_head=0.015,
         learning_rate_gain=0.01,
     ),
     "classic": CLASSIC,

@@ -14,6 +14,7 @@ Annotations use only names that this module defines or imports: int, float, bool
 import argparse
 import ast
 import difflib
+import functools
 import math
 import operator
 import os
@@ -86,7 +87,7 @@ Fraction = Annotated[float, Bounds(0, 1, open_high=True)]
 Seed = Annotated[int, Bounds(0, 2**32 - 1)]
 Window = Annotated[int, Bounds(1, 1_000_000)]  # steps that are kept in memory
 Timeout = Annotated[float, Bounds(5)]          # seconds; heartbeats come every second
-FolderName = Annotated[str, Pattern(r"(?!\.{1,2}$)[^/\\\0]+", "a folder name without slashes")]
+FolderName = Annotated[str, Pattern(r"(?!\.)[^/\\\0]+", "a folder name without slashes or a leading dot")]
 Letters = Annotated[str, Pattern(r"[SL]+", "one or more of the letters S and L, such as SSSL")]
 AutoPositive = Union[Literal["auto"], Positive]
 AutoBool = Union[Literal["auto"], bool]
@@ -305,6 +306,7 @@ def check_command_line(path: str, argv: Sequence[str] | None = None) -> None:
     GPU or the number of ranks come later, in the script.
     """
     argv = sys.argv[1:] if argv is None else argv
+    sys.excepthook = functools.partial(report_interrupt, os.path.basename(path))
     try:
         flags = script_flags(path)
         if "--help" in argv or "-h" in argv:
@@ -314,6 +316,18 @@ def check_command_line(path: str, argv: Sequence[str] | None = None) -> None:
         parse_arguments(argv, flags)
     except UserError as error:
         exit_with(error, os.path.basename(path))
+
+
+def report_interrupt(script: str, kind: type, error: BaseException, trace: Any) -> None:
+    """Serve as sys.excepthook: print one line for Ctrl-C, and any other exception as Python does.
+
+    Importing torch takes seconds, in which nothing else catches Ctrl-C. The exit status is 130.
+    """
+    if issubclass(kind, KeyboardInterrupt):
+        if _is_main():
+            print(f"{script}: interrupted", file=sys.stderr, flush=True)
+    else:
+        sys.__excepthook__(kind, error, trace)
 
 
 def exit_with(error: UserError, script: str) -> NoReturn:

@@ -50,10 +50,12 @@ def sync_to_disk(path: str) -> None:
 def console(*words: object) -> None:
     """Print a line on stdout. If it cannot be written (a closed pipe or terminal, a full disk), drop it and later ones.
 
-    A failure to report must never end a run.
+    A failure to report must never end a run. Characters that the console's encoding lacks are printed as \\u codes.
     """
     try:
-        print(*words, flush=True)
+        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+        text = " ".join(map(str, words))
+        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
     except (OSError, ValueError):  # ValueError: stdout is closed
         with contextlib.suppress(OSError, ValueError):  # what is still buffered must not fail at exit
             null = os.open(os.devnull, os.O_WRONLY)

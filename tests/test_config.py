@@ -307,3 +307,13 @@ def test_an_edit_that_cannot_work_is_one_line_that_names_the_flag(tmp_path, edit
         assert next(iter(edit)) in str(error)
     else:
         assert edit == dict(max_iters="2 * 1700") and cfg.max_iters == 3400
+
+
+def test_ctrl_c_during_imports_is_one_line(capsys, monkeypatch):
+    """check_command_line() is called before torch is imported. Any other exception keeps its traceback."""
+    monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
+    check_command_line(TRAIN, [])
+    sys.excepthook(KeyboardInterrupt, KeyboardInterrupt(), None)
+    assert capsys.readouterr().err == "train.py: interrupted\n"
+    sys.excepthook(RuntimeError, RuntimeError("no"), None)
+    assert "RuntimeError: no" in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """files.py: files that are written whole or not at all, and error messages of one line."""
 
 import errno
+import io
 import os
 import subprocess
 import sys
@@ -115,3 +116,11 @@ def test_a_console_that_cannot_be_written_ends_nothing(tmp_path, out):
                             text=True)
     os.close(write_end)
     assert (result.returncode, result.stderr) == (0, "") and (tmp_path / "end").exists(), result
+
+
+def test_console_prints_what_its_encoding_lacks_as_codes(monkeypatch):
+    raw = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    console("run folder: out/é", 1)
+    console("next")
+    assert raw.getvalue() == b"run folder: out/\\xe9 1\nnext\n"

@@ -418,6 +418,20 @@ def test_a_gpu_that_does_not_answer_stops_training_unless_the_cpu_is_meant(host)
     assert host.did == ["fake train.py RANK="]
 
 
+def test_a_folder_that_cannot_be_written_is_one_line(host):
+    (host.repo / ".setup.lock").mkdir()  # root could write to a folder without permissions
+    out = host.run(status=1)
+    assert "cannot be written" in out and "line" not in out
+
+
+def test_a_link_to_run_sh_runs_the_project(host):
+    link = host.tmp / "elsewhere.sh"
+    link.symlink_to(host.repo / "run.sh")
+    host.has("torch", "numpy")
+    done = subprocess.run(["bash", str(link)], env=host.env, cwd=host.tmp, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_several_machines(host):
     host.has("torch", "numpy").run("--seed=1", NPROC="2", NNODES="2", NODE_RANK="1", MASTER_ADDR="10.0.0.1")
     assert host.did[0].startswith("fake torchrun --nproc_per_node=2 --nnodes=2 --node_rank=1 --master_addr=10.0.0.1 "
