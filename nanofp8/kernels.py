@@ -271,7 +271,7 @@ def relu2_backward(grad_ptr, pre_activation_ptr, out_ptr, cols_ptr, activation_c
         grad_ptr, pre_activation_ptr, out_ptr, scale_ptr, 4 * quads + 3, columns, M, K, FP8)
     if FP8:
         cols_offsets = columns.to(tl.int64)[:, None] * (M // 4) + quads[None, :]
-        mask = (columns < K)[:, None] & (4 * quads < M)[None, :]
+        mask = (columns < K)[:, None] & (quads < M // 4)[None, :]
         tl.store(cols_ptr + cols_offsets,
                  tl.trans(pack_fp8(grad0, grad1, grad2, grad3, tl.load(scale_ptr), True)), mask=mask)
         tl.store(activation_cols_ptr + cols_offsets,
@@ -353,7 +353,7 @@ def rope_qk_norm_backward(grad_ptr, qkv_ptr, cos_ptr, sin_ptr, rstd_ptr, out_ptr
         N, T, heads, C3, FP8, HALF)
     if FP8:
         cols_offsets = (head * (2 * HALF) + tl.arange(0, HALF)).to(tl.int64)[:, None] * (N // 4) + quads[None, :]
-        mask = (4 * quads < N)[None, :]
+        mask = (quads < N // 4)[None, :]
         tl.store(cols_ptr + cols_offsets,
                  tl.trans(pack_fp8(grad1_0, grad1_1, grad1_2, grad1_3, tl.load(scale_ptr), True)), mask=mask)
         tl.store(cols_ptr + cols_offsets + HALF * (N // 4),
@@ -444,5 +444,5 @@ def cross_entropy_gradient(logits_ptr, targets_ptr, lse_ptr, out_ptr, cols_ptr, 
         logits_ptr, targets_ptr, lse_ptr, out_ptr, 4 * quads + 3, columns, N, V, softcap, scale, CAP, FP8)
     if FP8:
         cols_offsets = columns.to(tl.int64)[:, None] * (N // 4) + quads[None, :]
-        mask = (columns < V)[:, None] & (4 * quads < N)[None, :]
+        mask = (columns < V)[:, None] & (quads < N // 4)[None, :]
         tl.store(cols_ptr + cols_offsets, tl.trans(pack_fp8(grad0, grad1, grad2, grad3, scale, True)), mask=mask)
