@@ -57,7 +57,16 @@ from torch.distributed.tensor import DTensor
 
 from nanofp8 import checkpoint, runlog  # save, find, check, restore; run folder, log.jsonl, console, wandb
 from nanofp8.faults import Guard, StopSignal  # bad steps; SIGTERM and SIGINT
-from nanofp8.fused import AddNorm, FusedBlocks, FusedMLP, FusedQKV, MicroBatchGraphs, RopeQKNorm, kernels_fit  # Triton
+from nanofp8.fused import (  # Triton
+    AddNorm,
+    FusedBlocks,
+    FusedMLP,
+    FusedQKV,
+    MicroBatchGraphs,
+    RopeQKNorm,
+    TokenEmbedding,
+    kernels_fit,
+)
 from nanofp8.loss import LMHead  # output projection and softcapped cross-entropy, without all logits at once
 from nanofp8.machine import Clock, check_gpus, describe_machine, pause_garbage_collection, profiling
 from nanofp8.muon import OptimizerSet, import_bitsandbytes, make_muon, muon_groups  # Dion's Muon, or torch's
@@ -511,8 +520,7 @@ class GPT(nn.Module):
         self.fused = FusedBlocks(self) if fused else None
         self.fp8_head = precision.fp8_head(cfg)
         self.in_place = ""  # backward adds ("add") or writes ("write") weight gradients to .grad; "": returns them
-        self.embed_norm = compiled(rms_norm)
-        self.embed = nn.Embedding(cfg.vocab_size, cfg.n_embd, device=device)
+        self.embed = TokenEmbedding(cfg, compiled(rms_norm), device)
         self.blocks = nn.ModuleList(Block(cfg, i, self.te, compiled, device) for i in range(cfg.n_layer))
         self.scales = ResidualScalars(cfg.n_layer, device) if cfg.USE_X0 else None
         self.norm = self.te.RMSNorm(cfg.n_embd, eps=cfg.norm_eps, dtype=torch.float32, device=device)
@@ -521,7 +529,6 @@ class GPT(nn.Module):
         nn.init.normal_(self.embed.weight, std=1.0)
         # (T, D/2) each. Not buffers: so not saved, and never cast to bf16, where positions 2047 and 2048 are equal
         self.cos, self.sin = rope_tables(cfg.block_size, cfg.n_embd // cfg.n_head, cfg.rope_base, device)
-        self.ones = torch.ones(cfg.n_embd, device=device)
 
     def forward(self, idx: Tensor, targets: Tensor | None = None, first: bool | None = None) -> Tensor:
         """Return the summed loss over the targets (scalar fp32), or logits (B, T, V) fp32 if there are none.
@@ -536,7 +543,7 @@ class GPT(nn.Module):
         if self.fused is not None:
             h = self.fused_blocks(idx, first)
         else:
-            x = self.embed_norm(self.embed(idx), self.cfg.norm_eps)        # (B, T, C) bf16
+            x = self.embed(idx)                                            # (B, T, C) bf16
             x0 = x if self.cfg.USE_X0 else None
             for block, scales in zip(self.blocks, self.residual_scales(), strict=True):
                 arguments = x, self.cos, self.sin, idx, first, x0, *scales
@@ -557,9 +564,9 @@ class GPT(nn.Module):
 
     def fused_blocks(self, idx: Tensor, first: bool | None) -> Tensor:
         """Return the final norm's output (B, T, C) bf16 for token ids (B, T), in our own kernels."""
-        x, delta = AddNorm.apply(self.embed(idx), None, self.ones, self.cfg.norm_eps), None
+        where = token_order(idx, self.cfg.vocab_size)
+        x, delta = self.embed(idx, where, self.in_place), None
         x0 = x if self.cfg.USE_X0 else None
-        where = token_order(idx, self.cfg.vocab_size) if self.cfg.n_value_embed else None
         self.fused.begin(x, first, self.in_place, where)
         for block, scales, layers in zip(self.blocks, self.residual_scales(), self.fused.blocks, strict=True):
             x, delta, x0 = block(x, self.cos, self.sin, idx, first, x0, *scales, delta, layers)

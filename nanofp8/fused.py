@@ -37,7 +37,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from nanofp8.parts import TokenOrder, add_value_embedding, value_embedding_grad
+from nanofp8.parts import TokenOrder, add_value_embedding, table_gradient, value_embedding_grad
 
 try:
     import triton
@@ -251,6 +251,50 @@ class AddNorm(torch.autograd.Function):
         dx, dgain, _ = add_norm_grad(dy.flatten(0, -2), residual, gain, rstd, None)
         dx = dx.view(dy.shape)
         return dx, dx if ctx.add else None, dgain, None
+
+
+class EmbedNorm(torch.autograd.Function):
+    """Look up token embeddings and compute their RMSNorm without gain, in bf16.
+
+    Args:
+        table: (V, C), fp32.
+        where: the tokens, N of them.
+        in_place: as in weight_gradient(); the gradient is added, never written over.
+    Returns: (N, C).
+    """
+
+    @staticmethod
+    def forward(ctx, table: torch.Tensor, eps: float, where: TokenOrder, in_place: str) -> torch.Tensor:
+        N, C = len(where.tokens), table.shape[1]
+        y = torch.empty(N, C, dtype=torch.bfloat16, device=table.device)
+        rstd = torch.empty(N, 1, dtype=torch.float32, device=table.device)
+        kernels.embed_norm_forward[(N,)](table, where.tokens, y, rstd, C, eps, triton.next_power_of_2(C))
+        ctx.save_for_backward(table, y, rstd)
+        ctx.where, ctx.in_place = where, in_place
+        return y
+
+    @staticmethod
+    def backward(ctx, dy: torch.Tensor) -> tuple:
+        table, y, rstd = ctx.saved_tensors
+        ones = torch.ones(max(y.shape), device=dy.device)
+        # Of normalized rows the norm's gradient lacks the factor rstd, which table_gradient() multiplies by
+        d_rows, _, _ = add_norm_grad(dy, y, ones[:y.shape[1]], ones[:len(y)], None)
+        return table_gradient(table, d_rows, y.shape[1], rstd, ctx.where, ctx.in_place), None, None, None
+
+
+class TokenEmbedding(torch.nn.Embedding):
+    """Token embedding -> RMSNorm without gain."""
+
+    def __init__(self, cfg: Any, norm: Callable, device: torch.device):
+        """norm: plain.rms_norm, compiled or not."""
+        super().__init__(cfg.vocab_size, cfg.n_embd, device=device)
+        self.norm, self.eps = norm, cfg.norm_eps
+
+    def forward(self, idx: torch.Tensor, where: TokenOrder | None = None, in_place: str = "") -> torch.Tensor:
+        """Return (B, T, C) bf16 for token ids (B, T); with `where`, by EmbedNorm."""
+        if where is None:
+            return self.norm(super().forward(idx), self.eps)
+        return EmbedNorm.apply(self.weight, self.eps, where, in_place).view(*idx.shape, -1)
 
 
 class Mix(NamedTuple):
@@ -553,11 +597,11 @@ class FusedBlocks:
         self.model, self.cache = model, {}
         self.formats = {}  # {whether FP8 is on: (blocks, TE's scales, buffer for their copy, buffer for its inverse)}
 
-    def begin(self, x: torch.Tensor, first: bool | None, in_place: str, where: TokenOrder | None = None) -> None:
+    def begin(self, x: torch.Tensor, first: bool | None, in_place: str, where: TokenOrder) -> None:
         """Start a pass: choose the layers of the present format and copy their scales.
 
         x: any tensor on the model's device. first: as in GPT.forward(). in_place: as in weight_gradient(). where: the
-        pass's tokens; needed by value embeddings only.
+        pass's tokens.
         """
         state = self.model.te.quantization.FP8GlobalStateManager
         enabled = state.is_fp8_enabled()

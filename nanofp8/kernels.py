@@ -103,6 +103,20 @@ def add_norm_forward(x_ptr, delta_ptr, x0_ptr, x_scale_ptr, x0_scale_ptr, gain_p
 
 
 @triton.jit
+def embed_norm_forward(table_ptr, tokens_ptr, y_ptr, rstd_ptr, C, eps, BLOCK: tl.constexpr):
+    """Compute y = RMSNorm(table[token]) of one token, and rstd, which is 1 / RMS of that row.
+
+    table (V, C); tokens (N,) int32; y (N, C) bf16; rstd (N,) fp32. BLOCK: power of two >= C.
+    """
+    token, columns = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    row = tl.load(tokens_ptr + token).to(tl.int64)
+    value = tl.load(table_ptr + row * C + columns, mask=columns < C, other=0.0).to(tl.float32)
+    rstd = 1.0 / tl.sqrt(tl.sum(value * value, axis=0) / C + eps)
+    tl.store(rstd_ptr + token, rstd)
+    tl.store(y_ptr + token * C + columns, (value * rstd).to(tl.bfloat16), mask=columns < C)
+
+
+@triton.jit
 def add_norm_backward(dy_ptr, residual_ptr, gain_ptr, rstd_ptr, d_residual_ptr, x0_ptr, x_scale_ptr, x0_scale_ptr,
                       d_x0_ptr, dx_ptr, dgain_ptr, d_x0_out_ptr, dots_ptr, N, C, ADD: tl.constexpr, MIX: tl.constexpr,
                       ROWS: tl.constexpr, BLOCK: tl.constexpr):
@@ -194,13 +208,13 @@ def value_embedding_backward(dv_ptr, table_ptr, tokens_ptr, gate_ptr, gates_ptr,
 
 
 @triton.jit
-def embedding_gradient(grad_ptr, d_rows_ptr, gates_ptr, order_ptr, starts_ptr, V, stride, C, heads, D: tl.constexpr,
-                       GATED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def embedding_gradient(grad_ptr, d_rows_ptr, factors_ptr, order_ptr, starts_ptr, V, stride, C, heads, D: tl.constexpr,
+                       ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """Add to grad (V, C) the gradients of the rows that an embedding looked up, without atomics: always the same sums.
 
-    d_rows (N, C): gradient of each looked-up row, `stride` values apart, times gates (N, heads) if GATED. order (N,):
-    positions sorted by token; starts (V + 1,): where each token begins in it. A program takes BLOCK columns of every
-    num_programs-th token, because frequent tokens have neighbouring ids in GPT-2's vocabulary.
+    d_rows (N, C): gradient of each looked-up row, `stride` values apart, times factors (N, heads), each for D columns.
+    order (N,): positions sorted by token; starts (V + 1,): where each token begins in it. A program takes BLOCK columns
+    of every num_programs-th token, because frequent tokens have neighbouring ids in GPT-2's vocabulary.
     """
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     for token in range(tl.program_id(0), V, tl.num_programs(0)):
@@ -213,8 +227,7 @@ def embedding_gradient(grad_ptr, d_rows_ptr, gates_ptr, order_ptr, starts_ptr, V
                 mask = (index < end)[:, None] & (columns < C)[None, :]
                 rows = tl.load(d_rows_ptr + position[:, None] * stride + columns[None, :], mask=mask, other=0.0)
                 rows = rows.to(tl.float32)
-                if GATED:
-                    rows *= tl.load(gates_ptr + position[:, None] * heads + columns[None, :] // D, mask=mask, other=0.0)
+                rows *= tl.load(factors_ptr + position[:, None] * heads + columns[None, :] // D, mask=mask, other=0.0)
                 total += tl.sum(rows, axis=0)
             pointers = grad_ptr + tl.full((), C, tl.int64) * token + columns
             grad = tl.load(pointers, mask=columns < C, other=0.0).to(tl.float32) + total

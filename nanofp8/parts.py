@@ -126,17 +126,28 @@ def value_embedding_grad(dv: Tensor, dy: Tensor, table: Tensor, gate: Tensor, wh
                          gates: Tensor, in_place: str) -> tuple[Tensor | None, Tensor]:
     """Return the gradients of table and gate, and add the gates' share to dy (N, C), the gradient of the norm's output.
 
-    dv (B, T, H, D) bf16; inputs, gates: from add_value_embedding(). in_place: if not "" and table.grad exists, the
-    table's gradient is added to it, and None returned in its place.
+    dv (B, T, H, D) bf16; inputs, gates: from add_value_embedding(). in_place: as in table_gradient().
     """
     (N, C), (heads, channels), stride = dy.shape, gate.shape, dv.stride(1)
     d_logits = torch.empty_like(gates)
     kernels.value_embedding_backward[(N,)](
         dv, table, where.tokens, gate, gates, dy, d_logits, stride, C, heads, channels, triton.next_power_of_2(heads),
         C // heads)
+    return table_gradient(table, dv, stride, gates, where, in_place), (d_logits.t() @ inputs).to(gate.dtype)
+
+
+def table_gradient(table: Tensor, d_rows: Tensor, stride: int, factors: Tensor, where: TokenOrder,
+                   in_place: str) -> Tensor | None:
+    """Return the gradient (V, C) of a table whose rows were looked up.
+
+    Args:
+        d_rows: (N, C) bf16, `stride` values between rows: gradient of each row that was looked up ...
+        factors: (N, H) fp32 ... to be multiplied by these; each counts for C / H columns.
+        in_place: if it is not "" and table.grad exists, the gradient is added to it, and None returned.
+    """
+    C, heads, columns = table.shape[1], factors.shape[1], 128
     add = bool(in_place) and table.grad is not None
     grad = table.grad if add else torch.zeros_like(table)
-    columns = 128
     kernels.embedding_gradient[(min(len(grad), 4096), triton.cdiv(C, columns))](
-        grad, dv, gates, where.order, where.starts, len(grad), stride, C, heads, C // heads, True, 32, columns)
-    return None if add else grad, (d_logits.t() @ inputs).to(gate.dtype)
+        grad, d_rows, factors, where.order, where.starts, len(grad), stride, C, heads, C // heads, 32, columns)
+    return None if add else grad

@@ -15,6 +15,7 @@ import torch
 
 from nanofp8 import fused
 from nanofp8.fused import (
+    EmbedNorm,
     FusedBlocks,
     FusedMLP,
     FusedQKV,
@@ -130,6 +131,26 @@ def test_add_norm_and_its_gradient(add, fp8):
     assert relative(dgain, gain_leaf.grad) < 1e-4
     y_cols = transposed(y)
     assert torch.equal((y_cols.data if fp8 else y_cols).t().float(), (y.data if fp8 else y).float())
+
+
+@pytest.mark.parametrize("in_place", ["", "add", "write"])
+def test_embedding_with_norm_and_its_gradient(in_place):
+    """Against plain PyTorch; the gradient is rounded to bf16 before it is summed in fp32. One token fills a third."""
+    V = 50
+    idx = torch.randint(V, (B, T), generator=torch.Generator().manual_seed(0), dtype=torch.int32).to(DEVICE)
+    idx[0, : T // 3] = 7
+    table, dy = 2 * randn(V, C, dtype=torch.float32), randn(N, C, seed=1)
+    ours, theirs = table.clone().requires_grad_(), table.clone().requires_grad_()
+    if in_place:
+        ours.grad = torch.ones_like(ours)
+    y = EmbedNorm.apply(ours, 1e-6, token_order(idx, V), in_place)
+    expected = norm_reference(torch.nn.functional.embedding(idx.flatten(), theirs), 1.0)
+    y.backward(dy)
+    expected.backward(dy.float())
+    assert y.dtype == torch.bfloat16 and relative(y, expected) < 3e-3
+    assert relative(ours.grad - (1 if in_place else 0), theirs.grad) < 5e-3
+    assert torch.equal(ours.grad[~torch.isin(torch.arange(V, device=DEVICE), idx)].sum(),
+                       torch.tensor(0.0 if not in_place else (V - len(idx.unique())) * C, device=DEVICE))
 
 
 @pytest.mark.parametrize("shape", [(64, 128), (48, 80)])
@@ -388,7 +409,7 @@ def test_fused_blocks_share_delayed_scaling_with_te(monkeypatch):
     shared = FusedBlocks(SimpleNamespace(te=te, blocks=blocks, cos=cos, sin=sin))
     x = randn(B, T, C)
     blocks[0].mlp.fp8_meta["scaling_fwd"].scale[3] = 8.0
-    shared.begin(x, True, "")
+    shared.begin(x, True, "", None)
     (first_qkv, first_mlp), (last_qkv, last_mlp) = shared.blocks
     assert last_mlp.input is last_mlp.activation is last_mlp.d_mlp_out is None  # runs in bf16
     assert last_qkv.on_last_gradient is None and last_qkv.input.dtype == E4M3 and last_qkv.d_qkv.dtype == E5M2
@@ -419,7 +440,7 @@ def test_fused_blocks_share_delayed_scaling_with_te(monkeypatch):
     assert relative(blocks[0].attn.qkv.fp8_meta["scaling_fwd"].amax_history[0, 0], expected) < 1e-3
     assert relative(blocks[0].mlp.fp8_meta["scaling_bwd"].amax_history[0, 2], randn(B, T, C, seed=1).abs().max()) == 0
 
-    shared.begin(x, False, "")
+    shared.begin(x, False, "", None)
     assert first_mlp is shared.blocks[0][1] and first_mlp.activation.scale.item() == 16
     assert [part.data_ptr() for part in first_mlp.activation[:3]] == addresses
     rows, _ = shared.operand(fc1, first_mlp.fc1)

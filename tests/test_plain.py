@@ -67,7 +67,7 @@ def test_the_plain_model_has_the_logits_of_the_real_one(fresh):
                                    lambda name, h: F.rms_norm(h, h.shape[-1:], gains[name], 1e-6), attend)
 
     with torch.no_grad():
-        x = plain.rms_norm(model.embed(tokens), cfg.norm_eps).float()
+        x = model.embed(tokens).float()
         for part in model.blocks:
             x = block(part, x)
         h = F.rms_norm(x, x.shape[-1:], model.norm.weight, cfg.norm_eps)
