@@ -119,15 +119,15 @@ norm_eps: PositiveFloat = 1e-6                # epsilon of every RMSNorm
 logit_softcap: NonNegativeFloat = 15.0        # logits = softcap * tanh(logits / softcap); 0: off
 qk_scale: PositiveFloat = 1.0                 # q and k are each multiplied by it after QK norm; > 1: sharper attention
 window_pattern: Letters = "L"                 # repeated over the blocks: S attends to window_size tokens, L to all
-window_size: Positive = 512                   # tokens that S attends to, the own one included; the last block is an L
-n_value_embed: NonNegative = 0                # blocks that add a learned vector a token to v: every second, last first
+window_size: Positive = 512                   # tokens that S attends to, its own included; the last block is always L
+n_value_embed: NonNegative = 0                # number of blocks that add a table of vectors to v: every second, last first
 USE_X0: bool = False                          # each block reads a * x + b * token embedding, a and b learned
 
 # Length, batch and schedule
-train_tokens: NonNegative = 891289600         # tokens to train on: 9 FineWeb shards, once; 0: max_iters counts
+train_tokens: NonNegative = 891289600         # tokens to train on: 9 FineWeb shards, once; 0: use max_iters
 total_batch_size: AutoPositive = "auto"       # tokens per optimizer step, over all ranks; "auto": by train_tokens
-batch_size: Positive = 16                     # most sequences per micro-batch and rank
-max_iters: Positive = 1700                    # optimizer steps; if given, it beats train_tokens
+batch_size: Positive = 16                     # sequences per micro-batch and rank; lowered to fit if it is not given
+max_iters: Positive = 1700                    # optimizer steps; used if given or edited, or if train_tokens is 0
 warmup_iters: NonNegative = 100               # steps of linear warm-up of all learning rates
 warmup_ratio: Fraction = 0.02                 # the same as a fraction of all steps; 0: warmup_iters counts
 lr_schedule: Literal["cosine", "linear"] = "linear"  # after the warm-up; "linear": constant, then a linear warm-down
@@ -182,13 +182,13 @@ USE_EMULATION: Literal["auto", True] = "auto"  # emulate block matmuls; "auto": 
 
 # Parallelism
 USE_FSDP2: AutoBool = "auto"                  # shard parameters, gradients and optimizer state over the ranks
-USE_DDP: AutoBool = "auto"                    # replicate them; both auto: DDP if it fits, else FSDP2; none on one rank
+USE_DDP: AutoBool = "auto"                    # whole model on each rank, updates divided; both auto: DDP if it fits
 FSDP2_RESHARD: bool = False                   # FSDP2: free gathered weights after each use (saves memory)
 REDUCE_FP32: bool = True                      # add gradients over ranks in fp32; False: bf16
 
 # Speed and memory
 USE_TRITON: bool = True                       # Triton: blocks in bf16 and delayed FP8; RoPE and QK norm in all formats
-USE_CUDA_GRAPHS: bool = True                  # on one GPU, launch fused micro-batches as CUDA graphs from step 4 on
+USE_CUDA_GRAPHS: bool = True                  # launch fused micro-batches as CUDA graphs from step 4 on; not in FSDP2
 USE_COMPILE: AutoBool = "auto"                # torch.compile what is not fused; "auto": on a GPU; True: also Dion
 USE_AC_LM_HEAD: bool = False                  # recompute logits in the backward pass instead of keeping gradients
 USE_AC_BLOCKS: bool = False                   # recompute each block in the backward pass
