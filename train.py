@@ -126,7 +126,7 @@ USE_X0: bool = False                          # each block reads a * x + b * tok
 # Length, batch and schedule
 train_tokens: NonNegative = 891289600         # tokens to train on: 9 FineWeb shards, once; 0: use max_iters
 total_batch_size: AutoPositive = "auto"       # tokens per optimizer step, over all ranks; "auto": by train_tokens
-batch_size: Positive = 16                     # sequences per micro-batch and rank; lowered to fit if it is not given
+batch_size: Positive = 16                     # sequences per micro-batch and rank; lowered to fit, if not given
 max_iters: Positive = 1700                    # optimizer steps; used if given or edited, or if train_tokens is 0
 warmup_iters: NonNegative = 100               # steps of linear warm-up of all learning rates
 warmup_ratio: Fraction = 0.02                 # the same as a fraction of all steps; 0: warmup_iters counts
