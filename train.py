@@ -120,7 +120,7 @@ logit_softcap: NonNegativeFloat = 15.0        # logits = softcap * tanh(logits /
 qk_scale: PositiveFloat = 1.0                 # q and k are each multiplied by it after QK norm; > 1: sharper attention
 window_pattern: Letters = "L"                 # repeated over the blocks: S attends to window_size tokens, L to all
 window_size: Positive = 512                   # tokens that S attends to, its own included; the last block is always L
-n_value_embed: NonNegative = 0                # number of blocks that add a table of vectors to v: every second, last first
+n_value_embed: NonNegative = 0                # blocks that add a vector per token to v: the last, the third last, ...
 USE_X0: bool = False                          # each block reads a * x + b * token embedding, a and b learned
 
 # Length, batch and schedule
