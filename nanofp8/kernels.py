@@ -459,3 +459,34 @@ def cross_entropy_gradient(logits_ptr, targets_ptr, lse_ptr, out_ptr, cols_ptr, 
         cols_offsets = columns.to(tl.int64)[:, None] * (N // 4) + quads[None, :]
         mask = (columns < V)[:, None] & (quads < N // 4)[None, :]
         tl.store(cols_ptr + cols_offsets, tl.trans(pack_fp8(grad0, grad1, grad2, grad3, scale, True)), mask=mask)
+
+
+@triton.jit
+def muon_momentum(grad_ptr, momentum_ptr, update_ptr, mu, size, NESTEROV: tl.constexpr, BLOCK: tl.constexpr):
+    """Compute momentum = mu * momentum + grad, in place, and update = grad + mu * momentum (NESTEROV) or momentum.
+
+    grad, momentum: `size` values; update: the same in bf16.
+    """
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    grad = tl.load(grad_ptr + offsets, mask=offsets < size, other=0.0).to(tl.float32)
+    momentum = mu * tl.load(momentum_ptr + offsets, mask=offsets < size, other=0.0) + grad
+    tl.store(momentum_ptr + offsets, momentum, mask=offsets < size)
+    update = grad + mu * momentum if NESTEROV else momentum
+    tl.store(update_ptr + offsets, update.to(tl.bfloat16), mask=offsets < size)
+
+
+@triton.jit
+def muon_update(weight_ptr, update_ptr, lr_ptr, update_lr_ptr, decay, size, CAUTIOUS: tl.constexpr,
+                BLOCK: tl.constexpr):
+    """Compute weight -= lr * decay * weight + update_lr * update, in place; with CAUTIOUS, decay only where weight and
+    update have the same sign, or one of them is zero.
+
+    weight: `size` fp32 values; update: the same, in any format; lr, update_lr: one element.
+    """
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    weight = tl.load(weight_ptr + offsets, mask=offsets < size, other=0.0)
+    update = tl.load(update_ptr + offsets, mask=offsets < size, other=0.0).to(tl.float32)
+    decayed = weight * (tl.load(lr_ptr) * decay)
+    if CAUTIOUS:
+        decayed = tl.where(weight * update >= 0.0, decayed, 0.0)
+    tl.store(weight_ptr + offsets, weight - decayed - tl.load(update_lr_ptr) * update, mask=offsets < size)

@@ -12,6 +12,13 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from nanofp8.config import UserError
 from nanofp8.files import error_line
 
+try:
+    import triton
+except Exception:  # only some builds of torch bring it, and it may be broken: then Dion's own functions are used
+    triton = None
+else:
+    from nanofp8 import kernels
+
 
 class TorchMuon(torch.optim.Muon):
     """torch.optim.Muon made to do what Dion's Muon does, for where Dion cannot run.
@@ -151,6 +158,44 @@ def normalize_rows(update: torch.Tensor, variance: torch.Tensor, beta2: float | 
     return update * (scale * norms / new_norms.clamp(min=1e-8)), variance
 
 
+def momentum_update(G: list[torch.Tensor], M: list[torch.Tensor], momentum: torch.Tensor,
+                    nesterov: bool) -> list[torch.Tensor]:
+    """Update the momenta M by the gradients G in place, and return what is to be orthogonalised, in bf16.
+
+    This is dion.muon.muon_update_pre_orthogonalize in one pass in place of five.
+    """
+    mu, updates = float(momentum), [torch.empty_like(m, dtype=torch.bfloat16) for m in M]
+    for grad, moment, update in zip(G, M, updates, strict=True):
+        kernels.muon_momentum[(triton.cdiv(moment.numel(), 2048),)](
+            grad.contiguous(), moment, update, mu, moment.numel(), nesterov, 2048)
+    return updates
+
+
+def apply_update(X: list[torch.Tensor], U: list[torch.Tensor], base_lr: torch.Tensor, adjusted_lr: torch.Tensor,
+                 weight_decay: torch.Tensor, cautious_wd: bool = False) -> None:
+    """Decay the weights X and subtract their updates U, in place.
+
+    This is dion.muon.muon_update_post_orthogonalize in one pass in place of up to nine, without temporary tensors.
+    """
+    rates = [torch.as_tensor(lr, dtype=torch.float32, device=X[0].device) for lr in (base_lr, adjusted_lr)]
+    for weight, update in zip(X, U, strict=True):
+        kernels.muon_update[(triton.cdiv(weight.numel(), 2048),)](
+            weight, update.contiguous(), *rates, float(weight_decay), weight.numel(), cautious_wd, 2048)
+
+
+def use_own_functions(kernels_run: bool) -> None:
+    """Replace functions of Dion that make many passes over memory when they are not compiled.
+
+    kernels_run: whether our Triton kernels run on the device.
+    """
+    from dion import muon, normuon
+    normuon.normuon_normalization_stacked = normalize_rows
+    if kernels_run:
+        for module in (muon, normuon):
+            module.muon_update_pre_orthogonalize = momentum_update
+            module.muon_update_post_orthogonalize = apply_update
+
+
 def dion_muon(choice: str, device: torch.device, compiled: bool = True, why: str = "") -> tuple[type | None, str]:
     """Return Dion's Muon class, or None and the reason why torch.optim.Muon takes its place.
 
@@ -208,8 +253,8 @@ def make_muon(groups: Sequence[dict], choice: str, device: torch.device, mesh: A
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     if "muon_beta2" in groups[0]:
         from dion import NorMuon as Muon
-        from dion import normuon
-        normuon.normuon_normalization_stacked = normalize_rows
+    if not compiled:
+        use_own_functions(triton is not None and device.type == "cuda")
     muon = Muon(groups, mesh, nesterov=True, adjust_lr="spectral_norm", newton_schulz_func=polar_express)
     return muon, f"{type(muon).__name__} by Dion"
 

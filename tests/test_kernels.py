@@ -32,6 +32,7 @@ from nanofp8.fused import (
     weight_operand,
 )
 from nanofp8.loss import LOGIT_GRAD_SCALE, softcap_cross_entropy, softcap_cross_entropy_and_grad
+from nanofp8.muon import apply_update, momentum_update
 from nanofp8.parts import ValueEmbedding, token_order
 from nanofp8.plain import rope_qk_norm
 
@@ -468,3 +469,46 @@ def test_cpu_tensors_take_the_plain_path(triton):
     env = os.environ | {"TRITON_INTERPRET": "1"}
     subprocess.run([sys.executable, "-c", PLAIN_PATH, triton], env=env, check=True,
                    cwd=pathlib.Path(__file__).resolve().parents[1])
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_muons_momentum(nesterov):
+    grads = [randn(*shape, seed=i, dtype=torch.float32) for i, shape in enumerate([(48, 16), (3, 5)])]
+    momenta = [randn(*g.shape, seed=9, dtype=torch.float32) for g in grads]
+    expected = [0.9 * m + g for m, g in zip(momenta, grads, strict=True)]
+    updates = momentum_update(grads, momenta, torch.tensor(0.9), nesterov)
+    for grad, moment, update, want in zip(grads, momenta, updates, expected, strict=True):
+        assert relative(moment, want) < 1e-6 and update.dtype == torch.bfloat16
+        assert relative(update, 0.9 * want + grad if nesterov else want) < 4e-3
+
+
+@pytest.mark.parametrize("cautious", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_muons_update(cautious, dtype):
+    """As TorchMuon and Dion: decay from the old weight by the base learning rate, where no sign speaks against it."""
+    weights = [randn(*shape, seed=i, dtype=torch.float32) for i, shape in enumerate([(48, 16), (3, 5)])]
+    updates = [randn(*w.shape, seed=7, dtype=dtype) for w in weights]
+    weights[0][0, :4] = 0
+    mask = [(w * u >= 0) | (not cautious) for w, u in zip(weights, updates, strict=True)]
+    expected = [w - 0.1 * 0.5 * w * m - 0.2 * u.float() for w, u, m in zip(weights, updates, mask, strict=True)]
+    apply_update(weights, updates, torch.tensor(0.1, device=DEVICE), torch.tensor(0.2, device=DEVICE),
+                 torch.tensor(0.5), cautious)
+    for weight, want in zip(weights, expected, strict=True):
+        assert relative(weight, want) < 1e-6
+
+
+@pytest.mark.parametrize("cautious", [False, True])
+def test_muons_functions_against_dions(cautious):
+    muon = pytest.importorskip("dion").muon
+    grads = [randn(32, 16, seed=i, dtype=torch.float32) for i in range(2)]
+    runs = []
+    for before, after in ((momentum_update, apply_update), (muon.muon_update_pre_orthogonalize,
+                                                           muon.muon_update_post_orthogonalize)):
+        momenta = [randn(32, 16, seed=5 + i, dtype=torch.float32) for i in range(2)]
+        weights = [randn(32, 16, seed=8 + i, dtype=torch.float32) for i in range(2)]
+        with torch.compiler.set_stance("force_eager"):
+            updates = before(grads, momenta, torch.tensor(0.9), True)
+            after(weights, updates, torch.tensor(0.1), torch.tensor(0.2), torch.tensor(0.5), cautious)
+        runs.append(momenta + updates + weights)
+    for a, b in zip(*runs, strict=True):
+        assert relative(a, b) < 4e-3
