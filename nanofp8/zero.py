@@ -20,6 +20,11 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
 
+# torch 2.13 gave them new names and warns of the old ones
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
 def assign_owners(parameters: list[Tensor], world_size: int) -> list[int]:
     """Return the rank that owns each matrix. Matrices of one shape go round the ranks, largest shapes first, each shape
     from where the one before ended: so all ranks get about the same work."""
@@ -111,7 +116,7 @@ class Shards:
             return
         received = result if sent is source else self.piece(sent) if is_piece else sent
         if is_piece:
-            dist.reduce_scatter_tensor(received, sent, op=dist.ReduceOp.AVG)
+            reduce_scatter(received, sent, op=dist.ReduceOp.AVG)
         else:
             dist.all_reduce(sent, op=dist.ReduceOp.AVG)
         if received is not result:
@@ -129,7 +134,7 @@ class Shards:
             if weights.numel():
                 own = self.piece(weights)
                 # NCCL takes the piece in its place; gloo does not
-                dist.all_gather_into_tensor(weights.view(-1), (own if own.is_cuda else own.clone()).view(-1))
+                all_gather(weights.view(-1), (own if own.is_cuda else own.clone()).view(-1))
 
 
 def place(parameters: list[Tensor], weights: Tensor | None, gradients: Tensor) -> None:

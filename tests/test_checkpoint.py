@@ -148,7 +148,7 @@ def test_saving_does_not_touch_training(tmp_path, shards, one_rank):
 def test_a_finished_run_is_extended(tmp_path, shards):
     """With a learning rate that does not depend on max_iters, it equals the longer run. The earlier `done` record is
     removed; the evaluation at the earlier end stays."""
-    flat = dict(min_lr_ratio=1, ckpt_interval=3)
+    flat = dict(min_lr_ratio=1, weight_decay_end=1, ckpt_interval=3)
     folder = train_here(tmp_path, shards, run_name="r", max_iters=4, **flat)
     assert len(records(folder, "done")) == 1
     assert train_here(tmp_path, shards, run_name="r", max_iters=7, resume="auto", **flat) == folder

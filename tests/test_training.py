@@ -173,7 +173,7 @@ def test_log_jsonl_follows_the_contract(script_run):
 def test_the_logged_rates_are_the_schedule(script_run):
     cfg = helpers.make_cfg(max_iters=5)
     for r in records(script_run.folder, "train"):
-        factor = lr_factor(r["step"], cfg.warmup_iters, 5, cfg.min_lr_ratio)
+        factor = lr_factor(r["step"], cfg.warmup_iters, 5, cfg.min_lr_ratio, cfg.warmdown_ratio)
         assert (r["lr_muon"], r["lr_embed"], r["lr_head"]) == pytest.approx(
             (cfg.learning_rate * factor, cfg.learning_rate_embed * factor, cfg.learning_rate_head * factor))
         assert r["momentum"] == momentum_at(r["step"], cfg.muon_momentum_start, cfg.muon_momentum,
