@@ -225,7 +225,7 @@ flag() { # print the value of flag $1 among the arguments that follow, else trai
 if [ "$gpus" -gt 0 ] && [ "$(flag dataset "$@") $(flag data_dir "$@")" = "fineweb10B data" ] && [ "$(flag preset "$@")" != tiny ]; then
   {
     lock
-    compgen -G 'data/fineweb10B/*_train_*.bin' >/dev/null || step "$py" data/cachedfineweb10b.py 9 ||
+    compgen -G 'data/fineweb10B/*_train_[0-9][0-9][0-9][0-9][0-9][0-9].bin' >/dev/null || step "$py" data/cachedfineweb10b.py 9 ||
       die "could not download FineWeb10B (the error is above); run again, or train on the included text: --dataset=shakespeare"
   } 9>.setup.lock
 fi

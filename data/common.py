@@ -1,6 +1,6 @@
 """Tokenizer, text data sets and error lines that the scripts in data/ share. The shard format: nanofp8/shards.py.
 
-Check shards from the command line (prints the token count of each; exit status 1 if one is broken):
+Check shards from the command line (prints the token count of each; exit status 1 if one is broken or misnamed):
 
     python data/common.py data/shakespeare/*.bin
 """
@@ -27,7 +27,15 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project folder
 from nanofp8.config import OneLineParser, UserError  # noqa: E402
 from nanofp8.files import error_line, replace_file  # noqa: E402
-from nanofp8.shards import EOT, GPT2_VOCAB, ShardError, read_token_count, write_shard  # noqa: E402
+from nanofp8.shards import (  # noqa: E402
+    EOT,
+    FILE_NAME,
+    GPT2_VOCAB,
+    NAME_PATTERN,
+    ShardError,
+    read_token_count,
+    write_shard,
+)
 
 if TYPE_CHECKING:
     import datasets
@@ -80,6 +88,20 @@ def positive_int(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text!r}")
     return value
+
+
+def data_set_name(text: str) -> str:
+    """Check the first part of shards' file names, for argparse: not empty, no slash, not hidden."""
+    if not re.fullmatch(r"[^./\\\0][^/\\\0]*", text):
+        raise argparse.ArgumentTypeError(f"must be a file name without slashes and leading dot, got {text!r}")
+    return text
+
+
+def refuse_other_data_sets(out_dir: Path, name: str) -> None:
+    """Raise ValueError if a folder holds shards of another name: training takes one data set per folder."""
+    others = sorted({match[1] for path in out_dir.glob("*.bin") if (match := FILE_NAME.fullmatch(path.name))} - {name})
+    if others:
+        raise ValueError(f"{out_dir} holds shards of another data set ({', '.join(others)}); choose another --out")
 
 
 # -----------------------------------------------------------------------------
@@ -367,6 +389,7 @@ def tokenize_dataset(source: str | os.PathLike, out_dir: str | os.PathLike, name
     """
     num_proc = num_proc or len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count()))
     out_dir = Path(out_dir)
+    refuse_other_data_sets(out_dir, name)
     gpt2_encoding()  # report a missing package before the download
     dataset = load_documents(source, text_column)
     # The text is identified by its number of documents and a sample: fast, and the same wherever it was loaded from.
@@ -419,13 +442,16 @@ def _prepare(description: str, source: str, name: str, out_dir: str | os.PathLik
 
 
 def main() -> None:
-    """Check the shards that the command line names. Exit status: 1 if one is broken."""
+    """Check the shards that the command line names. Exit status: 1 if one is broken or misnamed."""
     parser = OneLineParser(description=__doc__)
     parser.add_argument("shards", nargs="+", metavar="FILE", help="shards to check")
     broken = 0
     for shard in parser.parse_args().shards:
         try:
-            print(f"{shard}: {read_token_count(shard):,} tokens")
+            count = read_token_count(shard)
+            if not FILE_NAME.fullmatch(os.path.basename(shard)):
+                raise ShardError(f"{shard} is not named {NAME_PATTERN}, so training does not read it", "rename it")
+            print(f"{shard}: {count:,} tokens")
         except ShardError as error:
             print(f"error: {error}", file=sys.stderr)
             broken += 1

@@ -6,9 +6,12 @@ A shard is a file <name>_{train,val}_NNNNNN.bin:
     bytes 1024..    the tokens, little-endian uint16
 
 Token 50256 (<|endoftext|>) stands before each document. llm.c's data scripts write the same format.
+A folder holds the shards of one data set: all have the same <name>.
 """
 
 import os
+import re
+import shlex
 
 import numpy as np
 
@@ -18,14 +21,62 @@ SHARD_MAGIC, SHARD_VERSION, HEADER_INTS = 20240520, 1, 256
 HEADER_BYTES = 4 * HEADER_INTS
 EOT = 50256         # GPT-2's <|endoftext|>, put before each document
 GPT2_VOCAB = 50257  # token ids of GPT-2's BPE; higher ids only round a vocabulary up
+FILE_NAME = re.compile(r"(.+)_(train|val)_([0-9]{6})\.bin", re.DOTALL)  # of a shard
+NAME_PATTERN = "<name>_{train,val}_NNNNNN.bin"  # the same in words
+PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 class ShardError(ValueError):
-    """A file is not a whole shard. `fault` says what is wrong with it; the message adds the remedy."""
+    """A file is not a whole shard, or a folder of shards cannot be used.
 
-    def __init__(self, fault: str):
-        super().__init__(f"{fault}; delete it and fetch or build it again (data/README.md)")
+    `fault` says what is wrong; the message adds the remedy.
+    """
+
+    def __init__(self, fault: str, remedy: str = "delete it and fetch or build it again (data/README.md)"):
+        super().__init__(f"{fault}; {remedy}")
         self.fault = fault
+
+
+def find_shards(folder: str, split: str) -> tuple[list[str], list[str]]:
+    """Find the shards of a split, "train" or "val", in a folder.
+
+    Returns: their paths, by number; the names of .bin files that are not shards by their names, and are not read.
+    Raises: ShardError if there are none, if the folder cannot be read, or if it holds shards of several data sets.
+    """
+    try:
+        # Hidden files do not count: macOS writes ._x.bin beside x.bin on foreign file systems
+        names = sorted(name for name in os.listdir(folder) if name.endswith(".bin") and not name.startswith("."))
+    except (FileNotFoundError, NotADirectoryError):
+        names = []
+    except OSError as error:
+        raise ShardError(f"{folder} cannot be read ({error.strerror})", "correct its permissions") from None
+    matches = {name: FILE_NAME.fullmatch(name) for name in names}
+    data_sets = sorted({match[1] for match in matches.values() if match})
+    if len(data_sets) > 1:
+        raise ShardError(f"{folder} holds shards of several data sets ({', '.join(data_sets)})",
+                         "move each into a folder of its own")
+    others = [name for name in names if not matches[name]]
+    found = [os.path.join(folder, name) for name in names if matches[name] and matches[name][2] == split]
+    if not found:
+        what = f"no {split} shards ({os.path.join(folder, f'*_{split}_NNNNNN.bin')})"
+        if others:
+            raise ShardError(f"{what}; {others[0]!r} is not named {NAME_PATTERN}", "rename it if it is a shard")
+        raise ShardError(what, f"{how_to_get(folder)}, or choose another --dataset or --data_dir")
+    return found, others
+
+
+def how_to_get(folder: str) -> str:
+    """Return what to do to get the shards of a data folder: the command that makes them, if the project has one."""
+    folder = os.path.abspath(folder)
+    dataset = os.path.basename(folder)
+    script, argument = f"data/{dataset}/prepare.py", ""
+    if dataset == "fineweb10B":
+        script, argument = "data/cachedfineweb10b.py", " 9"
+    if not os.path.isfile(os.path.join(PROJECT, script)):
+        return "data/README.md says how to make them"
+    default = os.path.join(PROJECT, "data", dataset)  # where the script writes unless it is told otherwise
+    out = "" if os.path.realpath(folder) == os.path.realpath(default) else f" --out={shlex.quote(folder)}"
+    return f"get them with `python {script}{argument}{out}`"
 
 
 def read_token_count(path: str | os.PathLike) -> int:

@@ -17,6 +17,7 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ sys.path[:0] = [str(DATA), str(DATA.parent)]
 import common  # noqa: E402
 
 from helpers import shard_bytes  # noqa: E402
-from nanofp8.shards import open_shard, read_token_count  # noqa: E402
+from nanofp8.shards import find_shards, open_shard, read_token_count  # noqa: E402
 
 needs_datasets = pytest.mark.skipif(importlib.util.find_spec("datasets") is None, reason="needs the package datasets")
 
@@ -60,7 +61,7 @@ def file_bytes(folder):
 
 @pytest.mark.slow
 def test_check_shards_from_the_command_line(tmp_path):
-    good, bad = DATA / "shakespeare" / "shakespeare_val_000000.bin", tmp_path / "bad.bin"
+    good, bad = DATA / "shakespeare" / "shakespeare_val_000000.bin", tmp_path / "x_train_000001.bin"
     bad.write_bytes(shard_bytes(range(100))[:-7])
     result = run_script("common.py", good, home=tmp_path)
     assert (result.returncode, result.stdout) == (0, f"{good}: 36,057 tokens\n"), result.stderr
@@ -68,6 +69,16 @@ def test_check_shards_from_the_command_line(tmp_path):
     assert result.returncode == 1 and "36,057" in result.stdout
     assert str(bad) in result.stderr and "truncated" in result.stderr and result.stderr.count("\n") == 1
     assert_one_line(run_script("common.py", home=tmp_path), 2, "FILE")
+
+
+def test_check_of_a_misnamed_shard(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "x_train_000001 (1).bin"
+    path.write_bytes(shard_bytes(range(100)))
+    monkeypatch.setattr(sys, "argv", ["common.py", str(path)])
+    with pytest.raises(SystemExit) as stop:
+        common.main()
+    err = capsys.readouterr().err
+    assert stop.value.code == 1 and str(path) in err and "rename" in err and err.count("\n") == 1
 
 
 # -----------------------------------------------------------------------------
@@ -467,6 +478,41 @@ def test_shakespeare_shards_ship_and_can_be_made_again(encoding, tmp_path):
     result = run_script("shakespeare/prepare.py", text, "--out", tmp_path / "out", home=tmp_path)
     assert result.returncode == 0, result.stderr
     assert file_bytes(tmp_path / "out") == shipped
+
+
+def shakespeare(*args):
+    """Run data/shakespeare/prepare.py in this process. Returns its exit status."""
+    spec = importlib.util.spec_from_file_location("shakespeare_prepare", DATA / "shakespeare" / "prepare.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    with mock.patch.object(sys, "argv", ["prepare.py", *map(str, args)]):
+        try:
+            common.run_script(module.main)
+        except SystemExit as stop:
+            return stop.code
+    return 0
+
+
+@pytest.fixture
+def text_file(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("A paragraph of a few words.\n\n" * 4000)
+    return path
+
+
+@pytest.mark.parametrize("name", ["", "../x", "a/b", ".hidden"])
+def test_shakespeare_bad_name(text_file, tmp_path, capsys, name):
+    assert shakespeare(text_file, "--out", tmp_path / "out", f"--name={name}") == 2
+    assert "--name" in capsys.readouterr().err and not list(tmp_path.rglob("*.bin"))
+
+
+def test_shakespeare_two_names_in_one_folder(text_file, tmp_path, capsys):
+    assert shakespeare(text_file, "--out", tmp_path / "out", "--name=tiny_train_v2") == 0
+    before = file_bytes(tmp_path / "out")
+    assert find_shards(tmp_path / "out", "train")[0] == [str(tmp_path / "out" / "tiny_train_v2_train_000001.bin")]
+    assert shakespeare(text_file, "--out", tmp_path / "out", "--name=b") == 1
+    err = capsys.readouterr().err
+    assert "tiny_train_v2" in err and "--out" in err and file_bytes(tmp_path / "out") == before
 
 
 @pytest.mark.slow

@@ -557,6 +557,17 @@ def test_which_flags_fetch_data(host, flags, fetched):
     assert not any("cachedfineweb10b" in line for line in host.did)
 
 
+def test_a_file_of_another_name_is_no_train_shard(host):
+    """Only files that training reads count: x_train_v2_val_000000.bin is a val shard, x_train_000001 (1).bin a copy."""
+    host.gpus(1).has("torch", "numpy", "transformer_engine.pytorch", "transformer_engine.__init__")
+    folder = host.repo / "data" / "fineweb10B"
+    folder.mkdir()
+    for name in ("x_train_v2_val_000000.bin", "x_train_000001 (1).bin", "x_train_1.bin"):
+        (folder / name).touch()
+    host.run()
+    assert "fake data/cachedfineweb10b.py 9" in host.did
+
+
 def edit_flag(host, name, line):
     """Replace the line of a flag in the host's train.py."""
     path = host.repo / "train.py"

@@ -21,7 +21,16 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent.parent), str(HERE.parent)]  # for nanofp8 and common, from any working directory
-from common import OneLineParser, UserError, error_line, gpt2_encoding, root_cause, run_script  # noqa: E402
+from common import (  # noqa: E402
+    OneLineParser,
+    UserError,
+    data_set_name,
+    error_line,
+    gpt2_encoding,
+    refuse_other_data_sets,
+    root_cause,
+    run_script,
+)
 
 from nanofp8.shards import EOT, write_shard  # noqa: E402
 
@@ -71,9 +80,11 @@ def main() -> None:
     parser = OneLineParser(description=__doc__)
     parser.add_argument("source", nargs="?", default=SOURCE, help="path or http(s) address (default %(default)s)")
     parser.add_argument("--out", type=Path, default=HERE, metavar="DIR", help="output folder (default %(default)s)")
-    parser.add_argument("--name", default="shakespeare", help="first part of the file names (default %(default)s)")
+    parser.add_argument("--name", type=data_set_name, default="shakespeare",
+                        help="first part of the file names (default %(default)s)")
     args = parser.parse_args()
     try:
+        refuse_other_data_sets(args.out, args.name)
         train, val = split_text(read_text(args.source))
         encoding = gpt2_encoding()
         args.out.mkdir(parents=True, exist_ok=True)
