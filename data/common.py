@@ -224,13 +224,13 @@ def split_documents(n_documents: int) -> tuple[np.ndarray, np.ndarray]:
 # -----------------------------------------------------------------------------
 # Tokenizing in several processes
 
-_worker = None  # set in each worker process: (documents, text column, encoding)
+_worker = None  # set in each worker process: arguments of _encode_range()
 
 
-def _init_worker(documents: "datasets.Dataset", text_column: str) -> None:
+def _init_worker(*arguments: Any) -> None:
     global _worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and ends the workers
-    _worker = documents, text_column, gpt2_encoding()
+    _worker = arguments
 
     def exit_with_parent() -> None:  # a parent that was killed cannot end its workers
         multiprocessing.parent_process().join()
@@ -239,27 +239,36 @@ def _init_worker(documents: "datasets.Dataset", text_column: str) -> None:
     threading.Thread(target=exit_with_parent, daemon=True).start()
 
 
-def _encode_range(start: int, stop: int) -> list[np.ndarray]:
-    """Return the tokens (uint16) of documents start to stop - 1; an empty array for a document without text."""
-    documents, text_column, encoding = _worker
+def _encode_in_worker(start: int) -> list[np.ndarray]:
+    return _encode_range(*_worker, start)
+
+
+def _encode_range(documents: "datasets.Dataset", text_column: str, encoding: "tiktoken.Encoding", start: int
+                  ) -> list[np.ndarray]:
+    """Return the tokens (uint16) of DOCUMENTS_PER_TASK documents; an empty array for a document without text."""
     # encode_ordinary: "<|endoftext|>" inside a text is text, not the start of a document
     return [
         np.array([EOT, *encoding.encode_ordinary(text)] if text else [], dtype=np.uint16)
-        for text in documents[start:stop][text_column]
+        for text in documents[start:start + DOCUMENTS_PER_TASK][text_column]
     ]
 
 
 def _encode_documents(documents: "datasets.Dataset", text_column: str, start: int, num_proc: int
                       ) -> Iterator[np.ndarray]:
-    """Yield the tokens of each document from number `start` on, in order, encoded by `num_proc` processes."""
-    with ProcessPoolExecutor(num_proc, initializer=_init_worker, initargs=(documents, text_column)) as pool:
-        starts = iter(range(start, len(documents), DOCUMENTS_PER_TASK))
+    """Yield the tokens of each document from number `start` on, in order, encoded by `num_proc` processes (1: here)."""
+    arguments = documents, text_column, gpt2_encoding()
+    starts = iter(range(start, len(documents), DOCUMENTS_PER_TASK))
+    if num_proc == 1:
+        for i in starts:
+            yield from _encode_range(*arguments, i)
+        return
+    with ProcessPoolExecutor(num_proc, initializer=_init_worker, initargs=arguments) as pool:
         pending = deque()
         try:
             while True:
                 # 4 tasks per process keep all processes busy; more would only take memory.
                 while len(pending) < 4 * num_proc and (i := next(starts, None)) is not None:
-                    pending.append(pool.submit(_encode_range, i, min(i + DOCUMENTS_PER_TASK, len(documents))))
+                    pending.append(pool.submit(_encode_in_worker, i))
                 if not pending:
                     return
                 yield from pending.popleft().result()
