@@ -12,9 +12,11 @@ import json
 import multiprocessing
 import os
 import re
+import shlex
 import signal
 import sys
 import threading
+import zlib
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -33,7 +35,9 @@ from nanofp8.shards import (  # noqa: E402
     GPT2_VOCAB,
     NAME_PATTERN,
     ShardError,
+    open_shard,
     read_token_count,
+    unfinished,
     write_shard,
 )
 
@@ -88,6 +92,11 @@ def positive_int(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text!r}")
     return value
+
+
+def command_line() -> str:
+    """Return the command that started this script."""
+    return shlex.join(["python", *sys.argv])
 
 
 def data_set_name(text: str) -> str:
@@ -211,6 +220,31 @@ def _load_arguments(source: str | os.PathLike, path: Path) -> dict[str, Any]:
     raise ValueError(f"{source}: no such file or folder, and not a Hub name of the form owner/name; correct --source")
 
 
+def read_texts(documents: "datasets.Dataset", start: int, stop: int) -> list[bytes]:
+    """Return the texts of documents start to stop - 1 as UTF-8; b"" for a document without text.
+
+    documents: one column, the texts.
+    """
+    import pyarrow
+    column = documents.with_format("arrow")[start:stop].column(0)
+    return [text or b"" for text in column.cast(pyarrow.large_binary()).to_pylist()]
+
+
+def fingerprint(documents: "datasets.Dataset") -> str:
+    """Return the SHA-256 of all texts and their lengths: the same wherever they were loaded from, in any format."""
+    from tqdm import tqdm
+
+    digest = hashlib.sha256()
+    with tqdm(total=len(documents), desc="check", unit="doc") as bar:
+        for start in range(0, len(documents), 1000):
+            texts = read_texts(documents, start, min(start + 1000, len(documents)))
+            for text in texts:
+                digest.update(b"%d:" % len(text))
+                digest.update(text)
+            bar.update(len(texts))
+    return digest.hexdigest()
+
+
 def split_documents(n_documents: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the document numbers of train and of val, each int64 of one dimension, in shuffled order.
 
@@ -307,17 +341,18 @@ class Preparation:
         if known is None or known["start"] != start:
             return False
         try:
-            return read_token_count(path) == known["tokens"]
+            tokens = open_shard(path)
         except ShardError:
             return False
+        return len(tokens) == known["tokens"] and zlib.crc32(tokens) == known["crc32"]
 
 
 def open_record(out_dir: Path, source: str | os.PathLike, identity: dict[str, Any]) -> dict[str, Any]:
     """Read out_dir/prepare.json; return a new record if there is none.
 
-    A record is {"source", "made_from": identity, "shards": {file name: {"start", "end", "tokens"}}}. `start` and `end`
-    are [document, token in the document]: with them a rerun knows where each shard starts without encoding what
-    precedes it.
+    A record is {"source", "made_from": identity, "shards": {file name: {"start", "end", "tokens", "crc32"}}}. `start`
+    and `end` are [document, token in the document]: with them a rerun knows where each shard starts without encoding
+    what precedes it. `crc32` is that of the tokens.
 
     Args:
         identity: what the shards depend on. The record's must equal it.
@@ -326,18 +361,27 @@ def open_record(out_dir: Path, source: str | os.PathLike, identity: dict[str, An
     path = out_dir / RECORD_NAME
     try:
         record = json.loads(path.read_text())
-        recorded, _ = record["made_from"], record["shards"]
+        recorded, shards = dict(record["made_from"]), record["shards"]
+        if any(type(i) is not int for shard in shards.values()
+               for i in (*shard["start"], *shard["end"], shard["tokens"], shard.get("crc32", 0))):
+            raise TypeError
     except FileNotFoundError:
         if any(out_dir.glob("*.bin")):
             raise ValueError(f"{out_dir} holds shards but no {RECORD_NAME} that says what they were made from; "
                              "move them elsewhere or choose another --out") from None
         return {"source": str(source), "made_from": identity, "shards": {}}
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{path} cannot be read; delete {out_dir} and run this again") from None
+    remedy = "delete it or choose another --out"
+    if recorded.keys() != identity.keys():
+        raise ValueError(f"{out_dir} was made by another version of this script; {remedy}")
+    if recorded["text_sha256"] != identity["text_sha256"]:
+        raise ValueError(f"{out_dir} was made from another text (from {record.get('source')}, which may have changed "
+                         f"since); {remedy}")
     if recorded != identity:
-        other = ", ".join(f"{key}: {recorded.get(key)} there, {value} now" for key, value in identity.items()
-                          if recorded.get(key) != value)
-        raise ValueError(f"{out_dir} was made with other settings ({other}); delete it or choose another --out")
+        other = ", ".join(f"{key}: {recorded[key]} there, {value} now" for key, value in identity.items()
+                          if recorded[key] != value)
+        raise ValueError(f"{out_dir} was made with other settings ({other}); {remedy}")
     return record
 
 
@@ -375,7 +419,8 @@ def _write_split(preparation: Preparation, documents: "datasets.Dataset", split:
                     bar.update()
             if filled:  # 0 if the last documents have no text
                 write_shard(path, buffer[:filled])
-                shards[path.name] = {"start": start, "end": [document, offset], "tokens": filled}
+                shards[path.name] = {"start": start, "end": [document, offset], "tokens": filled,
+                                     "crc32": zlib.crc32(buffer[:filled])}
                 preparation.save_record()
             total += filled
     return total
@@ -387,7 +432,8 @@ def tokenize_dataset(source: str | os.PathLike, out_dir: str | os.PathLike, name
 
     Documents without text are left out. A document may continue in the next shard. The shards depend on the text and
     on shard_tokens alone, not on num_proc or on interruptions: out_dir/prepare.json records each finished shard, and a
-    rerun keeps the finished shards that are complete and writes the others.
+    rerun keeps the finished shards that are complete and writes the others. Until all are written, training refuses the
+    folder.
 
     Args:
         source, text_column: see load_documents.
@@ -401,10 +447,8 @@ def tokenize_dataset(source: str | os.PathLike, out_dir: str | os.PathLike, name
     refuse_other_data_sets(out_dir, name)
     gpt2_encoding()  # report a missing package before the download
     dataset = load_documents(source, text_column)
-    # The text is identified by its number of documents and a sample: fast, and the same wherever it was loaded from.
-    sample = dataset[np.unique(np.linspace(0, len(dataset) - 1, 64).astype(int))][text_column]
     identity = {
-        "text": hashlib.sha256(json.dumps([len(dataset), sample]).encode()).hexdigest(),
+        "text_sha256": fingerprint(dataset),
         "shard_tokens": shard_tokens,
         "val_fraction": VAL_FRACTION,
         "split_seed": SPLIT_SEED,
@@ -412,13 +456,18 @@ def tokenize_dataset(source: str | os.PathLike, out_dir: str | os.PathLike, name
     out_dir.mkdir(parents=True, exist_ok=True)
     record = open_record(out_dir, source, identity)
     preparation = Preparation(out_dir, name, text_column, shard_tokens, num_proc, record)
-    preparation.save_record()
     train, val = split_documents(len(dataset))
-    tokens = {split: _write_split(preparation, dataset.select(numbers), split)
-              for split, numbers in (("val", val), ("train", train))}
-    for split, count in tokens.items():
-        if count == 0:
-            raise ValueError(f"the {split} documents of {source} have no text; choose a --source with more text")
+    with unfinished(out_dir, command_line()):
+        preparation.save_record()
+        tokens = {split: _write_split(preparation, dataset.select(numbers), split)
+                  for split, numbers in (("val", val), ("train", train))}
+        for split, count in tokens.items():
+            if count == 0:
+                raise ValueError(f"the {split} documents of {source} have no text; choose a --source with more text")
+        named = {path.name for path in out_dir.glob("[!.]*.bin") if FILE_NAME.fullmatch(path.name)}
+        if foreign := sorted(named - record["shards"].keys()):
+            raise ValueError(f"{out_dir / foreign[0]} is not of this preparation; delete or move it, then run the same "
+                             "command again")
     return tokens
 
 

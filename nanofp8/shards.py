@@ -9,9 +9,11 @@ Token 50256 (<|endoftext|>) stands before each document. llm.c's data scripts wr
 A folder holds the shards of one data set: all have the same <name>.
 """
 
+import contextlib
 import os
 import re
 import shlex
+from typing import Iterator
 
 import numpy as np
 
@@ -23,6 +25,7 @@ EOT = 50256         # GPT-2's <|endoftext|>, put before each document
 GPT2_VOCAB = 50257  # token ids of GPT-2's BPE; higher ids only round a vocabulary up
 FILE_NAME = re.compile(r"(.+)_(train|val)_([0-9]{6})\.bin", re.DOTALL)  # of a shard
 NAME_PATTERN = "<name>_{train,val}_NNNNNN.bin"  # the same in words
+UNFINISHED = "unfinished.txt"  # in a folder whose shards are being written: the command that writes them
 PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
@@ -41,7 +44,8 @@ def find_shards(folder: str, split: str) -> tuple[list[str], list[str]]:
     """Find the shards of a split, "train" or "val", in a folder.
 
     Returns: their paths, by number; the names of .bin files that are not shards by their names, and are not read.
-    Raises: ShardError if there are none, if the folder cannot be read, or if it holds shards of several data sets.
+    Raises: ShardError if there are none, if the folder cannot be read, if its shards are unfinished, or if it holds
+        shards of several data sets.
     """
     try:
         # Hidden files do not count: macOS writes ._x.bin beside x.bin on foreign file systems
@@ -50,6 +54,11 @@ def find_shards(folder: str, split: str) -> tuple[list[str], list[str]]:
         names = []
     except OSError as error:
         raise ShardError(f"{folder} cannot be read ({error.strerror})", "correct its permissions") from None
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        with open(os.path.join(folder, UNFINISHED), encoding="utf-8", errors="replace") as f:
+            command = " ".join(f.read(1000).split())
+        raise ShardError(f"the shards in {folder} are unfinished, because their preparation runs or was broken off",
+                         f"wait for it, or run it again: `{command}`")
     matches = {name: FILE_NAME.fullmatch(name) for name in names}
     data_sets = sorted({match[1] for match in matches.values() if match})
     if len(data_sets) > 1:
@@ -63,6 +72,23 @@ def find_shards(folder: str, split: str) -> tuple[list[str], list[str]]:
             raise ShardError(f"{what}; {others[0]!r} is not named {NAME_PATTERN}", "rename it if it is a shard")
         raise ShardError(what, f"{how_to_get(folder)}, or choose another --dataset or --data_dir")
     return found, others
+
+
+@contextlib.contextmanager
+def unfinished(folder: str | os.PathLike, command: str) -> Iterator[None]:
+    """Let no shard of a folder count until the block has ended without an error: find_shards() refuses the folder.
+
+    command: what a user runs to finish the shards. Raises: OSError.
+    """
+    path = os.path.join(folder, UNFINISHED)
+
+    def write(temporary: str) -> None:
+        with open(temporary, "w", encoding="utf-8", errors="replace") as f:
+            f.write(command + "\n")
+
+    replace_file(path, write, sync=True)
+    yield
+    os.remove(path)
 
 
 def how_to_get(folder: str) -> str:

@@ -4,8 +4,10 @@ No network is used. Run them with
     python -m pytest tests/test_data_prepare.py
 """
 
+import contextlib
 import hashlib
 import importlib.util
+import io
 import json
 import os
 import re
@@ -27,7 +29,8 @@ sys.path[:0] = [str(DATA), str(DATA.parent)]
 import common  # noqa: E402
 
 from helpers import shard_bytes  # noqa: E402
-from nanofp8.shards import find_shards, open_shard, read_token_count  # noqa: E402
+from nanofp8 import shards  # noqa: E402
+from nanofp8.shards import ShardError, find_shards, open_shard, read_token_count  # noqa: E402
 
 needs_datasets = pytest.mark.skipif(importlib.util.find_spec("datasets") is None, reason="needs the package datasets")
 
@@ -435,15 +438,6 @@ def test_openwebtext_restart_gives_identical_bytes(jsonl, prepared, tmp_path):
 
 @pytest.mark.slow
 @needs_datasets
-def test_openwebtext_refuses_to_mix(jsonl, prepared, tmp_path):
-    before = file_bytes(prepared)
-    result = prepare(jsonl, prepared, "--shard_tokens", 5000, home=tmp_path)
-    assert result.returncode == 1 and all(word in result.stderr for word in ("shard_tokens", "9000", "5000", "--out"))
-    assert file_bytes(prepared) == before
-
-
-@pytest.mark.slow
-@needs_datasets
 def test_openwebtext_wrong_input(jsonl, tmp_path):
     results = {
         "--text_column to one of: id, text": prepare(jsonl, tmp_path / "out", "--text_column", "body", home=tmp_path),
@@ -455,6 +449,129 @@ def test_openwebtext_wrong_input(jsonl, tmp_path):
         assert result.stderr.splitlines()[-1].startswith("error: ") and words in result.stderr
     assert_one_line(prepare(jsonl, tmp_path / "out", "--num_proc", "none", home=tmp_path), 2, "num_proc")
     assert not list((tmp_path).glob("out/*"))
+
+
+# The following tests tokenize in this process
+
+
+def texts_of(count=60, first=0):
+    return [f"Document {i} has a few words, " + "and more " * (i % 7) for i in range(first, first + count)]
+
+
+@pytest.fixture
+def tokenize(tmp_path, monkeypatch):
+    """Tokenize a list of texts in this process, in place of what --source names. Returns its exit status and error."""
+    datasets = pytest.importorskip("datasets")
+
+    def run(texts, *args, out=tmp_path / "out"):
+        monkeypatch.setattr(common, "load_documents", lambda *_: datasets.Dataset.from_dict({"text": texts}))
+        args = ["--source=given", f"--out={out}", "--num_proc=1", "--shard_tokens=150", *map(str, args)]
+        monkeypatch.setattr(sys, "argv", ["prepare.py", *args])
+        code, err = 0, io.StringIO()
+        with contextlib.redirect_stderr(err):
+            try:
+                common.prepare_main("", "given", "t", tmp_path)
+            except SystemExit as stop:
+                code = stop.code
+        return code, next((line for line in err.getvalue().splitlines() if line.startswith("error: ")), "")
+
+    return run
+
+
+def break_off_at(monkeypatch, name):
+    """Let the write of one shard fail as a full disk does; the next call writes it."""
+    def write_or_fail(path, tokens, write=common.write_shard):
+        if path.name.endswith(name):
+            raise OSError(28, "No space left on device")
+        write(path, tokens)
+
+    monkeypatch.setattr(common, "write_shard", write_or_fail)
+
+
+def test_a_text_that_changed_is_not_taken_for_the_old_one(tokenize, tmp_path):
+    """One document of many differs, in its last letter: the shards of the old text stay, and are refused."""
+    texts = texts_of()
+    assert tokenize(texts) == (0, "")
+    before = file_bytes(tmp_path / "out")
+    for changed in ([*texts[:33], texts[33][:-1] + "!", *texts[34:]], texts[::-1], texts[:-1] + [texts[-1] * 2]):
+        code, error = tokenize(changed)
+        assert code == 1 and "another text" in error and "--out" in error
+    assert file_bytes(tmp_path / "out") == before and len(find_shards(tmp_path / "out", "train")[0]) > 3
+    assert tokenize(texts) == (0, "") and file_bytes(tmp_path / "out") == before
+
+
+def test_documents_that_changed_after_an_interruption(tokenize, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        break_off_at(patch, "train_000003.bin")
+        assert tokenize(texts_of())[0] == 1
+    code, error = tokenize([text[:9] for text in texts_of()])
+    assert code == 1 and "another text" in error
+
+
+def test_the_same_text_from_another_place_continues(tokenize, tmp_path):
+    assert tokenize(texts_of() + [""]) == (0, "")
+    before = file_bytes(tmp_path / "out")
+    assert tokenize(texts_of() + [None], "--source=elsewhere") == (0, "") and file_bytes(tmp_path / "out") == before
+
+
+def test_shards_do_not_count_until_all_are_there(tokenize, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        break_off_at(patch, "train_000003.bin")
+        assert tokenize(texts_of())[0] == 1
+    assert len(file_bytes(out)) == 3
+    for split in ("train", "val"):
+        with pytest.raises(ShardError, match="(?s)unfinished.*prepare.py --source=given") as caught:
+            find_shards(str(out), split)
+        assert str(out) in str(caught.value) and "\n" not in str(caught.value)
+    kept = out / "t_train_000001.bin"
+    time_of = kept.stat().st_mtime_ns
+    assert tokenize(texts_of()) == (0, "")
+    assert len(find_shards(str(out), "train")[0]) > 3 and kept.stat().st_mtime_ns == time_of
+
+
+def test_a_shard_with_other_tokens_is_written_again(tokenize, tmp_path):
+    assert tokenize(texts_of()) == (0, "")
+    before, path = file_bytes(tmp_path / "out"), tmp_path / "out" / "t_train_000002.bin"
+    path.write_bytes(shard_bytes(range(150)))  # as long as the right one
+    assert tokenize(texts_of()) == (0, "") and file_bytes(tmp_path / "out") == before
+
+
+def test_a_shard_of_another_preparation_is_named(tokenize, tmp_path):
+    assert tokenize(texts_of()) == (0, "")
+    foreign = tmp_path / "out" / "t_train_000900.bin"
+    foreign.write_bytes(shard_bytes(range(150)))
+    code, error = tokenize(texts_of())
+    assert code == 1 and str(foreign) in error and "move" in error
+    with pytest.raises(ShardError, match="unfinished"):
+        find_shards(str(tmp_path / "out"), "train")
+    foreign.unlink()
+    assert tokenize(texts_of()) == (0, "") and find_shards(str(tmp_path / "out"), "val")
+
+
+def test_other_settings_do_not_mix(tokenize, tmp_path):
+    assert tokenize(texts_of()) == (0, "")
+    before = file_bytes(tmp_path / "out")
+    code, error = tokenize(texts_of(), "--shard_tokens=80")
+    assert code == 1 and all(word in error for word in ("shard_tokens: 150 there, 80 now", "--out"))
+    assert file_bytes(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("edit, words", [
+    (lambda record: "[]", "cannot be read"), (lambda record: "{", "cannot be read"),
+    (lambda record: json.dumps(record | {"shards": []}), "cannot be read"),
+    (lambda record: json.dumps(record | {"shards": {"t_train_000001.bin": {"start": [0, 0]}}}), "cannot be read"),
+    (lambda record: json.dumps(record | {"shards": {"t_val_000000.bin": {"start": 0, "end": 0, "tokens": 0}}}), "read"),
+    (lambda record: json.dumps(record | {"made_from": {"text": "0"}}), "another version"),
+    (lambda record: json.dumps(record | {"made_from": record["made_from"] | {"shard_tokens": 7}}), "shard_tokens: 7"),
+])
+def test_a_record_that_does_not_fit(tokenize, tmp_path, edit, words):
+    assert tokenize(texts_of()) == (0, "")
+    path, before = tmp_path / "out" / "prepare.json", file_bytes(tmp_path / "out")
+    path.write_text(edit(json.loads(path.read_text())))
+    code, error = tokenize(texts_of())
+    assert code == 1 and words in error and str(tmp_path / "out") in error and "delete" in error
+    assert file_bytes(tmp_path / "out") == before
 
 
 # -----------------------------------------------------------------------------
@@ -513,6 +630,27 @@ def test_shakespeare_two_names_in_one_folder(text_file, tmp_path, capsys):
     assert shakespeare(text_file, "--out", tmp_path / "out", "--name=b") == 1
     err = capsys.readouterr().err
     assert "tiny_train_v2" in err and "--out" in err and file_bytes(tmp_path / "out") == before
+
+
+def test_shakespeare_broken_off_between_its_shards(text_file, tmp_path, monkeypatch):
+    """A new val shard beside the train shard of another text does not count."""
+    out = tmp_path / "out"
+    assert shakespeare(text_file, "--out", out) == 0
+    text_file.write_text("Another paragraph.\n\n" * 4000)
+    real = shards.replace_file
+
+    def replace_or_fail(path, *args, **kwargs):
+        if str(path).endswith("train_000001.bin"):
+            raise OSError(28, "No space left on device")
+        real(path, *args, **kwargs)
+
+    monkeypatch.setattr(shards, "replace_file", replace_or_fail)
+    assert shakespeare(text_file, "--out", out) == 1
+    with pytest.raises(ShardError, match="unfinished"):
+        find_shards(str(out), "train")
+    monkeypatch.undo()
+    assert shakespeare(text_file, "--out", out) == 0
+    assert find_shards(str(out), "train") == ([str(out / "shakespeare_train_000001.bin")], [])
 
 
 @pytest.mark.slow

@@ -24,6 +24,7 @@ sys.path[:0] = [str(HERE.parent.parent), str(HERE.parent)]  # for nanofp8 and co
 from common import (  # noqa: E402
     OneLineParser,
     UserError,
+    command_line,
     data_set_name,
     error_line,
     gpt2_encoding,
@@ -32,7 +33,7 @@ from common import (  # noqa: E402
     run_script,
 )
 
-from nanofp8.shards import EOT, write_shard  # noqa: E402
+from nanofp8.shards import EOT, unfinished, write_shard  # noqa: E402
 
 SOURCE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 VAL_FRACTION = 0.1  # of the text's characters
@@ -88,11 +89,12 @@ def main() -> None:
         train, val = split_text(read_text(args.source))
         encoding = gpt2_encoding()
         args.out.mkdir(parents=True, exist_ok=True)
-        for part, text in (("val_000000", val), ("train_000001", train)):
-            tokens = [EOT, *encoding.encode_ordinary(text)]
-            path = args.out / f"{args.name}_{part}.bin"
-            write_shard(path, tokens)
-            print(f"{path}: {len(tokens):,} tokens")
+        with unfinished(args.out, command_line()):  # a new val shard beside an old train shard must not count
+            for part, text in (("val_000000", val), ("train_000001", train)):
+                tokens = [EOT, *encoding.encode_ordinary(text)]
+                path = args.out / f"{args.name}_{part}.bin"
+                write_shard(path, tokens)
+                print(f"{path}: {len(tokens):,} tokens")
     except ValueError as error:
         raise UserError(str(error)) from None
     except OSError as error:
