@@ -6,6 +6,7 @@ Check shards from the command line (prints the token count of each; exit status 
 """
 
 import argparse
+import glob
 import hashlib
 import importlib.util
 import json
@@ -99,6 +100,11 @@ def command_line() -> str:
     return shlex.join(["python", *sys.argv])
 
 
+def local_path(source: str | os.PathLike) -> Path:
+    """Return a source as a path. A leading ~ is the home folder, unless a file is called so."""
+    return Path(source if os.path.exists(source) else os.path.expanduser(source))
+
+
 def data_set_name(text: str) -> str:
     """Check the first part of shards' file names, for argparse: not empty, no slash, not hidden."""
     if not re.fullmatch(r"[^./\\\0][^/\\\0]*", text):
@@ -184,12 +190,12 @@ def load_documents(source: str | os.PathLike, text_column: str = "text") -> "dat
     except (ImportError, AttributeError) as error:  # AttributeError: an old datasets with a new pyarrow
         raise ValueError(f"reading text data sets needs the package datasets ({error_line(error)}); "
                          "run: pip install -U datasets") from None
-    path = Path(source).expanduser()
+    path = local_path(source)
     arguments = _load_arguments(source, path)
     try:
         dataset = datasets.load_dataset(**arguments, split="train")
     except Exception as error:  # errors of datasets, pyarrow, the Hub client or the HTTP library
-        remedy = "check that the files are complete" if path.exists() else (
+        remedy = "check that the files are complete" if os.path.exists(path) else (
             "check the network, set HF_ENDPOINT to a mirror, or give local files with --source; then run it again")
         raise ValueError(f"cannot load {source} ({root_cause(error)}); {remedy}") from None
     if text_column not in dataset.column_names:
@@ -207,14 +213,18 @@ def load_documents(source: str | os.PathLike, text_column: str = "text") -> "dat
 
 def _load_arguments(source: str | os.PathLike, path: Path) -> dict[str, Any]:
     """Return the arguments of datasets.load_dataset for a source; `path` is the source as a path. Raises ValueError."""
-    if path.exists():
-        files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix in DATA_SUFFIXES)
+    if os.path.exists(path):
+        files = [path] if path.is_file() else sorted(
+            p for p in path.rglob("[!.]*") if p.suffix in DATA_SUFFIXES and p.is_file())
         formats = {DATA_SUFFIXES.get(p.suffix) for p in files}
         if len(formats) != 1 or None in formats:
             found = sorted({p.suffix or p.name for p in files}) or "none"
             raise ValueError(f"{source} must be or hold files of one format, .parquet or .json/.jsonl, found {found}; "
                              "correct --source")
-        return {"path": formats.pop(), "data_files": [str(p) for p in files]}
+        names = [str(p.absolute()) for p in files]
+        if chained := [name for name in names if "::" in name]:  # datasets would open two files, one in the other
+            raise ValueError(f"{chained[0]}: the package datasets cannot open paths with '::'; rename it")
+        return {"path": formats.pop(), "data_files": [glob.escape(name) for name in names]}  # datasets expands patterns
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(source)) and Path(source).suffix not in DATA_SUFFIXES:
         return {"path": str(source)}
     raise ValueError(f"{source}: no such file or folder, and not a Hub name of the form owner/name; correct --source")

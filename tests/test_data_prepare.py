@@ -451,7 +451,52 @@ def test_openwebtext_wrong_input(jsonl, tmp_path):
     assert not list((tmp_path).glob("out/*"))
 
 
-# The following tests tokenize in this process
+# The following tests run in this process
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """Let the package datasets keep its copies in the test's folder."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+
+ODD_NAMES = ["file[1].jsonl", "what?.jsonl", "a*b.jsonl", "**.jsonl", "zip:x.jsonl", "[!x].jsonl",
+             "folder [v1] */x.jsonl", ".hidden.jsonl", "~x.jsonl", "a{b,c}#%20.jsonl", "dataset_infos.json"]
+
+
+def test_a_source_that_exists_is_that_file(tmp_path, monkeypatch, cache):
+    """Whatever its name means to a shell or to the package datasets; the files beside it are left alone."""
+    monkeypatch.chdir(tmp_path)
+    for name in ["file1.jsonl", "whatX.jsonl", "aXb.jsonl", "x.jsonl", *ODD_NAMES]:
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_text("".join(json.dumps({"text": f"{i} {name}"}) + "\n" for i in range(2)))
+    for name in ODD_NAMES:
+        assert common.load_documents(name)["text"] == [f"0 {name}", f"1 {name}"]
+    Path("a::b.jsonl").touch()
+    with pytest.raises(ValueError, match="a::b.jsonl.*rename"):
+        common.load_documents("a::b.jsonl")
+    folder = common.load_documents("folder [v1] *")
+    assert folder["text"] == ["0 folder [v1] */x.jsonl", "1 folder [v1] */x.jsonl"]
+
+
+@pytest.mark.parametrize("name", ["what*.jsonl", "[f]ile.jsonl", "gone.jsonl", "a/b/c"])
+def test_a_source_that_does_not_exist(tmp_path, monkeypatch, name):
+    pytest.importorskip("datasets")
+    monkeypatch.chdir(tmp_path)
+    Path("whatX.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
+    Path("file.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
+    with pytest.raises(ValueError, match="no such file or folder") as caught:
+        common.load_documents(name)
+    assert name in str(caught.value) and "--source" in str(caught.value)
+
+
+def test_a_folder_as_source(tmp_path, cache):
+    """Hidden files and folders whose names end like a file's do not count."""
+    for name in ("b/2.jsonl", "1.jsonl", "3.json/4.jsonl", "._1.jsonl"):
+        (tmp_path / "in" / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / "in" / name).write_text(json.dumps({"text": name}) + "\n")
+    assert common.load_documents(tmp_path / "in")["text"] == ["1.jsonl", "3.json/4.jsonl", "b/2.jsonl"]
 
 
 def texts_of(count=60, first=0):

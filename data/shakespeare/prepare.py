@@ -28,6 +28,7 @@ from common import (  # noqa: E402
     data_set_name,
     error_line,
     gpt2_encoding,
+    local_path,
     refuse_other_data_sets,
     root_cause,
     run_script,
@@ -50,7 +51,7 @@ def read_text(source: str) -> str:
             with urllib.request.urlopen(source, timeout=30) as response:
                 data = response.read()
         else:
-            data = Path(source).expanduser().read_bytes()
+            data = local_path(source).read_bytes()
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or root_cause(error)
         remedy = "check the network" if "://" in source else "check the path"
