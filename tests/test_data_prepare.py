@@ -19,6 +19,7 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -108,6 +109,42 @@ def test_tokenizer_is_gpt2(encoding):
 )
 def test_tokenizer_round_trip(encoding, text):
     assert encoding.decode(encoding.encode_ordinary(text)) == text
+
+
+class Panic(BaseException):
+    """What a panic of a library in Rust looks like from Python."""
+
+
+@pytest.mark.parametrize("white", [" ", " \n\t", "\u3000"])
+@pytest.mark.parametrize("count", [100_000, 100_001, 1_000_000])
+def test_long_white_space_is_cut(encoding, white, count):
+    """tiktoken fails at a million spaces and a letter. Text and the tokens outside the white space stay the same."""
+    text = "Some words" + (white * count)[:count] + "and more"
+    pieces = common.cut_white_space(text)
+    assert "".join(pieces) == text and (len(pieces) == 1) == (count <= 100_000)
+    tokens = common.encode_text(encoding, text)
+    assert encoding.decode(tokens) == text and tokens[:2] == encoding.encode_ordinary("Some words")
+    assert tokens[-2:] == encoding.encode_ordinary(text[-9:])[-2:]
+
+
+def test_white_space_in_long_texts_does_not_slow_them(encoding):
+    text = (" " * 99_999 + "x") * 20
+    start = time.time()
+    assert common.cut_white_space(text) == [text] and time.time() - start < 5
+
+
+def test_an_error_of_the_tokenizer_is_an_ordinary_one():
+    def fail(*_, **__):
+        raise Panic("called `Result::unwrap()` on an `Err` value: StackOverflow\nstack backtrace: ...")
+
+    broken = SimpleNamespace(encode=fail, encode_ordinary=fail)
+    for special in (False, True):
+        with pytest.raises(ValueError, match="Panic: called .* StackOverflow") as caught:
+            common.encode_text(broken, "text", special)
+        assert "\n" not in str(caught.value)
+    for stop in (KeyboardInterrupt, SystemExit):
+        with pytest.raises(stop):
+            common.encode_text(SimpleNamespace(encode_ordinary=mock.Mock(side_effect=stop)), "text")
 
 
 def test_tokenizer_missing_or_altered_tables(tmp_path, monkeypatch):
@@ -518,7 +555,8 @@ def tokenize(tmp_path, monkeypatch):
                 common.prepare_main("", "given", "t", tmp_path)
             except SystemExit as stop:
                 code = stop.code
-        return code, next((line for line in err.getvalue().splitlines() if line.startswith("error: ")), "")
+        run.err = err.getvalue()
+        return code, next((line for line in run.err.splitlines() if line.startswith("error: ")), "")
 
     return run
 
@@ -580,6 +618,77 @@ def test_a_shard_with_other_tokens_is_written_again(tokenize, tmp_path):
     before, path = file_bytes(tmp_path / "out"), tmp_path / "out" / "t_train_000002.bin"
     path.write_bytes(shard_bytes(range(150)))  # as long as the right one
     assert tokenize(texts_of()) == (0, "") and file_bytes(tmp_path / "out") == before
+
+
+def test_a_document_that_the_tokenizer_cannot_take_as_it_is(tokenize, tmp_path, encoding, capsys):
+    """It is cut, nothing is lost, and it is named."""
+    texts = texts_of()
+    texts[17] = "Some words" + " " * 1_000_000 + "and more"
+    assert tokenize(texts, "--shard_tokens=9000") == (0, "")
+    tokens = np.concatenate([open_shard(path) for path in find_shards(str(tmp_path / "out"), "train")[0]])
+    assert sorted(encoding.decode(tokens.tolist()).split("<|endoftext|>")[1:]) == sorted(
+        set(texts) - {encoding.decode(open_shard(tmp_path / "out" / "t_val_000000.bin")[1:].tolist())})
+    record = json.loads((tmp_path / "out" / "prepare.json").read_text())
+    assert list(record["remarks"]) == ["17"] and "100,000 white-space" in record["remarks"]["17"]
+
+
+def test_documents_that_the_tokenizer_fails_on_are_skipped(tokenize, tmp_path, monkeypatch, encoding):
+    """They are named, also after an interruption; the others are all there."""
+    def encode(text):
+        if "SKIP" in text:
+            raise Panic("StackOverflow")
+        return encoding.encode_ordinary(text)
+
+    texts = [f"SKIP {text}" if i % 3 == 0 else text for i, text in enumerate(texts_of())]
+    monkeypatch.setattr(common, "gpt2_encoding", lambda: SimpleNamespace(encode_ordinary=encode))
+    with monkeypatch.context() as patch:
+        break_off_at(patch, "train_000003.bin")
+        assert tokenize(texts)[0] == 1
+    assert tokenize(texts) == (0, "")
+    lines = tokenize.err.splitlines()
+    assert sum("skipped" in line and "StackOverflow" in line for line in lines) < 20
+    assert "20" in lines[-1] and "prepare.json" in lines[-1]
+    record = json.loads((tmp_path / "out" / "prepare.json").read_text())
+    assert sorted(record["remarks"], key=int) == [str(i) for i in range(0, 60, 3)]
+    paths = sum((find_shards(str(tmp_path / "out"), split)[0] for split in ("train", "val")), [])
+    text = "".join(encoding.decode(open_shard(path).tolist()) for path in paths)
+    assert "SKIP" not in text and all(t in text for t in texts if "SKIP" not in t)
+
+
+def test_the_console_names_a_few_documents_only(tokenize, monkeypatch, encoding):
+    def encode(text):
+        raise Panic("StackOverflow")
+
+    monkeypatch.setattr(common, "gpt2_encoding", lambda: SimpleNamespace(encode_ordinary=encode))
+    code, error = tokenize(texts_of())
+    assert code == 1 and "no text" in error and tokenize.err.count("skipped") == 10
+
+
+def test_ctrl_c_in_the_tokenizer(tokenize, monkeypatch):
+    interrupted = SimpleNamespace(encode_ordinary=mock.Mock(side_effect=KeyboardInterrupt))
+    monkeypatch.setattr(common, "gpt2_encoding", lambda: interrupted)
+    code, error = tokenize(texts_of())
+    assert code == 130 and "interrupted" in error
+
+
+def test_bytes_that_are_not_utf8(tmp_path, cache, encoding):
+    """A file may hold them in a column of text; reading it as text would fail."""
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(b'{"text": "good"}\n{"text": "bad \xff byte"}\n{"text": null}\n')
+    documents = common.load_documents(path)
+    texts = common.read_texts(documents, 0, 3)
+    assert texts == [b"good", b"bad \xff byte", b""]
+    tokens, remark = common.encode_document(encoding, texts[1])
+    assert encoding.decode(tokens[1:].tolist()) == "bad \ufffd byte" and "UTF-8" in remark
+    assert common.encode_document(encoding, b"")[0].size == 0
+
+
+def test_a_panic_while_a_source_is_read(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    (tmp_path / "x.jsonl").touch()
+    monkeypatch.setattr(datasets, "load_dataset", mock.Mock(side_effect=Panic("index out of range")))
+    with pytest.raises(ValueError, match="Panic: index out of range"):
+        common.load_documents(tmp_path / "x.jsonl")
 
 
 def test_a_shard_of_another_preparation_is_named(tokenize, tmp_path):

@@ -26,6 +26,7 @@ from common import (  # noqa: E402
     UserError,
     command_line,
     data_set_name,
+    encode_text,
     error_line,
     gpt2_encoding,
     local_path,
@@ -92,7 +93,7 @@ def main() -> None:
         args.out.mkdir(parents=True, exist_ok=True)
         with unfinished(args.out, command_line()):  # a new val shard beside an old train shard must not count
             for part, text in (("val_000000", val), ("train_000001", train)):
-                tokens = [EOT, *encoding.encode_ordinary(text)]
+                tokens = [EOT, *encode_text(encoding, text)]
                 path = args.out / f"{args.name}_{part}.bin"
                 write_shard(path, tokens)
                 print(f"{path}: {len(tokens):,} tokens")
