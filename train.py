@@ -295,9 +295,10 @@ class TokenRing:
         self.starts = np.cumsum([0] + [len(shard) for shard in self.shards])
         self.total, self.vocab_size = int(self.starts[-1]), vocab_size
         if self.total < need_tokens:
-            flag = "total_batch_size" if split == "train" else "block_size"
+            remedy = ("lower --total_batch_size, or add shards" if split == "train" else
+                      "lower --block_size, or make a larger val split (data/README.md)")
             raise UserError(f"the {split} shards in {self.folder} hold {self.total} tokens, but {need_tokens} are "
-                            f"needed at once; lower --{flag}, or add shards")
+                            f"needed at once; {remedy}")
 
     def read(self, start: int, count: int) -> np.ndarray:
         """Return tokens start ... start+count-1 of the ring: int32, shape (count,).

@@ -10,6 +10,7 @@ import glob
 import hashlib
 import importlib.util
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
 
 SPLIT_SEED = 2357  # nanoGPT's seed for this split
 VAL_FRACTION = 0.0005  # of the documents; nanoGPT's choice for OpenWebText
+MIN_VAL_TOKENS = 2049  # one sequence of train.py's default block_size, and its last target
 SHARD_TOKENS = 100_000_000  # per shard, 200 MB
 DOCUMENTS_PER_TASK = 64  # that a tokenizing process gets at a time
 RECORD_NAME = "prepare.json"
@@ -97,6 +99,35 @@ def positive_int(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text!r}")
     return value
+
+
+def fraction(text: str) -> float:
+    """Convert an argument to a number between 0 and 1, for argparse."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"must be a number between 0 and 1, got {text!r}")
+    return value
+
+
+def add_split_arguments(parser: argparse.ArgumentParser, val_fraction: float, of_what: str) -> None:
+    """Add the arguments --val_fraction, with this default, and --min_val_tokens."""
+    parser.add_argument("--val_fraction", type=fraction, default=val_fraction,
+                        help=f"part of {of_what} that becomes val, between 0 and 1 (default %(default)s)")
+    parser.add_argument("--min_val_tokens", type=positive_int, default=MIN_VAL_TOKENS,
+                        help="fewest val tokens; evaluations need block_size + 1 (default %(default)s)")
+
+
+def too_few_val_tokens(tokens: int, least: int, better: float | None) -> ValueError:
+    """Return the error for a val split of too few tokens.
+
+    better: a val_fraction that gives enough; None if none up to a half does.
+    """
+    remedy = "give more text" if better is None else f"set --val_fraction={better:g}, or give more text"
+    return ValueError(f"the val split would have {tokens:,} tokens, but --min_val_tokens is {least:,}; {remedy}, or "
+                      "lower --min_val_tokens and train with a smaller --block_size")
 
 
 def command_line() -> str:
@@ -292,14 +323,50 @@ def fingerprint(documents: "datasets.Dataset") -> str:
     return digest.hexdigest()
 
 
-def split_documents(n_documents: int) -> tuple[np.ndarray, np.ndarray]:
+def split_documents(n_documents: int, val_fraction: float = VAL_FRACTION) -> tuple[np.ndarray, np.ndarray]:
     """Return the document numbers of train and of val, each int64 of one dimension, in shuffled order.
 
-    The split is the same on every machine. Val gets 0.05% of the documents, at least 1.
+    The split is the same on every machine. Val gets val_fraction of the documents, but each split at least 1. A larger
+    val contains a smaller one.
     """
     order = np.random.Generator(np.random.PCG64(SPLIT_SEED)).permutation(n_documents)
-    n_val = max(1, round(VAL_FRACTION * n_documents))
+    n_val = min(max(1, round(val_fraction * n_documents)), n_documents - 1)
     return order[n_val:], order[:n_val]
+
+
+def check_split(dataset: "datasets.Dataset", train: np.ndarray, val: np.ndarray, encoding: "tiktoken.Encoding",
+                min_val_tokens: int) -> None:
+    """Check, before anything is written, that val has enough tokens and train has text.
+
+    dataset: one column, the texts. train, val: document numbers, from split_documents().
+    Raises: ValueError that names a val_fraction that gives enough tokens, if one does.
+    """
+    def texts_in(numbers: np.ndarray) -> Iterator[bytes]:
+        chosen = dataset.select(numbers)
+        for start in range(0, len(chosen), DOCUMENTS_PER_TASK):
+            yield from read_texts(chosen, start, min(start + DOCUMENTS_PER_TASK, len(chosen)))
+
+    tokens, documents, in_val, reason = 0, 0, 0, ""
+    for text in texts_in(np.concatenate([val, train])):  # a larger val would go on into train
+        encoded, remark = encode_document(encoding, text)
+        tokens, documents, reason = tokens + len(encoded), documents + 1, reason or remark
+        if documents <= len(val):
+            in_val = tokens
+        if tokens >= min_val_tokens:
+            break
+    if in_val < min_val_tokens:
+        if tokens == 0 and reason:
+            raise ValueError(f"no document could be tokenized ({reason}); run: pip install -U tiktoken")
+        enough = tokens >= min_val_tokens and documents <= len(dataset) / 2
+        raise too_few_val_tokens(in_val, min_val_tokens, round_up(documents / len(dataset)) if enough else None)
+    if not any(texts_in(train)):
+        raise ValueError("the train documents have no text; choose a --source with more text")
+
+
+def round_up(number: float) -> float:
+    """Return a positive number with at most two significant digits, not smaller than `number`."""
+    step = 10.0 ** (math.floor(math.log10(number)) - 1)
+    return math.ceil(number / step) * step
 
 
 # -----------------------------------------------------------------------------
@@ -519,7 +586,8 @@ def _write_split(preparation: Preparation, dataset: "datasets.Dataset", numbers:
 
 
 def tokenize_dataset(source: str | os.PathLike, out_dir: str | os.PathLike, name: str, text_column: str = "text",
-                     num_proc: int | None = None, shard_tokens: int = SHARD_TOKENS) -> dict[str, int]:
+                     num_proc: int | None = None, shard_tokens: int = SHARD_TOKENS,
+                     val_fraction: float = VAL_FRACTION, min_val_tokens: int = MIN_VAL_TOKENS) -> dict[str, int]:
     """Tokenize a text data set with GPT-2's tokenizer into out_dir/<name>_{train,val}_NNNNNN.bin.
 
     Documents without text are left out; encode_document() says what happens to those that cannot be taken as they are.
@@ -532,6 +600,8 @@ def tokenize_dataset(source: str | os.PathLike, out_dir: str | os.PathLike, name
         source, text_column: see load_documents.
         num_proc: processes that tokenize (default: one per core).
         shard_tokens: tokens per shard.
+        val_fraction: part of the documents that becomes val.
+        min_val_tokens: fewest tokens that val may have.
     Returns: {"val": tokens, "train": tokens}.
     Raises: ValueError, one line with the remedy; OSError if a shard cannot be written; BrokenProcessPool.
     """
@@ -543,20 +613,18 @@ def tokenize_dataset(source: str | os.PathLike, out_dir: str | os.PathLike, name
     identity = {
         "text_sha256": fingerprint(dataset),
         "shard_tokens": shard_tokens,
-        "val_fraction": VAL_FRACTION,
+        "val_fraction": val_fraction,
         "split_seed": SPLIT_SEED,
     }
+    train, val = split_documents(len(dataset), val_fraction)
+    check_split(dataset, train, val, encoding, min_val_tokens)
     out_dir.mkdir(parents=True, exist_ok=True)
     record = open_record(out_dir, source, identity)
     preparation = Preparation(out_dir, name, shard_tokens, num_proc, encoding, record)
-    train, val = split_documents(len(dataset))
     with unfinished(out_dir, command_line()):
         preparation.save_record()
         tokens = {split: _write_split(preparation, dataset, numbers, split)
                   for split, numbers in (("val", val), ("train", train))}
-        for split, count in tokens.items():
-            if count == 0:
-                raise ValueError(f"the {split} documents of {source} have no text; choose a --source with more text")
         named = {path.name for path in out_dir.glob("[!.]*.bin") if FILE_NAME.fullmatch(path.name)}
         if foreign := sorted(named - record["shards"].keys()):
             raise ValueError(f"{out_dir / foreign[0]} is not of this preparation; delete or move it, then run the same "
@@ -581,9 +649,11 @@ def _prepare(description: str, source: str, name: str, out_dir: str | os.PathLik
     add("--text_column", default="text", help="column that holds the documents (default %(default)s)")
     add("--num_proc", type=positive_int, help="processes that tokenize (default: one per core)")
     add("--shard_tokens", type=positive_int, default=SHARD_TOKENS, help="tokens per shard (default %(default)s)")
+    add_split_arguments(parser, VAL_FRACTION, "the documents")
     args = parser.parse_args()
     try:
-        tokens = tokenize_dataset(args.source, args.out, name, args.text_column, args.num_proc, args.shard_tokens)
+        tokens = tokenize_dataset(args.source, args.out, name, args.text_column, args.num_proc, args.shard_tokens,
+                                  args.val_fraction, args.min_val_tokens)
     except BrokenProcessPool:
         raise UserError("a tokenizing process was killed, probably because memory ran out; "
                         "run it again with a smaller --num_proc, finished shards are kept") from None

@@ -384,7 +384,7 @@ def jsonl(tmp_path_factory):
 
 def prepare(source, out, *args, home, code=None):
     env = {"HF_HUB_OFFLINE": "1"}
-    args = ("--source", source, "--out", out, "--num_proc", 2, "--shard_tokens", 9000, *args)
+    args = ("--source", source, "--out", out, "--num_proc", 2, "--shard_tokens", 9000, "--min_val_tokens", 1, *args)
     if code is None:
         return run_script("openwebtext-100k/prepare.py", *args, home=home, env=env)
     script = DATA / "openwebtext-100k" / "prepare.py"
@@ -491,6 +491,25 @@ def test_openwebtext_wrong_input(jsonl, tmp_path):
 # The following tests run in this process
 
 
+def shakespeare(*args):
+    """Run data/shakespeare/prepare.py in this process. Returns its exit status."""
+    spec = importlib.util.spec_from_file_location("shakespeare_prepare", DATA / "shakespeare" / "prepare.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    with mock.patch.object(sys, "argv", ["prepare.py", *map(str, args)]):
+        try:
+            common.run_script(module.main)
+        except SystemExit as stop:
+            return stop.code
+    return 0
+
+
+@pytest.fixture
+def text_file(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("A paragraph of a few words.\n\n" * 4000)
+    return path
+
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     """Let the package datasets keep its copies in the test's folder."""
@@ -547,7 +566,8 @@ def tokenize(tmp_path, monkeypatch):
 
     def run(texts, *args, out=tmp_path / "out"):
         monkeypatch.setattr(common, "load_documents", lambda *_: datasets.Dataset.from_dict({"text": texts}))
-        args = ["--source=given", f"--out={out}", "--num_proc=1", "--shard_tokens=150", *map(str, args)]
+        args = ["--source=given", f"--out={out}", "--num_proc=1", "--shard_tokens=150", "--min_val_tokens=1",
+                *map(str, args)]
         monkeypatch.setattr(sys, "argv", ["prepare.py", *args])
         code, err = 0, io.StringIO()
         with contextlib.redirect_stderr(err):
@@ -646,7 +666,7 @@ def test_documents_that_the_tokenizer_fails_on_are_skipped(tokenize, tmp_path, m
         assert tokenize(texts)[0] == 1
     assert tokenize(texts) == (0, "")
     lines = tokenize.err.splitlines()
-    assert sum("skipped" in line and "StackOverflow" in line for line in lines) < 20
+    assert sum("skipped" in line and "StackOverflow" in line for line in lines) <= 10
     assert "20" in lines[-1] and "prepare.json" in lines[-1]
     record = json.loads((tmp_path / "out" / "prepare.json").read_text())
     assert sorted(record["remarks"], key=int) == [str(i) for i in range(0, 60, 3)]
@@ -655,13 +675,11 @@ def test_documents_that_the_tokenizer_fails_on_are_skipped(tokenize, tmp_path, m
     assert "SKIP" not in text and all(t in text for t in texts if "SKIP" not in t)
 
 
-def test_the_console_names_a_few_documents_only(tokenize, monkeypatch, encoding):
-    def encode(text):
-        raise Panic("StackOverflow")
-
-    monkeypatch.setattr(common, "gpt2_encoding", lambda: SimpleNamespace(encode_ordinary=encode))
+def test_a_tokenizer_that_takes_no_document(tokenize, tmp_path, monkeypatch):
+    broken = SimpleNamespace(encode_ordinary=mock.Mock(side_effect=Panic("StackOverflow")))
+    monkeypatch.setattr(common, "gpt2_encoding", lambda: broken)
     code, error = tokenize(texts_of())
-    assert code == 1 and "no text" in error and tokenize.err.count("skipped") == 10
+    assert code == 1 and "StackOverflow" in error and "tiktoken" in error and not (tmp_path / "out").exists()
 
 
 def test_ctrl_c_in_the_tokenizer(tokenize, monkeypatch):
@@ -689,6 +707,56 @@ def test_a_panic_while_a_source_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", mock.Mock(side_effect=Panic("index out of range")))
     with pytest.raises(ValueError, match="Panic: index out of range"):
         common.load_documents(tmp_path / "x.jsonl")
+
+
+@pytest.mark.parametrize("count, floor", [(300, 43), (300, 500), (61, 200), (2000, 129)])
+def test_a_val_split_of_too_few_tokens(tokenize, tmp_path, count, floor):
+    """Nothing is written, and the command of the error line works."""
+    texts = texts_of(count)
+    args = ["--shard_tokens=100000", f"--min_val_tokens={floor}"]
+    code, error = tokenize(texts, *args)
+    assert code == 1 and f"{floor}" in error and not (tmp_path / "out").exists()
+    given = re.search(r"--val_fraction=([0-9.e-]+)", error)[0]
+    assert tokenize(texts, *args, given) == (0, "")
+    tokens = sum(read_token_count(path) for path in find_shards(str(tmp_path / "out"), "val")[0])
+    assert floor <= tokens < 2 * floor + 50  # not much more than needed
+
+
+def test_a_source_with_too_little_text_for_val(tokenize, tmp_path):
+    for texts, floor in ((texts_of(2), 2000), (texts_of(40), 400), (["", "", ""], 1), (["", None], 1)):
+        code, error = tokenize(texts, f"--min_val_tokens={floor}")
+        assert code == 1 and "more text" in error and "--val_fraction" not in error and not (tmp_path / "out").exists()
+
+
+def test_train_documents_without_text(tokenize, tmp_path):
+    texts = [""] * 60
+    texts[common.split_documents(60)[1][0]] = "the only text " * 20
+    code, error = tokenize(texts)
+    assert code == 1 and "train documents have no text" in error and not (tmp_path / "out").exists()
+
+
+def test_val_fraction_is_part_of_the_identity(tokenize, tmp_path):
+    assert tokenize(texts_of(), "--val_fraction=0.25") == (0, "")
+    documents = [text for path in find_shards(str(tmp_path / "out"), "val")[0] for text in open_shard(path)]
+    assert documents.count(50256) == 15
+    code, error = tokenize(texts_of(), "--val_fraction=0.5")
+    assert code == 1 and "val_fraction: 0.25 there, 0.5 now" in error
+
+
+@pytest.mark.parametrize("argument", ["--val_fraction=0", "--val_fraction=1", "--val_fraction=nan", "--val_fraction=x",
+                                      "--val_fraction=-0.1", "--min_val_tokens=0", "--min_val_tokens=x"])
+def test_wrong_arguments_of_the_split(tokenize, text_file, capsys, argument):
+    code, error = tokenize(texts_of(), argument)
+    assert code == 2 and argument.split("=")[0] in error
+    assert shakespeare(text_file, argument) == 2 and argument.split("=")[0] in capsys.readouterr().err
+
+
+def test_every_split_gets_a_document():
+    for n, fraction in ((2, 0.0005), (2, 0.999), (3, 0.9), (1000, 0.9999)):
+        train, val = common.split_documents(n, fraction)
+        assert len(train) >= 1 and len(val) >= 1 and sorted([*train, *val]) == list(range(n))
+    small, large = (set(common.split_documents(1000, f)[1]) for f in (0.01, 0.1))
+    assert small < large
 
 
 def test_a_shard_of_another_preparation_is_named(tokenize, tmp_path):
@@ -751,26 +819,6 @@ def test_shakespeare_shards_ship_and_can_be_made_again(encoding, tmp_path):
     assert file_bytes(tmp_path / "out") == shipped
 
 
-def shakespeare(*args):
-    """Run data/shakespeare/prepare.py in this process. Returns its exit status."""
-    spec = importlib.util.spec_from_file_location("shakespeare_prepare", DATA / "shakespeare" / "prepare.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    with mock.patch.object(sys, "argv", ["prepare.py", *map(str, args)]):
-        try:
-            common.run_script(module.main)
-        except SystemExit as stop:
-            return stop.code
-    return 0
-
-
-@pytest.fixture
-def text_file(tmp_path):
-    path = tmp_path / "text.txt"
-    path.write_text("A paragraph of a few words.\n\n" * 4000)
-    return path
-
-
 @pytest.mark.parametrize("name", ["", "../x", "a/b", ".hidden"])
 def test_shakespeare_bad_name(text_file, tmp_path, capsys, name):
     assert shakespeare(text_file, "--out", tmp_path / "out", f"--name={name}") == 2
@@ -786,11 +834,27 @@ def test_shakespeare_two_names_in_one_folder(text_file, tmp_path, capsys):
     assert "tiny_train_v2" in err and "--out" in err and file_bytes(tmp_path / "out") == before
 
 
+def test_shakespeare_with_few_val_tokens(tmp_path, capsys):
+    text, out = tmp_path / "text.txt", tmp_path / "out"
+    text.write_text("A paragraph of a few words.\n\n" * 700)
+    assert shakespeare(text, "--out", out) == 1
+    err = capsys.readouterr().err
+    assert "2,049" in err and "--block_size" in err and not out.exists()
+    given = re.search(r"--val_fraction=([0-9.e-]+)", err)[0]
+    assert shakespeare(text, "--out", out, given) == 0
+    assert 2049 <= read_token_count(out / "shakespeare_val_000000.bin") < 2600
+    text.write_text("A paragraph of a few words.\n\n" * 100)
+    assert shakespeare(text, "--out", out) == 1
+    err = capsys.readouterr().err
+    assert "more text" in err and "--val_fraction" not in err
+    assert shakespeare(text, "--out", out, "--min_val_tokens=33") == 0
+
+
 def test_shakespeare_broken_off_between_its_shards(text_file, tmp_path, monkeypatch):
     """A new val shard beside the train shard of another text does not count."""
     out = tmp_path / "out"
     assert shakespeare(text_file, "--out", out) == 0
-    text_file.write_text("Another paragraph.\n\n" * 4000)
+    text_file.write_text("Another paragraph.\n\n" * 8000)
     real = shards.replace_file
 
     def replace_or_fail(path, *args, **kwargs):
@@ -809,7 +873,7 @@ def test_shakespeare_broken_off_between_its_shards(text_file, tmp_path, monkeypa
 
 @pytest.mark.slow
 def test_shakespeare_from_an_address(hub, tmp_path):
-    text = "First paragraph,\r\nof two lines.\r\n\r\n" * 40
+    text = "First paragraph,\r\nof two lines.\r\n\r\n" * 4000
     hub.files["/input.txt"] = text.encode()
     result = run_script("shakespeare/prepare.py", hub.url + "/input.txt", "--out", tmp_path / "out", home=tmp_path)
     assert result.returncode == 0, result.stderr

@@ -7,7 +7,7 @@ another text:
     python data/shakespeare/prepare.py mytext.txt --out=data/mytext
     python data/shakespeare/prepare.py https://example.org/mytext.txt --out=data/mytext
 
-Output: GPT-2 tokens. Val is the last 10% of the text, from the start of a paragraph.
+Output: GPT-2 tokens. Val is the last 10% of the text (--val_fraction), from the start of a paragraph.
 
 Token 50256 stands once before each of the two parts and nowhere else. It tells the model that what follows has nothing
 to do with what precedes it. That is true only there: nothing in the file marks where a play ends, and its blank lines
@@ -15,6 +15,7 @@ separate speeches, each of which answers the one before it. With 50256 before ea
 ignore the previous speech, and to stop after one speech when it generates text.
 """
 
+import math
 import sys
 import urllib.request
 from pathlib import Path
@@ -24,6 +25,7 @@ sys.path[:0] = [str(HERE.parent.parent), str(HERE.parent)]  # for nanofp8 and co
 from common import (  # noqa: E402
     OneLineParser,
     UserError,
+    add_split_arguments,
     command_line,
     data_set_name,
     encode_text,
@@ -33,6 +35,7 @@ from common import (  # noqa: E402
     refuse_other_data_sets,
     root_cause,
     run_script,
+    too_few_val_tokens,
 )
 
 from nanofp8.shards import EOT, unfinished, write_shard  # noqa: E402
@@ -67,15 +70,34 @@ def read_text(source: str) -> str:
     return text
 
 
-def split_text(text: str) -> tuple[str, str]:
-    """Return (train, val). Val is the last 10%, from the start of the next paragraph, else line, else word."""
-    cut = int(len(text) * (1 - VAL_FRACTION))
+def split_text(text: str, val_fraction: float = VAL_FRACTION) -> tuple[str, str]:
+    """Return (train, val). Val is the last val_fraction, from the start of the next paragraph, else line, else word."""
+    cut = int(len(text) * (1 - val_fraction))
     for boundary in ("\n\n", "\n", " "):
         at = text.find(boundary, cut)
         if at >= 0 and text[at:].strip():
             cut = at + len(boundary)
             break
     return text[:cut], text[cut:]
+
+
+def tokenize(text: str, val_fraction: float, min_val_tokens: int) -> tuple[list[int], list[int]]:
+    """Return the tokens of train and of val, each with EOT before them.
+
+    Raises: ValueError that names a val_fraction that gives enough val tokens, if one does.
+    """
+    encoding = gpt2_encoding()
+
+    def encode(part: str) -> list[int]:
+        return [EOT, *encode_text(encoding, part)]
+
+    train, val = split_text(text, val_fraction)
+    tokens = encode(val)
+    if len(tokens) < min_val_tokens:
+        larger = (f / 100 for f in range(math.ceil(100 * val_fraction), 51, 5))
+        better = next((f for f in larger if len(encode(split_text(text, f)[1])) >= min_val_tokens), None)
+        raise too_few_val_tokens(len(tokens), min_val_tokens, better)
+    return encode(train), tokens
 
 
 def main() -> None:
@@ -85,15 +107,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE, metavar="DIR", help="output folder (default %(default)s)")
     parser.add_argument("--name", type=data_set_name, default="shakespeare",
                         help="first part of the file names (default %(default)s)")
+    add_split_arguments(parser, VAL_FRACTION, "the text's characters")
     args = parser.parse_args()
     try:
         refuse_other_data_sets(args.out, args.name)
-        train, val = split_text(read_text(args.source))
-        encoding = gpt2_encoding()
+        train, val = tokenize(read_text(args.source), args.val_fraction, args.min_val_tokens)
         args.out.mkdir(parents=True, exist_ok=True)
         with unfinished(args.out, command_line()):  # a new val shard beside an old train shard must not count
-            for part, text in (("val_000000", val), ("train_000001", train)):
-                tokens = [EOT, *encode_text(encoding, text)]
+            for part, tokens in (("val_000000", val), ("train_000001", train)):
                 path = args.out / f"{args.name}_{part}.bin"
                 write_shard(path, tokens)
                 print(f"{path}: {len(tokens):,} tokens")
