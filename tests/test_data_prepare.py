@@ -162,12 +162,15 @@ def test_tokenizer_missing_or_altered_tables(tmp_path, monkeypatch):
 # -----------------------------------------------------------------------------
 # Downloader
 
-REPO_PATH = "/datasets/kjj0/fineweb10B-gpt2/resolve/main/"
+REPO_PATH = re.compile("/datasets/kjj0/fineweb10B-gpt2/resolve/([^/]+)/")
+REVISION = "0123456789abcdef0123456789abcdef01234567"  # of main
 
 
 class Hub(ThreadingHTTPServer):
     """The hub's resolve endpoint for the files in `files` (name -> bytes); `requests` lists what was asked for.
 
+    revision: of main; others are not there. served: name -> bytes that come in place of those that headers describe.
+    refusal: status and headers of every answer, if not None.
     break_at: name -> number of body bytes after which the connection breaks off, once.
     stall_at: name -> number of body bytes after which nothing more comes, once, until `go_on` is set.
     """
@@ -177,6 +180,7 @@ class Hub(ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), HubHandler)
         self.files, self.requests, self.break_at, self.stall_at = {}, [], {}, {}
+        self.revision, self.served, self.refusal, self.states_sha256 = REVISION, {}, None, True
         self.go_on = threading.Event()
         self.url = f"http://127.0.0.1:{self.server_port}"
 
@@ -188,23 +192,25 @@ class HubHandler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def answer(self):
-        hub, name = self.server, self.path.removeprefix(REPO_PATH)
+        hub, name = self.server, REPO_PATH.sub("", self.path)
+        revision = REPO_PATH.match(self.path)
         begin = self.headers.get("Range", "")
         hub.requests.append((self.command, name, begin))
         data = hub.files.get(name)
+        if hub.refusal:
+            return self.refuse(*hub.refusal)
         if data is None:
-            self.send_response(404)
-            self.send_header("X-Error-Code", "RepoNotFound" if name == self.path else "EntryNotFound")
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-            return
-        etag = hashlib.sha256(data).hexdigest()
+            return self.refuse(404, {"X-Error-Code": "EntryNotFound" if revision else "RepoNotFound"})
+        if revision and revision[1] not in ("main", hub.revision):
+            return self.refuse(404, {"X-Error-Code": "RevisionNotFound"})
+        etag = hashlib.sha256(data).hexdigest() if hub.states_sha256 else hashlib.sha1(data).hexdigest()
+        data = hub.served.get(name, data)
         first = int(re.fullmatch(r"bytes=(\d+)-", begin)[1]) if begin else 0
         self.send_response(206 if begin else 200)
         if begin:
             self.send_header("Content-Range", f"bytes {first}-{len(data) - 1}/{len(data)}")
         self.send_header("ETag", f'"{etag}"')
-        self.send_header("X-Repo-Commit", "0123456789abcdef0123456789abcdef01234567")
+        self.send_header("X-Repo-Commit", hub.revision)
         self.send_header("X-Linked-Etag", f'"{etag}"')
         self.send_header("X-Linked-Size", str(len(data)))
         self.send_header("Accept-Ranges", "bytes")
@@ -222,6 +228,12 @@ class HubHandler(BaseHTTPRequestHandler):
         else:
             self.wfile.write(data[first:])
 
+    def refuse(self, status, headers):
+        self.send_response(status)
+        for header in {**headers, "Content-Length": "0"}.items():
+            self.send_header(*header)
+        self.end_headers()
+
     do_GET = do_HEAD = answer
 
     def log_message(self, *args):
@@ -236,22 +248,47 @@ def hub():
     server = Hub()
     for i, name in enumerate((VAL, TRAIN1, TRAIN2)):
         server.files[name] = shard_bytes([50256] + [i] * (1000 + i))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=[0.02], daemon=True).start()
     yield server
     server.go_on.set()
     server.shutdown()
     server.server_close()
 
 
-def download(hub_url, home, *args, **kwargs):
+def download_as_process(hub_url, home, *args, **kwargs):
     return run_script(
         "cachedfineweb10b.py", *args, "--out", home / "fineweb10B", home=home, env={"HF_ENDPOINT": hub_url}, **kwargs
     )
 
 
+def download(hub_url, home, *args, token=None, offline=False):
+    """Run data/cachedfineweb10b.py in this process, without the caller's hub settings. Returns as run_script() does."""
+    pytest.importorskip("huggingface_hub")
+    import cachedfineweb10b
+    from huggingface_hub import constants
+
+    changed = dict(ENDPOINT=hub_url, HUGGINGFACE_CO_URL_TEMPLATE=hub_url + "/{repo_id}/resolve/{revision}/{filename}",
+                   HF_HUB_OFFLINE=offline, HF_TOKEN_PATH=str(home / "token"))
+    env = {
+        k: v for k, v in os.environ.items() if not k.upper().startswith("HF_") and not k.lower().endswith("_proxy")
+    }
+    env |= {"HF_TOKEN": token} if token else {}
+    env |= {"HF_HUB_OFFLINE": "1"} if offline else {}
+    argv = ["cachedfineweb10b.py", *map(str, args), "--out", str(home / "fineweb10B")]
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with (mock.patch.multiple(constants, **changed), mock.patch.dict(os.environ, env, clear=True),
+          mock.patch.object(sys, "argv", argv), mock.patch.object(time, "sleep"),
+          contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)):
+        try:
+            common.run_script(cachedfineweb10b.main)
+        except SystemExit as stop:
+            code = stop.code
+    return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
+
+
 @pytest.mark.slow
 def test_download_fresh_then_skip_then_more(hub, tmp_path):
-    result = download(hub.url, tmp_path, 1)
+    result = download_as_process(hub.url, tmp_path, 1)
     assert result.returncode == 0, result.stderr
     assert file_bytes(tmp_path / "fineweb10B") == {n: hub.files[n] for n in (VAL, TRAIN1)}
     assert "1,002 train tokens" in result.stdout
@@ -265,7 +302,6 @@ def test_download_fresh_then_skip_then_more(hub, tmp_path):
     assert result.returncode == 0 and hub.gets() == [TRAIN2]
 
 
-@pytest.mark.slow
 def test_download_replaces_broken_shards(hub, tmp_path):
     assert download(hub.url, tmp_path, 2).returncode == 0
     hub.requests.clear()
@@ -279,7 +315,6 @@ def test_download_replaces_broken_shards(hub, tmp_path):
     assert file_bytes(folder) == hub.files
 
 
-@pytest.mark.slow
 def test_download_resumes_a_broken_connection(hub, tmp_path):
     # The client hands on 10 MiB at a time, so that is where it picks up what broke off after 15 MB.
     hub.files[TRAIN1] = shard_bytes(np.arange(9_000_000) % 50000)
@@ -294,7 +329,7 @@ def test_download_resumes_a_broken_connection(hub, tmp_path):
 @pytest.mark.slow
 def test_download_killed_leaves_no_half_shard(hub, tmp_path):
     hub.stall_at[TRAIN1] = 1500
-    process = download(hub.url, tmp_path, 1, wait=False)
+    process = download_as_process(hub.url, tmp_path, 1, wait=False)
     deadline = time.time() + 20
     while TRAIN1 not in hub.gets() and time.time() < deadline:
         time.sleep(0.02)
@@ -311,7 +346,7 @@ def test_download_killed_leaves_no_half_shard(hub, tmp_path):
 def test_download_interrupted(hub, tmp_path):
     hub.stall_at[VAL] = 1500
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start without it
-    process = download(hub.url, tmp_path, 1, wait=False)
+    process = download_as_process(hub.url, tmp_path, 1, wait=False)
     signal.signal(signal.SIGINT, handler)
     deadline = time.time() + 20
     while not hub.gets() and time.time() < deadline:
@@ -322,7 +357,6 @@ def test_download_interrupted(hub, tmp_path):
     assert "Traceback" not in err and "error: interrupted" in err
 
 
-@pytest.mark.slow
 def test_download_of_what_is_broken_on_the_server(hub, tmp_path):
     hub.files[TRAIN1] = hub.files[TRAIN1][:-2]
     result = download(hub.url, tmp_path, 1)
@@ -332,13 +366,11 @@ def test_download_of_what_is_broken_on_the_server(hub, tmp_path):
     assert set(file_bytes(tmp_path / "fineweb10B")) == {VAL}
 
 
-@pytest.mark.slow
 def test_download_from_a_server_without_the_dataset(hub, tmp_path):
     hub.files.clear()
     assert_one_line(download(hub.url, tmp_path, 1), 1, VAL, "404", "HF_ENDPOINT")
 
 
-@pytest.mark.slow
 def test_download_unreachable(tmp_path):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -349,10 +381,108 @@ def test_download_unreachable(tmp_path):
     assert time.time() - start < 15
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("n", ["0", "104", "-1", "ten", "1.5", ""])
 def test_download_bad_n(tmp_path, n):
-    assert_one_line(run_script("cachedfineweb10b.py", n, home=tmp_path), 2, "1 to 103" if n != "-1" else "-1")
+    assert_one_line(download("http://127.0.0.1:9", tmp_path, n), 2, "1 to 103" if n != "-1" else "-1")
+    assert not (tmp_path / "fineweb10B").exists()
+
+
+def record_of(folder):
+    return json.loads((folder / "fineweb10B" / "download.json").read_text())
+
+
+def test_download_records_what_was_asked_for(hub, tmp_path):
+    """Before it downloads, so that an interrupted download can be completed; the last wish counts."""
+    hub.refusal = 503, {}
+    assert download(hub.url, tmp_path, 2).returncode == 1
+    assert record_of(tmp_path) == {"train_shards": 2, "revision": None, "sha256": {}}
+    hub.refusal = None
+    assert download(hub.url, tmp_path, 2).returncode == 0
+    assert record_of(tmp_path) == {"train_shards": 2, "revision": REVISION, "sha256": {
+        name: hashlib.sha256(data).hexdigest() for name, data in hub.files.items()}}
+    assert download(hub.url, tmp_path, 1).returncode == 0 and record_of(tmp_path)["train_shards"] == 1
+
+
+def test_download_without_space_records_nothing(hub, tmp_path):
+    with mock.patch("shutil.disk_usage", return_value=SimpleNamespace(free=1000)):
+        assert_one_line(download(hub.url, tmp_path, 2), 1, "0.6 GB", "--out")
+    assert not (tmp_path / "fineweb10B" / "download.json").exists()
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"train_shards": "x", "revision": null, "sha256": {}}'])
+def test_download_with_a_broken_record(hub, tmp_path, text):
+    (tmp_path / "fineweb10B").mkdir()
+    (tmp_path / "fineweb10B" / "download.json").write_text(text)
+    assert_one_line(download(hub.url, tmp_path, 1), 1, "download.json", "delete it")
+
+
+def test_download_stays_at_the_first_revision(hub, tmp_path):
+    """main has moved on; the server may still have the first revision, or not."""
+    assert download(hub.url, tmp_path, 1).returncode == 0
+    first, hub.revision = hub.revision, "f" * 40
+    result = download(hub.url, tmp_path, 2)
+    assert_one_line(SimpleNamespace(returncode=result.returncode, stderr=result.stderr.splitlines()[-1] + "\n"), 1,
+                    TRAIN2, "revision", "data/README.md")
+    hub.revision = first
+    hub.requests.clear()
+    assert download(hub.url, tmp_path, 2).returncode == 0 and hub.gets() == [TRAIN2]
+    assert record_of(tmp_path)["revision"] == first
+
+
+def test_download_with_other_content_than_stated(hub, tmp_path):
+    """The file is whole and of the stated size, but its SHA-256 is not the stated one: it does not stay."""
+    hub.served[TRAIN1] = shard_bytes([50256] + [7] * 1001)
+    assert len(hub.served[TRAIN1]) == len(hub.files[TRAIN1])
+    result = download(hub.url, tmp_path, 1)
+    assert result.returncode == 1 and result.stderr.splitlines()[-1].startswith("error: ")
+    stated = hashlib.sha256(hub.files[TRAIN1]).hexdigest()
+    assert TRAIN1 in result.stderr and stated in result.stderr and hub.gets().count(TRAIN1) == 3
+    assert set(file_bytes(tmp_path / "fineweb10B")) == {VAL} and set(record_of(tmp_path)["sha256"]) == {VAL}
+    hub.served.clear()
+    assert download(hub.url, tmp_path, 1).returncode == 0
+    assert file_bytes(tmp_path / "fineweb10B") == {n: hub.files[n] for n in (VAL, TRAIN1)}
+
+
+def test_download_without_a_stated_sha256(hub, tmp_path):
+    """No checksum is made up: the script says that the content was not checked."""
+    hub.states_sha256 = False
+    result = download(hub.url, tmp_path, 1)
+    assert result.returncode == 0 and result.stdout.count("states no SHA-256") == 2
+    assert record_of(tmp_path)["sha256"] == {VAL: None, TRAIN1: None}
+
+
+@pytest.mark.parametrize("status, headers, token, words, not_words", [
+    (401, {"X-Error-Message": "Invalid credentials in Authorization header"}, "hf_x", ["refuses the token"], []),
+    (401, {}, "hf_x", ["refuses the token", "HF_TOKEN"], ["does not have"]),
+    (401, {"X-Error-Code": "RepoNotFound"}, None, ["does not have", "login"], ["token"]),
+    (403, {"X-Error-Code": "GatedRepo"}, None, ["ask for access", "log in"], ["does not have"]),
+    (403, {}, "hf_x", ["ask for access"], ["does not have", "log in"]),
+    (404, {"X-Error-Code": "RepoNotFound"}, None, ["does not have", "HF_ENDPOINT"], ["token"]),
+    (404, {"X-Error-Code": "EntryNotFound"}, "hf_x", ["lacks this file", "HF_ENDPOINT"], ["token"]),
+    (429, {"Retry-After": "37"}, None, ["37 s", "hf auth login"], ["does not have", "check the network"]),
+    (429, {}, "hf_x", ["a few minutes"], ["hf auth login", "does not have"]),
+    (500, {}, None, ["fault", "later"], ["does not have", "check the network"]),
+])
+def test_download_that_the_server_refuses(hub, tmp_path, status, headers, token, words, not_words):
+    """Each refusal has its own remedy."""
+    hub.refusal = status, headers
+    result = download(hub.url, tmp_path, 1, token=token)
+    assert_one_line(result, 1, str(status), *words)
+    assert not [word for word in not_words if word in result.stderr.split(");")[-1]]
+    assert len(hub.requests) == (3 if status == 500 else 1)  # only faults that may pass are tried again
+
+
+def test_download_in_offline_mode(hub, tmp_path):
+    result = download(hub.url, tmp_path, 1, offline=True)
+    assert_one_line(result, 1, "offline mode is on; unset HF_HUB_OFFLINE")
+    assert "does not have" not in result.stderr and hub.requests == []
+
+
+def test_download_with_a_panic_of_a_library(hub, tmp_path):
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    with mock.patch.object(huggingface_hub, "hf_hub_download", side_effect=Panic("index out of range")):
+        result = download(hub.url, tmp_path, 1)
+    assert_one_line(result, 1, VAL, "Panic: index out of range")
 
 
 @pytest.mark.slow
