@@ -283,6 +283,14 @@ def test_a_bin_of_another_name_is_not_read_and_is_named(tmp_path, name):
     assert name in rows["  ignored"]
 
 
+@pytest.mark.parametrize("steps, words", [(12, None), (13, "1.04 times"), (112, "8.92 times")])
+def test_more_than_one_epoch_is_put_into_words(numbered, steps, words):
+    cfg = SimpleNamespace(batch_size=2, block_size=8, total_batch_size=96, max_iters=steps, dataset="n", eval_tokens=64)
+    loader = loader_of(ring_of(numbered))
+    length = dict(data_rows(cfg, helpers.one_process(), loader, ring_of(numbered, split="val")))["length"]
+    assert words in length if words else "times" not in length
+
+
 def test_only_a_bin_of_another_name(tmp_path):
     write_shard(tmp_path / "n" / "train.bin", TOKENS)
     line = bad_line(tmp_path)
