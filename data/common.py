@@ -6,6 +6,7 @@ Check shards from the command line (prints the token count of each; exit status 
 """
 
 import argparse
+import errno
 import glob
 import hashlib
 import importlib.util
@@ -241,13 +242,16 @@ def encode_text(encoding: "tiktoken.Encoding", text: str, special: bool = False)
 DATA_SUFFIXES = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}
 
 
-def load_documents(source: str | os.PathLike, text_column: str = "text") -> "datasets.Dataset":
+def load_documents(source: str | os.PathLike, text_column: str = "text", revision: str | None = None
+                   ) -> tuple["datasets.Dataset", str | None]:
     """Load the train split of a text data set, with `text_column` as its only column, one document per row.
 
     Args:
         source: a file (.parquet, .json, .jsonl), a folder of such files, or the name of a data set on the Hugging Face
             Hub.
         text_column: column that holds the documents.
+        revision: of a data set on the Hub; None: the present one.
+    Returns: the documents, and the revision if they are from the Hub.
     Raises: ValueError, one line with the remedy, if the source cannot be loaded, has no such column of text, or has
         fewer than 2 documents.
     """
@@ -256,15 +260,27 @@ def load_documents(source: str | os.PathLike, text_column: str = "text") -> "dat
     except Exception as error:  # also an old datasets with a new pyarrow: AttributeError
         raise ValueError(f"reading text data sets needs the package datasets ({error_line(error)}); "
                          "run: pip install -U datasets") from None
+    import hub
     path = local_path(source)
     arguments = _load_arguments(source, path)
     try:
-        dataset = datasets.load_dataset(**arguments, split="train")
+        if "data_files" in arguments:
+            dataset, revision = datasets.load_dataset(**arguments, split="train"), None
+        else:
+            dataset, revision = hub.load(arguments["path"], revision)
     except STOP:
         raise
     except BaseException as error:  # errors of datasets, pyarrow, the Hub client or the HTTP library
-        remedy = "check that the files are complete" if os.path.exists(path) else (
-            "check the network, set HF_ENDPOINT to a mirror, or give local files with --source; then run it again")
+        number = next((e.errno for e in hub.related(error) if isinstance(e, OSError) and e.errno), None)
+        if number in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC):
+            remedy = ("correct permissions or free some space there, or set HF_HOME to a folder in which the package "
+                      "datasets can keep its copy")
+        elif os.path.exists(path):
+            remedy = "check that the files are complete"
+        else:
+            remedy = hub.remedy(error, str(source), otherwise="choose another data set")
+            remedy += "; or give local files with --source"
+            remedy += "" if hub.is_offline(error) else ", or set HF_HUB_OFFLINE=1 to use a copy downloaded before"
         raise ValueError(f"cannot load {source} ({root_cause(error)}); {remedy}") from None
     if text_column not in dataset.column_names:
         names = ", ".join(dataset.column_names)
@@ -276,7 +292,7 @@ def load_documents(source: str | os.PathLike, text_column: str = "text") -> "dat
     if len(dataset) < 2:
         raise ValueError(f"{source} has {len(dataset)} documents, but train and val need at least one each; "
                          "choose another --source")
-    return dataset.select_columns([text_column])
+    return dataset.select_columns([text_column]), revision
 
 
 def _load_arguments(source: str | os.PathLike, path: Path) -> dict[str, Any]:
@@ -501,10 +517,10 @@ class Preparation:
 def open_record(out_dir: Path, source: str | os.PathLike, identity: dict[str, Any]) -> dict[str, Any]:
     """Read out_dir/prepare.json; return a new record if there is none.
 
-    A record is {"source", "made_from": identity, "shards": {file name: {"start", "end", "tokens", "crc32"}},
-    "remarks": {number of a document: why it could not be taken as it is}}. `start` and `end` are [document, token in
-    the document]: with them a rerun knows where each shard starts without encoding what precedes it. `crc32` is that of
-    the tokens.
+    A record is {"source", "revision" (of a source on the Hub), "made_from": identity, "shards": {file name: {"start",
+    "end", "tokens", "crc32"}}, "remarks": {number of a document: why it could not be taken as it is}}. `start` and
+    `end` are [document, token in the document]: with them a rerun knows where each shard starts without encoding what
+    precedes it. `crc32` is that of the tokens.
 
     Args:
         identity: what the shards depend on. The record's must equal it.
@@ -536,6 +552,15 @@ def open_record(out_dir: Path, source: str | os.PathLike, identity: dict[str, An
                           if recorded[key] != value)
         raise ValueError(f"{out_dir} was made with other settings ({other}); {remedy}")
     return record
+
+
+def recorded_revision(out_dir: Path, source: str | os.PathLike) -> str | None:
+    """Return the revision of a data set on the Hub that the shards in a folder were made from, if it is recorded."""
+    try:
+        record = json.loads((out_dir / RECORD_NAME).read_text())
+        return record["revision"] if record["source"] == str(source) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # open_record() says what is wrong
 
 
 def _write_split(preparation: Preparation, dataset: "datasets.Dataset", numbers: np.ndarray, split: str) -> int:
@@ -609,7 +634,7 @@ def tokenize_dataset(source: str | os.PathLike, out_dir: str | os.PathLike, name
     out_dir = Path(out_dir)
     refuse_other_data_sets(out_dir, name)
     encoding = gpt2_encoding()  # report a missing package before the download
-    dataset = load_documents(source, text_column)
+    dataset, revision = load_documents(source, text_column, recorded_revision(out_dir, source))
     identity = {
         "text_sha256": fingerprint(dataset),
         "shard_tokens": shard_tokens,
@@ -620,6 +645,7 @@ def tokenize_dataset(source: str | os.PathLike, out_dir: str | os.PathLike, name
     check_split(dataset, train, val, encoding, min_val_tokens)
     out_dir.mkdir(parents=True, exist_ok=True)
     record = open_record(out_dir, source, identity)
+    record["revision"] = revision or record.get("revision")
     preparation = Preparation(out_dir, name, shard_tokens, num_proc, encoding, record)
     with unfinished(out_dir, command_line()):
         preparation.save_record()

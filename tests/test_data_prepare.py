@@ -5,6 +5,7 @@ No network is used. Run them with
 """
 
 import contextlib
+import errno
 import hashlib
 import importlib.util
 import io
@@ -162,12 +163,13 @@ def test_tokenizer_missing_or_altered_tables(tmp_path, monkeypatch):
 # -----------------------------------------------------------------------------
 # Downloader
 
-REPO_PATH = re.compile("/datasets/kjj0/fineweb10B-gpt2/resolve/([^/]+)/")
+REPO_PATH = re.compile("/datasets/(?:kjj0/fineweb10B-gpt2|owner/texts)/resolve/([^/]+)/")
 REVISION = "0123456789abcdef0123456789abcdef01234567"  # of main
 
 
 class Hub(ThreadingHTTPServer):
-    """The hub's resolve endpoint for the files in `files` (name -> bytes); `requests` lists what was asked for.
+    """The hub for the files in `files` (name -> bytes): its resolve endpoint, and for owner/texts what the package
+    datasets asks for. `requests` lists what was asked for.
 
     revision: of main; others are not there. served: name -> bytes that come in place of those that headers describe.
     refusal: status and headers of every answer, if not None.
@@ -199,6 +201,8 @@ class HubHandler(BaseHTTPRequestHandler):
         data = hub.files.get(name)
         if hub.refusal:
             return self.refuse(*hub.refusal)
+        if self.path.startswith("/api/datasets/owner/texts"):
+            return self.answer_about_texts()
         if data is None:
             return self.refuse(404, {"X-Error-Code": "EntryNotFound" if revision else "RepoNotFound"})
         if revision and revision[1] not in ("main", hub.revision):
@@ -234,6 +238,19 @@ class HubHandler(BaseHTTPRequestHandler):
             self.send_header(*header)
         self.end_headers()
 
+    def answer_about_texts(self):
+        answer = {"id": "owner/texts", "sha": self.server.revision, "siblings": [], "tags": [], "private": False}
+        if "/tree/" in self.path:
+            if not self.path.split("?")[0].endswith("/tree/" + self.server.revision):
+                return self.refuse(404, {"X-Error-Code": "EntryNotFound"})
+            answer = [{"type": "file", "oid": "a" * 40, "size": len(data), "path": name}
+                      for name, data in self.server.files.items()]
+        body = json.dumps(answer).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
     do_GET = do_HEAD = answer
 
     def log_message(self, *args):
@@ -261,24 +278,31 @@ def download_as_process(hub_url, home, *args, **kwargs):
     )
 
 
-def download(hub_url, home, *args, token=None, offline=False):
-    """Run data/cachedfineweb10b.py in this process, without the caller's hub settings. Returns as run_script() does."""
-    pytest.importorskip("huggingface_hub")
-    import cachedfineweb10b
+@contextlib.contextmanager
+def hub_client(hub_url, home, token=None, offline=False):
+    """Let the Hub's client in this process use a server and a folder of the test, without the caller's settings."""
     from huggingface_hub import constants
 
     changed = dict(ENDPOINT=hub_url, HUGGINGFACE_CO_URL_TEMPLATE=hub_url + "/{repo_id}/resolve/{revision}/{filename}",
-                   HF_HUB_OFFLINE=offline, HF_TOKEN_PATH=str(home / "token"))
+                   HF_HUB_OFFLINE=offline, HF_TOKEN_PATH=str(home / "token"), HF_HUB_CACHE=str(home / "hub"))
     env = {
         k: v for k, v in os.environ.items() if not k.upper().startswith("HF_") and not k.lower().endswith("_proxy")
     }
     env |= {"HF_TOKEN": token} if token else {}
     env |= {"HF_HUB_OFFLINE": "1"} if offline else {}
+    with mock.patch.multiple(constants, **changed), mock.patch.dict(os.environ, env, clear=True):
+        yield
+
+
+def download(hub_url, home, *args, token=None, offline=False):
+    """Run data/cachedfineweb10b.py in this process, without the caller's hub settings. Returns as run_script() does."""
+    pytest.importorskip("huggingface_hub")
+    import cachedfineweb10b
+
     argv = ["cachedfineweb10b.py", *map(str, args), "--out", str(home / "fineweb10B")]
     out, err, code = io.StringIO(), io.StringIO(), 0
-    with (mock.patch.multiple(constants, **changed), mock.patch.dict(os.environ, env, clear=True),
-          mock.patch.object(sys, "argv", argv), mock.patch.object(time, "sleep"),
-          contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)):
+    with (hub_client(hub_url, home, token, offline), mock.patch.object(sys, "argv", argv),
+          mock.patch.object(time, "sleep"), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)):
         try:
             common.run_script(cachedfineweb10b.main)
         except SystemExit as stop:
@@ -651,6 +675,98 @@ ODD_NAMES = ["file[1].jsonl", "what?.jsonl", "a*b.jsonl", "**.jsonl", "zip:x.jso
              "folder [v1] */x.jsonl", ".hidden.jsonl", "~x.jsonl", "a{b,c}#%20.jsonl", "dataset_infos.json"]
 
 
+@pytest.fixture
+def texts_hub(hub, tmp_path, monkeypatch, cache):
+    """A hub with the data set owner/texts, which the package datasets loads from it in this process."""
+    import datasets
+    monkeypatch.setattr(datasets.config, "HF_ENDPOINT", hub.url)
+    hub.files = {"train.jsonl": jsonl_bytes("first", "second")}
+    with hub_client(hub.url, tmp_path):
+        yield hub
+
+
+def jsonl_bytes(*texts):
+    return "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+
+
+def test_texts_from_the_hub_stay_at_the_first_revision(texts_hub, tmp_path, monkeypatch):
+    """prepare.json records it; when main has moved on, the texts of the first preparation are loaded again."""
+    args = dict(out_dir=tmp_path / "out", name="t", num_proc=1, min_val_tokens=1)
+    common.tokenize_dataset("owner/texts", **args)
+    before = file_bytes(tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "prepare.json").read_text())["revision"] == REVISION
+    texts_hub.requests.clear()
+    common.tokenize_dataset("owner/texts", **args)
+    assert file_bytes(tmp_path / "out") == before
+    asked = [REPO_PATH.match(path) for _, path, _ in texts_hub.requests]
+    assert not any(path.endswith("/owner/texts") for _, path, _ in texts_hub.requests) and not any(asked)
+
+
+def test_texts_from_the_hub_are_checked(texts_hub, tmp_path, capsys):
+    """A file of other content than the Hub states is refused and does not stay in the cache."""
+    (name, data), = texts_hub.files.items()
+    texts_hub.served[name] = data.replace(b"first", b"other")
+    with pytest.raises(ValueError, match=hashlib.sha256(data).hexdigest()):
+        common.load_documents("owner/texts")
+    texts_hub.served.clear()
+    documents, revision = common.load_documents("owner/texts")
+    assert documents["text"] == ["first", "second"] and revision == REVISION
+    assert "states no SHA-256" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("status, headers, words", [
+    (401, {"X-Error-Code": "RepoNotFound"}, ["does not have the data set owner/texts"]),
+    (403, {"X-Error-Code": "GatedRepo"}, ["ask for access"]), (429, {"Retry-After": "37"}, ["37 s"]),
+    (503, {}, ["fault"]),
+])
+def test_texts_that_the_hub_refuses(texts_hub, status, headers, words):
+    texts_hub.refusal = status, headers
+    start = time.time()
+    with pytest.raises(ValueError, match=str(status)) as caught:
+        common.load_documents("owner/texts")
+    assert all(word in str(caught.value) for word in [*words, "--source", "HF_HUB_OFFLINE=1"])
+    assert time.time() - start < 10 and len(texts_hub.requests) == 1  # no minutes of retries
+
+
+def test_texts_with_a_token_that_the_hub_refuses(texts_hub, tmp_path):
+    texts_hub.refusal = 401, {}
+    with hub_client(texts_hub.url, tmp_path, token="hf_x"), pytest.raises(ValueError, match="refuses the token"):
+        common.load_documents("owner/texts")
+
+
+def test_texts_in_offline_mode(texts_hub, tmp_path, monkeypatch, capsys):
+    """A copy that was downloaded before is used; the console says that it is not checked."""
+    import datasets
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    with hub_client(texts_hub.url, tmp_path, offline=True), pytest.raises(ValueError, match="unset HF_HUB_OFFLINE"):
+        common.load_documents("owner/texts")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    common.load_documents("owner/texts")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    with hub_client(texts_hub.url, tmp_path, offline=True):
+        documents, revision = common.load_documents("owner/texts")
+    assert documents["text"] == ["first", "second"] and revision is None and "not checked" in capsys.readouterr().out
+
+
+def test_a_data_set_without_texts(texts_hub):
+    texts_hub.files.clear()
+    with pytest.raises(ValueError, match="owner/texts.*choose another data set.*--source") as caught:
+        common.load_documents("owner/texts")
+    assert "network" not in str(caught.value)
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.ENOSPC])
+def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch, number):
+    """It is not blamed on the source or on --out."""
+    datasets = pytest.importorskip("datasets")
+    (tmp_path / "x.jsonl").touch()
+    error = OSError(number, os.strerror(number), "/cache")
+    monkeypatch.setattr(datasets, "load_dataset", mock.Mock(side_effect=error))
+    with pytest.raises(ValueError, match="HF_HOME") as caught:
+        common.load_documents(tmp_path / "x.jsonl")
+    assert "/cache" in str(caught.value) and "complete" not in str(caught.value)
+
+
 def test_a_source_that_exists_is_that_file(tmp_path, monkeypatch, cache):
     """Whatever its name means to a shell or to the package datasets; the files beside it are left alone."""
     monkeypatch.chdir(tmp_path)
@@ -658,11 +774,11 @@ def test_a_source_that_exists_is_that_file(tmp_path, monkeypatch, cache):
         Path(name).parent.mkdir(exist_ok=True)
         Path(name).write_text("".join(json.dumps({"text": f"{i} {name}"}) + "\n" for i in range(2)))
     for name in ODD_NAMES:
-        assert common.load_documents(name)["text"] == [f"0 {name}", f"1 {name}"]
+        assert common.load_documents(name)[0]["text"] == [f"0 {name}", f"1 {name}"]
     Path("a::b.jsonl").touch()
     with pytest.raises(ValueError, match="a::b.jsonl.*rename"):
         common.load_documents("a::b.jsonl")
-    folder = common.load_documents("folder [v1] *")
+    folder = common.load_documents("folder [v1] *")[0]
     assert folder["text"] == ["0 folder [v1] */x.jsonl", "1 folder [v1] */x.jsonl"]
 
 
@@ -682,7 +798,7 @@ def test_a_folder_as_source(tmp_path, cache):
     for name in ("b/2.jsonl", "1.jsonl", "3.json/4.jsonl", "._1.jsonl"):
         (tmp_path / "in" / name).parent.mkdir(exist_ok=True, parents=True)
         (tmp_path / "in" / name).write_text(json.dumps({"text": name}) + "\n")
-    assert common.load_documents(tmp_path / "in")["text"] == ["1.jsonl", "3.json/4.jsonl", "b/2.jsonl"]
+    assert common.load_documents(tmp_path / "in")[0]["text"] == ["1.jsonl", "3.json/4.jsonl", "b/2.jsonl"]
 
 
 def texts_of(count=60, first=0):
@@ -695,7 +811,7 @@ def tokenize(tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets")
 
     def run(texts, *args, out=tmp_path / "out"):
-        monkeypatch.setattr(common, "load_documents", lambda *_: datasets.Dataset.from_dict({"text": texts}))
+        monkeypatch.setattr(common, "load_documents", lambda *_: (datasets.Dataset.from_dict({"text": texts}), None))
         args = ["--source=given", f"--out={out}", "--num_proc=1", "--shard_tokens=150", "--min_val_tokens=1",
                 *map(str, args)]
         monkeypatch.setattr(sys, "argv", ["prepare.py", *args])
@@ -823,7 +939,7 @@ def test_bytes_that_are_not_utf8(tmp_path, cache, encoding):
     """A file may hold them in a column of text; reading it as text would fail."""
     path = tmp_path / "x.jsonl"
     path.write_bytes(b'{"text": "good"}\n{"text": "bad \xff byte"}\n{"text": null}\n')
-    documents = common.load_documents(path)
+    documents, _ = common.load_documents(path)
     texts = common.read_texts(documents, 0, 3)
     assert texts == [b"good", b"bad \xff byte", b""]
     tokens, remark = common.encode_document(encoding, texts[1])
