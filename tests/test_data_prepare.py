@@ -645,11 +645,17 @@ def test_openwebtext_wrong_input(jsonl, tmp_path):
 # The following tests run in this process
 
 
-def shakespeare(*args):
-    """Run data/shakespeare/prepare.py in this process. Returns its exit status."""
+def shakespeare_script():
+    """Import data/shakespeare/prepare.py."""
     spec = importlib.util.spec_from_file_location("shakespeare_prepare", DATA / "shakespeare" / "prepare.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+def shakespeare(*args, module=None):
+    """Run data/shakespeare/prepare.py in this process. Returns its exit status."""
+    module = module or shakespeare_script()
     with mock.patch.object(sys, "argv", ["prepare.py", *map(str, args)]):
         try:
             common.run_script(module.main)
@@ -1060,6 +1066,7 @@ def test_shakespeare_shards_ship_and_can_be_made_again(encoding, tmp_path):
 
     text = tmp_path / "input.txt"
     text.write_bytes("".join(parts).encode())
+    assert hashlib.sha256(text.read_bytes()).hexdigest() == shakespeare_script().SOURCE_SHA256
     result = run_script("shakespeare/prepare.py", text, "--out", tmp_path / "out", home=tmp_path)
     assert result.returncode == 0, result.stderr
     assert file_bytes(tmp_path / "out") == shipped
@@ -1128,11 +1135,32 @@ def test_shakespeare_from_an_address(hub, tmp_path):
     assert encoding.decode(train + val) == text.replace("\r\n", "\n")
 
 
-@pytest.mark.slow
+def test_shakespeare_of_another_text_than_it_was(hub, tmp_path, capsys):
+    """The default address follows a branch, so its text is checked; other addresses may hold anything."""
+    module = shakespeare_script()
+    module.SOURCE, text = hub.url + "/input.txt", b"A paragraph of a few words.\n\n" * 4000
+    hub.files["/input.txt"] = text
+    assert shakespeare(module.SOURCE, "--out", tmp_path / "out", module=module) == 1
+    err = capsys.readouterr().err
+    assert hashlib.sha256(text).hexdigest() in err and module.SOURCE_SHA256 in err and not (tmp_path / "out").exists()
+    module.SOURCE_SHA256 = hashlib.sha256(text).hexdigest()
+    assert shakespeare(module.SOURCE, "--out", tmp_path / "out", module=module) == 0
+    assert shakespeare(hub.url + "/input.txt", "--out", tmp_path / "out") == 0
+
+
+def test_shakespeare_from_an_address_that_breaks_off(hub, tmp_path, capsys):
+    hub.files["/input.txt"] = b"A paragraph of a few words.\n\n" * 4000
+    hub.break_at["/input.txt"] = 1000
+    assert shakespeare(hub.url + "/input.txt", "--out", tmp_path / "out") == 1
+    err = capsys.readouterr().err
+    assert "IncompleteRead" in err and "check the network" in err and err.count("\n") == 1
+
+
 @pytest.mark.parametrize("content, word", [(None, "check the path"), (b"short", "100"), (b"\xff\xfe" * 200, "UTF-8")])
-def test_shakespeare_wrong_source(tmp_path, content, word):
+def test_shakespeare_wrong_source(tmp_path, capsys, content, word):
     path = tmp_path / "text.txt"
     if content is not None:
         path.write_bytes(content)
-    assert_one_line(run_script("shakespeare/prepare.py", path, "--out", tmp_path, home=tmp_path), 1, str(path), word)
+    assert shakespeare(path, "--out", tmp_path) == 1
+    assert_one_line(SimpleNamespace(returncode=1, stderr=capsys.readouterr().err), 1, str(path), word)
     assert not list(tmp_path.glob("*.bin"))

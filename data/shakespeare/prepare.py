@@ -15,6 +15,7 @@ separate speeches, each of which answers the one before it. With 50256 before ea
 ignore the previous speech, and to stop after one speech when it generates text.
 """
 
+import hashlib
 import math
 import sys
 import urllib.request
@@ -23,6 +24,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent.parent), str(HERE.parent)]  # for nanofp8 and common, from any working directory
 from common import (  # noqa: E402
+    STOP,
     OneLineParser,
     UserError,
     add_split_arguments,
@@ -41,6 +43,7 @@ from common import (  # noqa: E402
 from nanofp8.shards import EOT, unfinished, write_shard  # noqa: E402
 
 SOURCE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+SOURCE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"  # of the text in the shipped shards
 VAL_FRACTION = 0.1  # of the text's characters
 MIN_CHARACTERS = 100
 
@@ -48,7 +51,8 @@ MIN_CHARACTERS = 100
 def read_text(source: str) -> str:
     """Read UTF-8 text from a path or an http(s) address; line ends become \\n.
 
-    Raises: ValueError, one line with the remedy, if it cannot be read or has fewer than MIN_CHARACTERS characters.
+    Raises: ValueError, one line with the remedy, if it cannot be read, has fewer than MIN_CHARACTERS characters, or is
+        another text than SOURCE has always been.
     """
     try:
         if source.startswith(("http://", "https://")):
@@ -56,10 +60,15 @@ def read_text(source: str) -> str:
                 data = response.read()
         else:
             data = local_path(source).read_bytes()
-    except (OSError, ValueError) as error:
+    except STOP:
+        raise
+    except BaseException as error:  # of the network also http.client.HTTPException
         reason = getattr(error, "strerror", None) or root_cause(error)
         remedy = "check the network" if "://" in source else "check the path"
         raise ValueError(f"cannot read {source} ({reason}); {remedy}, or give another file or address") from None
+    if source == SOURCE and (actual := hashlib.sha256(data).hexdigest()) != SOURCE_SHA256:
+        raise ValueError(f"the text at {source} is not the one in the project's shards (its SHA-256 is {actual}, not "
+                         f"{SOURCE_SHA256}); try again later, or give a file")
     try:
         text = data.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
