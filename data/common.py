@@ -36,6 +36,7 @@ from nanofp8.shards import (  # noqa: E402
     EOT,
     FILE_NAME,
     GPT2_VOCAB,
+    MAX_TOKENS,
     NAME_PATTERN,
     ShardError,
     open_shard,
@@ -99,6 +100,14 @@ def positive_int(text: str) -> int:
         value = 0
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text!r}")
+    return value
+
+
+def shard_size(text: str) -> int:
+    """Convert an argument to a number of tokens that a shard can hold, for argparse."""
+    value = positive_int(text)
+    if value > MAX_TOKENS:
+        raise argparse.ArgumentTypeError(f"must be at most {MAX_TOKENS:,}, as a shard cannot hold more, got {text!r}")
     return value
 
 
@@ -591,9 +600,12 @@ def _write_split(preparation: Preparation, dataset: "datasets.Dataset", numbers:
             if encoder is None:
                 encoder = _encode_documents(documents, preparation.encoding, document, preparation.num_proc)
                 tokens = preparation.note(numbers[document], *next(encoder))
-            buffer, filled, start = np.empty(shard_tokens, dtype=np.uint16), 0, [document, offset]
+            # It grows with the tokens, so that a huge shard_tokens takes no memory by itself
+            buffer, filled, start = np.empty(min(shard_tokens, 1 << 20), dtype=np.uint16), 0, [document, offset]
             while filled < shard_tokens and document < len(documents):
                 n = min(len(tokens) - offset, shard_tokens - filled)
+                if filled + n > buffer.size:
+                    buffer.resize(min(shard_tokens, max(filled + n, 2 * buffer.size)), refcheck=False)
                 buffer[filled : filled + n] = tokens[offset : offset + n]
                 filled, offset = filled + n, offset + n
                 if offset == len(tokens):
@@ -674,7 +686,7 @@ def _prepare(description: str, source: str, name: str, out_dir: str | os.PathLik
     add("--out", type=Path, default=Path(out_dir), metavar="DIR", help="output folder (default %(default)s)")
     add("--text_column", default="text", help="column that holds the documents (default %(default)s)")
     add("--num_proc", type=positive_int, help="processes that tokenize (default: one per core)")
-    add("--shard_tokens", type=positive_int, default=SHARD_TOKENS, help="tokens per shard (default %(default)s)")
+    add("--shard_tokens", type=shard_size, default=SHARD_TOKENS, help="tokens per shard (default %(default)s)")
     add_split_arguments(parser, VAL_FRACTION, "the documents")
     args = parser.parse_args()
     try:
@@ -683,6 +695,9 @@ def _prepare(description: str, source: str, name: str, out_dir: str | os.PathLik
     except BrokenProcessPool:
         raise UserError("a tokenizing process was killed, probably because memory ran out; "
                         "run it again with a smaller --num_proc, finished shards are kept") from None
+    except MemoryError:
+        raise UserError("too little memory; run it again with a smaller --shard_tokens or --num_proc, finished shards "
+                        "are kept") from None
     except ValueError as error:
         raise UserError(str(error)) from None
     except OSError as error:

@@ -23,6 +23,7 @@ SHARD_MAGIC, SHARD_VERSION, HEADER_INTS = 20240520, 1, 256
 HEADER_BYTES = 4 * HEADER_INTS
 EOT = 50256         # GPT-2's <|endoftext|>, put before each document
 GPT2_VOCAB = 50257  # token ids of GPT-2's BPE; higher ids only round a vocabulary up
+MAX_TOKENS = 2**31 - 1  # of a shard: the header holds their number as an int32
 FILE_NAME = re.compile(r"(.+)_(train|val)_([0-9]{6})\.bin", re.DOTALL)  # of a shard
 NAME_PATTERN = "<name>_{train,val}_NNNNNN.bin"  # the same in words
 UNFINISHED = "unfinished.txt"  # in a folder whose shards are being written: the command that writes them
@@ -141,12 +142,14 @@ def open_shard(path: str | os.PathLike) -> np.memmap:
 def write_shard(path: str | os.PathLike, tokens: np.ndarray) -> None:
     """Write tokens (1-D integers, 0 to 65535) as a shard. The file `path` never holds half a shard.
 
-    Raises: ValueError if the tokens are none, of another shape or type, or out of range; OSError.
+    Raises: ValueError if the tokens are none, too many, of another shape or type, or out of range; OSError.
     """
     tokens = np.asarray(tokens)
     if tokens.ndim != 1 or tokens.size == 0 or tokens.dtype.kind not in "iu":
         raise ValueError(f"{path}: a shard takes a non-empty 1-D array of integers, "
                          f"got {tokens.dtype} of shape {tokens.shape}")
+    if tokens.size > MAX_TOKENS:
+        raise ValueError(f"{path}: a shard holds at most {MAX_TOKENS:,} tokens, got {tokens.size:,}; make several")
     if tokens.dtype != np.uint16 and (tokens.min() < 0 or tokens.max() > 65535):
         raise ValueError(f"{path}: token ids must fit in uint16, got {tokens.min()} to {tokens.max()}")
     header = np.zeros(HEADER_INTS, dtype="<i4")

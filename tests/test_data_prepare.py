@@ -1011,6 +1011,29 @@ def test_every_split_gets_a_document():
     assert small < large
 
 
+@pytest.mark.parametrize("tokens", [2**31, 10**30, 0])
+def test_shards_of_more_tokens_than_a_header_can_say(tokenize, tmp_path, tokens):
+    code, error = tokenize(texts_of(), f"--shard_tokens={tokens}")
+    assert code == 2 and "--shard_tokens" in error and (tokens == 0 or "2,147,483,647" in error)
+    assert not (tmp_path / "out").exists()
+
+
+def test_huge_shards_take_no_memory_by_themselves(tokenize, tmp_path, monkeypatch):
+    """The buffer grows with the text: 4 GB are not asked for where there is little text."""
+    sizes, empty = [], np.empty
+    monkeypatch.setattr(np, "empty", lambda size, **options: sizes.append(size) or empty(size, **options))
+    texts = texts_of() + ["one two three " * 500_000]  # more than the first buffer
+    assert tokenize(texts, f"--shard_tokens={2**31 - 1}") == (0, "") and max(sizes) <= 1 << 20
+    (path,), _ = find_shards(str(tmp_path / "out"), "train")
+    assert read_token_count(path) > 1 << 20
+
+
+def test_too_little_memory_is_one_line(tokenize, monkeypatch):
+    monkeypatch.setattr(common, "write_shard", mock.Mock(side_effect=MemoryError))
+    code, error = tokenize(texts_of())
+    assert code == 1 and "--shard_tokens" in error
+
+
 def test_a_shard_of_another_preparation_is_named(tokenize, tmp_path):
     assert tokenize(texts_of()) == (0, "")
     foreign = tmp_path / "out" / "t_train_000900.bin"
