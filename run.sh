@@ -244,12 +244,30 @@ case " $* " in *' --help '* | *' -h '*) exec "$py" train.py --help ;; esac
 
 # With a GPU, train.py's default data set is FineWeb. Preset tiny, the default without a GPU, uses Shakespeare, which is
 # included.
+# Print the number of FineWeb's train shards that are here. Return 0 if val and the first $1 train shards are.
+fineweb() {
+  local i name=data/fineweb10B/fineweb_val_000000.bin files=(data/fineweb10B/*_train_[0-9][0-9][0-9][0-9][0-9][0-9].bin)
+  if [ -e "${files[0]}" ]; then echo "${#files[@]}"; else echo 0; fi
+  for ((i = 1; ; i++)); do
+    [ -s "$name" ] || return 1
+    [ "$i" -le "$1" ] || return 0
+    printf -v name 'data/fineweb10B/fineweb_train_%06d.bin' "$i"
+  done
+}
 if [ "$gpus" -gt 0 ] && [ "$(flag dataset "$@") $(flag data_dir "$@")" = "fineweb10B data" ] && [ "$(flag preset "$@")" != tiny ]; then
   can_write
   {
     lock
-    compgen -G 'data/fineweb10B/*_train_*.bin' >/dev/null || step "$py" data/cachedfineweb10b.py 9 ||
-      die "could not download FineWeb10B (the error is above); run again, or train on the included text: --dataset=shakespeare"
+    # How many train shards cachedfineweb10b.py was asked for. If that is unknown, add none to what is here.
+    asked=$(sed -n 's/.*"train_shards": *\([1-9][0-9]\{0,2\}\),.*/\1/p' data/fineweb10B/download.json 2>/dev/null) || true
+    if ! here=$(fineweb "${asked:-0}") && { [ "$here" -eq 0 ] || [ -n "$asked" ]; }; then
+      asked=${asked:-9}
+      if ! step "$py" data/cachedfineweb10b.py "$asked"; then
+        here=$(fineweb 0) && [ "$here" -gt 0 ] && [ "$command" != setup ] ||
+          die "could not download FineWeb10B (the error is above); run again, or train on the included text: --dataset=shakespeare"
+        say "could not complete FineWeb10B (the error is above); training on $here of the $asked train shards that were asked for"
+      fi
+    fi
   } 9>.setup.lock
 fi
 

@@ -16,6 +16,7 @@ block_size. Text goes to stdout; the checkpoint's name, speed and errors go to s
 import argparse
 import codecs
 import contextlib
+import functools
 import importlib.util
 import json
 import math
@@ -515,6 +516,7 @@ class Sampler:
 # Text
 
 
+@functools.cache
 def load_common() -> types.ModuleType:
     """Import data/common.py, which is not part of a package."""
     spec = importlib.util.spec_from_file_location("nanogpt_fp8_data_common", os.path.join(HERE, "data", "common.py"))
@@ -544,7 +546,10 @@ def check_prompt(text: str) -> None:
 def encode_prompt(text: str, tokenizer: Any) -> list[int]:
     """Return the token ids of a prompt, starting with EOT, which is added if the text does not. Raises UserError."""
     check_prompt(text)
-    ids = tokenizer.encode(text, allowed_special="all")
+    try:
+        ids = load_common().encode_text(tokenizer, text, special=True)
+    except ValueError as error:
+        raise UserError(f"the prompt cannot be tokenized: {error}; change or shorten it", 2) from error
     return ids if ids[0] == EOT else [EOT, *ids]
 
 

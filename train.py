@@ -37,7 +37,6 @@ if __name__ == "__main__":
 import contextlib
 import functools
 import gc
-import glob
 import math
 import os
 import random
@@ -90,7 +89,7 @@ from nanofp8.precision import (  # number formats and FP8's scaling state
 from nanofp8.prefetch import Prefetcher  # items made ahead of time by a thread
 from nanofp8.procs import Processes, command_line  # rank, device, mesh; start and end of a script
 from nanofp8.schedule import Schedule  # learning rates, weight decay and momentum at each step
-from nanofp8.shards import ShardError, open_shard  # the token shard format
+from nanofp8.shards import ShardError, find_shards, open_shard  # the token shard format
 from nanofp8.zero import Shards  # what USE_DDP does
 
 # ======================================================================================================================
@@ -299,25 +298,23 @@ class TokenRing:
     """All shards of a split end to end, read as a ring: position p is token p modulo the total."""
 
     def __init__(self, data_dir: str, dataset: str, split: str, vocab_size: int, need_tokens: int):
-        """Memory-map the shards data_dir/dataset/*_{split}_*.bin, in the order of their names.
+        """Memory-map the shards of a split in data_dir/dataset, in the order of their numbers.
 
         Raises: UserError if there are none, if one is damaged, or if they hold fewer than need_tokens tokens.
         """
-        pattern = os.path.join(data_dir, dataset, f"*_{split}_*.bin")
-        self.paths = sorted(glob.glob(os.path.join(glob.escape(os.path.dirname(pattern)), os.path.basename(pattern))))
-        if not self.paths:
-            script = "cachedfineweb10b.py 9" if dataset == "fineweb10B" else f"{dataset}/prepare.py"
-            raise UserError(f"no {split} shards ({pattern}); get them with `python data/{script}`, "
-                            f"or choose another --dataset or --data_dir")
+        self.folder = os.path.join(data_dir, dataset)
         try:
+            self.paths, self.ignored = find_shards(self.folder, split)
             self.shards = [open_shard(path) for path in self.paths]
         except ShardError as error:
             raise UserError(str(error)) from None
         self.starts = np.cumsum([0] + [len(shard) for shard in self.shards])
         self.total, self.vocab_size = int(self.starts[-1]), vocab_size
         if self.total < need_tokens:
-            raise UserError(f"the {split} shards {pattern} hold {self.total} tokens, but {need_tokens} are needed at "
-                            f"once; lower --total_batch_size or --block_size, or add shards")
+            remedy = ("lower --total_batch_size, or add shards" if split == "train" else
+                      "lower --block_size, or make a larger val split (data/README.md)")
+            raise UserError(f"the {split} shards in {self.folder} hold {self.total} tokens, but {need_tokens} are "
+                            f"needed at once; {remedy}")
 
     def read(self, start: int, count: int) -> np.ndarray:
         """Return tokens start ... start+count-1 of the ring: int32, shape (count,).

@@ -18,6 +18,7 @@ from nanofp8.parts import GATE_CHANNELS
 from nanofp8.plots import plot_losses
 from nanofp8.precision import fp8_state
 from nanofp8.procs import Processes
+from nanofp8.shards import NAME_PATTERN
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Folder and lock
@@ -280,12 +281,15 @@ def data_rows(cfg: SimpleNamespace, procs: Processes, loader: Any, val_ring: Any
     loader: train.DataLoader. val_ring: train.TokenRing of the val shards.
     """
     ring, tokens = loader.ring, cfg.max_iters * cfg.total_batch_size
+    ignored, epochs = ", ".join(map(repr, ring.ignored)), tokens / ring.total
+    again = f": each train token is read {epochs:.2f} times" if epochs > 1 else ""
     return [
         ("data", f"{cfg.dataset}: {ring.total:,} train tokens in {len(ring.paths)} shard(s), "
                  f"{cfg.eval_tokens:,} of {val_ring.total:,} val tokens per evaluation"),
+        *([("  ignored", f"{ignored}: a shard is named {NAME_PATTERN}")] if ignored else []),
         ("batch", f"{cfg.total_batch_size:,} tokens = {procs.world_size} rank(s) x {loader.accumulation} "
                   f"micro-batch(es) x {cfg.batch_size} sequences x {cfg.block_size} tokens"),
-        ("length", f"{cfg.max_iters:,} steps = {tokens:,} tokens = {tokens / ring.total:.2f} epochs"),
+        ("length", f"{cfg.max_iters:,} steps = {tokens:,} tokens = {epochs:.2f} epochs{again}"),
     ]
 
 

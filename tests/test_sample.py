@@ -412,6 +412,15 @@ def test_the_end_of_text_token_goes_before_a_prompt_once(tokenizer):
     assert sample.encode_prompt("<|endoftext|>", tokenizer) == [E]
 
 
+def test_a_tokenizer_that_fails_is_an_error_of_the_prompt(tokenizer):
+    class Panic(BaseException):  # as a library in Rust raises it
+        pass
+
+    broken = mock.Mock(encode=mock.Mock(side_effect=Panic("StackOverflow")))
+    with pytest.raises(UserError, match="prompt cannot be tokenized.*StackOverflow"):
+        sample.encode_prompt("Hello", broken)
+
+
 # -----------------------------------------------------------------------------------------------------
 # The command line
 
@@ -468,14 +477,14 @@ def test_prompt_from_a_file(out_dir, tokenizer, capsys, tmp_path):
 @pytest.mark.slow
 def test_interactive_answers_each_line_and_survives_bad_ones(out_dir, tokenizer):
     """As a process: each line of stdin is a prompt; a prompt that is too long is reported, an empty line skipped."""
-    lines = "Hello\n\n" + "word " * 80 + "\nÜber\n"
+    lines = "Hello\n\n" + "word " * 80 + "\n" + " " * 1_000_000 + "a\nÜber\n"  # tiktoken fails at a million spaces
     command = [sys.executable, SCRIPT, f"--ckpt={out_dir}", "--interactive", "--max_new_tokens=4", "--temperature=0"]
     result = subprocess.run(command, input=lines.encode(), capture_output=True, cwd=out_dir,
                             env=helpers.script_env(PYTHONIOENCODING="utf-8"), timeout=120)
     out, err = result.stdout.decode(), result.stderr.decode()
     assert result.returncode == 0, err
-    assert "Warning" not in err and len(err.splitlines()) == 4  # the checkpoint, two speeds, one error
-    assert err.count("tokens/s") == 2 and err.count("error: the prompt has") == 1 and "Traceback" not in err
+    assert "Warning" not in err and len(err.splitlines()) == 5  # the checkpoint, two speeds, two errors
+    assert err.count("tokens/s") == 2 and err.count("error: the prompt has") == 2 and "Traceback" not in err
     assert out.endswith("\n") and out.count("\n") >= 2
 
 

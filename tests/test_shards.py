@@ -2,6 +2,7 @@
 
 import os
 
+import numpy as np
 import pytest
 
 from helpers import shard_bytes
@@ -21,6 +22,13 @@ def test_write_shard_has_the_published_layout(tmp_path):
 @pytest.mark.parametrize("tokens", [[], [-1], [65536], [0.5], [[1, 2]]])
 def test_write_shard_refuses(tmp_path, tokens):
     with pytest.raises(ValueError, match="x.bin"):
+        write_shard(tmp_path / "x.bin", tokens)
+    assert not list(tmp_path.iterdir())
+
+
+def test_write_shard_refuses_more_tokens_than_its_header_can_say(tmp_path):
+    tokens = np.broadcast_to(np.uint16(1), 2**31)  # takes no memory
+    with pytest.raises(ValueError, match="x.bin.*2,147,483,647.*2,147,483,648"):
         write_shard(tmp_path / "x.bin", tokens)
     assert not list(tmp_path.iterdir())
 

@@ -13,6 +13,8 @@ import helpers
 import train
 from helpers import shard_bytes, write_shard
 from nanofp8.config import UserError
+from nanofp8.runlog import data_rows
+from nanofp8.shards import how_to_get
 
 pytestmark = pytest.mark.usefixtures("fresh")
 SIZES = (700, 1, 411, 93)  # 1205 tokens, one shard of a single token; no multiple of anything below
@@ -237,11 +239,86 @@ def test_a_link_to_nowhere_and_a_folder_are_bad_shards_too(tmp_path):
 ])
 @pytest.mark.parametrize("folder_exists", [False, True])
 def test_missing_shards_name_the_command_that_brings_them(tmp_path, dataset, command, folder_exists):
+    folder = tmp_path / "with space" / dataset
     if folder_exists:
-        write_shard(tmp_path / dataset / "x_val_000000.bin", TOKENS)  # the other split
-    line = bad_line(tmp_path, dataset=dataset)
-    for word in (str(tmp_path / dataset), "train", f"`{command}`", "--dataset", "--data_dir"):
+        write_shard(folder / "x_val_000000.bin", TOKENS)  # the other split
+    line = bad_line(folder.parent, dataset=dataset)
+    for word in (str(folder), "no train shards", f"`{command} --out='{folder}'`", "--dataset", "--data_dir"):
         assert word in line
+    in_project = how_to_get(os.path.join(helpers.ROOT, "data", dataset))
+    assert f"`{command}`" in in_project  # the script writes there by itself
+
+
+@pytest.mark.parametrize("dataset", ["mytext", "openwebtext", "..", "a/b"])
+def test_missing_shards_name_no_script_that_does_not_exist(tmp_path, dataset):
+    line = bad_line(tmp_path, dataset=dataset)
+    assert "python" not in line and "prepare.py" not in line and "data/README.md" in line and "--dataset" in line
+
+
+# -----------------------------------------------------------------------------------------------------
+# Names of shards
+
+
+@pytest.mark.parametrize("name", ["tiny_train_v2", "my_val_set", "x_train_000001", "train", "a_val_000000.bin", "n\n"])
+def test_a_name_that_contains_a_splits_name(tmp_path, name):
+    """The split is the last but one part of a file's name, whatever the data set is called."""
+    write_shard(tmp_path / "n" / f"{name}_train_000001.bin", np.arange(100, 150))
+    write_shard(tmp_path / "n" / f"{name}_val_000000.bin", np.arange(200, 250))
+    for split, first in (("train", 100), ("val", 200)):
+        ring = ring_of(tmp_path, split=split)
+        assert ring.total == 50 and ring.read(0, 1) == [first] and ring.ignored == []
+
+
+@pytest.mark.parametrize("name", ["n_train_000001 (1).bin", "n_train_1.bin", "n_train_0000001.bin", "n_train.bin",
+                                  "train.bin", "n_TRAIN_000002.bin", "_train_000001.bin",
+                                  f"n_train_{6 * chr(0x663)}.bin"])
+def test_a_bin_of_another_name_is_not_read_and_is_named(tmp_path, name):
+    for split in ("train", "val"):
+        write_shard(tmp_path / "n" / f"n_{split}_000001.bin", TOKENS)
+    write_shard(tmp_path / "n" / name, TOKENS)
+    rings = [ring_of(tmp_path, split=split) for split in ("train", "val")]
+    assert [ring.total for ring in rings] == [100, 100] and rings[0].ignored == [name]
+    cfg = SimpleNamespace(batch_size=2, block_size=8, total_batch_size=96, max_iters=1, dataset="n", eval_tokens=64)
+    rows = dict(data_rows(cfg, helpers.one_process(), train.DataLoader(rings[0], cfg, helpers.one_process()), rings[1]))
+    assert name in rows["  ignored"]
+
+
+@pytest.mark.parametrize("steps, words", [(12, None), (13, "1.04 times"), (112, "8.92 times")])
+def test_more_than_one_epoch_is_put_into_words(numbered, steps, words):
+    cfg = SimpleNamespace(batch_size=2, block_size=8, total_batch_size=96, max_iters=steps, dataset="n", eval_tokens=64)
+    loader = loader_of(ring_of(numbered))
+    length = dict(data_rows(cfg, helpers.one_process(), loader, ring_of(numbered, split="val")))["length"]
+    assert words in length if words else "times" not in length
+
+
+def test_only_a_bin_of_another_name(tmp_path):
+    write_shard(tmp_path / "n" / "train.bin", TOKENS)
+    line = bad_line(tmp_path)
+    assert "train.bin" in line and "<name>_{train,val}_NNNNNN.bin" in line and "rename" in line
+
+
+def test_hidden_files_are_no_shards(tmp_path):
+    """macOS leaves ._x beside x on foreign file systems, and downloads have hidden temporary files."""
+    write_shard(tmp_path / "n" / "n_train_000001.bin", TOKENS)
+    write_shard(tmp_path / "n" / "._n_train_000001.bin", TOKENS)
+    ring = ring_of(tmp_path)
+    assert ring.total == 100 and ring.ignored == []
+
+
+@pytest.mark.parametrize("other", ["m_train_000002.bin", "m_val_000000.bin"])
+def test_two_data_sets_in_one_folder(tmp_path, other):
+    write_shard(tmp_path / "n" / "n_train_000001.bin", TOKENS)
+    write_shard(tmp_path / "n" / other, TOKENS)
+    line = bad_line(tmp_path)
+    assert str(tmp_path / "n") in line and "(m, n)" in line and "folder of its own" in line
+
+
+def test_a_folder_that_cannot_be_read(tmp_path, monkeypatch):
+    def listdir(folder):
+        raise PermissionError(13, "Permission denied", folder)
+
+    monkeypatch.setattr(os, "listdir", listdir)
+    assert "Permission denied" in bad_line(tmp_path) and str(tmp_path / "n") in bad_line(tmp_path)
 
 
 def test_too_short_for_the_batch(tmp_path):
@@ -251,6 +328,9 @@ def test_too_short_for_the_batch(tmp_path):
     line = bad_line(tmp_path, need=101)
     for word in (str(tmp_path / "n"), "100 tokens", "101", "--total_batch_size", "add shards"):
         assert word in line
+    write_shard(tmp_path / "n" / "n_val_000000.bin", TOKENS)
+    line = bad_line(tmp_path, split="val", need=129)  # which one sequence needs, whatever the batch
+    assert "--block_size" in line and "--total_batch_size" not in line
 
 
 def test_a_token_beyond_the_vocabulary(tmp_path):

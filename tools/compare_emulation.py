@@ -274,7 +274,7 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_float32_matmul_precision("high")  # as train.py sets it
 
     te, emulations, scaled = choose_sides(args.dry_run)
-    dataset = next(d for d in ("fineweb10B", "shakespeare") if list((ROOT / "data" / d).glob("*_train_*.bin")))
+    dataset = "fineweb10B" if list((ROOT / "data" / "fineweb10B").glob("*_train_??????.bin")) else "shakespeare"
     flags = FLAGS + [f"--dataset={dataset}"] + (DRY_RUN if args.dry_run else [])
     what = (flags, args.bf16_steps, args.steps)
     what_on_cpu = (flags, args.bf16_steps, args.cpu_steps or args.steps)

@@ -6,7 +6,7 @@ Run the same command again to continue after an interruption.
 
     python data/openwebtext-1M/prepare.py
     python data/openwebtext-1M/prepare.py --num_proc=8 --shard_tokens=10_000_000
-    python data/openwebtext-1M/prepare.py --source=/path/to/folder-of-parquet-files
+    python data/openwebtext-1M/prepare.py --source=/path/to/folder-of-parquet-files --val_fraction=0.01
 """
 
 import sys

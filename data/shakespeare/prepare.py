@@ -7,7 +7,7 @@ another text:
     python data/shakespeare/prepare.py mytext.txt --out=data/mytext
     python data/shakespeare/prepare.py https://example.org/mytext.txt --out=data/mytext
 
-Output: GPT-2 tokens. Val is the last 10% of the text, from the start of a paragraph.
+Output: GPT-2 tokens. Val is the last 10% of the text (--val_fraction), from the start of a paragraph.
 
 Token 50256 stands once before each of the two parts and nowhere else. It tells the model that what follows has nothing
 to do with what precedes it. That is true only there: nothing in the file marks where a play ends, and its blank lines
@@ -15,17 +15,35 @@ separate speeches, each of which answers the one before it. With 50256 before ea
 ignore the previous speech, and to stop after one speech when it generates text.
 """
 
+import hashlib
+import math
 import sys
 import urllib.request
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent.parent), str(HERE.parent)]  # for nanofp8 and common, from any working directory
-from common import OneLineParser, UserError, error_line, gpt2_encoding, root_cause, run_script  # noqa: E402
+from common import (  # noqa: E402
+    STOP,
+    OneLineParser,
+    UserError,
+    add_split_arguments,
+    command_line,
+    data_set_name,
+    encode_text,
+    error_line,
+    gpt2_encoding,
+    local_path,
+    refuse_other_data_sets,
+    root_cause,
+    run_script,
+    too_few_val_tokens,
+)
 
-from nanofp8.shards import EOT, write_shard  # noqa: E402
+from nanofp8.shards import EOT, unfinished, write_shard  # noqa: E402
 
 SOURCE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+SOURCE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"  # of the text in the shipped shards
 VAL_FRACTION = 0.1  # of the text's characters
 MIN_CHARACTERS = 100
 
@@ -33,18 +51,24 @@ MIN_CHARACTERS = 100
 def read_text(source: str) -> str:
     """Read UTF-8 text from a path or an http(s) address; line ends become \\n.
 
-    Raises: ValueError, one line with the remedy, if it cannot be read or has fewer than MIN_CHARACTERS characters.
+    Raises: ValueError, one line with the remedy, if it cannot be read, has fewer than MIN_CHARACTERS characters, or is
+        another text than SOURCE has always been.
     """
     try:
         if source.startswith(("http://", "https://")):
             with urllib.request.urlopen(source, timeout=30) as response:
                 data = response.read()
         else:
-            data = Path(source).expanduser().read_bytes()
-    except (OSError, ValueError) as error:
+            data = local_path(source).read_bytes()
+    except STOP:
+        raise
+    except BaseException as error:  # of the network also http.client.HTTPException
         reason = getattr(error, "strerror", None) or root_cause(error)
         remedy = "check the network" if "://" in source else "check the path"
         raise ValueError(f"cannot read {source} ({reason}); {remedy}, or give another file or address") from None
+    if source == SOURCE and (actual := hashlib.sha256(data).hexdigest()) != SOURCE_SHA256:
+        raise ValueError(f"the text at {source} is not the one in the project's shards (its SHA-256 is {actual}, not "
+                         f"{SOURCE_SHA256}); try again later, or give a file")
     try:
         text = data.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
@@ -55,9 +79,9 @@ def read_text(source: str) -> str:
     return text
 
 
-def split_text(text: str) -> tuple[str, str]:
-    """Return (train, val). Val is the last 10%, from the start of the next paragraph, else line, else word."""
-    cut = int(len(text) * (1 - VAL_FRACTION))
+def split_text(text: str, val_fraction: float = VAL_FRACTION) -> tuple[str, str]:
+    """Return (train, val). Val is the last val_fraction, from the start of the next paragraph, else line, else word."""
+    cut = int(len(text) * (1 - val_fraction))
     for boundary in ("\n\n", "\n", " "):
         at = text.find(boundary, cut)
         if at >= 0 and text[at:].strip():
@@ -66,22 +90,43 @@ def split_text(text: str) -> tuple[str, str]:
     return text[:cut], text[cut:]
 
 
+def tokenize(text: str, val_fraction: float, min_val_tokens: int) -> tuple[list[int], list[int]]:
+    """Return the tokens of train and of val, each with EOT before them.
+
+    Raises: ValueError that names a val_fraction that gives enough val tokens, if one does.
+    """
+    encoding = gpt2_encoding()
+
+    def encode(part: str) -> list[int]:
+        return [EOT, *encode_text(encoding, part)]
+
+    train, val = split_text(text, val_fraction)
+    tokens = encode(val)
+    if len(tokens) < min_val_tokens:
+        larger = (f / 100 for f in range(math.ceil(100 * val_fraction), 51, 5))
+        better = next((f for f in larger if len(encode(split_text(text, f)[1])) >= min_val_tokens), None)
+        raise too_few_val_tokens(len(tokens), min_val_tokens, better)
+    return encode(train), tokens
+
+
 def main() -> None:
     """Build the shards that the command line asks for."""
     parser = OneLineParser(description=__doc__)
     parser.add_argument("source", nargs="?", default=SOURCE, help="path or http(s) address (default %(default)s)")
     parser.add_argument("--out", type=Path, default=HERE, metavar="DIR", help="output folder (default %(default)s)")
-    parser.add_argument("--name", default="shakespeare", help="first part of the file names (default %(default)s)")
+    parser.add_argument("--name", type=data_set_name, default="shakespeare",
+                        help="first part of the file names (default %(default)s)")
+    add_split_arguments(parser, VAL_FRACTION, "the text's characters")
     args = parser.parse_args()
     try:
-        train, val = split_text(read_text(args.source))
-        encoding = gpt2_encoding()
+        refuse_other_data_sets(args.out, args.name)
+        train, val = tokenize(read_text(args.source), args.val_fraction, args.min_val_tokens)
         args.out.mkdir(parents=True, exist_ok=True)
-        for part, text in (("val_000000", val), ("train_000001", train)):
-            tokens = [EOT, *encoding.encode_ordinary(text)]
-            path = args.out / f"{args.name}_{part}.bin"
-            write_shard(path, tokens)
-            print(f"{path}: {len(tokens):,} tokens")
+        with unfinished(args.out, command_line()):  # a new val shard beside an old train shard must not count
+            for part, tokens in (("val_000000", val), ("train_000001", train)):
+                path = args.out / f"{args.name}_{part}.bin"
+                write_shard(path, tokens)
+                print(f"{path}: {len(tokens):,} tokens")
     except ValueError as error:
         raise UserError(str(error)) from None
     except OSError as error:
