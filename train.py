@@ -80,10 +80,9 @@ from nanofp8.parts import (  # what preset "speedrun" adds
 from nanofp8.plain import MATRICES, rms_norm, rope_qk_norm, rope_tables  # parts of the model in plain PyTorch
 from nanofp8.precision import (  # number formats and FP8's scaling state
     Precision,
-    choose_format,
-    import_transformer_engine,
     keep_high_precision,
     preserved_scales,
+    select_precision,
     snapshot_scales,
 )
 from nanofp8.prefetch import Prefetcher  # items made ahead of time by a thread
@@ -394,34 +393,6 @@ def open_data(cfg: SimpleNamespace, procs: Processes) -> tuple[DataLoader, Token
     val_ring = TokenRing(data_dir, cfg.dataset, "val", cfg.vocab_size, cfg.block_size + 1)
     cfg.eval_tokens = max(1, min(cfg.eval_tokens, val_ring.total - 1) // cfg.block_size) * cfg.block_size
     return DataLoader(train_ring, cfg, procs), val_ring
-
-
-# ======================================================================================================================
-# Precision: nanofp8/precision.py defines the formats; this part chooses who computes them
-
-
-def select_precision(cfg: SimpleNamespace, device: torch.device) -> Precision:
-    """Choose the number format, and Transformer Engine or its emulation, by asking TE what the device can do."""
-    chosen, missing = choose_format(cfg), ""
-    if cfg.USE_EMULATION is True:
-        missing = "USE_EMULATION=True"
-    elif device.type != "cuda":
-        missing = "no GPU"
-    else:
-        try:
-            te, recipes = import_transformer_engine()
-        except ImportError as error:
-            missing = f"Transformer Engine cannot be imported: {error}"
-    if not missing and chosen.question:
-        available, why = getattr(te, chosen.question)(return_reason=True)
-        missing = "" if available else why.rstrip(".")
-    if missing:
-        from nanofp8 import te_emulation as te
-        recipes = te.recipe
-    sm_120 = not missing and torch.cuda.get_device_capability(device)[0] == 12
-    recipe = chosen.recipe and chosen.recipe(recipes, cfg, sm_120)
-    by = f"by nanofp8/te_emulation.py ({missing})" if missing else "by Transformer Engine"
-    return Precision(te, chosen, recipe, bool(missing), f"EMULATED {by}" if missing and recipe else by)
 
 
 # ======================================================================================================================

@@ -23,12 +23,23 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # the folder
 # Modules that no training run imports: an edit to a report must not make finished runs count as old
 REPORTS = ("race.py", "race_report.py", "reports.py")
 
-# Dense bf16 tensor-core peaks in FLOP/s, first match by device name (NVIDIA data sheets)
+# Dense bf16 tensor-core peaks in FLOP/s, with sums in fp32; the first entry found in the device's name counts. Half of
+# what data sheets give "with sparsity"; where they give none, multiprocessors x FLOP per clock x boost clock
 PEAK_BF16 = [
-    ("GB200", 2.5e15), ("B200", 2.25e15), ("B100", 1.8e15), ("H200", 989e12), ("H100 PCIe", 756e12),
-    ("H100 NVL", 835e12), ("H100", 989e12), ("H800", 989e12), ("A100", 312e12), ("A800", 312e12), ("L40S", 362e12),
-    ("RTX PRO 6000", 503.8e12), ("RTX 5090", 209.5e12), ("RTX 4090", 165.2e12), ("RTX 3090", 71e12),
+    ("GB300", 2.5e15), ("B300", 2.25e15), ("GB200", 2.5e15), ("B200", 2.25e15),  # glennklockwood.com/garden/processors
+    ("GH200", 989e12), ("H200 NVL", 835e12), ("H200", 989e12),  # nvidia.com/en-us/data-center/h200
+    ("H100 PCIe", 756e12), ("H100 NVL", 835e12), ("H100", 989e12), ("H800 PCIe", None), ("H800", 989e12),
+    ("A100", 312e12), ("A800", 312e12), ("L40S", 362e12),
+    # NVIDIA's RTX PRO whitepaper: 188 x 1024 x 2.617 GHz. Max-Q: its data sheet's 3,511 AI TOPS (sparse FP4) / 8.
+    # Server Edition: its sheets differ, so it has no entry
+    ("RTX PRO 6000 Blackwell Workstation Edition", 503.8e12), ("RTX PRO 6000 Blackwell Max-Q", 438.9e12),
+    # 170 and 84 x 512 x 2.407 and 2.617 GHz, which are also NVIDIA's 3,352 and 1,801 AI TOPS / 16
+    ("RTX 5090", 209.5e12), ("RTX 5080", 112.6e12),
+    ("RTX 6000 Ada", 364.2e12),  # its data sheet: 1,457 TFLOPS in sparse FP8, / 4
+    ("RTX 4090", 165.2e12), ("RTX 3090", 71e12),
 ]
+# Words that make another card of it, or a part of one, unless the entry has them too
+OTHER_CARDS = {"laptop", "mobile", "max-q", "server", "d", "ti", "super", "mig"}
 
 
 def check_gpus() -> None:
@@ -52,12 +63,19 @@ def check_gpus() -> None:
         raise UserError(f"{reason}; repair driver or torch, or train on the CPU: --preset=tiny")
 
 
+def peak_of(name: str) -> float | None:
+    """Return the dense bf16 peak in FLOP/s of a GPU of this name, or None if PEAK_BF16 has none for it."""
+    name = name.lower()
+    for key, flops in PEAK_BF16:
+        key = key.lower()
+        if re.search(rf"(?<!\w){re.escape(key)}(?!\w)", name):
+            return None if OTHER_CARDS & {*name.split()} - {*key.split()} else flops
+    return None
+
+
 def peak_flops(device: torch.device) -> float | None:
     """Return a GPU's dense bf16 peak in FLOP/s, or None if it is not in the table (then no MFU is reported)."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((flops for key, flops in PEAK_BF16 if key.lower() in name.lower()), None)
+    return peak_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
 
 def peak_memory_gb(device: torch.device) -> float:

@@ -1,4 +1,4 @@
-"""Precision: the one place that knows number formats; FP8's scaling state; layers kept in bf16.
+"""Precision: the one place that knows number formats, and who computes them; FP8's scaling state; layers in bf16.
 
 To add a format, add one entry to FORMATS. FP8_RECIPE=x selects the entry fp8-x; a flag of its own needs a line in
 choose_format().
@@ -152,6 +152,30 @@ class Precision:
         with torch.autocast(procs.device.type, dtype=torch.bfloat16), \
                 self.te.autocast(enabled=enabled, recipe=recipe, amax_reduction_group=group):
             yield
+
+
+def select_precision(cfg: SimpleNamespace, device: torch.device) -> Precision:
+    """Choose the number format, and Transformer Engine or its emulation, by asking TE what the device can do."""
+    chosen, missing = choose_format(cfg), ""
+    if cfg.USE_EMULATION is True:
+        missing = "USE_EMULATION=True"
+    elif device.type != "cuda":
+        missing = "no GPU"
+    else:
+        try:
+            te, recipes = import_transformer_engine()
+        except ImportError as error:
+            missing = f"Transformer Engine cannot be imported: {error}"
+    if not missing and chosen.question:
+        available, why = getattr(te, chosen.question)(return_reason=True)
+        missing = "" if available else why.rstrip(".")
+    if missing:
+        from nanofp8 import te_emulation as te
+        recipes = te.recipe
+    sm_120 = not missing and torch.cuda.get_device_capability(device)[0] == 12
+    recipe = chosen.recipe and chosen.recipe(recipes, cfg, sm_120)
+    by = f"by nanofp8/te_emulation.py ({missing})" if missing else "by Transformer Engine"
+    return Precision(te, chosen, recipe, bool(missing), f"EMULATED {by}" if missing and recipe else by)
 
 
 def keep_high_precision(model: nn.Module, patterns: str, te: ModuleType) -> list[str]:

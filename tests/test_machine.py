@@ -32,18 +32,34 @@ def test_the_code_hash_follows_train_py_and_the_package(tmp_path, monkeypatch):
     assert describe_machine(helpers.CPU)["code"] in seen
 
 
-def test_the_table_of_peaks():
-    names = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA H100 NVL": 835e12,
-             "NVIDIA H200": 989e12,
-             "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA B200": 2.25e15, "NVIDIA GB200": 2.5e15,
-             "NVIDIA GeForce RTX 5090": 209.5e12,
-             "NVIDIA RTX PRO 6000 Blackwell Server Edition": 503.8e12, "Some other GPU": None}
-    patch = pytest.MonkeyPatch()
-    for name, peak in names.items():
-        patch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
-        assert peak_flops(torch.device("cuda")) == peak, name
-    patch.undo()
-    assert peak_flops(helpers.CPU) is None
+PEAKS = {
+    "NVIDIA GB300": 2.5e15, "NVIDIA B300 SXM6 AC": 2.25e15, "NVIDIA GB200": 2.5e15, "NVIDIA B200": 2.25e15,
+    "NVIDIA GH200 480GB": 989e12, "NVIDIA H200": 989e12, "NVIDIA H200 NVL": 835e12,
+    "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA H100 NVL": 835e12, "NVIDIA H800": 989e12,
+    "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA A100 80GB PCIe": 312e12, "NVIDIA A800-SXM4-80GB": 312e12,
+    "NVIDIA L40S": 362e12, "NVIDIA RTX 6000 Ada Generation": 364.2e12,
+    "NVIDIA RTX PRO 6000 Blackwell Workstation Edition": 503.8e12,
+    "NVIDIA RTX PRO 6000 Blackwell Max-Q Workstation Edition": 438.9e12,
+    "NVIDIA GeForce RTX 5090": 209.5e12, "NVIDIA GeForce RTX 5080": 112.6e12, "NVIDIA GeForce RTX 4090": 165.2e12,
+    "NVIDIA GeForce RTX 3090": 71e12,
+}
+NO_PEAKS = [  # cards of nearly the same name, cards whose data sheets differ, parts of a card
+    "NVIDIA GeForce RTX 5090 Laptop GPU", "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA GeForce RTX 5080 Laptop GPU",
+    "NVIDIA GeForce RTX 5090 D", "NVIDIA GeForce RTX 5090 D V2", "NVIDIA GeForce RTX 4090 D",
+    "NVIDIA GeForce RTX 3090 Ti", "NVIDIA GeForce RTX 5080 SUPER", "NVIDIA RTX PRO 6000 Blackwell Server Edition",
+    "NVIDIA RTX PRO 5000 Blackwell", "NVIDIA RTX 6000", "NVIDIA L40", "NVIDIA B100", "NVIDIA H20", "NVIDIA H800 PCIe",
+    "NVIDIA H100 80GB HBM3 MIG 3g.40gb", "NVIDIA GB10", "NVIDIA Thor", "Some other GPU",
+]
+
+
+@pytest.mark.parametrize("name, peak", [*PEAKS.items(), *((name, None) for name in NO_PEAKS)])
+def test_peak_of_each_card(name, peak, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert peak_flops(torch.device("cuda")) == peak
+
+
+def test_every_entry_of_the_table_is_some_cards():
+    assert {peak for _, peak in machine.PEAK_BF16} == {None, *PEAKS.values()} and peak_flops(helpers.CPU) is None
 
 
 @pytest.mark.slow
