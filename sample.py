@@ -553,14 +553,20 @@ def encode_prompt(text: str, tokenizer: Any) -> list[int]:
     return ids if ids[0] == EOT else [EOT, *ids]
 
 
+def without_bom(text: str) -> str:
+    """Return a text without the byte order mark that some editors and shells put before it."""
+    return text.removeprefix("\ufeff")
+
+
 def read_prompt(text: str) -> str:
-    """Return the text; for FILE:path, the file's content without changes. Raises UserError."""
+    """Return the text; for FILE:path, the file's content. A byte order mark is left out. Raises UserError."""
+    text = without_bom(text)
     if not text.startswith("FILE:"):
         return text
     path = text.removeprefix("FILE:")
     try:
         with open(path, encoding="utf-8", newline="") as f:
-            text = f.read()
+            text = without_bom(f.read())
     except OSError as error:
         raise UserError(f"prompt file '{path}' cannot be read ({error.strerror}); check the path in "
                         f"--prompt=FILE:{path}", 2) from error
@@ -897,7 +903,7 @@ def run(args: argparse.Namespace) -> None:
     hint = "> " if sys.stdin.isatty() else ""
     print(hint, end="", file=sys.stderr, flush=True)
     for line in sys.stdin:
-        text = line.rstrip("\r\n")
+        text = without_bom(line.rstrip("\r\n"))
         if text:
             try:
                 write_samples(sampler, tokenizer, text, args, generator)

@@ -6,6 +6,7 @@ Check shards from the command line (prints the token count of each; exit status 
 """
 
 import argparse
+import contextlib
 import errno
 import glob
 import hashlib
@@ -140,6 +141,16 @@ def too_few_val_tokens(tokens: int, least: int, better: float | None) -> ValueEr
                       "lower --min_val_tokens and train with a smaller --block_size")
 
 
+@contextlib.contextmanager
+def writing(out_dir: str | os.PathLike) -> Iterator[None]:
+    """Turn an OSError of the block, which writes to a folder, into a ValueError with the remedy."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"cannot write to {out_dir} ({error_line(error)}); free some space or choose another --out, "
+                         "finished shards are kept") from None
+
+
 def command_line() -> str:
     """Return the command that started this script."""
     return shlex.join(["python", *sys.argv])
@@ -265,7 +276,7 @@ def load_documents(source: str | os.PathLike, text_column: str = "text", revisio
         fewer than 2 documents.
     """
     try:
-        import datasets
+        import datasets  # noqa: F401
     except Exception as error:  # also an old datasets with a new pyarrow: AttributeError
         raise ValueError(f"reading text data sets needs the package datasets ({error_line(error)}); "
                          "run: pip install -U datasets") from None
@@ -274,7 +285,7 @@ def load_documents(source: str | os.PathLike, text_column: str = "text", revisio
     arguments = _load_arguments(source, path)
     try:
         if "data_files" in arguments:
-            dataset, revision = datasets.load_dataset(**arguments, split="train"), None
+            dataset, revision = _load_files(arguments, path, text_column), None
         else:
             dataset, revision = hub.load(arguments["path"], revision)
     except STOP:
@@ -304,11 +315,67 @@ def load_documents(source: str | os.PathLike, text_column: str = "text", revisio
     return dataset.select_columns([text_column]), revision
 
 
+def _load_files(arguments: dict[str, Any], path: Path, text_column: str) -> "datasets.Dataset":
+    """Load local files with datasets, or JSON lines that it cannot read with json_lines(). Raises what datasets raises.
+
+    arguments: of datasets.load_dataset. path: the file or folder.
+    """
+    import datasets
+    try:
+        return datasets.load_dataset(**arguments, split="train")
+    except STOP:
+        raise
+    except BaseException:
+        files = [path] if path.is_file() else files_in(path)
+        if arguments["path"] != "json" or not starts_with_object(files[0]):
+            raise
+        # datasets cannot read half a surrogate pair ("\\ud800"), which web data hold, and does not name a broken line
+        stamps = [(str(file.absolute()), file.stat().st_mtime_ns, file.stat().st_size) for file in files]
+        return datasets.Dataset.from_generator(
+            json_lines, features=datasets.Features({text_column: datasets.Value("string")}),
+            cache_dir=datasets.config.HF_DATASETS_CACHE, gen_kwargs={"files": stamps, "text_column": text_column})
+
+
+def starts_with_object(path: Path) -> bool:
+    """Return whether the first line of a file is a JSON object."""
+    try:
+        with open(path, encoding="utf-8-sig", errors="replace") as f:
+            return isinstance(json.loads(f.readline()), dict)
+    except (OSError, ValueError):
+        return False
+
+
+def json_lines(files: list[tuple[str, int, int]], text_column: str) -> Iterator[dict[str, str | None]]:
+    """Yield {text_column: text} for each line of JSON files. Half a surrogate pair becomes U+FFFD.
+
+    files: (path, time of change, size) each; datasets takes its copy in the cache for the same files by these.
+    Raises: ValueError that names a line that is not a JSON object whose text is a string or missing.
+    """
+    for path, *_ in files:
+        with open(path, encoding="utf-8-sig", errors="replace") as f:
+            for number, line in enumerate(f, 1):
+                try:
+                    text = json.loads(line)[text_column] if line.strip() else None
+                    if text is not None:
+                        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+                except KeyError:
+                    text = None
+                except (ValueError, TypeError, AttributeError, RecursionError) as error:
+                    raise ValueError(f"line {number} of {path} is not a JSON object with a text in {text_column!r} "
+                                     f"({root_cause(error)}); correct or remove it") from None
+                if line.strip():
+                    yield {text_column: text}
+
+
+def files_in(folder: Path) -> list[Path]:
+    """Return the files below a folder that may hold documents, without hidden ones, sorted."""
+    return sorted(p for p in folder.rglob("[!.]*") if p.suffix in DATA_SUFFIXES and p.is_file())
+
+
 def _load_arguments(source: str | os.PathLike, path: Path) -> dict[str, Any]:
     """Return the arguments of datasets.load_dataset for a source; `path` is the source as a path. Raises ValueError."""
     if os.path.exists(path):
-        files = [path] if path.is_file() else sorted(
-            p for p in path.rglob("[!.]*") if p.suffix in DATA_SUFFIXES and p.is_file())
+        files = [path] if path.is_file() else files_in(path)
         formats = {DATA_SUFFIXES.get(p.suffix) for p in files}
         if len(formats) != 1 or None in formats:
             found = sorted({p.suffix or p.name for p in files}) or "none"
@@ -447,6 +514,25 @@ def encode_document(encoding: "tiktoken.Encoding", data: bytes) -> tuple[np.ndar
     return np.array(tokens, dtype=np.uint16), "; ".join(remarks)
 
 
+def _start_pool(num_proc: int, arguments: tuple) -> ProcessPoolExecutor | None:
+    """Start processes for _encode_in_worker(). Where they cannot be started, say so and return None.
+
+    Semaphores need a /dev/shm that can be written, which some containers and batch systems lack.
+    """
+    pool = None
+    try:
+        pool = ProcessPoolExecutor(num_proc, initializer=_init_worker, initargs=arguments)
+        pool.submit(int).result()  # processes start with the first task
+        return pool
+    except (OSError, ImportError, NotImplementedError) as error:
+        from tqdm import tqdm
+        tqdm.write(f"cannot start {num_proc} processes ({root_cause(error)}; can /dev/shm be written?); tokenizing in "
+                   "one, which takes longer", sys.stderr)
+        if pool is not None:
+            pool.shutdown(wait=False)
+        return None
+
+
 def _encode_documents(documents: "datasets.Dataset", encoding: "tiktoken.Encoding", start: int, num_proc: int
                       ) -> Iterator[tuple[np.ndarray, str]]:
     """Yield the result of encode_document() for each document from number `start` on, in order.
@@ -455,11 +541,12 @@ def _encode_documents(documents: "datasets.Dataset", encoding: "tiktoken.Encodin
     """
     arguments = documents, encoding
     starts = iter(range(start, len(documents), DOCUMENTS_PER_TASK))
-    if num_proc == 1:
+    pool = None if num_proc == 1 else _start_pool(num_proc, arguments)
+    if pool is None:
         for i in starts:
             yield from _encode_range(*arguments, i)
         return
-    with ProcessPoolExecutor(num_proc, initializer=_init_worker, initargs=arguments) as pool:
+    with pool:
         pending = deque()
         try:
             while True:
@@ -494,9 +581,10 @@ class Preparation:
         return self.out_dir / f"{self.name}_{split}_{first + index:06d}.bin"
 
     def save_record(self) -> None:
-        """Write the record to out_dir/prepare.json. Raises OSError."""
+        """Write the record to out_dir/prepare.json. Raises ValueError if it cannot be written."""
         text = json.dumps(self.record, indent=1)
-        replace_file(self.out_dir / RECORD_NAME, lambda path: Path(path).write_text(text), sync=True)
+        with writing(self.out_dir):
+            replace_file(self.out_dir / RECORD_NAME, lambda path: Path(path).write_text(text), sync=True)
 
     def note(self, number: int, tokens: np.ndarray, remark: str) -> np.ndarray:
         """Print and record the remark on a document, if there is one. Return its tokens.
@@ -548,7 +636,7 @@ def open_record(out_dir: Path, source: str | os.PathLike, identity: dict[str, An
             raise ValueError(f"{out_dir} holds shards but no {RECORD_NAME} that says what they were made from; "
                              "move them elsewhere or choose another --out") from None
         return {"source": str(source), "made_from": identity, "shards": {}, "remarks": {}}
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{path} cannot be read; delete {out_dir} and run this again") from None
     remedy = "delete it or choose another --out"
     if recorded.keys() != identity.keys():
@@ -614,7 +702,8 @@ def _write_split(preparation: Preparation, dataset: "datasets.Dataset", numbers:
                         tokens = preparation.note(numbers[document], *next(encoder))
                     bar.update()
             if filled:  # 0 if the last documents have no text
-                write_shard(path, buffer[:filled])
+                with writing(preparation.out_dir):
+                    write_shard(path, buffer[:filled])
                 shards[path.name] = {"start": start, "end": [document, offset], "tokens": filled,
                                      "crc32": zlib.crc32(buffer[:filled])}
                 preparation.save_record()
@@ -640,7 +729,7 @@ def tokenize_dataset(source: str | os.PathLike, out_dir: str | os.PathLike, name
         val_fraction: part of the documents that becomes val.
         min_val_tokens: fewest tokens that val may have.
     Returns: {"val": tokens, "train": tokens}.
-    Raises: ValueError, one line with the remedy; OSError if a shard cannot be written; BrokenProcessPool.
+    Raises: ValueError, one line with the remedy; BrokenProcessPool; OSError, MemoryError.
     """
     num_proc = num_proc or len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count()))
     out_dir = Path(out_dir)
@@ -655,11 +744,14 @@ def tokenize_dataset(source: str | os.PathLike, out_dir: str | os.PathLike, name
     }
     train, val = split_documents(len(dataset), val_fraction)
     check_split(dataset, train, val, encoding, min_val_tokens)
-    out_dir.mkdir(parents=True, exist_ok=True)
+    with writing(out_dir):
+        out_dir.mkdir(parents=True, exist_ok=True)
     record = open_record(out_dir, source, identity)
     record["revision"] = revision or record.get("revision")
     preparation = Preparation(out_dir, name, shard_tokens, num_proc, encoding, record)
-    with unfinished(out_dir, command_line()):
+    with contextlib.ExitStack() as stack:
+        with writing(out_dir):
+            stack.enter_context(unfinished(out_dir, command_line()))
         preparation.save_record()
         tokens = {split: _write_split(preparation, dataset, numbers, split)
                   for split, numbers in (("val", val), ("train", train))}
@@ -700,9 +792,9 @@ def _prepare(description: str, source: str, name: str, out_dir: str | os.PathLik
                         "are kept") from None
     except ValueError as error:
         raise UserError(str(error)) from None
-    except OSError as error:
-        raise UserError(f"cannot write to {args.out} ({error_line(error)}); "
-                        "free some space or choose another --out, finished shards are kept") from None
+    except OSError as error:  # not of the output folder, see writing()
+        raise UserError(f"{root_cause(error)}; remove the cause, then run the same command again, finished shards are "
+                        "kept") from None
     print(f"{args.out}: {tokens['train']:,} train tokens, {tokens['val']:,} val tokens")
 
 

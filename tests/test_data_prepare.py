@@ -627,21 +627,6 @@ def test_openwebtext_restart_gives_identical_bytes(jsonl, prepared, tmp_path):
     assert not list(out.glob("*.tmp"))
 
 
-@pytest.mark.slow
-@needs_datasets
-def test_openwebtext_wrong_input(jsonl, tmp_path):
-    results = {
-        "--text_column to one of: id, text": prepare(jsonl, tmp_path / "out", "--text_column", "body", home=tmp_path),
-        "no such file": prepare(tmp_path / "gone.jsonl", tmp_path / "out", home=tmp_path),
-        "cannot load nobody/nothing": prepare("nobody/nothing", tmp_path / "out", home=tmp_path),
-    }
-    for words, result in results.items():
-        assert result.returncode == 1 and "Traceback" not in result.stderr
-        assert result.stderr.splitlines()[-1].startswith("error: ") and words in result.stderr
-    assert_one_line(prepare(jsonl, tmp_path / "out", "--num_proc", "none", home=tmp_path), 2, "num_proc")
-    assert not list((tmp_path).glob("out/*"))
-
-
 # The following tests run in this process
 
 
@@ -953,6 +938,25 @@ def test_bytes_that_are_not_utf8(tmp_path, cache, encoding):
     assert common.encode_document(encoding, b"")[0].size == 0
 
 
+def test_half_a_surrogate_pair(tmp_path, cache):
+    """Texts from the web hold it as "\\ud800"; the package datasets cannot read such a file at all."""
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"id": 1, "text": "good"}\n\n{"text": "a \\ud800 b"}\n{"id": 3}\n{"text": "\\ud83d\\ude80"}\n')
+    assert common.load_documents(path)[0]["text"] == ["good", "a \ufffd b", None, "\U0001f680"]
+    path.write_text(path.read_text().replace("good", "other"))  # the copy in the cache is not of this file
+    assert common.load_documents(path)[0]["text"][0] == "other"
+
+
+@pytest.mark.parametrize("line", ['{"text": "cut', "[1]", '{"text": 5}', '{"text": ' + "[" * 100_000])
+def test_a_line_that_cannot_be_read_is_named(tmp_path, cache, line):
+    """It may be the end of a file that was cut, so it is not skipped."""
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"text": "a"}\n{"text": "\\ud800"}\n' + line)
+    with pytest.raises(ValueError, match="line 3 of .*x.jsonl.*remove it") as caught:
+        common.load_documents(path)
+    assert "\n" not in str(caught.value)
+
+
 def test_a_panic_while_a_source_is_read(tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets")
     (tmp_path / "x.jsonl").touch()
@@ -995,6 +999,24 @@ def test_val_fraction_is_part_of_the_identity(tokenize, tmp_path):
     assert code == 1 and "val_fraction: 0.25 there, 0.5 now" in error
 
 
+def test_wrong_columns(tmp_path, cache):
+    path = tmp_path / "x.jsonl"
+    path.write_text("".join(json.dumps({"id": i, "text": "a"}) + "\n" for i in range(2)))
+    with pytest.raises(ValueError, match="--text_column to one of: id, text"):
+        common.load_documents(path, "body")
+    with pytest.raises(ValueError, match="holds no text .*--text_column"):
+        common.load_documents(path, "id")
+    path.write_text('{"text": "a"}\n')
+    with pytest.raises(ValueError, match="has 1 documents.*--source"):
+        common.load_documents(path)
+
+
+@pytest.mark.parametrize("argument", ["--num_proc=none", "--num_proc=0", "--shard_tokens=x", "--wrong=1"])
+def test_wrong_arguments(tokenize, tmp_path, argument):
+    code, error = tokenize(texts_of(), argument)
+    assert code == 2 and argument.split("=")[0] in error and not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("argument", ["--val_fraction=0", "--val_fraction=1", "--val_fraction=nan", "--val_fraction=x",
                                       "--val_fraction=-0.1", "--min_val_tokens=0", "--min_val_tokens=x"])
 def test_wrong_arguments_of_the_split(tokenize, text_file, capsys, argument):
@@ -1032,6 +1054,34 @@ def test_too_little_memory_is_one_line(tokenize, monkeypatch):
     monkeypatch.setattr(common, "write_shard", mock.Mock(side_effect=MemoryError))
     code, error = tokenize(texts_of())
     assert code == 1 and "--shard_tokens" in error
+
+
+@pytest.mark.parametrize("name, error", [
+    ("ProcessPoolExecutor", OSError(errno.EROFS, "Read-only file system")),
+    ("ProcessPoolExecutor", PermissionError(13, "Permission denied")), ("ProcessPoolExecutor", ImportError("sem_open")),
+    ("ProcessPoolExecutor.submit", OSError(errno.EAGAIN, "Resource temporarily unavailable")),
+])
+def test_without_several_processes_one_tokenizes(tokenize, tmp_path, monkeypatch, name, error):
+    """A read-only /dev/shm, or a limit on processes, is not blamed on --out and stops nothing."""
+    assert tokenize(texts_of(), "--num_proc=1") == (0, "")
+    monkeypatch.setattr(f"common.{name}", mock.Mock(side_effect=error))
+    assert tokenize(texts_of(), "--num_proc=3", out=tmp_path / "other") == (0, "")
+    assert file_bytes(tmp_path / "other") == file_bytes(tmp_path / "out")
+    assert f"cannot start 3 processes ({type(error).__name__}" in tokenize.err and "/dev/shm" in tokenize.err
+
+
+@pytest.mark.parametrize("where", ["write_shard", "replace_file", "unfinished"])
+def test_an_output_folder_that_cannot_be_written(tokenize, tmp_path, monkeypatch, where):
+    monkeypatch.setattr(common, where, mock.Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
+    code, error = tokenize(texts_of())
+    assert code == 1 and all(word in error for word in (str(tmp_path / "out"), "No space left", "--out"))
+
+
+def test_another_failure_is_not_blamed_on_the_output_folder(tokenize, monkeypatch):
+    error = OSError(errno.EIO, "Input/output error", "/cache")
+    monkeypatch.setattr(common, "fingerprint", mock.Mock(side_effect=error))
+    code, error = tokenize(texts_of())
+    assert code == 1 and "/cache" in error and "--out" not in error and "run the same command again" in error
 
 
 def test_a_shard_of_another_preparation_is_named(tokenize, tmp_path):

@@ -474,6 +474,21 @@ def test_prompt_from_a_file(out_dir, tokenizer, capsys, tmp_path):
     assert result.code == 0 and result.out.startswith("Öl\r\nund")
 
 
+def test_a_byte_order_mark_is_no_part_of_a_prompt(out_dir, tokenizer, capsys, tmp_path, monkeypatch):
+    """Editors and shells on Windows put one before a file or a pipe."""
+    path = tmp_path / "p.txt"
+    path.write_bytes("\ufeffTo be".encode())
+    args = [f"--ckpt={out_dir}", "--max_new_tokens=3", "--temperature=0"]
+    expected = main_here(capsys, *args, "--prompt=To be").out
+    for prompt in (f"FILE:{path}", "\ufeffTo be", f"\ufeffFILE:{path}"):
+        assert main_here(capsys, *args, f"--prompt={prompt}").out == expected
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\ufeffTo be\n"))
+    assert "To be" + main_here(capsys, *args, "--interactive").out == expected
+    path.write_bytes("\ufeff".encode())
+    result = main_here(capsys, *args, f"--prompt=FILE:{path}")
+    assert result.code == 2 and "empty" in result.err and str(path) in result.err
+
+
 @pytest.mark.slow
 def test_interactive_answers_each_line_and_survives_bad_ones(out_dir, tokenizer):
     """As a process: each line of stdin is a prompt; a prompt that is too long is reported, an empty line skipped."""

@@ -180,7 +180,7 @@ def test_shapes_that_the_format_cannot_take(changes):
     (2, dict(USE_EMULATION=False), ["USE_EMULATION"]),
     (2, dict(n_embd=66, n_head=3), ["divisible by 16", "--USE_FP8=False"]),
     (2, dict(seed=-1), ["seed"]),
-    (1, dict(dataset="nowhere"), ["nowhere"]),
+    (1, dict(dataset="nowhere"), ["nowhere", "data/README.md", "--dataset"]),
     (1, dict(muon_impl="dion"), ["dion"]),
     (1, dict(out_dir="/proc/nowhere"), ["/proc/nowhere", "--out_dir"]),
 ])

@@ -31,13 +31,13 @@ from common import (  # noqa: E402
     command_line,
     data_set_name,
     encode_text,
-    error_line,
     gpt2_encoding,
     local_path,
     refuse_other_data_sets,
     root_cause,
     run_script,
     too_few_val_tokens,
+    writing,
 )
 
 from nanofp8.shards import EOT, unfinished, write_shard  # noqa: E402
@@ -121,18 +121,17 @@ def main() -> None:
     try:
         refuse_other_data_sets(args.out, args.name)
         train, val = tokenize(read_text(args.source), args.val_fraction, args.min_val_tokens)
-        args.out.mkdir(parents=True, exist_ok=True)
-        with unfinished(args.out, command_line()):  # a new val shard beside an old train shard must not count
-            for part, tokens in (("val_000000", val), ("train_000001", train)):
-                path = args.out / f"{args.name}_{part}.bin"
-                write_shard(path, tokens)
-                print(f"{path}: {len(tokens):,} tokens")
+        shards = {args.out / f"{args.name}_{part}.bin": tokens
+                  for part, tokens in (("val_000000", val), ("train_000001", train))}
+        with writing(args.out):
+            args.out.mkdir(parents=True, exist_ok=True)
+            with unfinished(args.out, command_line()):  # a new val shard beside an old train shard must not count
+                for path, tokens in shards.items():
+                    write_shard(path, tokens)
+        for path, tokens in shards.items():
+            print(f"{path}: {len(tokens):,} tokens")
     except ValueError as error:
         raise UserError(str(error)) from None
-    except OSError as error:
-        raise UserError(
-            f"cannot write to {args.out} ({error_line(error)}); choose another folder with --out"
-        ) from None
 
 
 if __name__ == "__main__":
