@@ -218,7 +218,7 @@ def test_as_a_script(tmp_path, shards):
     assert train.__doc__.strip().splitlines()[0] in text.out
 
     helpers.assert_one_error_line(results["unknown"], 2, "--batchsize", "--batch_size")
-    helpers.assert_one_error_line(results["data"], 1, "nowhere", "prepare.py", "--data_dir")
+    helpers.assert_one_error_line(results["data"], 1, "nowhere", "data/README.md", "--data_dir")
     assert (results["bare"].code, results["bare"].out, results["bare"].err) == (0, "", "")
     assert not list(tmp_path.iterdir())
 
