@@ -37,7 +37,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanofp8 import plain
-from nanofp8.checkpoint import find_checkpoint, load_weights, read_checkpoint
+from nanofp8.checkpoint import find_checkpoint
+from nanofp8.checkpoint_files import load_weights, read_checkpoint
 from nanofp8.config import OneLineParser, UserError
 from nanofp8.files import replace_file
 from nanofp8.parts import GATE_CHANNELS, value_layers, windows

@@ -48,16 +48,8 @@ from helpers import (
     train_here,
 )
 from nanofp8 import checkpoint, runlog
-from nanofp8.checkpoint import (
-    ADDED_FLAGS,
-    Checkpoints,
-    complete_checkpoints,
-    find_checkpoint,
-    load_tensors,
-    load_weights,
-    read_checkpoint,
-    restore,
-)
+from nanofp8.checkpoint import ADDED_FLAGS, Checkpoints, find_checkpoint, restore
+from nanofp8.checkpoint_files import complete_checkpoints, load_tensors, load_weights, read_checkpoint
 from nanofp8.config import UserError
 from nanofp8.muon import TorchMuon
 from nanofp8.precision import fp8_state
@@ -278,7 +270,7 @@ KILLER = textwrap.dedent("""
     sys.path[:0] = [{root!r}, {tests!r}]
     import helpers, torch, train
     import torch.utils.serialization
-    from nanofp8.checkpoint import load_weights, read_checkpoint
+    from nanofp8.checkpoint_files import load_weights, read_checkpoint
     from nanofp8.runlog import RunLog
     RunLog.plot = lambda self: None
     spec = json.load(open(sys.argv[1]))
@@ -413,7 +405,7 @@ WORKER = textwrap.dedent("""
     import torch.distributed as dist
     from torch.distributed.checkpoint.staging import BlockingAsyncStager
     from nanofp8 import te_emulation as te
-    from nanofp8.checkpoint import read_checkpoint
+    from nanofp8.checkpoint_files import read_checkpoint
     from nanofp8.faults import Guard
     from nanofp8.procs import start_processes
     from nanofp8.runlog import RunLog

@@ -38,7 +38,8 @@ from helpers import (
     train_here,
     write_shard,
 )
-from nanofp8.checkpoint import Checkpoints, find_checkpoint, read_checkpoint, steps_of
+from nanofp8.checkpoint import Checkpoints, find_checkpoint
+from nanofp8.checkpoint_files import read_checkpoint, steps_of
 from nanofp8.faults import Guard
 from nanofp8.precision import fp8_state, snapshot_scales
 from nanofp8.runlog import Progress
