@@ -336,6 +336,22 @@ def restore(run: Any, folder: str, meta: dict) -> bool:
 # Saving
 
 
+def failure_line(error: BaseException) -> str:
+    """Return why a write or read of DCP failed, in one line."""
+    failures = getattr(error, "failures", None)  # of a CheckpointException: {rank: (exception, traceback)}
+    return error_line(next(iter(failures.values()))[0] if failures else error)
+
+
+def entry_bytes(state: dict, prefix: str = "") -> dict[str, int]:
+    """Return what each tensor of nested dicts takes on disk, by its path; of a DTensor, the whole."""
+    sizes = {}
+    for key, value in state.items():
+        name = f"{prefix}.{key}"
+        sizes |= entry_bytes(value, name) if isinstance(value, dict) else {
+            name: value.numel() * value.element_size() + 2048}  # and the entry's own headers
+    return sizes
+
+
 class Checkpoints:
     """Save to <run folder>/ckpt/step_NNNNNN while training continues, and keep the newest few.
 
@@ -352,6 +368,7 @@ class Checkpoints:
         """
         self.folder, self.keep, self.procs = os.path.join(folder, "ckpt"), keep, procs
         self.group, self.writer, self.pending = dist.new_group(backend="gloo"), ThreadPoolExecutor(1), None
+        self.failure = ""  # why the last write failed
         if procs.is_main:
             for name in os.listdir(self.folder) if os.path.isdir(self.folder) else ():
                 path = os.path.join(self.folder, name)
@@ -409,32 +426,101 @@ class Checkpoints:
             rank = next(i for i, text in enumerate(failures) if text)
             self.report_failure(step, temporary, failures[rank] + (f" (rank {rank})" if len(failures) > 1 else ""))
         else:
-            future = self.writer.submit(dcp.save, state, checkpoint_id=temporary, process_group=self.group)
-            self.pending = step, meta, temporary, future
+            self.pending = step, temporary, self.writer.submit(self.write, step, state, meta, temporary)
         return time.perf_counter() - start
+
+    def write(self, step: int, state: dict, meta: dict, temporary: str) -> None:
+        """Write a checkpoint under its temporary name (the writer's thread, on all ranks).
+
+        Where the disk is too full, delete older checkpoints down to the newest, and try once more.
+        Raises: RuntimeError, or what DCP raises, on all ranks.
+        """
+        if self.procs.is_main:  # more than `keep` may be there: the flag may have been lowered
+            for old in complete_checkpoints(self.folder)[:-self.keep]:
+                self.delete(old)
+        try:
+            self.write_once(state, meta, temporary)
+        except (Exception, CheckpointException) as error:
+            reason = self.lack_of_space(state, temporary, error)
+            deleted = self.on_rank_0(self.make_room) if reason else []
+            if not deleted:
+                raise RuntimeError(reason or failure_line(error)) from None
+            self.procs.print(f"checkpoint at step {step}: {reason}; deleted {', '.join(deleted)}, trying once more")
+            try:
+                self.write_once(state, meta, temporary)
+            except (Exception, CheckpointException) as error:
+                raise RuntimeError(self.lack_of_space(state, temporary, error) or failure_line(error)) from None
+
+    def write_once(self, state: dict, meta: dict, temporary: str) -> None:
+        """Write all tensors, then meta.json (rank 0). Raises as write() does."""
+        def write_meta() -> None:
+            path = os.path.join(temporary, "meta.json")
+            with open(path, "w", encoding="utf-8") as f:
+                json.dump(meta, f, indent=1)
+            sync_to_disk(path)
+
+        dcp.save(state, checkpoint_id=temporary, process_group=self.group)
+        self.on_rank_0(write_meta)
+
+    def together(self, work: Callable[[], Any]) -> list:
+        """Do work on all ranks; return their results, by rank. If one fails, raise RuntimeError on all."""
+        try:
+            outcome = work(), None
+        except Exception as error:
+            outcome = None, error_line(error)
+        outcomes = [None] * self.procs.world_size
+        dist.all_gather_object(outcomes, outcome, self.group)
+        for rank, (_, failure) in enumerate(outcomes):
+            if failure is not None:
+                raise RuntimeError(failure + (f" (rank {rank})" if len(outcomes) > 1 else ""))
+        return [result for result, _ in outcomes]
+
+    def on_rank_0(self, work: Callable[[], Any]) -> Any:
+        """Do work on rank 0 and return its result on all ranks. Raises as together() does."""
+        return self.together(work if self.procs.is_main else lambda: None)[0]
+
+    def lack_of_space(self, state: dict, temporary: str, error: BaseException) -> str:
+        """Delete what a failed write has left; return a line if the disk was too full for it, else "".
+
+        torch's writer does not say so: what a checkpoint takes is compared with what is free.
+        """
+        def free_bytes() -> float:
+            shutil.rmtree(temporary, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                return shutil.disk_usage(os.path.dirname(self.folder)).free
+            return math.inf
+
+        free, sizes = self.on_rank_0(free_bytes), {}
+        for of_rank in self.together(lambda: entry_bytes(state)):
+            sizes |= of_rank
+        needed, text = sum(sizes.values()), failure_line(error)
+        if free >= needed and not re.search("No space left|quota exceeded", text):  # a quota, or too few inodes
+            return ""
+        return (f"{'the disk is too full' if free < needed else text} "
+                f"(a checkpoint takes {needed / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free)")
+
+    def make_room(self) -> list[str]:
+        """Delete all complete checkpoints but the newest; return their names."""
+        older = complete_checkpoints(self.folder)[:-1]
+        for folder in older:
+            self.delete(folder)
+        return [os.path.basename(folder) for folder in older]
 
     def finish(self, wait: bool = False) -> None:
         """Give a checkpoint its name once it is on disk, if there is one (wait: block until then)."""
-        if not self.pending or not (wait or self.pending[3].done()):
+        if not self.pending or not (wait or self.pending[2].done()):
             return
-        (step, meta, temporary, future), self.pending = self.pending, None
+        (step, temporary, future), self.pending = self.pending, None
         try:
             future.result()
             if self.procs.is_main:
-                self.rename(step, meta, temporary)
+                self.rename(step, temporary)
+            self.failure = ""
         except (Exception, CheckpointException) as error:
-            text = error_line(error)
-            with contextlib.suppress(OSError):  # torch's writer does not say that a disk is full
-                free = shutil.disk_usage(os.path.dirname(self.folder)).free
-                text += f" ({free / 1e9:.2f} GB free)"
-            self.report_failure(step, temporary, text)
+            self.report_failure(step, temporary, failure_line(error))
 
-    def rename(self, step: int, meta: dict, temporary: str) -> None:
-        """Write meta.json, give the folder its final name, then delete what exceeds `keep` (rank 0). Raises OSError."""
-        path = os.path.join(temporary, "meta.json")
-        with open(path, "w", encoding="utf-8") as f:
-            json.dump(meta, f, indent=1)
-        sync_to_disk(path)
+    def rename(self, step: int, temporary: str) -> None:
+        """Give the folder its final name, then delete what exceeds `keep` (rank 0). Raises OSError."""
         final, replaced = (os.path.join(self.folder, f"{name}_{step:06d}") for name in ("step", ".replaced"))
         if os.path.exists(final):  # from before the run was resumed at an earlier step
             os.rename(final, replaced)
@@ -453,6 +539,7 @@ class Checkpoints:
 
     def report_failure(self, step: int, temporary: str, text: str) -> None:
         """Print why a checkpoint could not be written, and delete what there is of it."""
+        self.failure = text
         self.procs.print(f"checkpoint at step {step} failed, training continues: {text}")
         if self.procs.is_main:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -484,12 +571,15 @@ def report_end(run: Any, stopped: bool) -> None:
 
     Raises: UserError if its last checkpoint could not be written.
     """
-    steps, newest = run.loader.state_dict()["step"], run.procs.broadcast(run.checkpoints.last)
+    steps = run.loader.state_dict()["step"]
+    newest, failure = run.procs.broadcast((run.checkpoints.last, run.checkpoints.failure))
     if not stopped:
         run.progress.done()
     if run.cfg.keep_checkpoints and (newest is None or steps_of(newest) != steps):
+        then = "continue with --resume=auto" if newest else "train again"
         raise UserError(f"{'stopped by a signal' if stopped else 'trained to the end'} after {steps} steps, but their "
-                        f"checkpoint could not be written. Newest checkpoint: {newest or 'none'}")
+                        f"checkpoint could not be written: {failure}. Newest checkpoint: {newest or 'none'}; make room "
+                        f"or choose another --out_dir, then {then}")
     if not stopped and newest:
         run.procs.print(f"next: python sample.py --ckpt={run.folder} continues a text with this model")
     if stopped:

@@ -53,6 +53,7 @@ from nanofp8.checkpoint_files import complete_checkpoints, load_tensors, load_we
 from nanofp8.config import UserError
 from nanofp8.muon import TorchMuon
 from nanofp8.precision import fp8_state
+from nanofp8.procs import start_processes
 
 pytestmark = pytest.mark.usefixtures("fresh")
 
@@ -1045,6 +1046,69 @@ def test_a_write_that_fails_is_printed_and_training_continues(tmp_path, shards, 
         assert in_ckpt(folder) == ["step_000004", "step_000006"]
         assert same_tensors(read_weights(folder / "ckpt" / "step_000004", one_rank["fp8"].saved[4]),
                             one_rank["fp8"].saved[4])
+
+
+def small_checkpoints(folder, keep=2, *steps):
+    """Return Checkpoints of a run folder, and a function that saves after a step and waits; save after `steps`."""
+    checkpoints = Checkpoints(str(folder), keep, start_processes())
+
+    def save(step):
+        state = dict(model=dict(weight=torch.full((1000,), float(step))))
+        checkpoints.save(step, lambda: state, dict(step=step))
+        checkpoints.finish(wait=True)
+
+    for step in steps:
+        save(step)
+    return checkpoints, save
+
+
+@pytest.mark.parametrize("failures,free,names", [
+    (1, 1000, ["step_000003", "step_000004"]), (2, 1000, ["step_000003"]),
+    (2, 1e9, ["step_000001", "step_000002", "step_000003"])])
+def test_a_full_disk_costs_older_checkpoints_but_the_newest(tmp_path, capsys, failures, free, names):
+    """torch's writer fails without a reason; what is free says that the disk is full. Then one more attempt is made.
+    A write that fails for another reason deletes nothing."""
+    checkpoints, save = small_checkpoints(tmp_path, 9, 1, 2, 3)
+    real, errors = dcp.save, [RuntimeError("PytorchStreamWriter failed writing file")] * failures
+
+    def fails(state, checkpoint_id, **options):
+        assert len(in_ckpt(tmp_path)) > 2 or len(errors) < failures  # nothing is deleted before the first attempt
+        if errors:
+            os.makedirs(checkpoint_id)
+            raise errors.pop()
+        real(state, checkpoint_id=checkpoint_id, **options)
+
+    with mock.patch.object(dcp, "save", fails), \
+            mock.patch.object(shutil, "disk_usage", lambda path: SimpleNamespace(free=free)):
+        save(4)
+    out = capsys.readouterr().out
+    assert in_ckpt(tmp_path) == names and checkpoints.last.endswith(names[-1])
+    full, failed = free == 1000, failures > 1
+    assert ("checkpoint at step 4: the disk is too full (a checkpoint takes 0.0 MB, 0.0 MB are free); "
+            "deleted step_000001, step_000002, trying once more" in out) == full
+    assert ("checkpoint at step 4 failed" in out) == bool(checkpoints.failure) == failed
+    assert ("too full" in checkpoints.failure) == (full and failed)
+    checkpoints.close()
+
+
+def test_only_what_exceeds_keep_is_deleted_before_a_write(tmp_path):
+    """keep_checkpoints was lowered: the others make room. Those to keep stay until the new one is on disk."""
+    small_checkpoints(tmp_path, 9, 1, 2, 3, 4)[0].close()
+    checkpoints, save = small_checkpoints(tmp_path, 2)
+    with mock.patch.object(dcp, "save", side_effect=RuntimeError("broken")):
+        save(5)
+    assert in_ckpt(tmp_path) == ["step_000003", "step_000004"] and checkpoints.failure == "broken"
+    save(6)
+    assert in_ckpt(tmp_path) == ["step_000004", "step_000006"] and not checkpoints.failure
+    checkpoints.close()
+
+
+def test_a_run_whose_last_checkpoint_finds_a_full_disk_fails(tmp_path, shards, capsys):
+    with mock.patch.object(dcp, "save", side_effect=RuntimeError("PytorchStreamWriter failed writing file")), \
+            mock.patch.object(shutil, "disk_usage", lambda path: SimpleNamespace(free=1e5)):
+        error = refused(capsys, tmp_path, shards, 1, "trained to the end after 1 steps", "could not be written",
+                        "disk is too full", "0.1 MB are free", "Newest checkpoint: none", "--out_dir", max_iters=1)
+    assert "a checkpoint takes 1.7 MB" in error and records(tmp_path / "gpt", "done")
 
 
 def damage(folder, how):
