@@ -27,7 +27,14 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException  # DCP's own, which is not an Exception
 from torch.distributed.tensor import DTensor
 
-from nanofp8.checkpoint_files import complete_checkpoints, load_tensors, read_checkpoint, steps_of
+from nanofp8.checkpoint_files import (
+    complete_checkpoints,
+    failure_line,
+    load_tensors,
+    read_checkpoint,
+    read_index,
+    steps_of,
+)
 from nanofp8.config import UserError, flag_values
 from nanofp8.files import console, error_line, sync_to_disk
 from nanofp8.precision import fp8_state
@@ -296,11 +303,7 @@ def restore(run: Any, folder: str, meta: dict) -> bool:
     Scales are restored if the checkpoint has them, generators if the number of ranks is the same. meta: of meta.json.
     Returns: whether all scales were restored. Raises: UserError.
     """
-    try:
-        saved = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
-    except Exception as error:
-        raise UserError(f"cannot load checkpoint {folder}: {error!r}") from None
-    state, procs = training_state(run), run.procs
+    saved, state, procs = read_index(folder).state_dict_metadata, training_state(run), run.procs
 
     def known(tree: Any, prefix: str) -> Any:
         """The part of a nested dict that the checkpoint has, in the same shapes."""
@@ -334,12 +337,6 @@ def restore(run: Any, folder: str, meta: dict) -> bool:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Saving
-
-
-def failure_line(error: BaseException) -> str:
-    """Return why a write or read of DCP failed, in one line."""
-    failures = getattr(error, "failures", None)  # of a CheckpointException: {rank: (exception, traceback)}
-    return error_line(next(iter(failures.values()))[0] if failures else error)
 
 
 def entry_bytes(state: dict, prefix: str = "") -> dict[str, int]:
