@@ -28,18 +28,23 @@ from torch.distributed.checkpoint.api import CheckpointException  # DCP's own, w
 from torch.distributed.tensor import DTensor
 
 from nanofp8.checkpoint_files import (
+    INDEX,
+    checksums,
     complete_checkpoints,
     failure_line,
+    find_damage,
     load_tensors,
+    older_checkpoints,
     read_checkpoint,
     read_index,
+    set_aside,
     steps_of,
 )
 from nanofp8.config import UserError, flag_values
 from nanofp8.files import console, error_line, sync_to_disk
 from nanofp8.precision import fp8_state
 from nanofp8.procs import Processes, report_good_end
-from nanofp8.runlog import FolderLock, read_log
+from nanofp8.runlog import FolderLock, read_log, saved_config
 
 # Flags that a resumed run cannot change
 FIXED_FLAGS = ("n_layer", "n_embd", "n_head", "vocab_size", "block_size", "rope_base", "norm_eps", "logit_softcap",
@@ -118,6 +123,11 @@ def saved_at(checkpoint: str) -> float:
         return 0.0
 
 
+def last_saved(checkpoint: str) -> float:
+    """Return when a run saved last, in seconds. checkpoint: its newest, whose own meta.json may be damaged."""
+    return max(map(saved_at, [checkpoint, *older_checkpoints(checkpoint)]))
+
+
 def find_checkpoint(path: str) -> str | None:
     """Return the newest complete checkpoint at or below `path`, or None.
 
@@ -127,7 +137,7 @@ def find_checkpoint(path: str) -> str | None:
     if os.path.isfile(os.path.join(path, "meta.json")):
         return path
     folders = [path, os.path.join(path, "ckpt"), *glob.glob(os.path.join(glob.escape(path), "*", "ckpt"))]
-    return max((found[-1] for found in map(complete_checkpoints, folders) if found), key=saved_at, default=None)
+    return max((found[-1] for found in map(complete_checkpoints, folders) if found), key=last_saved, default=None)
 
 
 def run_folder_of(checkpoint: str) -> str | None:
@@ -192,8 +202,8 @@ def choose_checkpoint(cfg: SimpleNamespace) -> str | None:
         found = [f for f in map(find_checkpoint, [first, *numbered]) if f]
         # gpt-2 may be the second run called gpt, or a run that was called gpt-2
         found = [f for f in found if run_folder_of(f) == os.path.abspath(first)
-                 or read_checkpoint(f)["flags"]["run_name"] == cfg.run_name]
-        checkpoint = max(found, key=saved_at, default=None)
+                 or saved_config(run_folder_of(f) or "").get("run_name") == cfg.run_name]
+        checkpoint = max(found, key=last_saved, default=None)
     elif checkpoint is None and cfg.resume:
         checkpoint = find_checkpoint(cfg.resume)
         if checkpoint is None:
@@ -205,17 +215,23 @@ def choose_checkpoint(cfg: SimpleNamespace) -> str | None:
     return checkpoint
 
 
+def is_own_run(checkpoint: str, cfg: SimpleNamespace) -> bool:
+    """Whether a checkpoint lies in the run folder that these processes had before torchrun restarted them."""
+    before, folder = run_folder_before_restart(cfg), run_folder_of(checkpoint)
+    return bool(before and folder) and os.path.samefile(before, folder)
+
+
 def was_restarted() -> bool:
     """Whether torchrun restarted these processes after one of them died."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
 def lock_checkpoint(cfg: SimpleNamespace, procs: Processes) -> tuple[str | None, FolderLock | None]:
-    """Choose the checkpoint to resume, and lock its run folder before anything of it is read.
+    """Choose the checkpoint to resume, lock its run folder before anything of it is read, and check its files.
 
     Returns: the checkpoint (on every rank; None for a fresh start), and the lock (on rank 0, if the checkpoint lies in
         a run folder).
-    Raises: UserError if another process is training there.
+    Raises: UserError if another process is training there, or if the checkpoint is damaged (see whole_checkpoint()).
     """
     outcome, lock = (None, None), None
     if procs.is_main:
@@ -236,7 +252,65 @@ def lock_checkpoint(cfg: SimpleNamespace, procs: Processes) -> tuple[str | None,
     checkpoint, failure = procs.broadcast(outcome)
     if failure:
         raise UserError(*failure)
-    return checkpoint, lock
+    try:
+        return checkpoint and whole_checkpoint(checkpoint, cfg, procs), lock
+    except BaseException:
+        if lock:
+            lock.close()
+        raise
+
+
+def whole_checkpoint(checkpoint: str, cfg: SimpleNamespace, procs: Processes) -> str:
+    """Return this checkpoint if it is whole, else the next older one that is: with --resume=auto and after a restart.
+
+    Damaged ones are set aside as step_N.damaged. A checkpoint that was named in --resume is never replaced.
+    Raises: UserError.
+    """
+    fault, older = check_whole(checkpoint, procs), ""
+    if not fault:
+        return checkpoint
+    damaged = [checkpoint]
+    for older in procs.broadcast(older_checkpoints(checkpoint) if procs.is_main else None):
+        if not check_whole(older, procs):
+            break
+        damaged.append(older)
+    else:
+        raise UserError(f"cannot load checkpoint {checkpoint}: {fault}; no older one beside it is whole, so bring back "
+                        f"a copy, or start anew without --resume")
+    if cfg.resume != "auto" and not procs.broadcast(was_restarted() and is_own_run(checkpoint, cfg)):
+        raise UserError(f"cannot load checkpoint {checkpoint}: {fault}; the next older whole one is --resume={older}")
+    if procs.is_main:
+        try:
+            names = [os.path.basename(set_aside(folder)) for folder in damaged]
+        except OSError as error:
+            raise UserError(f"{fault}, and it cannot be renamed ({error.strerror}); use --resume={older}",
+                            one_rank=True) from None
+        console(f"resume: {fault}; kept as {', '.join(names)}, continuing from {older}")
+    return older
+
+
+def check_whole(checkpoint: str, procs: Processes) -> str:
+    """Return what is damaged in a checkpoint, "" if nothing: the same on all ranks, which share the reading.
+
+    Raises: UserError if a file cannot be read, or if memory is too little.
+    """
+    start = time.perf_counter()
+    try:
+        outcome = find_damage(checkpoint, procs.rank, procs.world_size), None
+    except UserError as error:
+        outcome = "", (str(error), error.status)
+    outcomes = procs.gather(outcome)
+    for _, failure in outcomes:
+        if failure:
+            raise UserError(*failure)
+    fault = next((fault for fault, _ in outcomes if fault), "")
+    if not fault and procs.is_main:
+        files = read_checkpoint(checkpoint).get("files")
+        size = sum(of_file["bytes"] for of_file in files.values()) / 1e9 if files else 0
+        seconds = time.perf_counter() - start
+        console(f"checkpoint {checkpoint}: " + (f"{size:.2f} GB verified in {seconds:.1f} s" if files else
+                "it has no checksums, because older code wrote it; only its weights were checked"))
+    return fault
 
 
 def adopt_flags(checkpoint: str, cfg: SimpleNamespace, old: dict, procs: Processes) -> dict:
@@ -394,11 +468,12 @@ class Checkpoints:
     def save(self, step: int, make_state: Callable[[], dict], meta: dict) -> float:
         """Start a checkpoint after `step` optimizer steps; return the seconds that it blocked training.
 
-        Non-finite weights are not saved: no run could continue from them, and they would drive out a good checkpoint.
+        Weights and optimizer state that are not finite are not saved: no run could continue from them, and they would
+        drive out a good checkpoint.
 
         Args:
             make_state: returns training_state().
-            meta: content of meta.json.
+            meta: content of meta.json, without checksums.
         """
         if not self.keep:
             return 0.0
@@ -409,10 +484,12 @@ class Checkpoints:
         try:
             self.writer.submit(int).result()  # its thread, which may not start
             state = make_state()
-            weights = [p.to_local() if isinstance(p, DTensor) else p for p in state["model"].values()]
-            norms = [torch.linalg.vector_norm(p, ord=math.inf) for p in weights if p.numel()]
-            if not torch.stack(norms or [torch.zeros(())]).isfinite().all():
-                raise ValueError("the weights are not finite")
+            tensors = [*state["model"].values(), *(t for of in state.get("optim", {}).values() for t in of.values())]
+            tensors = [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
+            tensors = [t for t in tensors if t.numel() and t.is_floating_point()]
+            norms = [norm.float().to(self.procs.device) for norm in torch._foreach_norm(tensors, math.inf)]
+            if norms and not torch.stack(norms).isfinite().all():
+                raise ValueError("weights or optimizer state are not finite")
             state = self.stager.stage(state)
         except Exception as error:
             vars(self).pop("stager", None)  # it may hold half a copy
@@ -429,7 +506,7 @@ class Checkpoints:
     def write(self, step: int, state: dict, meta: dict, temporary: str) -> None:
         """Write a checkpoint under its temporary name (the writer's thread, on all ranks).
 
-        Where the disk is too full, delete older checkpoints down to the newest, and try once more.
+        Where the disk is too full, delete older checkpoints down to the newest whole one, and try once more.
         Raises: RuntimeError, or what DCP raises, on all ranks.
         """
         if self.procs.is_main:  # more than `keep` may be there: the flag may have been lowered
@@ -449,14 +526,19 @@ class Checkpoints:
                 raise RuntimeError(self.lack_of_space(state, temporary, error) or failure_line(error)) from None
 
     def write_once(self, state: dict, meta: dict, temporary: str) -> None:
-        """Write all tensors, then meta.json (rank 0). Raises as write() does."""
+        """Write all tensors, then meta.json with the checksums of all files (rank 0). Raises as write() does."""
+        def own_checksums() -> dict:
+            names = glob.glob(f"__{self.procs.rank}_*", root_dir=temporary) + [INDEX] * self.procs.is_main
+            return checksums(temporary, names)
+
         def write_meta() -> None:
             path = os.path.join(temporary, "meta.json")
             with open(path, "w", encoding="utf-8") as f:
-                json.dump(meta, f, indent=1)
+                json.dump(meta | dict(files=files), f, indent=1)
             sync_to_disk(path)
 
         dcp.save(state, checkpoint_id=temporary, process_group=self.group)
+        files = {name: of_file for of_rank in self.together(own_checksums) for name, of_file in of_rank.items()}
         self.on_rank_0(write_meta)
 
     def together(self, work: Callable[[], Any]) -> list:
@@ -497,8 +579,9 @@ class Checkpoints:
                 f"(a checkpoint takes {needed / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free)")
 
     def make_room(self) -> list[str]:
-        """Delete all complete checkpoints but the newest; return their names."""
-        older = complete_checkpoints(self.folder)[:-1]
+        """Delete the complete checkpoints before the newest whole one; return their names."""
+        whole = (f for f in reversed(complete_checkpoints(self.folder)) if not find_damage(f, weights=False))
+        older = older_checkpoints(next(whole, ""))[::-1]
         for folder in older:
             self.delete(folder)
         return [os.path.basename(folder) for folder in older]

@@ -397,6 +397,7 @@ RANKS = {
     "fsdp2-poisoned": (FSDP2, None, 0), "ddp-poisoned": (DDP, None, 0),
     "minutes": (FSDP2 | dict(ckpt_interval=0), None, 0), "one-fails": (FSDP2 | dict(ckpt_interval=2), None, 0),
     "stopped": (FSDP2 | dict(ckpt_interval=0), None, 0), "stopped-resumed": (FSDP2, "stopped", 2),
+    "damaged": (DDP | dict(resume="auto"), "ddp-fp8", (3, 5)),
 }
 WORKER = textwrap.dedent("""
     import contextlib, gc, json, os, pathlib, signal, socket, sys
@@ -423,9 +424,13 @@ WORKER = textwrap.dedent("""
         te._state.__init__()
         if source:
             if procs.is_main:
-                helpers.copy_of_run(spec["one"] if source == "one" else out / source, out / name, step)
+                helpers.copy_of_run(spec["one"] if source == "one" else out / source, out / name,
+                                    *(step if isinstance(step, list) else [step]))
+                if name == "damaged":  # what rank 1 has written
+                    with open(out / name / "ckpt" / "step_000005" / "__1_0.distcp", "r+b") as f:
+                        f.write(b"x")
             procs.broadcast(None)
-            changes["resume"] = str(out / name)
+            changes.setdefault("resume", str(out / name))
         cfg = helpers.make_cfg(run_name=name, out_dir=out, data_dir=spec["data"], **changes)
         stopper = contextlib.nullcontext()
         if name == "stopped" and procs.rank == 1:  # and rank 0 knows nothing of it
@@ -504,6 +509,15 @@ def test_all_ranks_skip_what_is_not_finite_on_one(two_ranks, name):
     assert learned(poisoned.folder, "train")[:3] == learned(whole.folder, "train")[:3]
     assert same_tensors(poisoned.saved[4], poisoned.saved[3]) and same_tensors(poisoned.saved[3], whole.saved[3])
     assert np.isfinite(losses(poisoned.folder)[[4, 5]].astype(float)).all()
+
+
+def test_two_ranks_agree_on_the_next_older_checkpoint(two_ranks):
+    """They share the reading, and one of them finds the damage."""
+    run = two_ranks["damaged"]
+    assert learned(run.folder) == learned(two_ranks["ddp-fp8"].folder)
+    assert in_ckpt(run.folder) == [f"step_{s:06d}" for s in (3, 4, 5)] + ["step_000005.damaged", "step_000006"]
+    files = json.loads((run.folder / "ckpt" / "step_000006" / "meta.json").read_text())["files"]
+    assert sorted(files) == [".metadata", "__0_0.distcp", "__1_0.distcp"]
 
 
 def test_the_clock_of_rank_0_decides_for_all(two_ranks):
@@ -1054,7 +1068,8 @@ def small_checkpoints(folder, keep=2, *steps):
 
     def save(step):
         state = dict(model=dict(weight=torch.full((1000,), float(step))))
-        checkpoints.save(step, lambda: state, dict(step=step))
+        checkpoints.save(step, lambda: state, dict(step=step, tokens=step, world_size=1, train_seconds=1.0, flags={},
+                                                   loader=dict(step=step, micro_batch=0)))
         checkpoints.finish(wait=True)
 
     for step in steps:
@@ -1156,6 +1171,111 @@ def test_a_damaged_checkpoint_is_refused_in_one_line(tmp_path, shards, capsys, o
     elif "meta" not in how:
         with pytest.raises(UserError, match="cannot load.*step_000004"):
             read_weights(folder / "ckpt" / "step_000004", one_rank["fp8"].saved[4])
+
+
+def flip_bit(path, position=2000):
+    """Flip a bit of a file, which keeps its length."""
+    with open(path, "r+b") as f:
+        f.seek(position)
+        byte = f.read(1)[0]
+        f.seek(position)
+        f.write(bytes([byte ^ 4]))
+
+
+def make_weights_nan(folder, like):
+    """Make a checkpoint one that older code saved: its weights are not finite, and it has no checksums."""
+    weights = read_weights(folder, like)
+    weights["head.weight"][7, 3] = torch.nan
+    dcp.save({"model": weights}, checkpoint_id=str(folder), no_dist=True)
+    meta = json.loads((folder / "meta.json").read_text())
+    del meta["files"]
+    (folder / "meta.json").write_text(json.dumps(meta))
+
+
+DAMAGE = {"flipped bit": "its checksum is wrong", "truncated data": "too short", "no data": "is missing",
+          "no index": "is missing", "half meta": "not a complete checkpoint", "nan": "weights that are not finite"}
+
+
+def damaged_run(tmp_path, run, how):
+    """Copy a run with its checkpoints after 2, 4 and 6 steps, and damage the newest."""
+    folder = copy_of_run(run.folder, tmp_path / "r", 2, 4, 6)
+    newest = folder / "ckpt" / "step_000006"
+    if how == "flipped bit":
+        flip_bit(next(newest.glob("*.distcp")))
+    elif how == "nan":
+        make_weights_nan(newest, run.saved[6])
+    else:
+        damage(newest, how)
+    return folder
+
+
+def chosen(tmp_path, **changes):
+    """Return the checkpoint that a run would continue from."""
+    checkpoint_, lock = checkpoint.lock_checkpoint(helpers.make_cfg(out_dir=tmp_path, run_name="r", **changes),
+                                                   helpers.one_process())
+    if lock:
+        lock.close()
+    return checkpoint_
+
+
+@pytest.mark.parametrize("how", DAMAGE)
+def test_auto_continues_from_the_next_older_whole_checkpoint(tmp_path, capsys, one_rank, how):
+    """The damaged one is renamed, never deleted, and a line says why. A restart by torchrun does the same."""
+    folder = damaged_run(tmp_path, one_rank["fp8"], how)
+    assert chosen(tmp_path, resume="auto") == str(folder / "ckpt" / "step_000004")
+    assert in_ckpt(folder) == ["step_000002", "step_000004", "step_000006.damaged"]
+    out = capsys.readouterr().out
+    verified, line = out.splitlines()
+    assert line.startswith("resume: ") and "step_000006" in line and DAMAGE[how] in line
+    assert line.endswith(f"kept as step_000006.damaged, continuing from {folder}/ckpt/step_000004")
+    assert verified.startswith(f"checkpoint {folder}/ckpt/step_000004: 0.00 GB verified in ")
+    # The one that is set aside no longer counts
+    assert chosen(tmp_path, resume="auto") == str(folder / "ckpt" / "step_000004")
+    assert capsys.readouterr().out.count("\n") == 1
+
+
+def test_a_restart_falls_back_and_a_path_never_does(tmp_path, capsys, monkeypatch, one_rank):
+    folder = damaged_run(tmp_path, one_rank["fp8"], "flipped bit")
+    flip_bit(next((folder / "ckpt" / "step_000004").glob("*.distcp")))
+    for path in (folder, folder / "ckpt" / "step_000006", tmp_path):
+        with pytest.raises(UserError, match="step_000006.*its checksum is wrong; the next older whole one is "
+                                            f"--resume={folder}/ckpt/step_000002"):
+            chosen(tmp_path, resume=path)
+    assert in_ckpt(folder) == ["step_000002", "step_000004", "step_000006"]
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "mine")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | dict(torchrun="mine")))
+    assert chosen(tmp_path, resume=folder) == str(folder / "ckpt" / "step_000002")
+    assert in_ckpt(folder) == ["step_000002", "step_000004.damaged", "step_000006.damaged"]
+
+
+def test_a_run_without_a_whole_checkpoint_is_an_error(tmp_path, one_rank):
+    """It does not start anew, and nothing is renamed: a copy may be brought back."""
+    folder = damaged_run(tmp_path, one_rank["fp8"], "half meta")
+    for step in (2, 4):
+        damage(folder / "ckpt" / f"step_{step:06d}", "no data")
+    for _ in range(2):
+        with pytest.raises(UserError, match="no older one beside it is whole"):
+            chosen(tmp_path, resume="auto")
+    assert in_ckpt(folder) == ["step_000002", "step_000004", "step_000006"]
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), MemoryError()])
+def test_no_other_checkpoint_is_tried_after_an_error_that_is_not_its_fault(tmp_path, one_rank, error):
+    folder = copy_of_run(one_rank["fp8"].folder, tmp_path / "r", 4, 6)
+    with mock.patch.object(torch, "load", side_effect=error), \
+            pytest.raises(UserError, match="Input/output error|too little memory"):
+        chosen(tmp_path, resume="auto")
+    assert in_ckpt(folder) == ["step_000004", "step_000006"]
+
+
+def test_a_run_continues_after_its_newest_checkpoint_was_damaged(tmp_path, shards, one_rank):
+    """The whole run equals the undamaged one. What was set aside stays."""
+    folder = damaged_run(tmp_path, one_rank["fp8"], "flipped bit")
+    assert train_here(tmp_path, shards, run_name="r", resume="auto", **RUN) == folder
+    assert learned(folder) == learned(one_rank["fp8"].folder)
+    assert in_ckpt(folder) == [f"step_{s:06d}" for s in (2, 4, 5, 6)] + ["step_000006.damaged"]
 
 
 # -----------------------------------------------------------------------------------------------------
