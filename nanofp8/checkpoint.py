@@ -45,6 +45,7 @@ from nanofp8.files import console, error_line, sync_to_disk
 from nanofp8.precision import fp8_state
 from nanofp8.procs import Processes, report_good_end
 from nanofp8.runlog import FolderLock, read_log, saved_config
+from nanofp8.shards import ShardError, fingerprint
 
 # Flags that a resumed run cannot change
 FIXED_FLAGS = ("n_layer", "n_embd", "n_head", "vocab_size", "block_size", "rope_base", "norm_eps", "logit_softcap",
@@ -106,6 +107,25 @@ def data_fingerprint(ring: Any, tokens: int) -> dict:
     """
     first = max(0, tokens - 4096)
     return dict(tokens=ring.total, crc32=zlib.crc32(ring.read(first, tokens - first).tobytes()))
+
+
+def shard_fingerprints(train_ring: Any, val_ring: Any, procs: Processes) -> dict[str, list[dict]]:
+    """Return the fingerprints of all shards as rank 0 sees them: {"train": [...], "val": [...]}, in their order.
+
+    Args: train_ring, val_ring: train.TokenRing. Raises: UserError if a shard cannot be read.
+    """
+    outcome = None, None
+    if procs.is_main:
+        try:
+            with ThreadPoolExecutor(8) as pool:  # a network file system takes its time for each read
+                outcome = {split: list(pool.map(fingerprint, ring.paths))
+                           for split, ring in (("train", train_ring), ("val", val_ring))}, None
+        except ShardError as error:
+            outcome = None, str(error)
+    found, failure = procs.broadcast(outcome)
+    if failure:
+        raise UserError(failure)
+    return found
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -330,13 +350,34 @@ def adopt_flags(checkpoint: str, cfg: SimpleNamespace, old: dict, procs: Process
     return saved
 
 
-def check_resume(checkpoint: str, cfg: SimpleNamespace, ring: Any, procs: Processes) -> dict:
+def check_shards(checkpoint: str, saved: dict[str, list], shards: dict[str, list], folder: str) -> None:
+    """Check that all shards that a checkpoint was trained and evaluated on are still there. More may follow them.
+
+    Args:
+        saved, shards: of shard_fingerprints(), then and now.
+        folder: where the shards are now.
+    Raises: UserError naming the first shard that is missing or another one.
+    """
+    for split, were in saved.items():
+        now = shards[split]
+        for i, was in enumerate(were):
+            same = i < len(now) and all(now[i][key] == was[key] for key in ("bytes", "crc32"))
+            if not same:
+                other = f"{now[i]['name']} is another one" if i < len(now) else "it is missing"
+                raise UserError(
+                    f"{checkpoint} was trained on other data: {split} shard {i + 1} was {was['name']} (checksum "
+                    f"{was['crc32']:08x}), and in {folder} {other}; bring it back, or start a new run without --resume",
+                    2)
+
+
+def check_resume(checkpoint: str, cfg: SimpleNamespace, ring: Any, shards: dict, procs: Processes) -> dict:
     """Return the meta.json of a checkpoint, after checking that flags and data fit it. Prints harmless differences.
 
     cfg.run_name becomes that of the checkpoint's run folder: the run continues there.
 
     Args:
         ring: train.TokenRing of the train shards.
+        shards: of shard_fingerprints().
     Raises: UserError if a flag that cannot change differs, if the run is complete, or if the data differ.
     """
     meta = read_checkpoint(checkpoint)
@@ -361,12 +402,15 @@ def check_resume(checkpoint: str, cfg: SimpleNamespace, ring: Any, procs: Proces
         cfg.run_name = changed["run_name"][0]
         if "run_name" in cfg.explicit:
             procs.print(f"resume: continuing in {folder}; --run_name={changed['run_name'][1]} has no effect")
-    was, is_now = meta.get("data"), data_fingerprint(ring, meta["tokens"])
+    was, data_folder = meta.get("data"), os.path.dirname(ring.paths[0])
+    if was and "shards" in was:  # older checkpoints lack them
+        check_shards(checkpoint, was["shards"], shards, data_folder)
+    is_now = data_fingerprint(ring, meta["tokens"])
     # More shards are fine until a run has come round to the first one again
     if was and was["crc32"] != is_now["crc32"]:
         raise UserError(
             f"{checkpoint} was trained on other data: {was['tokens']:,} tokens with checksum {was['crc32']:08x} before "
-            f"its position, and {os.path.dirname(ring.paths[0])} has {is_now['tokens']:,} with {is_now['crc32']:08x}; "
+            f"its position, and {data_folder} has {is_now['tokens']:,} with {is_now['crc32']:08x}; "
             f"bring those shards back", 2)
     return meta
 
@@ -637,9 +681,9 @@ def save_checkpoint(run: Any, steps: int) -> None:
     run.progress.flush()
     meta = dict(
         step=steps, tokens=steps * cfg.total_batch_size, world_size=procs.world_size, loader=run.loader.state_dict(),
-        data=data_fingerprint(run.loader.ring, steps * cfg.total_batch_size), train_seconds=run.progress.train_seconds,
-        parameters=run.parameters, versions=run.machine["versions"], **run.optimizers.meta,
-        guard=run.guard.state_dict(), saved_at=time.time(), flags=flag_values(cfg))
+        data=data_fingerprint(run.loader.ring, steps * cfg.total_batch_size) | dict(shards=run.shards),
+        train_seconds=run.progress.train_seconds, parameters=run.parameters, versions=run.machine["versions"],
+        **run.optimizers.meta, guard=run.guard.state_dict(), saved_at=time.time(), flags=flag_values(cfg))
     blocked = run.checkpoints.save(steps, lambda: training_state(run), meta)
     run.last_save = time.monotonic()
     if cfg.keep_checkpoints:

@@ -142,12 +142,16 @@ def check_meta(meta: dict, name: str) -> None:
 
     named, real = re.fullmatch(r"step_(\d+)", name), (int, float)
     data, guard, files = (meta.get(key) for key in ("data", "guard", "files"))
+    shards = (data or {}).get("shards", {})
     fits = dict(
         flags=isinstance(meta["flags"], dict), tokens=number(meta["tokens"], 1),
         step=number(meta["step"], 1) and (not named or meta["step"] == int(named[1])),
         world_size=number(meta["world_size"], 1), train_seconds=number(meta["train_seconds"], 0, real),
         loader=all(number(meta["loader"][key], 0) for key in ("step", "micro_batch")),
         data=data is None or number(data["tokens"], 1) and number(data["crc32"], 0),
+        shards=shards.keys() <= {"train", "val"} and all(
+            isinstance(shard["name"], str) and number(shard["bytes"], 0) and number(shard["crc32"], 0)
+            for split in shards.values() for shard in split),
         guard=guard is None or number(guard["in_a_row"], 0) and all(
             number(x, kinds=real) for window in guard["windows"].values() for x in window),
         muon=meta.get("muon") in (None, "torch", "dion"),
@@ -157,7 +161,7 @@ def check_meta(meta: dict, name: str) -> None:
             for file, of in files.items()))
     for key, well in fits.items():
         if not well:
-            raise ValueError(f"its {key} is {meta[key]!r:.200}")
+            raise ValueError(f"its {key} is {meta.get(key, data)!r:.200}")
     flags = meta["flags"]
     for key, kind in SAVED_FLAGS.items():
         if key in flags:

@@ -702,6 +702,73 @@ def test_other_data_are_refused(tmp_path, shards, capsys, one_rank):
     refused(capsys, tmp_path, other, 2, "was trained on other data", other, resume=folder, **RUN)
 
 
+def change_data(folder, how):
+    """Change the data set of the tests, which has three train shards and one val shard."""
+    first, second, third = sorted(folder.glob("s_train_*"))
+    val = next(folder.glob("s_val_*"))
+
+    def flip(path, start, stop):
+        tokens = np.fromfile(path, dtype=np.uint16)
+        tokens[512:][start:stop] = 511 - tokens[512:][start:stop]
+        tokens.tofile(path)
+
+    if how == "val replaced":
+        helpers.write_shard(val, helpers.markov_tokens(1500, seed=3))
+    elif how == "first tokens":
+        flip(first, 0, 900)
+    elif how == "future tokens":
+        flip(third, 0, None)
+    elif how == "one token":
+        flip(third, -1, None)
+    elif how == "last shard gone":
+        third.unlink()
+    elif how == "two shards swapped":
+        third.rename(folder / "x")
+        second.rename(third)
+        (folder / "x").rename(second)
+    elif how == "more shards":
+        for split in ("train", "val"):
+            helpers.write_shard(folder / f"s_{split}_000009.bin", helpers.markov_tokens(500, seed=9))
+    elif how == "renamed":
+        for path in (first, second, third, val):
+            path.rename(folder / path.name.replace("s_", "t_"))
+
+
+CHANGED_DATA = {"val replaced": "val shard 1 was s_val_000000.bin",
+                "first tokens": "train shard 1 was s_train_000001.bin",
+                "future tokens": "s_train_000003.bin is another one", "one token": "train shard 3",
+                "last shard gone": "it is missing", "two shards swapped": "train shard 2",
+                "more shards": "", "renamed": "", "nothing": "", "older": ""}
+
+
+@pytest.mark.parametrize("how", CHANGED_DATA)
+def test_all_shards_are_compared(tmp_path, shards, one_rank, how):
+    """After 3 steps, 768 of 6,000 tokens were trained on. More shards after the others are allowed, and so are other
+    names. Older checkpoints know only the last tokens before their position."""
+    folder = copy_of_run(one_rank["fp8"].folder, tmp_path / "r", 3) / "ckpt" / "step_000003"
+    data = shutil.copytree(shards, tmp_path / "data")
+    if how == "older":
+        meta = json.loads((folder / "meta.json").read_text())
+        del meta["data"]["shards"]
+        (folder / "meta.json").write_text(json.dumps(meta))
+    change_data(data / "synthetic", "future tokens" if how == "older" else how)
+    cfg, procs = helpers.make_cfg(data_dir=str(data), resume=folder, **RUN), helpers.one_process()
+    loader, val_ring = train.open_data(cfg, procs)
+    loader.close()
+    found = checkpoint.shard_fingerprints(loader.ring, val_ring, procs)
+    with pytest.raises(UserError, match="was trained on other data: .*bring it back") if CHANGED_DATA[how] else \
+            contextlib.nullcontext() as refusal:
+        assert checkpoint.check_resume(str(folder), cfg, loader.ring, found, procs)["step"] == 3
+    if CHANGED_DATA[how]:
+        assert CHANGED_DATA[how] in str(refusal.value) and refusal.value.status == 2
+
+
+def test_a_shard_that_cannot_be_read_is_one_line(tmp_path, shards, capsys):
+    with mock.patch.object(os, "pread", side_effect=OSError(errno.EIO, "Input/output error")):
+        refused(capsys, tmp_path, shards, 1, "s_train_000001.bin cannot be read (Input/output error)", max_iters=1)
+    assert not list(tmp_path.iterdir())
+
+
 def test_going_back_says_what_it_deletes_and_no_half_deleted_one_counts(tmp_path, shards, capsys, one_rank):
     folder = copy_of_run(one_rank["fp8"].folder, tmp_path / "r", 5)
     copy_of_run(one_rank["fp8"].folder, tmp_path / "early", 2)
