@@ -206,33 +206,29 @@ def run_folder_before_restart(cfg: SimpleNamespace) -> str | None:
     return max(found)[1] if found else None
 
 
-def choose_checkpoint(cfg: SimpleNamespace) -> str | None:
-    """Return the checkpoint that the flag `resume` asks for, or None for a fresh start.
+def choose_checkpoint(cfg: SimpleNamespace) -> tuple[str | None, str | None]:
+    """Return the checkpoint that the flag `resume` asks for, and the run folder to continue in; None where there is
+    none. Of the checkpoints, no more is read than when they were saved.
 
     Processes that torchrun restarted continue in the run folder they had, whatever `resume` says.
     """
-    restarted = was_restarted()
-    if not cfg.resume and not restarted:
-        return None
-    before = run_folder_before_restart(cfg) if restarted else None
+    before = run_folder_before_restart(cfg) if was_restarted() else None
     checkpoint = find_checkpoint(before) if before else None
     if checkpoint is None and cfg.resume == "auto":
-        first = os.path.join(cfg.out_dir, cfg.run_name)
-        numbered = [f for f in glob.glob(glob.escape(first) + "-*") if re.fullmatch(re.escape(first) + r"-\d+", f)]
-        found = [f for f in map(find_checkpoint, [first, *numbered]) if f]
-        # gpt-2 may be the second run called gpt, or a run that was called gpt-2
-        found = [f for f in found if run_folder_of(f) == os.path.abspath(first)
-                 or saved_config(run_folder_of(f) or "").get("run_name") == cfg.run_name]
-        checkpoint = max(found, key=last_saved, default=None)
+        checkpoint = max(filter(None, map(find_checkpoint, own_run_folders(cfg))), key=last_saved, default=None)
     elif checkpoint is None and cfg.resume:
         checkpoint = find_checkpoint(cfg.resume)
         if checkpoint is None:
             raise UserError(f"--resume={cfg.resume}: no complete checkpoint there; "
                             f"name a checkpoint or a run folder", 2)
-    if checkpoint is None:
-        console(f"resume={cfg.resume or 'auto (after a restart)'}: no complete checkpoint in "
-                f"{before or os.path.join(cfg.out_dir, cfg.run_name)}, starting a new run")
-    return checkpoint
+    return checkpoint, run_folder_of(checkpoint) if checkpoint else None
+
+
+def own_run_folders(cfg: SimpleNamespace) -> list[str]:
+    """Return the run folders of this run_name. gpt-2 may be the second run called gpt, or one that was called gpt-2."""
+    first = os.path.join(cfg.out_dir, cfg.run_name)
+    numbered = [f for f in glob.glob(glob.escape(first) + "-*") if re.fullmatch(re.escape(first) + r"-\d+", f)]
+    return [first, *(f for f in numbered if saved_config(f).get("run_name") == cfg.run_name)]
 
 
 def is_own_run(checkpoint: str, cfg: SimpleNamespace) -> bool:
@@ -254,16 +250,9 @@ def lock_checkpoint(cfg: SimpleNamespace, procs: Processes) -> tuple[str | None,
     Raises: UserError if another process is training there, or if the checkpoint is damaged (see whole_checkpoint()).
     """
     outcome, lock = (None, None), None
-    if procs.is_main:
+    if procs.is_main and (cfg.resume or was_restarted()):
         try:
-            checkpoint = choose_checkpoint(cfg)
-            if checkpoint and (folder := run_folder_of(checkpoint)):
-                lock = FolderLock(folder)
-                # The process that held the lock until now may have saved another one
-                checkpoint = choose_checkpoint(cfg)
-                if not checkpoint or run_folder_of(checkpoint) != folder:
-                    lock.close()
-                    raise UserError(f"{folder} has just been changed by another process; start again")
+            checkpoint, lock = choose_and_lock(cfg)
             outcome = checkpoint, None
         except UserError as error:  # the other ranks wait for rank 0's answer
             if error.one_rank:
@@ -277,6 +266,30 @@ def lock_checkpoint(cfg: SimpleNamespace, procs: Processes) -> tuple[str | None,
     except BaseException:
         if lock:
             lock.close()
+        raise
+
+
+def choose_and_lock(cfg: SimpleNamespace) -> tuple[str | None, FolderLock | None]:
+    """Return the checkpoint to resume and the lock of its run folder; None where there is none. Raises UserError."""
+    try:
+        checkpoint, folder = choose_checkpoint(cfg)
+    except UserError:  # the process that trains there may just have replaced it
+        if folder := run_folder_of(cfg.resume):
+            FolderLock(folder).close()  # raises UserError
+        raise
+    if checkpoint is None:
+        console(f"resume={cfg.resume or 'auto (after a restart)'}: no complete checkpoint in "
+                f"{os.path.join(cfg.out_dir, cfg.run_name)}, starting a new run")
+    if folder is None:
+        return checkpoint, None
+    lock = FolderLock(folder)
+    try:
+        again = choose_checkpoint(cfg)  # the process that held the lock until now may have saved another one
+        if again[1] != folder:
+            raise UserError(f"{folder} has just been changed by another process; start again")
+        return again[0], lock
+    except BaseException:
+        lock.close()
         raise
 
 

@@ -49,7 +49,13 @@ from helpers import (
 )
 from nanofp8 import checkpoint, runlog
 from nanofp8.checkpoint import ADDED_FLAGS, Checkpoints, find_checkpoint, restore
-from nanofp8.checkpoint_files import complete_checkpoints, load_tensors, load_weights, read_checkpoint
+from nanofp8.checkpoint_files import (
+    DamagedCheckpoint,
+    complete_checkpoints,
+    load_tensors,
+    load_weights,
+    read_checkpoint,
+)
 from nanofp8.config import UserError
 from nanofp8.muon import TorchMuon
 from nanofp8.precision import fp8_state
@@ -852,6 +858,26 @@ def test_two_processes_do_not_share_a_run_folder(tmp_path, shards, capsys, one_r
     refused(capsys, tmp_path, shards, 1, "another process is training in", resume=folder, **RUN)
     os.close(held)
     train_here(tmp_path, shards, resume=folder, **RUN | dict(max_iters=4))
+
+
+@pytest.mark.parametrize("resume", ["auto", "{}/r", "{}/r/ckpt/step_000001"])
+def test_a_checkpoint_that_another_process_replaces_meanwhile(tmp_path, one_rank, resume):
+    """As after `kill -9` of torchrun, whose workers train on for a while: the lock is asked for before any checkpoint
+    is read, and also where the one that was named is gone."""
+    folder, resume = copy_of_run(one_rank["fp8"].folder, tmp_path / "r", 3), resume.format(tmp_path)
+    held = os.open(folder, os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    for gone in (DamagedCheckpoint("gone"), FileNotFoundError("gone")):
+        with mock.patch.object(time, "sleep"), pytest.raises(UserError, match="another process is training in"), \
+                mock.patch.object(checkpoint, "saved_at", return_value=0.0), \
+                mock.patch.object(checkpoint, "read_checkpoint", side_effect=gone):
+            chosen(tmp_path, resume=resume)
+    os.close(held)
+    if "step_000001" in resume:
+        with pytest.raises(UserError, match="no complete checkpoint there"):
+            chosen(tmp_path, resume=resume)
+    else:
+        assert chosen(tmp_path, resume=resume) == str(folder / "ckpt" / "step_000003")
 
 
 # Trains four steps, each with a checkpoint that is on disk before the next one, and then waits in the fifth
