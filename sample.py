@@ -26,7 +26,6 @@ import shutil
 import sys
 import time
 import types
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, dataclass, fields
@@ -37,7 +36,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanofp8 import plain
-from nanofp8.checkpoint import find_checkpoint, load_weights, read_checkpoint
+from nanofp8.checkpoint import find_checkpoint
+from nanofp8.checkpoint_files import find_damage, is_finite, load_weights, next_whole, read_checkpoint, read_index
 from nanofp8.config import OneLineParser, UserError
 from nanofp8.files import replace_file
 from nanofp8.parts import GATE_CHANNELS, value_layers, windows
@@ -127,27 +127,49 @@ def block_weights(weights: dict[str, Tensor], i: int) -> dict[str, Tensor]:
 
 
 def load_checkpoint(path: str) -> tuple[Shape, dict[str, Tensor], dict[str, Any], str]:
-    """Load the newest checkpoint at or below `path`.
+    """Load the newest checkpoint at or below `path`, after checking its files against their checksums.
 
     Returns: shape, fp32 weights with the gains folded in, content of meta.json, the checkpoint's folder.
-    Raises: UserError if there is none, or if it cannot be read.
+    Raises: UserError if there is none, or if it cannot be read or is damaged.
     """
     folder = find_checkpoint(path)
     if folder is None:
         what = "holds no complete checkpoint" if os.path.exists(path) else "does not exist"
         raise UserError(f"--ckpt={path} {what}; train first (bash run.sh), or give a checkpoint, a run folder or an "
                         "out_dir")
-    meta = read_checkpoint(folder)
-    try:
-        shape = Shape.of(meta["flags"])
-        weights = {name: torch.empty(size) for name, size in weight_shapes(shape).items()}
-    except (KeyError, TypeError, RuntimeError, UserError) as error:
-        raise UserError(f"checkpoint {folder}: its meta.json does not describe a model "
-                        f"({type(error).__name__}: {error}); give another --ckpt") from error
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch warns that there is no process group; one process needs none
+    fault = find_damage(folder, weights=False)
+    if not fault:
+        meta = read_checkpoint(folder)
+        shape, weights = empty_weights(folder, meta["flags"])
         load_weights(folder, weights)
+        broken = [name for name, weight in weights.items() if not is_finite(weight)]
+        fault = f"its weights are not finite ({broken[0]})" if broken else ""
+    if fault:
+        older = next_whole(folder)
+        remedy = f"the next older whole one is --ckpt={older}" if older else "give another --ckpt"
+        raise UserError(f"cannot load checkpoint {folder}: {fault}; {remedy}")
     return shape, fold_gains(weights, shape), meta, folder
+
+
+def empty_weights(folder: str, flags: dict[str, Any]) -> tuple[Shape, dict[str, Tensor]]:
+    """Return the shape that a checkpoint's flags describe, and tensors of its weights' shapes to load into.
+
+    Raises: UserError if the flags describe no model, or another one than the checkpoint holds.
+    """
+    try:
+        shape = Shape.of(flags)
+        saved = {name.removeprefix("model."): tuple(entry.size)
+                 for name, entry in read_index(folder).state_dict_metadata.items() if name.startswith("model.")}
+        if shape.n_layer > len(saved):  # before a list of them all is made
+            raise UserError(f"it has no {shape.n_layer:,} layers")
+        shapes = weight_shapes(shape)
+        for name in shapes.keys() | saved.keys():
+            if shapes.get(name) != saved.get(name):
+                raise UserError(f"{name} should be {shapes.get(name)} and is {saved.get(name)}")
+        return shape, {name: torch.empty(size) for name, size in shapes.items()}
+    except (KeyError, TypeError, RuntimeError, UserError) as error:
+        raise UserError(f"cannot load checkpoint {folder}: its meta.json does not describe its model "
+                        f"({type(error).__name__}: {error}); give another --ckpt") from error
 
 
 # =====================================================================================================
@@ -884,6 +906,8 @@ def run(args: argparse.Namespace) -> None:
         check_prompt(text)  # before loading the checkpoint, which takes long
     shape, weights, meta, folder = load_checkpoint(args.ckpt)
     print(f"checkpoint: {folder}, step {meta['step']:,}, {meta['tokens']:,} tokens", file=sys.stderr, flush=True)
+    if "files" not in meta:
+        print("checkpoint: it has no checksums, because older code wrote it", file=sys.stderr, flush=True)
     if args.export is not None:
         dtype = torch.float32 if args.dtype == "auto" else getattr(torch, args.dtype)
         export(args.export, shape, weights, meta, dtype, args.push_to_hub)

@@ -791,6 +791,7 @@ class Run:
     graphs: MicroBatchGraphs | None = None    # micro-batches as CUDA graphs, once they are captured
     stop: StopSignal | None = None
     val_ring: TokenRing | None = None
+    shards: dict = field(default_factory=dict)  # fingerprints of all shards
     folder: str = ""
     first_step: int = 0                       # steps that a resumed run has already taken
     in_bf16: list[str] = field(default_factory=list)  # layers that HIGH_PRECISION_LAYERS keeps in bf16
@@ -973,10 +974,11 @@ def set_up(cfg: SimpleNamespace, procs: Processes, cleanup: contextlib.ExitStack
         torch.cuda.reset_peak_memory_stats(procs.device)
     loader, val_ring = open_data(cfg, procs)
     cleanup.callback(loader.close)
-    meta = checkpoint.check_resume(resumed, cfg, loader.ring, procs) if resumed else None
+    shards = checkpoint.shard_fingerprints(loader.ring, val_ring, procs)
+    meta = checkpoint.check_resume(resumed, cfg, loader.ring, shards, procs) if resumed else None
 
     run = build(cfg, procs, loader)
-    run.val_ring, run.first_step = val_ring, meta["step"] if meta else 0
+    run.val_ring, run.shards, run.first_step = val_ring, shards, meta["step"] if meta else 0
     run.machine = describe_machine(procs.device)
     run.folder = checkpoint.run_folder_of(resumed) if resumed else None
     if not run.folder:

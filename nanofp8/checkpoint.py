@@ -27,11 +27,25 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException  # DCP's own, which is not an Exception
 from torch.distributed.tensor import DTensor
 
+from nanofp8.checkpoint_files import (
+    INDEX,
+    checksums,
+    complete_checkpoints,
+    failure_line,
+    find_damage,
+    load_tensors,
+    older_checkpoints,
+    read_checkpoint,
+    read_index,
+    set_aside,
+    steps_of,
+)
 from nanofp8.config import UserError, flag_values
 from nanofp8.files import console, error_line, sync_to_disk
 from nanofp8.precision import fp8_state
 from nanofp8.procs import Processes, report_good_end
-from nanofp8.runlog import FolderLock, read_log
+from nanofp8.runlog import FolderLock, read_log, saved_config
+from nanofp8.shards import ShardError, fingerprint
 
 # Flags that a resumed run cannot change
 FIXED_FLAGS = ("n_layer", "n_embd", "n_head", "vocab_size", "block_size", "rope_base", "norm_eps", "logit_softcap",
@@ -95,19 +109,27 @@ def data_fingerprint(ring: Any, tokens: int) -> dict:
     return dict(tokens=ring.total, crc32=zlib.crc32(ring.read(first, tokens - first).tobytes()))
 
 
+def shard_fingerprints(train_ring: Any, val_ring: Any, procs: Processes) -> dict[str, list[dict]]:
+    """Return the fingerprints of all shards as rank 0 sees them: {"train": [...], "val": [...]}, in their order.
+
+    Args: train_ring, val_ring: train.TokenRing. Raises: UserError if a shard cannot be read.
+    """
+    outcome = None, None
+    if procs.is_main:
+        try:
+            with ThreadPoolExecutor(8) as pool:  # a network file system takes its time for each read
+                outcome = {split: list(pool.map(fingerprint, ring.paths))
+                           for split, ring in (("train", train_ring), ("val", val_ring))}, None
+        except ShardError as error:
+            outcome = None, str(error)
+    found, failure = procs.broadcast(outcome)
+    if failure:
+        raise UserError(failure)
+    return found
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Finding checkpoints
-
-
-def steps_of(checkpoint: str) -> int:
-    """Return the number in a checkpoint's name (as text, step_1000000 would sort before step_999750)."""
-    return int(re.search(r"(\d+)/*$", checkpoint)[1])
-
-
-def complete_checkpoints(folder: str) -> list[str]:
-    """Return the complete checkpoints in a folder, by steps."""
-    found = [os.path.dirname(f) for f in glob.glob(os.path.join(glob.escape(folder), "step_*", "meta.json"))]
-    return sorted((f for f in found if re.fullmatch(r"step_\d+", os.path.basename(f))), key=steps_of)
 
 
 def saved_at(checkpoint: str) -> float:
@@ -121,6 +143,11 @@ def saved_at(checkpoint: str) -> float:
         return 0.0
 
 
+def last_saved(checkpoint: str) -> float:
+    """Return when a run saved last, in seconds. checkpoint: its newest, whose own meta.json may be damaged."""
+    return max(map(saved_at, [checkpoint, *older_checkpoints(checkpoint)]))
+
+
 def find_checkpoint(path: str) -> str | None:
     """Return the newest complete checkpoint at or below `path`, or None.
 
@@ -130,39 +157,13 @@ def find_checkpoint(path: str) -> str | None:
     if os.path.isfile(os.path.join(path, "meta.json")):
         return path
     folders = [path, os.path.join(path, "ckpt"), *glob.glob(os.path.join(glob.escape(path), "*", "ckpt"))]
-    return max((found[-1] for found in map(complete_checkpoints, folders) if found), key=saved_at, default=None)
+    return max((found[-1] for found in map(complete_checkpoints, folders) if found), key=last_saved, default=None)
 
 
 def run_folder_of(checkpoint: str) -> str | None:
     """Return the run folder that a checkpoint lies in, or None for one that was moved out of it."""
     folder, name = os.path.split(os.path.dirname(os.path.abspath(checkpoint)))
     return folder if name == "ckpt" and os.path.isfile(os.path.join(folder, "config.json")) else None
-
-
-def read_checkpoint(folder: str) -> dict:
-    """Return meta.json of a checkpoint: step (optimizer steps taken), tokens, flags, loader and more.
-
-    Raises: UserError if the folder is not a complete checkpoint.
-    """
-    def positive(value: Any) -> bool:
-        return isinstance(value, int) and value > 0
-
-    try:
-        with open(os.path.join(folder, "meta.json"), encoding="utf-8") as f:
-            meta = json.load(f)
-        named = re.fullmatch(r"step_(\d+)", os.path.basename(os.path.abspath(folder)))
-        fits = dict(
-            flags=isinstance(meta["flags"], dict), tokens=positive(meta["tokens"]),
-            step=positive(meta["step"]) and (not named or meta["step"] == int(named[1])),
-            world_size=positive(meta["world_size"]), train_seconds=isinstance(meta["train_seconds"], (int, float)),
-            loader=all(isinstance(meta["loader"][key], int) for key in ("step", "micro_batch")))
-        for key, well in fits.items():
-            if not well:
-                raise ValueError(f"its {key} is {meta[key]!r}")
-        return meta
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{folder} is not a complete checkpoint ({error!r}); "
-                        f"name a folder step_NNNNNN or a run folder") from None
 
 
 def invalidate_later_checkpoints(run_folder: str, first_step: int) -> None:
@@ -205,33 +206,35 @@ def run_folder_before_restart(cfg: SimpleNamespace) -> str | None:
     return max(found)[1] if found else None
 
 
-def choose_checkpoint(cfg: SimpleNamespace) -> str | None:
-    """Return the checkpoint that the flag `resume` asks for, or None for a fresh start.
+def choose_checkpoint(cfg: SimpleNamespace) -> tuple[str | None, str | None]:
+    """Return the checkpoint that the flag `resume` asks for, and the run folder to continue in; None where there is
+    none. Of the checkpoints, no more is read than when they were saved.
 
     Processes that torchrun restarted continue in the run folder they had, whatever `resume` says.
     """
-    restarted = was_restarted()
-    if not cfg.resume and not restarted:
-        return None
-    before = run_folder_before_restart(cfg) if restarted else None
+    before = run_folder_before_restart(cfg) if was_restarted() else None
     checkpoint = find_checkpoint(before) if before else None
     if checkpoint is None and cfg.resume == "auto":
-        first = os.path.join(cfg.out_dir, cfg.run_name)
-        numbered = [f for f in glob.glob(glob.escape(first) + "-*") if re.fullmatch(re.escape(first) + r"-\d+", f)]
-        found = [f for f in map(find_checkpoint, [first, *numbered]) if f]
-        # gpt-2 may be the second run called gpt, or a run that was called gpt-2
-        found = [f for f in found if run_folder_of(f) == os.path.abspath(first)
-                 or read_checkpoint(f)["flags"]["run_name"] == cfg.run_name]
-        checkpoint = max(found, key=saved_at, default=None)
+        checkpoint = max(filter(None, map(find_checkpoint, own_run_folders(cfg))), key=last_saved, default=None)
     elif checkpoint is None and cfg.resume:
         checkpoint = find_checkpoint(cfg.resume)
         if checkpoint is None:
             raise UserError(f"--resume={cfg.resume}: no complete checkpoint there; "
                             f"name a checkpoint or a run folder", 2)
-    if checkpoint is None:
-        console(f"resume={cfg.resume or 'auto (after a restart)'}: no complete checkpoint in "
-                f"{before or os.path.join(cfg.out_dir, cfg.run_name)}, starting a new run")
-    return checkpoint
+    return checkpoint, run_folder_of(checkpoint) if checkpoint else None
+
+
+def own_run_folders(cfg: SimpleNamespace) -> list[str]:
+    """Return the run folders of this run_name. gpt-2 may be the second run called gpt, or one that was called gpt-2."""
+    first = os.path.join(cfg.out_dir, cfg.run_name)
+    numbered = [f for f in glob.glob(glob.escape(first) + "-*") if re.fullmatch(re.escape(first) + r"-\d+", f)]
+    return [first, *(f for f in numbered if saved_config(f).get("run_name") == cfg.run_name)]
+
+
+def is_own_run(checkpoint: str, cfg: SimpleNamespace) -> bool:
+    """Whether a checkpoint lies in the run folder that these processes had before torchrun restarted them."""
+    before, folder = run_folder_before_restart(cfg), run_folder_of(checkpoint)
+    return bool(before and folder) and os.path.samefile(before, folder)
 
 
 def was_restarted() -> bool:
@@ -240,23 +243,16 @@ def was_restarted() -> bool:
 
 
 def lock_checkpoint(cfg: SimpleNamespace, procs: Processes) -> tuple[str | None, FolderLock | None]:
-    """Choose the checkpoint to resume, and lock its run folder before anything of it is read.
+    """Choose the checkpoint to resume, lock its run folder before anything of it is read, and check its files.
 
     Returns: the checkpoint (on every rank; None for a fresh start), and the lock (on rank 0, if the checkpoint lies in
         a run folder).
-    Raises: UserError if another process is training there.
+    Raises: UserError if another process is training there, or if the checkpoint is damaged (see whole_checkpoint()).
     """
     outcome, lock = (None, None), None
-    if procs.is_main:
+    if procs.is_main and (cfg.resume or was_restarted()):
         try:
-            checkpoint = choose_checkpoint(cfg)
-            if checkpoint and (folder := run_folder_of(checkpoint)):
-                lock = FolderLock(folder)
-                # The process that held the lock until now may have saved another one
-                checkpoint = choose_checkpoint(cfg)
-                if not checkpoint or run_folder_of(checkpoint) != folder:
-                    lock.close()
-                    raise UserError(f"{folder} has just been changed by another process; start again")
+            checkpoint, lock = choose_and_lock(cfg)
             outcome = checkpoint, None
         except UserError as error:  # the other ranks wait for rank 0's answer
             if error.one_rank:
@@ -265,7 +261,89 @@ def lock_checkpoint(cfg: SimpleNamespace, procs: Processes) -> tuple[str | None,
     checkpoint, failure = procs.broadcast(outcome)
     if failure:
         raise UserError(*failure)
-    return checkpoint, lock
+    try:
+        return checkpoint and whole_checkpoint(checkpoint, cfg, procs), lock
+    except BaseException:
+        if lock:
+            lock.close()
+        raise
+
+
+def choose_and_lock(cfg: SimpleNamespace) -> tuple[str | None, FolderLock | None]:
+    """Return the checkpoint to resume and the lock of its run folder; None where there is none. Raises UserError."""
+    try:
+        checkpoint, folder = choose_checkpoint(cfg)
+    except UserError:  # the process that trains there may just have replaced it
+        if folder := run_folder_of(cfg.resume):
+            FolderLock(folder).close()  # raises UserError
+        raise
+    if checkpoint is None:
+        console(f"resume={cfg.resume or 'auto (after a restart)'}: no complete checkpoint in "
+                f"{os.path.join(cfg.out_dir, cfg.run_name)}, starting a new run")
+    if folder is None:
+        return checkpoint, None
+    lock = FolderLock(folder)
+    try:
+        again = choose_checkpoint(cfg)  # the process that held the lock until now may have saved another one
+        if again[1] != folder:
+            raise UserError(f"{folder} has just been changed by another process; start again")
+        return again[0], lock
+    except BaseException:
+        lock.close()
+        raise
+
+
+def whole_checkpoint(checkpoint: str, cfg: SimpleNamespace, procs: Processes) -> str:
+    """Return this checkpoint if it is whole, else the next older one that is: with --resume=auto and after a restart.
+
+    Damaged ones are set aside as step_N.damaged. A checkpoint that was named in --resume is never replaced.
+    Raises: UserError.
+    """
+    fault, older = check_whole(checkpoint, procs), ""
+    if not fault:
+        return checkpoint
+    damaged = [checkpoint]
+    for older in procs.broadcast(older_checkpoints(checkpoint) if procs.is_main else None):
+        if not check_whole(older, procs):
+            break
+        damaged.append(older)
+    else:
+        raise UserError(f"cannot load checkpoint {checkpoint}: {fault}; no older one beside it is whole, so bring back "
+                        f"a copy, or start anew without --resume")
+    if cfg.resume != "auto" and not procs.broadcast(was_restarted() and is_own_run(checkpoint, cfg)):
+        raise UserError(f"cannot load checkpoint {checkpoint}: {fault}; the next older whole one is --resume={older}")
+    if procs.is_main:
+        try:
+            names = [os.path.basename(set_aside(folder)) for folder in damaged]
+        except OSError as error:
+            raise UserError(f"{fault}, and it cannot be renamed ({error.strerror}); use --resume={older}",
+                            one_rank=True) from None
+        console(f"resume: {fault}; kept as {', '.join(names)}, continuing from {older}")
+    return older
+
+
+def check_whole(checkpoint: str, procs: Processes) -> str:
+    """Return what is damaged in a checkpoint, "" if nothing: the same on all ranks, which share the reading.
+
+    Raises: UserError if a file cannot be read, or if memory is too little.
+    """
+    start = time.perf_counter()
+    try:
+        outcome = find_damage(checkpoint, procs.rank, procs.world_size), None
+    except UserError as error:
+        outcome = "", (str(error), error.status)
+    outcomes = procs.gather(outcome)
+    for _, failure in outcomes:
+        if failure:
+            raise UserError(*failure)
+    fault = next((fault for fault, _ in outcomes if fault), "")
+    if not fault and procs.is_main:
+        files = read_checkpoint(checkpoint).get("files")
+        size = sum(of_file["bytes"] for of_file in files.values()) / 1e9 if files else 0
+        seconds = time.perf_counter() - start
+        console(f"checkpoint {checkpoint}: " + (f"{size:.2f} GB verified in {seconds:.1f} s" if files else
+                "it has no checksums, because older code wrote it; only its weights were checked"))
+    return fault
 
 
 def adopt_flags(checkpoint: str, cfg: SimpleNamespace, old: dict, procs: Processes) -> dict:
@@ -285,13 +363,34 @@ def adopt_flags(checkpoint: str, cfg: SimpleNamespace, old: dict, procs: Process
     return saved
 
 
-def check_resume(checkpoint: str, cfg: SimpleNamespace, ring: Any, procs: Processes) -> dict:
+def check_shards(checkpoint: str, saved: dict[str, list], shards: dict[str, list], folder: str) -> None:
+    """Check that all shards that a checkpoint was trained and evaluated on are still there. More may follow them.
+
+    Args:
+        saved, shards: of shard_fingerprints(), then and now.
+        folder: where the shards are now.
+    Raises: UserError naming the first shard that is missing or another one.
+    """
+    for split, were in saved.items():
+        now = shards[split]
+        for i, was in enumerate(were):
+            same = i < len(now) and all(now[i][key] == was[key] for key in ("bytes", "crc32"))
+            if not same:
+                other = f"{now[i]['name']} is another one" if i < len(now) else "it is missing"
+                raise UserError(
+                    f"{checkpoint} was trained on other data: {split} shard {i + 1} was {was['name']} (checksum "
+                    f"{was['crc32']:08x}), and in {folder} {other}; bring it back, or start a new run without --resume",
+                    2)
+
+
+def check_resume(checkpoint: str, cfg: SimpleNamespace, ring: Any, shards: dict, procs: Processes) -> dict:
     """Return the meta.json of a checkpoint, after checking that flags and data fit it. Prints harmless differences.
 
     cfg.run_name becomes that of the checkpoint's run folder: the run continues there.
 
     Args:
         ring: train.TokenRing of the train shards.
+        shards: of shard_fingerprints().
     Raises: UserError if a flag that cannot change differs, if the run is complete, or if the data differ.
     """
     meta = read_checkpoint(checkpoint)
@@ -316,34 +415,17 @@ def check_resume(checkpoint: str, cfg: SimpleNamespace, ring: Any, procs: Proces
         cfg.run_name = changed["run_name"][0]
         if "run_name" in cfg.explicit:
             procs.print(f"resume: continuing in {folder}; --run_name={changed['run_name'][1]} has no effect")
-    was, is_now = meta.get("data"), data_fingerprint(ring, meta["tokens"])
+    was, data_folder = meta.get("data"), os.path.dirname(ring.paths[0])
+    if was and "shards" in was:  # older checkpoints lack them
+        check_shards(checkpoint, was["shards"], shards, data_folder)
+    is_now = data_fingerprint(ring, meta["tokens"])
     # More shards are fine until a run has come round to the first one again
     if was and was["crc32"] != is_now["crc32"]:
         raise UserError(
             f"{checkpoint} was trained on other data: {was['tokens']:,} tokens with checksum {was['crc32']:08x} before "
-            f"its position, and {os.path.dirname(ring.paths[0])} has {is_now['tokens']:,} with {is_now['crc32']:08x}; "
+            f"its position, and {data_folder} has {is_now['tokens']:,} with {is_now['crc32']:08x}; "
             f"bring those shards back", 2)
     return meta
-
-
-def load_tensors(folder: str, state: dict, no_dist: bool = False) -> None:
-    """Fill the tensors of a nested dict from a checkpoint, in place.
-
-    no_dist: load in this process alone, without a process group.
-    Raises: UserError if a tensor is missing or has another shape.
-    """
-    try:
-        dcp.load(state, checkpoint_id=folder, no_dist=no_dist)
-    except (Exception, CheckpointException) as error:
-        raise UserError(f"cannot load checkpoint {folder}: {error_line(error)}", one_rank=True) from None
-
-
-def load_weights(folder: str, tensors: dict[str, torch.Tensor]) -> None:
-    """Fill {parameter name: tensor} from a checkpoint, in this process alone, whatever number of ranks saved it.
-
-    Raises: UserError.
-    """
-    load_tensors(folder, {"model": tensors}, no_dist=True)
 
 
 def restore(run: Any, folder: str, meta: dict) -> bool:
@@ -352,11 +434,7 @@ def restore(run: Any, folder: str, meta: dict) -> bool:
     Scales are restored if the checkpoint has them, generators if the number of ranks is the same. meta: of meta.json.
     Returns: whether all scales were restored. Raises: UserError.
     """
-    try:
-        saved = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
-    except Exception as error:
-        raise UserError(f"cannot load checkpoint {folder}: {error!r}") from None
-    state, procs = training_state(run), run.procs
+    saved, state, procs = read_index(folder).state_dict_metadata, training_state(run), run.procs
 
     def known(tree: Any, prefix: str) -> Any:
         """The part of a nested dict that the checkpoint has, in the same shapes."""
@@ -392,6 +470,16 @@ def restore(run: Any, folder: str, meta: dict) -> bool:
 # Saving
 
 
+def entry_bytes(state: dict, prefix: str = "") -> dict[str, int]:
+    """Return what each tensor of nested dicts takes on disk, by its path; of a DTensor, the whole."""
+    sizes = {}
+    for key, value in state.items():
+        name = f"{prefix}.{key}"
+        sizes |= entry_bytes(value, name) if isinstance(value, dict) else {
+            name: value.numel() * value.element_size() + 2048}  # and the entry's own headers
+    return sizes
+
+
 class Checkpoints:
     """Save to <run folder>/ckpt/step_NNNNNN while training continues, and keep the newest few.
 
@@ -408,6 +496,7 @@ class Checkpoints:
         """
         self.folder, self.keep, self.procs = os.path.join(folder, "ckpt"), keep, procs
         self.group, self.writer, self.pending = dist.new_group(backend="gloo"), ThreadPoolExecutor(1), None
+        self.failure = ""  # why the last write failed
         if procs.is_main:
             for name in os.listdir(self.folder) if os.path.isdir(self.folder) else ():
                 path = os.path.join(self.folder, name)
@@ -436,11 +525,12 @@ class Checkpoints:
     def save(self, step: int, make_state: Callable[[], dict], meta: dict) -> float:
         """Start a checkpoint after `step` optimizer steps; return the seconds that it blocked training.
 
-        Non-finite weights are not saved: no run could continue from them, and they would drive out a good checkpoint.
+        Weights and optimizer state that are not finite are not saved: no run could continue from them, and they would
+        drive out a good checkpoint.
 
         Args:
             make_state: returns training_state().
-            meta: content of meta.json.
+            meta: content of meta.json, without checksums.
         """
         if not self.keep:
             return 0.0
@@ -451,10 +541,12 @@ class Checkpoints:
         try:
             self.writer.submit(int).result()  # its thread, which may not start
             state = make_state()
-            weights = [p.to_local() if isinstance(p, DTensor) else p for p in state["model"].values()]
-            norms = [torch.linalg.vector_norm(p, ord=math.inf) for p in weights if p.numel()]
-            if not torch.stack(norms or [torch.zeros(())]).isfinite().all():
-                raise ValueError("the weights are not finite")
+            tensors = [*state["model"].values(), *(t for of in state.get("optim", {}).values() for t in of.values())]
+            tensors = [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
+            tensors = [t for t in tensors if t.numel() and t.is_floating_point()]
+            norms = [norm.float().to(self.procs.device) for norm in torch._foreach_norm(tensors, math.inf)]
+            if norms and not torch.stack(norms).isfinite().all():
+                raise ValueError("weights or optimizer state are not finite")
             state = self.stager.stage(state)
         except Exception as error:
             vars(self).pop("stager", None)  # it may hold half a copy
@@ -465,32 +557,107 @@ class Checkpoints:
             rank = next(i for i, text in enumerate(failures) if text)
             self.report_failure(step, temporary, failures[rank] + (f" (rank {rank})" if len(failures) > 1 else ""))
         else:
-            future = self.writer.submit(dcp.save, state, checkpoint_id=temporary, process_group=self.group)
-            self.pending = step, meta, temporary, future
+            self.pending = step, temporary, self.writer.submit(self.write, step, state, meta, temporary)
         return time.perf_counter() - start
+
+    def write(self, step: int, state: dict, meta: dict, temporary: str) -> None:
+        """Write a checkpoint under its temporary name (the writer's thread, on all ranks).
+
+        Where the disk is too full, delete older checkpoints down to the newest whole one, and try once more.
+        Raises: RuntimeError, or what DCP raises, on all ranks.
+        """
+        if self.procs.is_main:  # more than `keep` may be there: the flag may have been lowered
+            for old in complete_checkpoints(self.folder)[:-self.keep]:
+                self.delete(old)
+        try:
+            self.write_once(state, meta, temporary)
+        except (Exception, CheckpointException) as error:
+            reason = self.lack_of_space(state, temporary, error)
+            deleted = self.on_rank_0(self.make_room) if reason else []
+            if not deleted:
+                raise RuntimeError(reason or failure_line(error)) from None
+            self.procs.print(f"checkpoint at step {step}: {reason}; deleted {', '.join(deleted)}, trying once more")
+            try:
+                self.write_once(state, meta, temporary)
+            except (Exception, CheckpointException) as error:
+                raise RuntimeError(self.lack_of_space(state, temporary, error) or failure_line(error)) from None
+
+    def write_once(self, state: dict, meta: dict, temporary: str) -> None:
+        """Write all tensors, then meta.json with the checksums of all files (rank 0). Raises as write() does."""
+        def own_checksums() -> dict:
+            names = glob.glob(f"__{self.procs.rank}_*", root_dir=temporary) + [INDEX] * self.procs.is_main
+            return checksums(temporary, names)
+
+        def write_meta() -> None:
+            path = os.path.join(temporary, "meta.json")
+            with open(path, "w", encoding="utf-8") as f:
+                json.dump(meta | dict(files=files), f, indent=1)
+            sync_to_disk(path)
+
+        dcp.save(state, checkpoint_id=temporary, process_group=self.group)
+        files = {name: of_file for of_rank in self.together(own_checksums) for name, of_file in of_rank.items()}
+        self.on_rank_0(write_meta)
+
+    def together(self, work: Callable[[], Any]) -> list:
+        """Do work on all ranks; return their results, by rank. If one fails, raise RuntimeError on all."""
+        try:
+            outcome = work(), None
+        except Exception as error:
+            outcome = None, error_line(error)
+        outcomes = [None] * self.procs.world_size
+        dist.all_gather_object(outcomes, outcome, self.group)
+        for rank, (_, failure) in enumerate(outcomes):
+            if failure is not None:
+                raise RuntimeError(failure + (f" (rank {rank})" if len(outcomes) > 1 else ""))
+        return [result for result, _ in outcomes]
+
+    def on_rank_0(self, work: Callable[[], Any]) -> Any:
+        """Do work on rank 0 and return its result on all ranks. Raises as together() does."""
+        return self.together(work if self.procs.is_main else lambda: None)[0]
+
+    def lack_of_space(self, state: dict, temporary: str, error: BaseException) -> str:
+        """Delete what a failed write has left; return a line if the disk was too full for it, else "".
+
+        torch's writer does not say so: what a checkpoint takes is compared with what is free.
+        """
+        def free_bytes() -> float:
+            shutil.rmtree(temporary, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                return shutil.disk_usage(os.path.dirname(self.folder)).free
+            return math.inf
+
+        free, sizes = self.on_rank_0(free_bytes), {}
+        for of_rank in self.together(lambda: entry_bytes(state)):
+            sizes |= of_rank
+        needed, text = sum(sizes.values()), failure_line(error)
+        if free >= needed and not re.search("No space left|quota exceeded", text):  # a quota, or too few inodes
+            return ""
+        return (f"{'the disk is too full' if free < needed else text} "
+                f"(a checkpoint takes {needed / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free)")
+
+    def make_room(self) -> list[str]:
+        """Delete the complete checkpoints before the newest whole one; return their names."""
+        whole = (f for f in reversed(complete_checkpoints(self.folder)) if not find_damage(f, weights=False))
+        older = older_checkpoints(next(whole, ""))[::-1]
+        for folder in older:
+            self.delete(folder)
+        return [os.path.basename(folder) for folder in older]
 
     def finish(self, wait: bool = False) -> None:
         """Give a checkpoint its name once it is on disk, if there is one (wait: block until then)."""
-        if not self.pending or not (wait or self.pending[3].done()):
+        if not self.pending or not (wait or self.pending[2].done()):
             return
-        (step, meta, temporary, future), self.pending = self.pending, None
+        (step, temporary, future), self.pending = self.pending, None
         try:
             future.result()
             if self.procs.is_main:
-                self.rename(step, meta, temporary)
+                self.rename(step, temporary)
+            self.failure = ""
         except (Exception, CheckpointException) as error:
-            text = error_line(error)
-            with contextlib.suppress(OSError):  # torch's writer does not say that a disk is full
-                free = shutil.disk_usage(os.path.dirname(self.folder)).free
-                text += f" ({free / 1e9:.2f} GB free)"
-            self.report_failure(step, temporary, text)
+            self.report_failure(step, temporary, failure_line(error))
 
-    def rename(self, step: int, meta: dict, temporary: str) -> None:
-        """Write meta.json, give the folder its final name, then delete what exceeds `keep` (rank 0). Raises OSError."""
-        path = os.path.join(temporary, "meta.json")
-        with open(path, "w", encoding="utf-8") as f:
-            json.dump(meta, f, indent=1)
-        sync_to_disk(path)
+    def rename(self, step: int, temporary: str) -> None:
+        """Give the folder its final name, then delete what exceeds `keep` (rank 0). Raises OSError."""
         final, replaced = (os.path.join(self.folder, f"{name}_{step:06d}") for name in ("step", ".replaced"))
         if os.path.exists(final):  # from before the run was resumed at an earlier step
             os.rename(final, replaced)
@@ -509,6 +676,7 @@ class Checkpoints:
 
     def report_failure(self, step: int, temporary: str, text: str) -> None:
         """Print why a checkpoint could not be written, and delete what there is of it."""
+        self.failure = text
         self.procs.print(f"checkpoint at step {step} failed, training continues: {text}")
         if self.procs.is_main:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -526,9 +694,9 @@ def save_checkpoint(run: Any, steps: int) -> None:
     run.progress.flush()
     meta = dict(
         step=steps, tokens=steps * cfg.total_batch_size, world_size=procs.world_size, loader=run.loader.state_dict(),
-        data=data_fingerprint(run.loader.ring, steps * cfg.total_batch_size), train_seconds=run.progress.train_seconds,
-        parameters=run.parameters, versions=run.machine["versions"], **run.optimizers.meta,
-        guard=run.guard.state_dict(), saved_at=time.time(), flags=flag_values(cfg))
+        data=data_fingerprint(run.loader.ring, steps * cfg.total_batch_size) | dict(shards=run.shards),
+        train_seconds=run.progress.train_seconds, parameters=run.parameters, versions=run.machine["versions"],
+        **run.optimizers.meta, guard=run.guard.state_dict(), saved_at=time.time(), flags=flag_values(cfg))
     blocked = run.checkpoints.save(steps, lambda: training_state(run), meta)
     run.last_save = time.monotonic()
     if cfg.keep_checkpoints:
@@ -540,12 +708,15 @@ def report_end(run: Any, stopped: bool) -> None:
 
     Raises: UserError if its last checkpoint could not be written.
     """
-    steps, newest = run.loader.state_dict()["step"], run.procs.broadcast(run.checkpoints.last)
+    steps = run.loader.state_dict()["step"]
+    newest, failure = run.procs.broadcast((run.checkpoints.last, run.checkpoints.failure))
     if not stopped:
         run.progress.done()
     if run.cfg.keep_checkpoints and (newest is None or steps_of(newest) != steps):
+        then = "continue with --resume=auto" if newest else "train again"
         raise UserError(f"{'stopped by a signal' if stopped else 'trained to the end'} after {steps} steps, but their "
-                        f"checkpoint could not be written. Newest checkpoint: {newest or 'none'}")
+                        f"checkpoint could not be written: {failure}. Newest checkpoint: {newest or 'none'}; make room "
+                        f"or choose another --out_dir, then {then}")
     if not stopped and newest:
         run.procs.print(f"next: python sample.py --ckpt={run.folder} continues a text with this model")
     if stopped:

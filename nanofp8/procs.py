@@ -53,6 +53,14 @@ class Processes:
         dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
 
+    def gather(self, value: Any) -> list:
+        """Return all ranks' values of a small Python object, by rank."""
+        values = [value]
+        if self.world_size > 1:
+            values = [None] * self.world_size
+            dist.all_gather_object(values, value)
+        return values
+
 
 def connect_store(rank: int | None = None) -> dist.Store:
     """Connect to the ranks' common store at MASTER_ADDR:MASTER_PORT. torchrun holds it; without torchrun, rank 0 does.

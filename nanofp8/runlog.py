@@ -53,8 +53,13 @@ class FolderLock:
 
     def __init__(self, folder: str):
         """Take the lock. Raises UserError if another process holds it for 4 s (one that was killed may take a while to
-        be gone)."""
-        self.descriptor = os.open(folder, os.O_RDONLY)
+        be gone), or if the folder cannot be opened."""
+        self.folder = folder
+        try:
+            self.descriptor = os.open(folder, os.O_RDONLY)
+        except OSError as error:
+            raise UserError(f"{folder} cannot be opened ({error.strerror}); choose another --out_dir or --run_name",
+                            one_rank=True) from None
         for seconds_left in (4, 3, 2, 1, 0):
             try:
                 fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -48,19 +48,18 @@ from helpers import (
     train_here,
 )
 from nanofp8 import checkpoint, runlog
-from nanofp8.checkpoint import (
-    ADDED_FLAGS,
-    Checkpoints,
+from nanofp8.checkpoint import ADDED_FLAGS, Checkpoints, find_checkpoint, restore
+from nanofp8.checkpoint_files import (
+    DamagedCheckpoint,
     complete_checkpoints,
-    find_checkpoint,
     load_tensors,
     load_weights,
     read_checkpoint,
-    restore,
 )
 from nanofp8.config import UserError
 from nanofp8.muon import TorchMuon
 from nanofp8.precision import fp8_state
+from nanofp8.procs import start_processes
 
 pytestmark = pytest.mark.usefixtures("fresh")
 
@@ -278,7 +277,7 @@ KILLER = textwrap.dedent("""
     sys.path[:0] = [{root!r}, {tests!r}]
     import helpers, torch, train
     import torch.utils.serialization
-    from nanofp8.checkpoint import load_weights, read_checkpoint
+    from nanofp8.checkpoint_files import load_weights, read_checkpoint
     from nanofp8.runlog import RunLog
     RunLog.plot = lambda self: None
     spec = json.load(open(sys.argv[1]))
@@ -404,6 +403,7 @@ RANKS = {
     "fsdp2-poisoned": (FSDP2, None, 0), "ddp-poisoned": (DDP, None, 0),
     "minutes": (FSDP2 | dict(ckpt_interval=0), None, 0), "one-fails": (FSDP2 | dict(ckpt_interval=2), None, 0),
     "stopped": (FSDP2 | dict(ckpt_interval=0), None, 0), "stopped-resumed": (FSDP2, "stopped", 2),
+    "damaged": (DDP | dict(resume="auto"), "ddp-fp8", (3, 5)),
 }
 WORKER = textwrap.dedent("""
     import contextlib, gc, json, os, pathlib, signal, socket, sys
@@ -413,7 +413,7 @@ WORKER = textwrap.dedent("""
     import torch.distributed as dist
     from torch.distributed.checkpoint.staging import BlockingAsyncStager
     from nanofp8 import te_emulation as te
-    from nanofp8.checkpoint import read_checkpoint
+    from nanofp8.checkpoint_files import read_checkpoint
     from nanofp8.faults import Guard
     from nanofp8.procs import start_processes
     from nanofp8.runlog import RunLog
@@ -430,9 +430,13 @@ WORKER = textwrap.dedent("""
         te._state.__init__()
         if source:
             if procs.is_main:
-                helpers.copy_of_run(spec["one"] if source == "one" else out / source, out / name, step)
+                helpers.copy_of_run(spec["one"] if source == "one" else out / source, out / name,
+                                    *(step if isinstance(step, list) else [step]))
+                if name == "damaged":  # what rank 1 has written
+                    with open(out / name / "ckpt" / "step_000005" / "__1_0.distcp", "r+b") as f:
+                        f.write(b"x")
             procs.broadcast(None)
-            changes["resume"] = str(out / name)
+            changes.setdefault("resume", str(out / name))
         cfg = helpers.make_cfg(run_name=name, out_dir=out, data_dir=spec["data"], **changes)
         stopper = contextlib.nullcontext()
         if name == "stopped" and procs.rank == 1:  # and rank 0 knows nothing of it
@@ -511,6 +515,15 @@ def test_all_ranks_skip_what_is_not_finite_on_one(two_ranks, name):
     assert learned(poisoned.folder, "train")[:3] == learned(whole.folder, "train")[:3]
     assert same_tensors(poisoned.saved[4], poisoned.saved[3]) and same_tensors(poisoned.saved[3], whole.saved[3])
     assert np.isfinite(losses(poisoned.folder)[[4, 5]].astype(float)).all()
+
+
+def test_two_ranks_agree_on_the_next_older_checkpoint(two_ranks):
+    """They share the reading, and one of them finds the damage."""
+    run = two_ranks["damaged"]
+    assert learned(run.folder) == learned(two_ranks["ddp-fp8"].folder)
+    assert in_ckpt(run.folder) == [f"step_{s:06d}" for s in (3, 4, 5)] + ["step_000005.damaged", "step_000006"]
+    files = json.loads((run.folder / "ckpt" / "step_000006" / "meta.json").read_text())["files"]
+    assert sorted(files) == [".metadata", "__0_0.distcp", "__1_0.distcp"]
 
 
 def test_the_clock_of_rank_0_decides_for_all(two_ranks):
@@ -695,6 +708,73 @@ def test_other_data_are_refused(tmp_path, shards, capsys, one_rank):
     refused(capsys, tmp_path, other, 2, "was trained on other data", other, resume=folder, **RUN)
 
 
+def change_data(folder, how):
+    """Change the data set of the tests, which has three train shards and one val shard."""
+    first, second, third = sorted(folder.glob("s_train_*"))
+    val = next(folder.glob("s_val_*"))
+
+    def flip(path, start, stop):
+        tokens = np.fromfile(path, dtype=np.uint16)
+        tokens[512:][start:stop] = 511 - tokens[512:][start:stop]
+        tokens.tofile(path)
+
+    if how == "val replaced":
+        helpers.write_shard(val, helpers.markov_tokens(1500, seed=3))
+    elif how == "first tokens":
+        flip(first, 0, 900)
+    elif how == "future tokens":
+        flip(third, 0, None)
+    elif how == "one token":
+        flip(third, -1, None)
+    elif how == "last shard gone":
+        third.unlink()
+    elif how == "two shards swapped":
+        third.rename(folder / "x")
+        second.rename(third)
+        (folder / "x").rename(second)
+    elif how == "more shards":
+        for split in ("train", "val"):
+            helpers.write_shard(folder / f"s_{split}_000009.bin", helpers.markov_tokens(500, seed=9))
+    elif how == "renamed":
+        for path in (first, second, third, val):
+            path.rename(folder / path.name.replace("s_", "t_"))
+
+
+CHANGED_DATA = {"val replaced": "val shard 1 was s_val_000000.bin",
+                "first tokens": "train shard 1 was s_train_000001.bin",
+                "future tokens": "s_train_000003.bin is another one", "one token": "train shard 3",
+                "last shard gone": "it is missing", "two shards swapped": "train shard 2",
+                "more shards": "", "renamed": "", "nothing": "", "older": ""}
+
+
+@pytest.mark.parametrize("how", CHANGED_DATA)
+def test_all_shards_are_compared(tmp_path, shards, one_rank, how):
+    """After 3 steps, 768 of 6,000 tokens were trained on. More shards after the others are allowed, and so are other
+    names. Older checkpoints know only the last tokens before their position."""
+    folder = copy_of_run(one_rank["fp8"].folder, tmp_path / "r", 3) / "ckpt" / "step_000003"
+    data = shutil.copytree(shards, tmp_path / "data")
+    if how == "older":
+        meta = json.loads((folder / "meta.json").read_text())
+        del meta["data"]["shards"]
+        (folder / "meta.json").write_text(json.dumps(meta))
+    change_data(data / "synthetic", "future tokens" if how == "older" else how)
+    cfg, procs = helpers.make_cfg(data_dir=str(data), resume=folder, **RUN), helpers.one_process()
+    loader, val_ring = train.open_data(cfg, procs)
+    loader.close()
+    found = checkpoint.shard_fingerprints(loader.ring, val_ring, procs)
+    with pytest.raises(UserError, match="was trained on other data: .*bring it back") if CHANGED_DATA[how] else \
+            contextlib.nullcontext() as refusal:
+        assert checkpoint.check_resume(str(folder), cfg, loader.ring, found, procs)["step"] == 3
+    if CHANGED_DATA[how]:
+        assert CHANGED_DATA[how] in str(refusal.value) and refusal.value.status == 2
+
+
+def test_a_shard_that_cannot_be_read_is_one_line(tmp_path, shards, capsys):
+    with mock.patch.object(os, "pread", side_effect=OSError(errno.EIO, "Input/output error")):
+        refused(capsys, tmp_path, shards, 1, "s_train_000001.bin cannot be read (Input/output error)", max_iters=1)
+    assert not list(tmp_path.iterdir())
+
+
 def test_going_back_says_what_it_deletes_and_no_half_deleted_one_counts(tmp_path, shards, capsys, one_rank):
     folder = copy_of_run(one_rank["fp8"].folder, tmp_path / "r", 5)
     copy_of_run(one_rank["fp8"].folder, tmp_path / "early", 2)
@@ -778,6 +858,26 @@ def test_two_processes_do_not_share_a_run_folder(tmp_path, shards, capsys, one_r
     refused(capsys, tmp_path, shards, 1, "another process is training in", resume=folder, **RUN)
     os.close(held)
     train_here(tmp_path, shards, resume=folder, **RUN | dict(max_iters=4))
+
+
+@pytest.mark.parametrize("resume", ["auto", "{}/r", "{}/r/ckpt/step_000001"])
+def test_a_checkpoint_that_another_process_replaces_meanwhile(tmp_path, one_rank, resume):
+    """As after `kill -9` of torchrun, whose workers train on for a while: the lock is asked for before any checkpoint
+    is read, and also where the one that was named is gone."""
+    folder, resume = copy_of_run(one_rank["fp8"].folder, tmp_path / "r", 3), resume.format(tmp_path)
+    held = os.open(folder, os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    for gone in (DamagedCheckpoint("gone"), FileNotFoundError("gone")):
+        with mock.patch.object(time, "sleep"), pytest.raises(UserError, match="another process is training in"), \
+                mock.patch.object(checkpoint, "saved_at", return_value=0.0), \
+                mock.patch.object(checkpoint, "read_checkpoint", side_effect=gone):
+            chosen(tmp_path, resume=resume)
+    os.close(held)
+    if "step_000001" in resume:
+        with pytest.raises(UserError, match="no complete checkpoint there"):
+            chosen(tmp_path, resume=resume)
+    else:
+        assert chosen(tmp_path, resume=resume) == str(folder / "ckpt" / "step_000003")
 
 
 # Trains four steps, each with a checkpoint that is on disk before the next one, and then waits in the fifth
@@ -1055,6 +1155,70 @@ def test_a_write_that_fails_is_printed_and_training_continues(tmp_path, shards, 
                             one_rank["fp8"].saved[4])
 
 
+def small_checkpoints(folder, keep=2, *steps):
+    """Return Checkpoints of a run folder, and a function that saves after a step and waits; save after `steps`."""
+    checkpoints = Checkpoints(str(folder), keep, start_processes())
+
+    def save(step):
+        state = dict(model=dict(weight=torch.full((1000,), float(step))))
+        checkpoints.save(step, lambda: state, dict(step=step, tokens=step, world_size=1, train_seconds=1.0, flags={},
+                                                   loader=dict(step=step, micro_batch=0)))
+        checkpoints.finish(wait=True)
+
+    for step in steps:
+        save(step)
+    return checkpoints, save
+
+
+@pytest.mark.parametrize("failures,free,names", [
+    (1, 1000, ["step_000003", "step_000004"]), (2, 1000, ["step_000003"]),
+    (2, 1e9, ["step_000001", "step_000002", "step_000003"])])
+def test_a_full_disk_costs_older_checkpoints_but_the_newest(tmp_path, capsys, failures, free, names):
+    """torch's writer fails without a reason; what is free says that the disk is full. Then one more attempt is made.
+    A write that fails for another reason deletes nothing."""
+    checkpoints, save = small_checkpoints(tmp_path, 9, 1, 2, 3)
+    real, errors = dcp.save, [RuntimeError("PytorchStreamWriter failed writing file")] * failures
+
+    def fails(state, checkpoint_id, **options):
+        assert len(in_ckpt(tmp_path)) > 2 or len(errors) < failures  # nothing is deleted before the first attempt
+        if errors:
+            os.makedirs(checkpoint_id)
+            raise errors.pop()
+        real(state, checkpoint_id=checkpoint_id, **options)
+
+    with mock.patch.object(dcp, "save", fails), \
+            mock.patch.object(shutil, "disk_usage", lambda path: SimpleNamespace(free=free)):
+        save(4)
+    out = capsys.readouterr().out
+    assert in_ckpt(tmp_path) == names and checkpoints.last.endswith(names[-1])
+    full, failed = free == 1000, failures > 1
+    assert ("checkpoint at step 4: the disk is too full (a checkpoint takes 0.0 MB, 0.0 MB are free); "
+            "deleted step_000001, step_000002, trying once more" in out) == full
+    assert ("checkpoint at step 4 failed" in out) == bool(checkpoints.failure) == failed
+    assert ("too full" in checkpoints.failure) == (full and failed)
+    checkpoints.close()
+
+
+def test_only_what_exceeds_keep_is_deleted_before_a_write(tmp_path):
+    """keep_checkpoints was lowered: the others make room. Those to keep stay until the new one is on disk."""
+    small_checkpoints(tmp_path, 9, 1, 2, 3, 4)[0].close()
+    checkpoints, save = small_checkpoints(tmp_path, 2)
+    with mock.patch.object(dcp, "save", side_effect=RuntimeError("broken")):
+        save(5)
+    assert in_ckpt(tmp_path) == ["step_000003", "step_000004"] and checkpoints.failure == "broken"
+    save(6)
+    assert in_ckpt(tmp_path) == ["step_000004", "step_000006"] and not checkpoints.failure
+    checkpoints.close()
+
+
+def test_a_run_whose_last_checkpoint_finds_a_full_disk_fails(tmp_path, shards, capsys):
+    with mock.patch.object(dcp, "save", side_effect=RuntimeError("PytorchStreamWriter failed writing file")), \
+            mock.patch.object(shutil, "disk_usage", lambda path: SimpleNamespace(free=1e5)):
+        error = refused(capsys, tmp_path, shards, 1, "trained to the end after 1 steps", "could not be written",
+                        "disk is too full", "0.1 MB are free", "Newest checkpoint: none", "--out_dir", max_iters=1)
+    assert "a checkpoint takes 1.7 MB" in error and records(tmp_path / "gpt", "done")
+
+
 def damage(folder, how):
     data = next(folder.glob("*.distcp"))
     if how == "truncated data":
@@ -1100,6 +1264,111 @@ def test_a_damaged_checkpoint_is_refused_in_one_line(tmp_path, shards, capsys, o
     elif "meta" not in how:
         with pytest.raises(UserError, match="cannot load.*step_000004"):
             read_weights(folder / "ckpt" / "step_000004", one_rank["fp8"].saved[4])
+
+
+def flip_bit(path, position=2000):
+    """Flip a bit of a file, which keeps its length."""
+    with open(path, "r+b") as f:
+        f.seek(position)
+        byte = f.read(1)[0]
+        f.seek(position)
+        f.write(bytes([byte ^ 4]))
+
+
+def make_weights_nan(folder, like):
+    """Make a checkpoint one that older code saved: its weights are not finite, and it has no checksums."""
+    weights = read_weights(folder, like)
+    weights["head.weight"][7, 3] = torch.nan
+    dcp.save({"model": weights}, checkpoint_id=str(folder), no_dist=True)
+    meta = json.loads((folder / "meta.json").read_text())
+    del meta["files"]
+    (folder / "meta.json").write_text(json.dumps(meta))
+
+
+DAMAGE = {"flipped bit": "its checksum is wrong", "truncated data": "too short", "no data": "is missing",
+          "no index": "is missing", "half meta": "not a complete checkpoint", "nan": "weights that are not finite"}
+
+
+def damaged_run(tmp_path, run, how):
+    """Copy a run with its checkpoints after 2, 4 and 6 steps, and damage the newest."""
+    folder = copy_of_run(run.folder, tmp_path / "r", 2, 4, 6)
+    newest = folder / "ckpt" / "step_000006"
+    if how == "flipped bit":
+        flip_bit(next(newest.glob("*.distcp")))
+    elif how == "nan":
+        make_weights_nan(newest, run.saved[6])
+    else:
+        damage(newest, how)
+    return folder
+
+
+def chosen(tmp_path, **changes):
+    """Return the checkpoint that a run would continue from."""
+    checkpoint_, lock = checkpoint.lock_checkpoint(helpers.make_cfg(out_dir=tmp_path, run_name="r", **changes),
+                                                   helpers.one_process())
+    if lock:
+        lock.close()
+    return checkpoint_
+
+
+@pytest.mark.parametrize("how", DAMAGE)
+def test_auto_continues_from_the_next_older_whole_checkpoint(tmp_path, capsys, one_rank, how):
+    """The damaged one is renamed, never deleted, and a line says why. A restart by torchrun does the same."""
+    folder = damaged_run(tmp_path, one_rank["fp8"], how)
+    assert chosen(tmp_path, resume="auto") == str(folder / "ckpt" / "step_000004")
+    assert in_ckpt(folder) == ["step_000002", "step_000004", "step_000006.damaged"]
+    out = capsys.readouterr().out
+    verified, line = out.splitlines()
+    assert line.startswith("resume: ") and "step_000006" in line and DAMAGE[how] in line
+    assert line.endswith(f"kept as step_000006.damaged, continuing from {folder}/ckpt/step_000004")
+    assert verified.startswith(f"checkpoint {folder}/ckpt/step_000004: 0.00 GB verified in ")
+    # The one that is set aside no longer counts
+    assert chosen(tmp_path, resume="auto") == str(folder / "ckpt" / "step_000004")
+    assert capsys.readouterr().out.count("\n") == 1
+
+
+def test_a_restart_falls_back_and_a_path_never_does(tmp_path, capsys, monkeypatch, one_rank):
+    folder = damaged_run(tmp_path, one_rank["fp8"], "flipped bit")
+    flip_bit(next((folder / "ckpt" / "step_000004").glob("*.distcp")))
+    for path in (folder, folder / "ckpt" / "step_000006", tmp_path):
+        with pytest.raises(UserError, match="step_000006.*its checksum is wrong; the next older whole one is "
+                                            f"--resume={folder}/ckpt/step_000002"):
+            chosen(tmp_path, resume=path)
+    assert in_ckpt(folder) == ["step_000002", "step_000004", "step_000006"]
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "mine")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | dict(torchrun="mine")))
+    assert chosen(tmp_path, resume=folder) == str(folder / "ckpt" / "step_000002")
+    assert in_ckpt(folder) == ["step_000002", "step_000004.damaged", "step_000006.damaged"]
+
+
+def test_a_run_without_a_whole_checkpoint_is_an_error(tmp_path, one_rank):
+    """It does not start anew, and nothing is renamed: a copy may be brought back."""
+    folder = damaged_run(tmp_path, one_rank["fp8"], "half meta")
+    for step in (2, 4):
+        damage(folder / "ckpt" / f"step_{step:06d}", "no data")
+    for _ in range(2):
+        with pytest.raises(UserError, match="no older one beside it is whole"):
+            chosen(tmp_path, resume="auto")
+    assert in_ckpt(folder) == ["step_000002", "step_000004", "step_000006"]
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), MemoryError()])
+def test_no_other_checkpoint_is_tried_after_an_error_that_is_not_its_fault(tmp_path, one_rank, error):
+    folder = copy_of_run(one_rank["fp8"].folder, tmp_path / "r", 4, 6)
+    with mock.patch.object(torch, "load", side_effect=error), \
+            pytest.raises(UserError, match="Input/output error|too little memory"):
+        chosen(tmp_path, resume="auto")
+    assert in_ckpt(folder) == ["step_000004", "step_000006"]
+
+
+def test_a_run_continues_after_its_newest_checkpoint_was_damaged(tmp_path, shards, one_rank):
+    """The whole run equals the undamaged one. What was set aside stays."""
+    folder = damaged_run(tmp_path, one_rank["fp8"], "flipped bit")
+    assert train_here(tmp_path, shards, run_name="r", resume="auto", **RUN) == folder
+    assert learned(folder) == learned(one_rank["fp8"].folder)
+    assert in_ckpt(folder) == [f"step_{s:06d}" for s in (2, 4, 5, 6)] + ["step_000006.damaged"]
 
 
 # -----------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import torch
 import helpers
 import sample
 import train
-from nanofp8.checkpoint import read_checkpoint
+from nanofp8.checkpoint_files import read_checkpoint
 from nanofp8.runlog import read_log
 
 DATA = pathlib.Path(__file__).resolve().parent / "data"

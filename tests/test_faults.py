@@ -38,7 +38,8 @@ from helpers import (
     train_here,
     write_shard,
 )
-from nanofp8.checkpoint import Checkpoints, find_checkpoint, read_checkpoint, steps_of
+from nanofp8.checkpoint import Checkpoints, find_checkpoint
+from nanofp8.checkpoint_files import read_checkpoint, steps_of
 from nanofp8.faults import Guard
 from nanofp8.precision import fp8_state, snapshot_scales
 from nanofp8.runlog import Progress
@@ -396,7 +397,8 @@ def test_no_checkpoint_while_steps_are_skipped(tmp_path, shards, capsys):
         fails_in_one_line(capsys, 1, "4 consecutive steps were skipped",
                           f"Newest checkpoint: {folder}/ckpt/step_000003",
                           **run | dict(max_iters=30, resume="auto", max_bad_steps=4))
-    assert [(call.args[1], call.args[3]) for call in failed.call_args_list] == [(4, "the weights are not finite")]
+    assert [(call.args[1], call.args[3]) for call in failed.call_args_list] == [
+        (4, "weights or optimizer state are not finite")]
     assert in_ckpt(folder) == ["step_000003"]
     train_here(**run | dict(max_iters=6, resume="auto"))
     assert in_ckpt(folder) == ["step_000006"] and np.isfinite(losses(folder)).all()

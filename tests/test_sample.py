@@ -17,6 +17,7 @@ import torch.distributed.checkpoint as dcp
 import helpers
 import sample
 from helpers import PARTS
+from nanofp8.checkpoint_files import checksums
 from nanofp8.config import UserError
 from sample import SamplingOptions
 
@@ -581,15 +582,55 @@ def test_damaged_checkpoints_are_one_line(tmp_path, tokenizer, capsys):
                        (json.dumps(meta | {"flags": {}}), "meta.json"),
                        (json.dumps(meta | {"flags": meta["flags"] | {"n_embd": "wide"}}), "meta.json"),
                        (json.dumps(meta | {"flags": meta["flags"] | {"n_embd": 64}}), "cannot load checkpoint"),
-                       (json.dumps(meta | {"flags": meta["flags"] | {"n_layer": 3}}), "cannot load checkpoint")):
+                       (json.dumps(meta | {"flags": meta["flags"] | {"n_layer": 3}}), "cannot load checkpoint"),
+                       (json.dumps(meta | {"flags": meta["flags"] | {"n_layer": 10 ** 12}}), "cannot load checkpoint"),
+                       (json.dumps(meta | {"flags": meta["flags"] | {"n_head": 3}}), "n_head=3"),
+                       (json.dumps(meta | {"flags": meta["flags"] | {"rope_base": "10000"}}), "rope_base is '10000'")):
         (folder / "meta.json").write_text(text)
         assert_refused(main_here(capsys, f"--ckpt={folder}"), 1, word)
     (folder / "meta.json").write_text(json.dumps(meta))
+    index = (folder / ".metadata").read_bytes()
+    for content in (index[:500], b"", b"cposix\nsystem\n."):
+        (folder / ".metadata").write_bytes(content)
+        assert_refused(main_here(capsys, f"--ckpt={folder}"), 1, "cannot load checkpoint", ".metadata is damaged")
+    (folder / ".metadata").unlink()
+    assert_refused(main_here(capsys, f"--ckpt={folder}"), 1, "cannot load checkpoint", ".metadata is missing")
+    (folder / ".metadata").write_bytes(index)
     for file in folder.glob("*.distcp"):
         file.write_bytes(file.read_bytes()[:1000])
     assert_refused(main_here(capsys, f"--ckpt={folder}"), 1, "cannot load checkpoint")
     (folder / "meta.json").unlink()  # an unfinished checkpoint has none
     assert_refused(main_here(capsys, f"--ckpt={folder}"), 1, "no complete checkpoint")
+
+
+def test_a_checkpoint_without_checksums_is_read_with_one_line(out_dir, tokenizer, capsys):
+    result = main_here(capsys, f"--ckpt={out_dir}", "--max_new_tokens=2")
+    assert result.code == 0 and result.err.count("it has no checksums, because older code wrote it\n") == 1
+
+
+@pytest.mark.parametrize("how", ["a flipped bit", "a weight that is not finite"])
+def test_a_damaged_checkpoint_names_the_next_older_whole_one(tmp_path, tokenizer, capsys, how):
+    """It has checksums, as train.py writes them."""
+    model = text_model()
+    for step in (1, 2, 3):
+        if step == 3 and "finite" in how:
+            with torch.no_grad():
+                model.head.weight[5, 5] = torch.inf
+        name = f"step_{step:06d}"
+        folder = save(model, tmp_path / f"run{step}" / "ckpt" / name).rename(tmp_path / name)
+        meta = json.loads((folder / "meta.json").read_text())
+        names = [".metadata", *(p.name for p in folder.glob("*.distcp"))]
+        (folder / "meta.json").write_text(json.dumps(meta | dict(files=checksums(str(folder), names))))
+    data = next(folder.glob("*.distcp"))
+    for path in [data, *(tmp_path / "step_000002").glob("*.distcp")] if "bit" in how else []:
+        content = bytearray(path.read_bytes())
+        content[5000] ^= 1
+        path.write_bytes(content)
+    word, older = (f"{data} is damaged", 1) if "bit" in how else ("not finite (head.weight)", 2)
+    assert_refused(main_here(capsys, f"--ckpt={folder}"), 1, "cannot load checkpoint", word,
+                   f"the next older whole one is --ckpt={tmp_path}/step_{older:06d}")
+    result = main_here(capsys, f"--ckpt={tmp_path}/step_000001", "--max_new_tokens=2")
+    assert result.code == 0 and "no checksums" not in result.err
 
 
 @pytest.mark.slow

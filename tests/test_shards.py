@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from helpers import shard_bytes
-from nanofp8.shards import ShardError, open_shard, read_token_count, write_shard
+from nanofp8 import shards
+from nanofp8.shards import ShardError, fingerprint, open_shard, read_token_count, write_shard
 
 
 def test_write_shard_has_the_published_layout(tmp_path):
@@ -77,3 +78,33 @@ def test_broken_shard_names_file_fault_and_remedy(tmp_path, name):
 def test_read_token_count_of_a_folder(tmp_path):
     with pytest.raises(ValueError, match="cannot be read"):
         read_token_count(tmp_path)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_fingerprint(tmp_path, monkeypatch, whole):
+    """A small file is read whole. Of a large one: its ends and samples spread over it."""
+    if not whole:
+        for name, value in dict(WHOLE_BYTES=1000, ENDS_BYTES=2000, SAMPLES=9, SAMPLE_BYTES=40).items():
+            monkeypatch.setattr(shards, name, value)
+    path = tmp_path / "x_train_000001.bin"
+    write_shard(path, list(range(10_000)))
+    before, content, seen = fingerprint(path), path.read_bytes(), set()
+    assert before == fingerprint(path) and before["name"] == path.name and before["bytes"] == 1024 + 20_000
+    for position in range(0, len(content), 20):
+        path.write_bytes(content[:position] + bytes([content[position] ^ 1]) + content[position + 1:])
+        now = fingerprint(path)
+        assert now["bytes"] == before["bytes"]
+        if now["crc32"] != before["crc32"]:
+            seen.add(position)
+    positions = set(range(0, len(content), 20))
+    if whole:
+        assert seen == positions
+    else:  # the ends, and 2 of every (21024 - 40) / 8 bytes
+        assert {p for p in positions if p < 2000 or p >= len(content) - 2000} < seen
+        middle = sorted(p for p in seen if 2000 <= p < len(content) - 2000)
+        assert len(middle) == 14 and max(b - a for a, b in zip(middle, middle[1:], strict=False)) < 2700
+    path.write_bytes(content + b"xx")
+    assert fingerprint(path) != before
+    path.unlink()
+    with pytest.raises(ShardError, match="cannot be read"):
+        fingerprint(path)
