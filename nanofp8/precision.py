@@ -6,6 +6,8 @@ choose_format().
 
 import contextlib
 import fnmatch
+import importlib
+import inspect
 import warnings
 from dataclasses import dataclass
 from types import ModuleType, SimpleNamespace
@@ -14,6 +16,7 @@ from typing import Any, Callable, Iterator
 import torch
 import torch.nn as nn
 
+from nanofp8 import cards
 from nanofp8.config import UserError
 from nanofp8.files import error_line
 
@@ -83,11 +86,52 @@ def choose_format(cfg: SimpleNamespace) -> Format:
     return chosen
 
 
-def import_transformer_engine() -> tuple[ModuleType, ModuleType]:
-    """Import Transformer Engine; return transformer_engine.pytorch and its module of recipes.
+# ----------------------------------------------------------------------------------------------------------------------
+# Transformer Engine
+
+# All of Transformer Engine that this project uses: module, names in it, arguments that they must take. Most are not
+# part of its documented interface, so that another version may lack them
+TE, QUANTIZATION = "transformer_engine.pytorch", "transformer_engine.pytorch.quantization"
+TE_PARTS = (
+    (TE, "Linear LayerNormLinear LayerNormMLP RMSNorm DotProductAttention checkpoint", ""),
+    (TE, "is_fp8_available is_fp8_block_scaling_available is_mxfp8_available is_nvfp4_available", "return_reason"),
+    (TE, "autocast", "enabled recipe amax_reduction_group"),
+    (TE, "Float8Quantizer", "scale amax fp8_dtype columnwise"),
+    ("transformer_engine.common.recipe", "Format DelayedScaling Float8CurrentScaling Float8BlockScaling "
+                                         "MXFP8BlockScaling NVFP4BlockScaling", ""),
+    (QUANTIZATION, "FP8GlobalStateManager.is_fp8_enabled FP8GlobalStateManager.reset", ""),
+    (QUANTIZATION, "FP8GlobalStateManager.reduce_and_update_fp8_tensors", "forward"),
+    (TE + ".module.base", "TransformerEngineBaseModule.prepare_forward", "num_gemms"),
+    (TE + ".module.base", "TransformerEngineBaseModule.end_forward", ""),
+    (TE + ".constants", "DType.kFloat8E4M3 DType.kFloat8E5M2", ""),
+    (TE + ".cpp_extensions", "general_gemm", "A B out_dtype out accumulate layout use_split_accumulator"),
+    (TE + ".tensor.storage.float8_tensor_storage", "Float8TensorStorage", ""),
+    ("transformer_engine_torch", "fp8_transpose", ""),
+)
+
+
+def missing_parts() -> list[str]:
+    """Return what the installed Transformer Engine lacks of TE_PARTS, as dotted names."""
+    missing = []
+    for module, names, arguments in TE_PARTS:
+        for name in names.split():
+            try:
+                part = importlib.import_module(module)
+                for step in name.split("."):
+                    part = getattr(part, step)
+                known = inspect.signature(part).parameters if arguments else ()
+                missing += [f"{module}.{name}({argument})" for argument in arguments.split() if argument not in known]
+            except (ImportError, AttributeError):
+                missing.append(f"{module}.{name}")
+    return missing
+
+
+def import_transformer_engine() -> tuple[ModuleType, ModuleType, str]:
+    """Import Transformer Engine; return transformer_engine.pytorch, its module of recipes, and its version.
 
     Its warnings are switched off: they are about other frameworks, and repeat with every pass.
-    Raises: ImportError in one line, whatever a broken installation raises (OSError for a missing library, and more).
+    Raises: ImportError in one line, whatever a broken installation raises (OSError for a missing library, and more);
+        UserError if it is too old or lacks something that is used here.
     """
     warnings.filterwarnings("ignore", module="transformer_engine")
     try:
@@ -95,7 +139,20 @@ def import_transformer_engine() -> tuple[ModuleType, ModuleType]:
         from transformer_engine.common import recipe
     except Exception as error:
         raise ImportError(error_line(error)) from error
-    return transformer_engine.pytorch, recipe
+    version = getattr(transformer_engine, "__version__", "of unknown version")
+    remedy = (f"install {cards.TE_MADE_FOR} as docs/install.md says, or choose another Python; "
+              f"--USE_EMULATION=True does without it, slowly")
+    if reason := cards.unsupported_version(version):
+        raise UserError(f"{reason}; {remedy}")
+    if missing := missing_parts():
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise UserError(f"Transformer Engine {version} lacks what this code uses: {', '.join(missing[:3])}{more}; "
+                        f"{remedy}")
+    return transformer_engine.pytorch, recipe, version
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What a run uses
 
 
 @dataclass
@@ -163,7 +220,7 @@ def select_precision(cfg: SimpleNamespace, device: torch.device) -> Precision:
         missing = "no GPU"
     else:
         try:
-            te, recipes = import_transformer_engine()
+            te, recipes, version = import_transformer_engine()
         except ImportError as error:
             missing = f"Transformer Engine cannot be imported: {error}"
     if not missing and chosen.question:
@@ -174,7 +231,7 @@ def select_precision(cfg: SimpleNamespace, device: torch.device) -> Precision:
         recipes = te.recipe
     sm_120 = not missing and torch.cuda.get_device_capability(device)[0] == 12
     recipe = chosen.recipe and chosen.recipe(recipes, cfg, sm_120)
-    by = f"by nanofp8/te_emulation.py ({missing})" if missing else "by Transformer Engine"
+    by = f"by nanofp8/te_emulation.py ({missing})" if missing else f"by Transformer Engine {version}"
     return Precision(te, chosen, recipe, bool(missing), f"EMULATED {by}" if missing and recipe else by)
 
 

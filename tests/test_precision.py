@@ -1,10 +1,12 @@
 """precision.py: layers kept in bf16, the recipes' flags, FP8's scaling state, the format of evaluations."""
 
 import contextlib
+import sys
 
 import pytest
 import torch
 
+import helpers
 import train
 from helpers import (
     forward,
@@ -19,7 +21,7 @@ from helpers import (
 )
 from nanofp8 import te_emulation as te
 from nanofp8.config import UserError
-from nanofp8.precision import fp8_state, keep_high_precision, preserved_scales
+from nanofp8.precision import TE_PARTS, fp8_state, keep_high_precision, preserved_scales
 
 LAYERS = [f"blocks.{i}.{layer}" for i in range(2) for layer in ("attn.qkv", "attn.proj", "mlp")]
 
@@ -184,3 +186,42 @@ def test_fp8_state_names_live_tensors():
     forward(model, cfg, x, y).backward()
     assert not all(torch.equal(v, before[k]) for k, v in state.items())
     assert fp8_state(make_model(make_cfg(USE_FP8=False))) == {}
+
+
+# -----------------------------------------------------------------------------------------------------
+# Transformer Engine's version and parts
+
+
+def test_transformer_engine_says_its_version(monkeypatch):
+    helpers.fake_transformer_engine(monkeypatch, "2.21.0.dev0+1a2b3c")
+    precision = train.select_precision(make_cfg(), helpers.GPU)
+    assert not precision.emulated and precision.reason == "by Transformer Engine 2.21.0.dev0+1a2b3c"
+
+
+@pytest.mark.parametrize("version", ["2.8.0", "2.16.1", "1.13", "2.14.0+a1b2c3"])
+@pytest.mark.parametrize("changes", [dict(), dict(USE_FP8=False)])
+def test_a_transformer_engine_that_is_too_old_is_one_line(monkeypatch, version, changes):
+    helpers.fake_transformer_engine(monkeypatch, version)
+    with pytest.raises(UserError) as error:
+        train.select_precision(make_cfg(**changes), helpers.GPU)
+    assert all(word in str(error.value) for word in (version, "2.17", "2.20.2", "--USE_EMULATION=True"))
+    assert "\n" not in str(error.value) and error.value.status == 1
+    assert train.select_precision(make_cfg(**changes, USE_EMULATION=True), helpers.GPU).emulated
+
+
+@pytest.mark.parametrize("module, names, arguments", TE_PARTS)
+def test_every_part_of_transformer_engine_is_checked(monkeypatch, module, names, arguments):
+    """Without it, or with an argument renamed, there is one line that names it."""
+    helpers.fake_transformer_engine(monkeypatch)
+    owner, name = sys.modules[module], names.split()[-1]
+    *steps, name = name.split(".")
+    for step in steps:
+        owner = getattr(owner, step)
+    if arguments:
+        monkeypatch.setattr(owner, name, lambda other: None)
+        with pytest.raises(UserError, match=rf"{name}\({arguments.split()[0]}\)"):
+            train.select_precision(make_cfg(), helpers.GPU)
+    monkeypatch.delattr(owner, name)
+    with pytest.raises(UserError, match=f"2.20.2 lacks .*{name}.*--USE_EMULATION") as error:
+        train.select_precision(make_cfg(), helpers.GPU)
+    assert error.value.status == 1

@@ -1,0 +1,25 @@
+"""What Transformer Engine (TE) can do on each kind of GPU, as its source says. Imports nothing, not even torch.
+
+Line numbers are those of TE 2.20.2: Python below transformer_engine/ of the wheel transformer_engine, C++ below csrc/
+of the source archive transformer_engine_torch, CUDA below transformer_engine/ of branch release_v2.19.
+"""
+
+import re
+
+TE_OLDEST = (2, 17)   # the first version with transformer_engine.pytorch.constants.DType, which fused.py needs
+TE_MADE_FOR = "2.20.2"  # of requirements.txt; no other version has been run
+
+
+def version_numbers(version: str) -> tuple[int, ...]:
+    """Return the numbers that a version begins with: (2, 20, 0) for "2.20.0.dev0+1a2b3c"; () if there are none."""
+    match = re.match(r"\d+(\.\d+)*", version)
+    return tuple(map(int, match[0].split("."))) if match else ()
+
+
+def unsupported_version(version: str) -> str:
+    """Return why this version of Transformer Engine cannot be used, or "". A version without numbers is not refused."""
+    numbers = version_numbers(version)
+    if not numbers or numbers[:2] >= TE_OLDEST:
+        return ""
+    return (f"Transformer Engine {version} is too old; this code was made for {TE_MADE_FOR} and needs "
+            f"{'.'.join(map(str, TE_OLDEST))} or newer")
