@@ -224,6 +224,23 @@ def plan_study(name: str, given: Sequence[str], seeds: tuple[int, int],
     return plan
 
 
+def drop_repeats(plan: dict[tuple, SimpleNamespace], procs: Processes) -> dict[tuple, SimpleNamespace]:
+    """Return a plan without the rows that would repeat another one here, and print which these are.
+
+    Where Transformer Engine lacks an ingredient of NVFP4, the row without it is the full recipe's run.
+    """
+    first, kept = {}, {}
+    for (label, seed), cfg in plan.items():
+        precision = train.select_precision(cfg, procs.device)
+        run = seed, precision.name, str(precision.recipe and vars(precision.recipe)), cfg.HIGH_PRECISION_LAYERS
+        if first.setdefault(run, label) == label:
+            kept[label, seed] = cfg
+        elif seed == 1:
+            procs.print(f"{label} left out: it would repeat {first[run]}, which here is {precision.name} "
+                        f"{precision.details}")
+    return kept
+
+
 def matmul_rate(device: torch.device) -> float:
     """Return the FLOP/s of square matmuls as training makes them (bf16 on a GPU, fp32 on a CPU): the best of six."""
     n, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (512, torch.float32)
@@ -241,6 +258,7 @@ def train_study(name: str, plan: dict[tuple, SimpleNamespace], procs: Processes)
     for cfg in plan.values():  # what is wrong should be known before the first run
         train.check_flags(cfg, procs.world_size)
         train.open_data(cfg, procs)
+    plan = drop_repeats(plan, procs)
     found = {key: finished_run(cfg, machine) for key, cfg in plan.items()} if procs.is_main else None
     folders = procs.broadcast(found)
     missing = {key: cfg for key, cfg in plan.items() if not folders[key]}

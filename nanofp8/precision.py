@@ -11,7 +11,7 @@ import inspect
 import warnings
 from dataclasses import dataclass
 from types import ModuleType, SimpleNamespace
-from typing import Any, Callable, Iterator
+from typing import Any, Callable, Collection, Iterator
 
 import torch
 import torch.nn as nn
@@ -24,18 +24,16 @@ from nanofp8.files import error_line
 # Formats
 
 
-def delayed_scaling(recipes: Any, cfg: SimpleNamespace, sm_120: bool) -> Any:
+def delayed_scaling(recipes: Any, cfg: SimpleNamespace, lacking: Collection[str]) -> Any:
     """Build DelayedScaling: E4M3 forward, E5M2 gradients, scales from the amaxes of earlier micro-batches."""
     return recipes.DelayedScaling(fp8_format=recipes.Format.HYBRID, margin=cfg.FP8_MARGIN,
                                   amax_history_len=cfg.FP8_AMAX_HISTORY, amax_compute_algo="max")
 
 
-def nvfp4_scaling(recipes: Any, cfg: SimpleNamespace, sm_120: bool) -> Any:
-    """Build NVFP4BlockScaling. On sm_120 (RTX 5090, RTX PRO 6000) it has no Hadamard transform and no stochastic
-    rounding, for which Transformer Engine has no kernels there."""
-    return recipes.NVFP4BlockScaling(disable_rht=sm_120 or not cfg.NVFP4_HADAMARD,
-                                     disable_stochastic_rounding=sm_120 or not cfg.NVFP4_STOCHASTIC_ROUNDING,
-                                     disable_2d_quantization=not cfg.NVFP4_2D_WEIGHTS)
+def nvfp4_scaling(recipes: Any, cfg: SimpleNamespace, lacking: Collection[str]) -> Any:
+    """Build NVFP4BlockScaling with the ingredients that the flags ask for, except those in `lacking`."""
+    off = {field: flag in lacking or not getattr(cfg, flag) for flag, (field, _) in NVFP4_INGREDIENTS.items()}
+    return recipes.NVFP4BlockScaling(**off)
 
 
 @dataclass(frozen=True)
@@ -43,8 +41,8 @@ class Format:
     """What the script must know of a number format of block matmuls."""
 
     name: str                       # as logs and tables name it
-    # Builds the recipe from (TE's module of recipes, flags, whether the GPU is an sm_120); None: bf16 needs none
-    recipe: Callable[[Any, SimpleNamespace, bool], Any] | None = None
+    # Builds the recipe from (TE's module of recipes, flags, flags that TE cannot follow here); None: bf16 needs none
+    recipe: Callable[[Any, SimpleNamespace, Collection[str]], Any] | None = None
     question: str = ""              # name of TE's function that says whether the device has the format
     multiple: int = 1               # n_embd and the tokens of a micro-batch must be multiples of this
     fused: bool = False             # our fused blocks (fused.py) can run it
@@ -54,7 +52,12 @@ class Format:
 
 
 FP8_FLAGS = ("FP8_RECIPE", "USE_FP8_HEAD")
-NVFP4_FLAGS = ("NVFP4_HADAMARD", "NVFP4_STOCHASTIC_ROUNDING", "NVFP4_2D_WEIGHTS")
+# {flag: (field of TE's recipe that switches it off, name)}
+NVFP4_INGREDIENTS = {
+    "NVFP4_HADAMARD": ("disable_rht", "Hadamard transform"),
+    "NVFP4_STOCHASTIC_ROUNDING": ("disable_stochastic_rounding", "stochastic rounding"),
+    "NVFP4_2D_WEIGHTS": ("disable_2d_quantization", "2-D weights"),
+}
 FORMATS = {f.name: f for f in (
     Format("bf16", fused=True),
     Format("fp8-delayed", delayed_scaling, "is_fp8_available", 16, fused=True, fp8_head=True, calibrated=True,
@@ -65,7 +68,7 @@ FORMATS = {f.name: f for f in (
            fp8_head=True, flags=FP8_FLAGS),
     Format("fp8-mxfp8", lambda recipes, *_: recipes.MXFP8BlockScaling(), "is_mxfp8_available", 32, fp8_head=True,
            flags=FP8_FLAGS),
-    Format("nvfp4", nvfp4_scaling, "is_nvfp4_available", 128, flags=NVFP4_FLAGS),
+    Format("nvfp4", nvfp4_scaling, "is_nvfp4_available", 128, flags=tuple(NVFP4_INGREDIENTS)),
 )}
 
 
@@ -164,6 +167,7 @@ class Precision:
     recipe: Any      # Transformer Engine's, or the emulation's, of the format; None: bf16
     emulated: bool   # by nanofp8.te_emulation
     reason: str      # of that choice, for the start-up table
+    details: str = ""  # which of the format's parts run, for the start-up table
 
     @property
     def name(self) -> str:
@@ -213,7 +217,7 @@ class Precision:
 
 def select_precision(cfg: SimpleNamespace, device: torch.device) -> Precision:
     """Choose the number format, and Transformer Engine or its emulation, by asking TE what the device can do."""
-    chosen, missing = choose_format(cfg), ""
+    chosen, missing, lacking, why_lacking = choose_format(cfg), "", (), ""
     if cfg.USE_EMULATION is True:
         missing = "USE_EMULATION=True"
     elif device.type != "cuda":
@@ -229,10 +233,35 @@ def select_precision(cfg: SimpleNamespace, device: torch.device) -> Precision:
     if missing:
         from nanofp8 import te_emulation as te
         recipes = te.recipe
-    sm_120 = not missing and torch.cuda.get_device_capability(device)[0] == 12
-    recipe = chosen.recipe and chosen.recipe(recipes, cfg, sm_120)
+    elif chosen.name == "nvfp4":
+        lacking, why_lacking = check_nvfp4(cfg, torch.cuda.get_device_capability(device), version)
+    recipe = chosen.recipe and chosen.recipe(recipes, cfg, lacking)
     by = f"by nanofp8/te_emulation.py ({missing})" if missing else f"by Transformer Engine {version}"
-    return Precision(te, chosen, recipe, bool(missing), f"EMULATED {by}" if missing and recipe else by)
+    return Precision(te, chosen, recipe, bool(missing), f"EMULATED {by}" if missing and recipe else by,
+                     ingredients(recipe, why_lacking) if chosen.name == "nvfp4" else "")
+
+
+def check_nvfp4(cfg: SimpleNamespace, capability: tuple[int, int], version: str) -> tuple[Collection[str], str]:
+    """Return the flags of NVFP4 that Transformer Engine cannot follow on this GPU, and why.
+
+    Raises: UserError if such a flag was given as True.
+    """
+    lacking, oldest = cards.nvfp4_lacks(capability, version), ".".join(map(str, cards.NVFP4_OLDEST_12))
+    here = f"on compute capability {capability[0]}.{capability[1]}"
+    for flag in lacking:
+        if flag in cfg.explicit and getattr(cfg, flag):
+            raise UserError(f"{flag}=True needs Transformer Engine {oldest} or newer {here}, got {version}; install "
+                            f"{cards.TE_MADE_FOR} as docs/install.md says, or leave the flag out", 2)
+    why = f"for which Transformer Engine {version} has no kernels {here}; {oldest} has"
+    return lacking, why if lacking else ""
+
+
+def ingredients(recipe: Any, why_lacking: str) -> str:
+    """Return which ingredients an NVFP4 recipe has, and which not. why_lacking: of those that were asked for."""
+    names = {on: [name for field, name in NVFP4_INGREDIENTS.values() if on != getattr(recipe, field)]
+             for on in (True, False)}
+    return ", ".join([f"{word} {' and '.join(names[on])}" for word, on in (("with", True), ("without", False))
+                      if names[on]]) + (f" ({why_lacking})" if why_lacking else "")
 
 
 def keep_high_precision(model: nn.Module, patterns: str, te: ModuleType) -> list[str]:

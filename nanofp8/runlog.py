@@ -296,6 +296,7 @@ def print_table(run: Any, checkpoint: str | None) -> None:
     rows = [
         ("device", f"{run.procs.world_size} x {run.machine['device']}, torch {run.machine['versions']['torch']}"),
         ("precision", f"{precision.name} {precision.reason}"),
+        ("  ingredients", precision.details),
         ("  head", "" if not precision.recipe else "FP8 (current scaling)" if model.fp8_head else "bf16"),
         ("  in bf16", ", ".join(run.in_bf16)),
         ("  without effect", ", ".join(unused)),

@@ -66,7 +66,7 @@ def one_process(rank=0, world_size=1):
 def emulated_precision(cfg):
     """Return the flags' format, emulated, whether or not the model's shapes fit it."""
     chosen = FORMATS["nvfp4" if cfg.USE_NVFP4 else f"fp8-{cfg.FP8_RECIPE}" if cfg.USE_FP8 else "bf16"]
-    return Precision(te, chosen, chosen.recipe and chosen.recipe(te.recipe, cfg, False), True, "a test")
+    return Precision(te, chosen, chosen.recipe and chosen.recipe(te.recipe, cfg, ()), True, "a test")
 
 
 def make_run(cfg, procs, model, loader=None, wrapper="none"):

@@ -21,7 +21,7 @@ from helpers import (
 )
 from nanofp8 import te_emulation as te
 from nanofp8.config import UserError
-from nanofp8.precision import TE_PARTS, fp8_state, keep_high_precision, preserved_scales
+from nanofp8.precision import NVFP4_INGREDIENTS, TE_PARTS, fp8_state, keep_high_precision, preserved_scales
 
 LAYERS = [f"blocks.{i}.{layer}" for i in range(2) for layer in ("attn.qkv", "attn.proj", "mlp")]
 
@@ -72,15 +72,48 @@ def test_only_the_other_layers_have_scales(fresh):
     assert {name.split(".")[1] for name in fp8_state(model)} == {"0"}
 
 
-@pytest.mark.parametrize("flag, field",
-                         [("NVFP4_HADAMARD", "disable_rht"), ("NVFP4_2D_WEIGHTS", "disable_2d_quantization"),
-                                         ("NVFP4_STOCHASTIC_ROUNDING", "disable_stochastic_rounding")])
-def test_nvfp4_switches(fresh, flag, field):
-    """Each flag changes its own field of the recipe and no other."""
-    fields = ("disable_rht", "disable_2d_quantization", "disable_stochastic_rounding")
-    cfg = make_cfg(USE_NVFP4=True, n_embd=128, **{flag: False})
-    recipe = train.select_precision(cfg, torch.device("cpu")).recipe
-    assert [getattr(recipe, f) for f in fields] == [f == field for f in fields]
+NVFP4 = dict(USE_NVFP4=True, n_embd=128)
+
+
+def nvfp4_switches(precision):
+    """Return whether the recipe has Hadamard transform, stochastic rounding and 2-D weights."""
+    return [not getattr(precision.recipe, field) for field, _ in NVFP4_INGREDIENTS.values()]
+
+
+@pytest.mark.parametrize("flag", NVFP4_INGREDIENTS)
+def test_nvfp4_switches(fresh, flag):
+    """Each flag changes its own field of the recipe and no other. What is said of them is what the recipe has."""
+    precision = train.select_precision(make_cfg(**NVFP4, **{flag: False}), helpers.CPU)
+    assert nvfp4_switches(precision) == [other != flag for other in NVFP4_INGREDIENTS]
+    said_with, said_without = precision.details.split(", without ")
+    for other, (_, name) in NVFP4_INGREDIENTS.items():
+        assert (name in said_without) == (other == flag) == (name not in said_with)
+
+
+@pytest.mark.parametrize("version, capability, complete", [
+    ("2.17.1", (12, 0), False), ("2.18.0", (12, 0), False), ("2.18.0+a1b2c3", (12, 1), False),
+    ("2.19.0", (12, 0), True), ("2.20.2", (12, 0), True), ("2.20.2", (12, 1), True), ("3.0", (12, 0), True),
+    ("2.17.1", (10, 0), True), ("2.20.2", (10, 0), True),
+])
+def test_nvfp4_on_each_gpu(monkeypatch, version, capability, complete):
+    """Two ingredients need Transformer Engine 2.19 on RTX 50 and RTX PRO. Without it they are off, which is said, and
+    a flag that asks for one is refused."""
+    helpers.fake_transformer_engine(monkeypatch, version, capability)
+    precision = train.select_precision(make_cfg(**NVFP4), helpers.GPU)
+    assert not precision.emulated and nvfp4_switches(precision) == [complete, complete, True]
+    assert ("without" not in precision.details) == complete
+    if not complete:
+        assert "without Hadamard transform and stochastic rounding" in precision.details
+        assert all(word in precision.details for word in (version, "2.19", f"{capability[0]}.{capability[1]}"))
+    for flag in ("NVFP4_HADAMARD", "NVFP4_STOCHASTIC_ROUNDING"):
+        assert nvfp4_switches(train.select_precision(make_cfg(**NVFP4, **{flag: False}), helpers.GPU))[2]
+        if complete:
+            train.select_precision(make_cfg(**NVFP4, **{flag: True}), helpers.GPU)
+            continue
+        with pytest.raises(UserError, match=f"{flag}=True.*2.19.*") as error:
+            train.select_precision(make_cfg(**NVFP4, **{flag: True}), helpers.GPU)
+        assert error.value.status == 2 and version in str(error.value)
+    assert nvfp4_switches(train.select_precision(make_cfg(**NVFP4, NVFP4_2D_WEIGHTS=True), helpers.GPU))[2]
 
 
 # -----------------------------------------------------------------------------------------------------
