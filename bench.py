@@ -92,6 +92,7 @@ class Mode:
 COMPARISON = dict(total_batch_size=65536, eval_interval=0, keep_checkpoints=0)
 SPEED = dict(warmup_iters=4, eval_interval=0, eval_tokens=1, keep_checkpoints=0)
 STUDY_ON_A_CPU = dict(preset="tiny", eval_interval=0, keep_checkpoints=0)
+FP8 = dict(USE_FP8=True)  # given, so that a GPU without FP8 emulates it and does not train in bf16
 BF16, NVFP4, VOCAB = dict(USE_FP8=False), dict(USE_NVFP4=True), dict(vocab_size=50304)
 QUARTER = dict(total_batch_size=4)
 WITHOUT = {"no Hadamard": dict(NVFP4_HADAMARD=False), "no stochastic rounding": dict(NVFP4_STOCHASTIC_ROUNDING=False),
@@ -99,19 +100,19 @@ WITHOUT = {"no Hadamard": dict(NVFP4_HADAMARD=False), "no stochastic rounding": 
 STUDY_BF16 = Variant(BF16 | dict(FP8_STATS_INTERVAL=0))
 MODES = {
     "speed": Mode(dict(max_iters=24) | SPEED, {
-        "FP8 delayed": Variant(),
+        "FP8 delayed": Variant(FP8),
         "FP8 current": Variant(dict(FP8_RECIPE="current")),
         "FP8 block": Variant(dict(FP8_RECIPE="block")),
         "bf16": Variant(BF16),
-        "FP8 delayed, vocab 50,304": Variant(VOCAB),
-        "FP8 delayed, vocab 50,304, a quarter of the batch": Variant(VOCAB, QUARTER),
+        "FP8 delayed, vocab 50,304": Variant(FP8 | VOCAB),
+        "FP8 delayed, vocab 50,304, a quarter of the batch": Variant(FP8 | VOCAB, QUARTER),
         "bf16, vocab 50,304, a quarter of the batch": Variant(BF16 | VOCAB, QUARTER),
-        "FP8 delayed, half the micro-batch": Variant(divide=dict(batch_size=2)),
-        "FP8 delayed, head in bf16": Variant(dict(USE_FP8_HEAD=False)),
-        "FP8 delayed, no CUDA graphs": Variant(dict(USE_CUDA_GRAPHS=False)),
-        "FP8 delayed, TE's modules, head in bf16": Variant(dict(USE_TRITON=False, USE_FP8_HEAD=False)),
-        "FP8 delayed, FSDP2": Variant(dict(USE_FSDP2=True)),
-        "FP8 delayed, DDP": Variant(dict(USE_DDP=True)),
+        "FP8 delayed, half the micro-batch": Variant(FP8, divide=dict(batch_size=2)),
+        "FP8 delayed, head in bf16": Variant(FP8 | dict(USE_FP8_HEAD=False)),
+        "FP8 delayed, no CUDA graphs": Variant(FP8 | dict(USE_CUDA_GRAPHS=False)),
+        "FP8 delayed, TE's modules, head in bf16": Variant(FP8 | dict(USE_TRITON=False, USE_FP8_HEAD=False)),
+        "FP8 delayed, FSDP2": Variant(FP8 | dict(USE_FSDP2=True)),
+        "FP8 delayed, DDP": Variant(FP8 | dict(USE_DDP=True)),
         "train_orig.py": Variant(script=train_orig),
     }, gpu_preset="classic"),
     "precision": Mode(COMPARISON | dict(preset="d12", max_iters=381), {

@@ -164,7 +164,7 @@ grad_clip: NonNegativeFloat = 1.0             # largest global gradient norm; 0:
 USE_8BIT_ADAM: bool = False                   # bitsandbytes AdamW8bit for embedding and head (one GPU, unsharded)
 
 # Precision
-USE_FP8: bool = True                          # matmuls of blocks and head in FP8; False: bf16
+USE_FP8: bool = True                          # matmuls in FP8; on a GPU without FP8 only if given; False: bf16
 FP8_RECIPE: Literal["delayed", "current", "block", "mxfp8"] = "delayed"  # how FP8 scales are chosen (docs/precision.md)
 FP8_MARGIN: int = 0                           # delayed: scale = fp8_max / amax / 2^margin
 FP8_AMAX_HISTORY: Positive = 1024             # delayed: the scale follows the largest amax of this many micro-batches

@@ -73,9 +73,13 @@ FORMATS = {f.name: f for f in (
 
 
 def choose_format(cfg: SimpleNamespace) -> Format:
-    """Return the format that the flags ask for, after checking that the model's shapes fit it. Raises UserError."""
-    name = "nvfp4" if cfg.USE_NVFP4 else f"fp8-{cfg.FP8_RECIPE}" if cfg.USE_FP8 else "bf16"
-    chosen, tokens = FORMATS[name], cfg.batch_size * cfg.block_size
+    """Return the format that the flags ask for."""
+    return FORMATS["nvfp4" if cfg.USE_NVFP4 else f"fp8-{cfg.FP8_RECIPE}" if cfg.USE_FP8 else "bf16"]
+
+
+def check_format(chosen: Format, cfg: SimpleNamespace) -> None:
+    """Check that the model's shapes and the other flags fit the format. Raises UserError."""
+    name, tokens = chosen.name, cfg.batch_size * cfg.block_size
     if cfg.n_embd % chosen.multiple or tokens % chosen.multiple:
         off = "--USE_NVFP4=False --USE_FP8=False" if cfg.USE_NVFP4 else "--USE_FP8=False"
         raise UserError(f"{name} needs n_embd and batch_size x block_size divisible by {chosen.multiple}, "
@@ -86,7 +90,6 @@ def choose_format(cfg: SimpleNamespace) -> Format:
     if cfg.FP8_STATS_INTERVAL and chosen.recipe is None:
         raise UserError("FP8_STATS_INTERVAL has nothing to look at in bf16; "
                         "set USE_FP8 or USE_NVFP4, or leave it at 0", 2)
-    return chosen
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -216,8 +219,12 @@ class Precision:
 
 
 def select_precision(cfg: SimpleNamespace, device: torch.device) -> Precision:
-    """Choose the number format, and Transformer Engine or its emulation, by asking TE what the device can do."""
-    chosen, missing, lacking, why_lacking = choose_format(cfg), "", (), ""
+    """Choose the number format, and Transformer Engine or its emulation, by asking TE what the device can do.
+
+    A GPU without the default format trains in bf16: emulation would be slower than that, so it must be asked for.
+    Raises: UserError.
+    """
+    chosen, missing, note, lacking, why_lacking = choose_format(cfg), "", "", (), ""
     if cfg.USE_EMULATION is True:
         missing = "USE_EMULATION=True"
     elif device.type != "cuda":
@@ -229,14 +236,18 @@ def select_precision(cfg: SimpleNamespace, device: torch.device) -> Precision:
             missing = f"Transformer Engine cannot be imported: {error}"
     if not missing and chosen.question:
         available, why = getattr(te, chosen.question)(return_reason=True)
-        missing = "" if available else why.rstrip(".")
+        if not available and not {"USE_FP8", "FP8_RECIPE", "USE_NVFP4"} & {*cfg.explicit}:
+            chosen, note = FORMATS["bf16"], f" (no FP8 here: {why.rstrip('.')}; --USE_FP8=True emulates it)"
+        elif not available:
+            missing = why.rstrip(".")
+    check_format(chosen, cfg)
     if missing:
         from nanofp8 import te_emulation as te
         recipes = te.recipe
     elif chosen.name == "nvfp4":
         lacking, why_lacking = check_nvfp4(cfg, torch.cuda.get_device_capability(device), version)
     recipe = chosen.recipe and chosen.recipe(recipes, cfg, lacking)
-    by = f"by nanofp8/te_emulation.py ({missing})" if missing else f"by Transformer Engine {version}"
+    by = f"by nanofp8/te_emulation.py ({missing})" if missing else f"by Transformer Engine {version}{note}"
     return Precision(te, chosen, recipe, bool(missing), f"EMULATED {by}" if missing and recipe else by,
                      ingredients(recipe, why_lacking) if chosen.name == "nvfp4" else "")
 

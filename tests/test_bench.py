@@ -100,6 +100,14 @@ def test_the_ablation_has_no_row_twice_on_an_rtx_50(monkeypatch, capsys, version
     assert len(recipes) == len(set(recipes)) == 6 - len(left_out)
 
 
+def test_rows_named_fp8_ask_for_it(fresh):
+    """Otherwise an A100 would train them in bf16."""
+    for mode in bench.MODES.values():
+        for label, variant in mode.variants.items():
+            if label.startswith(("FP8", "MXFP8")):
+                assert {"USE_FP8", "FP8_RECIPE"} & {*variant.flags}, label
+
+
 @pytest.mark.slow
 def test_emulation_compares_speeds(fresh, shards, tmp_path):
     """The picked rows are trained in the mode's own order, and the table has the ratio to bf16."""

@@ -258,3 +258,33 @@ def test_every_part_of_transformer_engine_is_checked(monkeypatch, module, names,
     with pytest.raises(UserError, match=f"2.20.2 lacks .*{name}.*--USE_EMULATION") as error:
         train.select_precision(make_cfg(), helpers.GPU)
     assert error.value.status == 1
+
+
+# -----------------------------------------------------------------------------------------------------
+# GPUs without the default format
+
+NO_FP8 = "Device compute capability 8.9 or higher required for FP8 execution."
+
+
+@pytest.mark.parametrize("changes, name, emulated", [
+    (dict(), "bf16", False), (dict(FP8_MARGIN=1), "bf16", False), (dict(USE_FP8=False), "bf16", False),
+    (dict(USE_FP8=True), "fp8-delayed", True), (dict(FP8_RECIPE="delayed"), "fp8-delayed", True),
+    (dict(FP8_RECIPE="block", n_embd=128), "fp8-block", True), (NVFP4, "nvfp4", True),
+    (dict(USE_EMULATION=True), "fp8-delayed", True),
+])
+def test_an_a100_trains_in_bf16_unless_a_format_is_asked_for(monkeypatch, changes, name, emulated):
+    helpers.fake_transformer_engine(monkeypatch, capability=(8, 0), available=lambda question: (False, NO_FP8))
+    precision = train.select_precision(make_cfg(**changes), helpers.GPU)
+    assert (precision.name, precision.emulated) == (name, emulated)
+    assert ("EMULATED" in precision.reason) == emulated and (precision.recipe is None) == (name == "bf16")
+    if name == "bf16" and "USE_FP8" not in changes:
+        assert "--USE_FP8=True" in precision.reason and "8.9" in precision.reason
+    assert ("FP8_MARGIN=1" in precision.flags_without_effect(make_cfg(FP8_MARGIN=1))) == (name != "fp8-delayed")
+    assert precision.calibration_steps(make_cfg()) == (3 if name == "fp8-delayed" else 0)
+
+
+def test_statistics_of_fp8_on_an_a100_need_fp8_to_be_asked_for(monkeypatch):
+    helpers.fake_transformer_engine(monkeypatch, capability=(8, 0), available=lambda question: (False, NO_FP8))
+    with pytest.raises(UserError, match="FP8_STATS_INTERVAL.*USE_FP8"):
+        train.select_precision(make_cfg(FP8_STATS_INTERVAL=2), helpers.GPU)
+    assert train.select_precision(make_cfg(FP8_STATS_INTERVAL=2, USE_FP8=True), helpers.GPU).emulated
