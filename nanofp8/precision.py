@@ -171,6 +171,7 @@ class Precision:
     emulated: bool   # by nanofp8.te_emulation
     reason: str      # of that choice, for the start-up table
     details: str = ""  # which of the format's parts run, for the start-up table
+    grad_zscore: float = 0.0  # what skip_grad_zscore="auto" stands for
 
     @property
     def name(self) -> str:
@@ -248,8 +249,10 @@ def select_precision(cfg: SimpleNamespace, device: torch.device) -> Precision:
         lacking, why_lacking = check_nvfp4(cfg, torch.cuda.get_device_capability(device), version)
     recipe = chosen.recipe and chosen.recipe(recipes, cfg, lacking)
     by = f"by nanofp8/te_emulation.py ({missing})" if missing else f"by Transformer Engine {version}{note}"
+    fp8_on_12 = not missing and chosen.name.startswith("fp8") and torch.cuda.get_device_capability(device)[0] == 12
     return Precision(te, chosen, recipe, bool(missing), f"EMULATED {by}" if missing and recipe else by,
-                     ingredients(recipe, why_lacking) if chosen.name == "nvfp4" else "")
+                     ingredients(recipe, why_lacking) if chosen.name == "nvfp4" else "",
+                     cards.GRAD_ZSCORE_12 if fp8_on_12 else 0.0)
 
 
 def check_nvfp4(cfg: SimpleNamespace, capability: tuple[int, int], version: str) -> tuple[Collection[str], str]:

@@ -303,6 +303,7 @@ def print_table(run: Any, checkpoint: str | None) -> None:
         ("wrapper", f"{run.parallel.wrapper} ({run.wrapper_reason})"),
         ("optimizers", run.optimizers.description),
         ("  learning rates", run.optimizers.rates()),
+        ("skipped steps", f"{run.guard}"),
         ("parameters", f"{run.parameters:,}"),
         *[(f"  {part}", f"{n:,} = {how}") for part, n, how in parameter_table(run.cfg)],
         *data_rows(run.cfg, run.procs, run.loader, run.val_ring),

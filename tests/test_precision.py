@@ -288,3 +288,12 @@ def test_statistics_of_fp8_on_an_a100_need_fp8_to_be_asked_for(monkeypatch):
     with pytest.raises(UserError, match="FP8_STATS_INTERVAL.*USE_FP8"):
         train.select_precision(make_cfg(FP8_STATS_INTERVAL=2), helpers.GPU)
     assert train.select_precision(make_cfg(FP8_STATS_INTERVAL=2, USE_FP8=True), helpers.GPU).emulated
+
+
+@pytest.mark.parametrize("capability, changes, zscore", [
+    ((12, 0), dict(), 8.0), ((12, 1), dict(FP8_RECIPE="current"), 8.0), ((9, 0), dict(), 0.0), ((10, 0), dict(), 0.0),
+    ((12, 0), dict(USE_FP8=False), 0.0), ((12, 0), NVFP4, 0.0), ((12, 0), dict(USE_EMULATION=True), 0.0),
+])
+def test_outliers_are_skipped_in_fp8_on_an_rtx_50(monkeypatch, capability, changes, zscore):
+    helpers.fake_transformer_engine(monkeypatch, capability=capability)
+    assert train.select_precision(make_cfg(**changes), helpers.GPU).grad_zscore == zscore
