@@ -92,6 +92,7 @@ class Mode:
 COMPARISON = dict(total_batch_size=65536, eval_interval=0, keep_checkpoints=0)
 SPEED = dict(warmup_iters=4, eval_interval=0, eval_tokens=1, keep_checkpoints=0)
 STUDY_ON_A_CPU = dict(preset="tiny", eval_interval=0, keep_checkpoints=0)
+FP8 = dict(USE_FP8=True)  # given, so that a GPU without FP8 emulates it and does not train in bf16
 BF16, NVFP4, VOCAB = dict(USE_FP8=False), dict(USE_NVFP4=True), dict(vocab_size=50304)
 QUARTER = dict(total_batch_size=4)
 WITHOUT = {"no Hadamard": dict(NVFP4_HADAMARD=False), "no stochastic rounding": dict(NVFP4_STOCHASTIC_ROUNDING=False),
@@ -99,19 +100,19 @@ WITHOUT = {"no Hadamard": dict(NVFP4_HADAMARD=False), "no stochastic rounding": 
 STUDY_BF16 = Variant(BF16 | dict(FP8_STATS_INTERVAL=0))
 MODES = {
     "speed": Mode(dict(max_iters=24) | SPEED, {
-        "FP8 delayed": Variant(),
+        "FP8 delayed": Variant(FP8),
         "FP8 current": Variant(dict(FP8_RECIPE="current")),
         "FP8 block": Variant(dict(FP8_RECIPE="block")),
         "bf16": Variant(BF16),
-        "FP8 delayed, vocab 50,304": Variant(VOCAB),
-        "FP8 delayed, vocab 50,304, a quarter of the batch": Variant(VOCAB, QUARTER),
+        "FP8 delayed, vocab 50,304": Variant(FP8 | VOCAB),
+        "FP8 delayed, vocab 50,304, a quarter of the batch": Variant(FP8 | VOCAB, QUARTER),
         "bf16, vocab 50,304, a quarter of the batch": Variant(BF16 | VOCAB, QUARTER),
-        "FP8 delayed, half the micro-batch": Variant(divide=dict(batch_size=2)),
-        "FP8 delayed, head in bf16": Variant(dict(USE_FP8_HEAD=False)),
-        "FP8 delayed, no CUDA graphs": Variant(dict(USE_CUDA_GRAPHS=False)),
-        "FP8 delayed, TE's modules, head in bf16": Variant(dict(USE_TRITON=False, USE_FP8_HEAD=False)),
-        "FP8 delayed, FSDP2": Variant(dict(USE_FSDP2=True)),
-        "FP8 delayed, DDP": Variant(dict(USE_DDP=True)),
+        "FP8 delayed, half the micro-batch": Variant(FP8, divide=dict(batch_size=2)),
+        "FP8 delayed, head in bf16": Variant(FP8 | dict(USE_FP8_HEAD=False)),
+        "FP8 delayed, no CUDA graphs": Variant(FP8 | dict(USE_CUDA_GRAPHS=False)),
+        "FP8 delayed, TE's modules, head in bf16": Variant(FP8 | dict(USE_TRITON=False, USE_FP8_HEAD=False)),
+        "FP8 delayed, FSDP2": Variant(FP8 | dict(USE_FSDP2=True)),
+        "FP8 delayed, DDP": Variant(FP8 | dict(USE_DDP=True)),
         "train_orig.py": Variant(script=train_orig),
     }, gpu_preset="classic"),
     "precision": Mode(COMPARISON | dict(preset="d12", max_iters=381), {
@@ -224,6 +225,23 @@ def plan_study(name: str, given: Sequence[str], seeds: tuple[int, int],
     return plan
 
 
+def drop_repeats(plan: dict[tuple, SimpleNamespace], procs: Processes) -> dict[tuple, SimpleNamespace]:
+    """Return a plan without the rows that would repeat another one here, and print which these are.
+
+    Where Transformer Engine lacks an ingredient of NVFP4, the row without it is the full recipe's run.
+    """
+    first, kept = {}, {}
+    for (label, seed), cfg in plan.items():
+        precision = train.select_precision(cfg, procs.device)
+        run = seed, precision.name, str(precision.recipe and vars(precision.recipe)), cfg.HIGH_PRECISION_LAYERS
+        if first.setdefault(run, label) == label:
+            kept[label, seed] = cfg
+        elif seed == 1:
+            procs.print(f"{label} left out: it would repeat {first[run]}, which here is {precision.name} "
+                        f"{precision.details}")
+    return kept
+
+
 def matmul_rate(device: torch.device) -> float:
     """Return the FLOP/s of square matmuls as training makes them (bf16 on a GPU, fp32 on a CPU): the best of six."""
     n, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (512, torch.float32)
@@ -241,6 +259,7 @@ def train_study(name: str, plan: dict[tuple, SimpleNamespace], procs: Processes)
     for cfg in plan.values():  # what is wrong should be known before the first run
         train.check_flags(cfg, procs.world_size)
         train.open_data(cfg, procs)
+    plan = drop_repeats(plan, procs)
     found = {key: finished_run(cfg, machine) for key, cfg in plan.items()} if procs.is_main else None
     folders = procs.broadcast(found)
     missing = {key: cfg for key, cfg in plan.items() if not folders[key]}

@@ -105,9 +105,13 @@ try:
     import torch
     if int(sys.argv[1]):
         import transformer_engine.pytorch
+        sys.path.insert(0, ".")
+        from nanofp8.cards import unsupported_version
+        if reason := unsupported_version(getattr(transformer_engine, "__version__", "")):
+            raise ImportError(reason)
 except Exception as error:
     reason = (str(error).strip() or repr(error)).splitlines()[-1]
-    sys.exit(f"run.sh: not using {sys.executable}: it has torch, but cannot import what training needs ({reason})")
+    sys.exit(f"run.sh: not using {sys.executable}: it has torch, but not what training needs ({reason})")
 END
 }
 

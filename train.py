@@ -15,6 +15,7 @@ from typing import Literal
 
 from nanofp8.config import (  # types of flags, and what reads them
     AutoBool,
+    AutoNonNegativeFloat,
     AutoPositive,
     FolderName,
     Fraction,
@@ -163,7 +164,7 @@ grad_clip: NonNegativeFloat = 1.0             # largest global gradient norm; 0:
 USE_8BIT_ADAM: bool = False                   # bitsandbytes AdamW8bit for embedding and head (one GPU, unsharded)
 
 # Precision
-USE_FP8: bool = True                          # matmuls of blocks and head in FP8; False: bf16
+USE_FP8: bool = True                          # matmuls in FP8; on a GPU without FP8 only if given; False: bf16
 FP8_RECIPE: Literal["delayed", "current", "block", "mxfp8"] = "delayed"  # how FP8 scales are chosen (docs/precision.md)
 FP8_MARGIN: int = 0                           # delayed: scale = fp8_max / amax / 2^margin
 FP8_AMAX_HISTORY: Positive = 1024             # delayed: the scale follows the largest amax of this many micro-batches
@@ -207,7 +208,7 @@ wandb_project: str = "nanogpt-fp8"            # wandb: name of the project
 # Faults: a step with a non-finite loss or gradient is always skipped
 max_bad_steps: Positive = 10                  # stop after this many consecutive skipped steps
 skip_loss_zscore: NonNegativeFloat = 0.0      # skip a step whose loss lies this many deviations above the mean; 0: off
-skip_grad_zscore: NonNegativeFloat = 0.0      # the same for the gradient norm
+skip_grad_zscore: AutoNonNegativeFloat = "auto"  # the same for the gradient norm; "auto": 8 in FP8 on RTX 50, else 0
 zscore_window: Window = 128                   # number of last taken steps for mean and deviation
 rank_timeout: Timeout = 120.0                 # seconds without a heartbeat before a rank is declared dead
 
@@ -993,7 +994,7 @@ def set_up(cfg: SimpleNamespace, procs: Processes, cleanup: contextlib.ExitStack
     calibrate(run)  # and compile, before training is timed
     run.optimizers.warm_up(run.parallel)
     if resumed:
-        run.guard = Guard(cfg, meta.get("guard"))
+        run.guard = Guard(cfg, meta.get("guard"), run.precision.grad_zscore)
         if not checkpoint.restore(run, resumed, meta):  # scales missing: calibrate as often as a new run
             for _ in range(run.precision.calibration_steps(cfg)):
                 calibrate(run)
@@ -1029,7 +1030,8 @@ def build(cfg: SimpleNamespace, procs: Processes, loader: DataLoader) -> Run:
         import_bitsandbytes(procs.device, wrapper == "fsdp2")  # before the model is sharded
     parallel = Parallel(model, wrapper, cfg, procs)
     optimizers = Optimizers(model, cfg, procs, parallel)
-    return Run(cfg, procs, precision, parallel, optimizers, loader, Guard(cfg), reason, parameters, in_bf16=in_bf16)
+    guard = Guard(cfg, auto_grad_zscore=precision.grad_zscore)
+    return Run(cfg, procs, precision, parallel, optimizers, loader, guard, reason, parameters, in_bf16=in_bf16)
 
 
 def run(cfg: SimpleNamespace, procs: Processes) -> str:

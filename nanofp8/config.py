@@ -91,6 +91,7 @@ FolderName = Annotated[str, Pattern(r"(?!\.)[^/\\\0]+", "a folder name without s
 Letters = Annotated[str, Pattern(r"[SL]+", "one or more of the letters S and L, such as SSSL")]
 AutoPositive = Union[Literal["auto"], Positive]
 AutoBool = Union[Literal["auto"], bool]
+AutoNonNegativeFloat = Union[Literal["auto"], NonNegativeFloat]
 
 
 def describe(kind: Any) -> str:

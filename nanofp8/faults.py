@@ -27,13 +27,23 @@ class Guard:
     numbers.
     """
 
-    def __init__(self, cfg: SimpleNamespace, state: dict | None = None):
-        """Start with empty windows, or continue from what state_dict() returned (`state`)."""
+    def __init__(self, cfg: SimpleNamespace, state: dict | None = None, auto_grad_zscore: float = 0.0):
+        """Start with empty windows, or continue from what state_dict() returned (`state`).
+
+        auto_grad_zscore: what skip_grad_zscore="auto" stands for.
+        """
         state = state or dict(in_a_row=0, windows={})
-        limits = dict(loss=cfg.skip_loss_zscore, gradient=cfg.skip_grad_zscore)
+        gradient = auto_grad_zscore if cfg.skip_grad_zscore == "auto" else cfg.skip_grad_zscore
+        limits = dict(loss=cfg.skip_loss_zscore, gradient=gradient)
         self.limits = {name: limit for name, limit in limits.items() if limit}
         self.windows = {name: deque(state["windows"].get(name, ()), cfg.zscore_window) for name in self.limits}
         self.in_a_row = state["in_a_row"]  # consecutive steps that were skipped, up to now
+
+    def __str__(self) -> str:
+        """Say which steps are skipped, for the start-up table."""
+        names = dict(loss="a loss", gradient="a gradient norm")
+        outliers = [f"{names[name]} {limit:g} deviations above the mean" for name, limit in self.limits.items()]
+        return " or ".join(["not finite", *outliers])
 
     @property
     def healthy(self) -> bool:

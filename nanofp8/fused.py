@@ -102,7 +102,8 @@ def te_gemm() -> Callable | None:
     try:
         from transformer_engine.pytorch.cpp_extensions import general_gemm
         from transformer_engine.pytorch.tensor.storage.float8_tensor_storage import Float8TensorStorage
-    except Exception:  # not installed, or broken
+        te_types()
+    except Exception:  # not installed, broken, or too old
         return None
 
     def operand(x):

@@ -6,14 +6,17 @@ choose_format().
 
 import contextlib
 import fnmatch
+import importlib
+import inspect
 import warnings
 from dataclasses import dataclass
 from types import ModuleType, SimpleNamespace
-from typing import Any, Callable, Iterator
+from typing import Any, Callable, Collection, Iterator
 
 import torch
 import torch.nn as nn
 
+from nanofp8 import cards
 from nanofp8.config import UserError
 from nanofp8.files import error_line
 
@@ -21,18 +24,16 @@ from nanofp8.files import error_line
 # Formats
 
 
-def delayed_scaling(recipes: Any, cfg: SimpleNamespace, sm_120: bool) -> Any:
+def delayed_scaling(recipes: Any, cfg: SimpleNamespace, lacking: Collection[str]) -> Any:
     """Build DelayedScaling: E4M3 forward, E5M2 gradients, scales from the amaxes of earlier micro-batches."""
     return recipes.DelayedScaling(fp8_format=recipes.Format.HYBRID, margin=cfg.FP8_MARGIN,
                                   amax_history_len=cfg.FP8_AMAX_HISTORY, amax_compute_algo="max")
 
 
-def nvfp4_scaling(recipes: Any, cfg: SimpleNamespace, sm_120: bool) -> Any:
-    """Build NVFP4BlockScaling. On sm_120 (RTX 5090, RTX PRO 6000) it has no Hadamard transform and no stochastic
-    rounding, for which Transformer Engine has no kernels there."""
-    return recipes.NVFP4BlockScaling(disable_rht=sm_120 or not cfg.NVFP4_HADAMARD,
-                                     disable_stochastic_rounding=sm_120 or not cfg.NVFP4_STOCHASTIC_ROUNDING,
-                                     disable_2d_quantization=not cfg.NVFP4_2D_WEIGHTS)
+def nvfp4_scaling(recipes: Any, cfg: SimpleNamespace, lacking: Collection[str]) -> Any:
+    """Build NVFP4BlockScaling with the ingredients that the flags ask for, except those in `lacking`."""
+    off = {field: flag in lacking or not getattr(cfg, flag) for flag, (field, _) in NVFP4_INGREDIENTS.items()}
+    return recipes.NVFP4BlockScaling(**off)
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,8 @@ class Format:
     """What the script must know of a number format of block matmuls."""
 
     name: str                       # as logs and tables name it
-    # Builds the recipe from (TE's module of recipes, flags, whether the GPU is an sm_120); None: bf16 needs none
-    recipe: Callable[[Any, SimpleNamespace, bool], Any] | None = None
+    # Builds the recipe from (TE's module of recipes, flags, flags that TE cannot follow here); None: bf16 needs none
+    recipe: Callable[[Any, SimpleNamespace, Collection[str]], Any] | None = None
     question: str = ""              # name of TE's function that says whether the device has the format
     multiple: int = 1               # n_embd and the tokens of a micro-batch must be multiples of this
     fused: bool = False             # our fused blocks (fused.py) can run it
@@ -51,7 +52,12 @@ class Format:
 
 
 FP8_FLAGS = ("FP8_RECIPE", "USE_FP8_HEAD")
-NVFP4_FLAGS = ("NVFP4_HADAMARD", "NVFP4_STOCHASTIC_ROUNDING", "NVFP4_2D_WEIGHTS")
+# {flag: (field of TE's recipe that switches it off, name)}
+NVFP4_INGREDIENTS = {
+    "NVFP4_HADAMARD": ("disable_rht", "Hadamard transform"),
+    "NVFP4_STOCHASTIC_ROUNDING": ("disable_stochastic_rounding", "stochastic rounding"),
+    "NVFP4_2D_WEIGHTS": ("disable_2d_quantization", "2-D weights"),
+}
 FORMATS = {f.name: f for f in (
     Format("bf16", fused=True),
     Format("fp8-delayed", delayed_scaling, "is_fp8_available", 16, fused=True, fp8_head=True, calibrated=True,
@@ -62,14 +68,18 @@ FORMATS = {f.name: f for f in (
            fp8_head=True, flags=FP8_FLAGS),
     Format("fp8-mxfp8", lambda recipes, *_: recipes.MXFP8BlockScaling(), "is_mxfp8_available", 32, fp8_head=True,
            flags=FP8_FLAGS),
-    Format("nvfp4", nvfp4_scaling, "is_nvfp4_available", 128, flags=NVFP4_FLAGS),
+    Format("nvfp4", nvfp4_scaling, "is_nvfp4_available", 128, flags=tuple(NVFP4_INGREDIENTS)),
 )}
 
 
 def choose_format(cfg: SimpleNamespace) -> Format:
-    """Return the format that the flags ask for, after checking that the model's shapes fit it. Raises UserError."""
-    name = "nvfp4" if cfg.USE_NVFP4 else f"fp8-{cfg.FP8_RECIPE}" if cfg.USE_FP8 else "bf16"
-    chosen, tokens = FORMATS[name], cfg.batch_size * cfg.block_size
+    """Return the format that the flags ask for."""
+    return FORMATS["nvfp4" if cfg.USE_NVFP4 else f"fp8-{cfg.FP8_RECIPE}" if cfg.USE_FP8 else "bf16"]
+
+
+def check_format(chosen: Format, cfg: SimpleNamespace) -> None:
+    """Check that the model's shapes and the other flags fit the format. Raises UserError."""
+    name, tokens = chosen.name, cfg.batch_size * cfg.block_size
     if cfg.n_embd % chosen.multiple or tokens % chosen.multiple:
         off = "--USE_NVFP4=False --USE_FP8=False" if cfg.USE_NVFP4 else "--USE_FP8=False"
         raise UserError(f"{name} needs n_embd and batch_size x block_size divisible by {chosen.multiple}, "
@@ -80,14 +90,54 @@ def choose_format(cfg: SimpleNamespace) -> Format:
     if cfg.FP8_STATS_INTERVAL and chosen.recipe is None:
         raise UserError("FP8_STATS_INTERVAL has nothing to look at in bf16; "
                         "set USE_FP8 or USE_NVFP4, or leave it at 0", 2)
-    return chosen
 
 
-def import_transformer_engine() -> tuple[ModuleType, ModuleType]:
-    """Import Transformer Engine; return transformer_engine.pytorch and its module of recipes.
+# ----------------------------------------------------------------------------------------------------------------------
+# Transformer Engine
+
+# All of Transformer Engine that this project uses: module, names in it, arguments that they must take. Most are not
+# part of its documented interface, so that another version may lack them
+TE, QUANTIZATION = "transformer_engine.pytorch", "transformer_engine.pytorch.quantization"
+TE_PARTS = (
+    (TE, "Linear LayerNormLinear LayerNormMLP RMSNorm DotProductAttention checkpoint", ""),
+    (TE, "is_fp8_available is_fp8_block_scaling_available is_mxfp8_available is_nvfp4_available", "return_reason"),
+    (TE, "autocast", "enabled recipe amax_reduction_group"),
+    (TE, "Float8Quantizer", "scale amax fp8_dtype columnwise"),
+    ("transformer_engine.common.recipe", "Format DelayedScaling Float8CurrentScaling Float8BlockScaling "
+                                         "MXFP8BlockScaling NVFP4BlockScaling", ""),
+    (QUANTIZATION, "FP8GlobalStateManager.is_fp8_enabled FP8GlobalStateManager.reset", ""),
+    (QUANTIZATION, "FP8GlobalStateManager.reduce_and_update_fp8_tensors", "forward"),
+    (TE + ".module.base", "TransformerEngineBaseModule.prepare_forward", "num_gemms"),
+    (TE + ".module.base", "TransformerEngineBaseModule.end_forward", ""),
+    (TE + ".constants", "DType.kFloat8E4M3 DType.kFloat8E5M2", ""),
+    (TE + ".cpp_extensions", "general_gemm", "A B out_dtype out accumulate layout use_split_accumulator"),
+    (TE + ".tensor.storage.float8_tensor_storage", "Float8TensorStorage", ""),
+    ("transformer_engine_torch", "fp8_transpose", ""),
+)
+
+
+def missing_parts() -> list[str]:
+    """Return what the installed Transformer Engine lacks of TE_PARTS, as dotted names."""
+    missing = []
+    for module, names, arguments in TE_PARTS:
+        for name in names.split():
+            try:
+                part = importlib.import_module(module)
+                for step in name.split("."):
+                    part = getattr(part, step)
+                known = inspect.signature(part).parameters if arguments else ()
+                missing += [f"{module}.{name}({argument})" for argument in arguments.split() if argument not in known]
+            except (ImportError, AttributeError):
+                missing.append(f"{module}.{name}")
+    return missing
+
+
+def import_transformer_engine() -> tuple[ModuleType, ModuleType, str]:
+    """Import Transformer Engine; return transformer_engine.pytorch, its module of recipes, and its version.
 
     Its warnings are switched off: they are about other frameworks, and repeat with every pass.
-    Raises: ImportError in one line, whatever a broken installation raises (OSError for a missing library, and more).
+    Raises: ImportError in one line, whatever a broken installation raises (OSError for a missing library, and more);
+        UserError if it is too old or lacks something that is used here.
     """
     warnings.filterwarnings("ignore", module="transformer_engine")
     try:
@@ -95,7 +145,20 @@ def import_transformer_engine() -> tuple[ModuleType, ModuleType]:
         from transformer_engine.common import recipe
     except Exception as error:
         raise ImportError(error_line(error)) from error
-    return transformer_engine.pytorch, recipe
+    version = getattr(transformer_engine, "__version__", "of unknown version")
+    remedy = (f"install {cards.TE_MADE_FOR} as docs/install.md says, or choose another Python; "
+              f"--USE_EMULATION=True does without it, slowly")
+    if reason := cards.unsupported_version(version):
+        raise UserError(f"{reason}; {remedy}")
+    if missing := missing_parts():
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise UserError(f"Transformer Engine {version} lacks what this code uses: {', '.join(missing[:3])}{more}; "
+                        f"{remedy}")
+    return transformer_engine.pytorch, recipe, version
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What a run uses
 
 
 @dataclass
@@ -107,6 +170,8 @@ class Precision:
     recipe: Any      # Transformer Engine's, or the emulation's, of the format; None: bf16
     emulated: bool   # by nanofp8.te_emulation
     reason: str      # of that choice, for the start-up table
+    details: str = ""  # which of the format's parts run, for the start-up table
+    grad_zscore: float = 0.0  # what skip_grad_zscore="auto" stands for
 
     @property
     def name(self) -> str:
@@ -155,27 +220,62 @@ class Precision:
 
 
 def select_precision(cfg: SimpleNamespace, device: torch.device) -> Precision:
-    """Choose the number format, and Transformer Engine or its emulation, by asking TE what the device can do."""
-    chosen, missing = choose_format(cfg), ""
+    """Choose the number format, and Transformer Engine or its emulation, by asking TE what the device can do.
+
+    A GPU without the default format trains in bf16: emulation would be slower than that, so it must be asked for.
+    Raises: UserError.
+    """
+    chosen, missing, note, lacking, why_lacking = choose_format(cfg), "", "", (), ""
     if cfg.USE_EMULATION is True:
         missing = "USE_EMULATION=True"
     elif device.type != "cuda":
         missing = "no GPU"
     else:
         try:
-            te, recipes = import_transformer_engine()
+            te, recipes, version = import_transformer_engine()
         except ImportError as error:
             missing = f"Transformer Engine cannot be imported: {error}"
     if not missing and chosen.question:
         available, why = getattr(te, chosen.question)(return_reason=True)
-        missing = "" if available else why.rstrip(".")
+        if not available and not {"USE_FP8", "FP8_RECIPE", "USE_NVFP4"} & {*cfg.explicit}:
+            chosen, note = FORMATS["bf16"], f" (no FP8 here: {why.rstrip('.')}; --USE_FP8=True emulates it)"
+        elif not available:
+            missing = why.rstrip(".")
+    check_format(chosen, cfg)
     if missing:
         from nanofp8 import te_emulation as te
         recipes = te.recipe
-    sm_120 = not missing and torch.cuda.get_device_capability(device)[0] == 12
-    recipe = chosen.recipe and chosen.recipe(recipes, cfg, sm_120)
-    by = f"by nanofp8/te_emulation.py ({missing})" if missing else "by Transformer Engine"
-    return Precision(te, chosen, recipe, bool(missing), f"EMULATED {by}" if missing and recipe else by)
+    elif chosen.name == "nvfp4":
+        lacking, why_lacking = check_nvfp4(cfg, torch.cuda.get_device_capability(device), version)
+    recipe = chosen.recipe and chosen.recipe(recipes, cfg, lacking)
+    by = f"by nanofp8/te_emulation.py ({missing})" if missing else f"by Transformer Engine {version}{note}"
+    fp8_on_12 = not missing and chosen.name.startswith("fp8") and torch.cuda.get_device_capability(device)[0] == 12
+    return Precision(te, chosen, recipe, bool(missing), f"EMULATED {by}" if missing and recipe else by,
+                     ingredients(recipe, why_lacking) if chosen.name == "nvfp4" else "",
+                     cards.GRAD_ZSCORE_12 if fp8_on_12 else 0.0)
+
+
+def check_nvfp4(cfg: SimpleNamespace, capability: tuple[int, int], version: str) -> tuple[Collection[str], str]:
+    """Return the flags of NVFP4 that Transformer Engine cannot follow on this GPU, and why.
+
+    Raises: UserError if such a flag was given as True.
+    """
+    lacking, oldest = cards.nvfp4_lacks(capability, version), ".".join(map(str, cards.NVFP4_OLDEST_12))
+    here = f"on compute capability {capability[0]}.{capability[1]}"
+    for flag in lacking:
+        if flag in cfg.explicit and getattr(cfg, flag):
+            raise UserError(f"{flag}=True needs Transformer Engine {oldest} or newer {here}, got {version}; install "
+                            f"{cards.TE_MADE_FOR} as docs/install.md says, or leave the flag out", 2)
+    why = f"for which Transformer Engine {version} has no kernels {here}; {oldest} has"
+    return lacking, why if lacking else ""
+
+
+def ingredients(recipe: Any, why_lacking: str) -> str:
+    """Return which ingredients an NVFP4 recipe has, and which not. why_lacking: of those that were asked for."""
+    names = {on: [name for field, name in NVFP4_INGREDIENTS.values() if on != getattr(recipe, field)]
+             for on in (True, False)}
+    return ", ".join([f"{word} {' and '.join(names[on])}" for word, on in (("with", True), ("without", False))
+                      if names[on]]) + (f" ({why_lacking})" if why_lacking else "")
 
 
 def keep_high_precision(model: nn.Module, patterns: str, te: ModuleType) -> list[str]:

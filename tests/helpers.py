@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import inspect
 import itertools
 import json
 import os
@@ -11,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import types
 from types import SimpleNamespace
 from unittest import mock
 
@@ -24,13 +26,13 @@ from nanofp8 import checkpoint
 from nanofp8 import te_emulation as te
 from nanofp8.checkpoint import Checkpoints
 from nanofp8.faults import Guard
-from nanofp8.precision import FORMATS, Precision
+from nanofp8.precision import FORMATS, TE_PARTS, Precision
 from nanofp8.procs import Processes
 from nanofp8.runlog import RunLog
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TRAIN = str(ROOT / "train.py")
-CPU = torch.device("cpu")
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 VOCAB = 512
 
 # A model of 0.2M parameters: every test starts from these flags and says what it changes.
@@ -64,7 +66,7 @@ def one_process(rank=0, world_size=1):
 def emulated_precision(cfg):
     """Return the flags' format, emulated, whether or not the model's shapes fit it."""
     chosen = FORMATS["nvfp4" if cfg.USE_NVFP4 else f"fp8-{cfg.FP8_RECIPE}" if cfg.USE_FP8 else "bf16"]
-    return Precision(te, chosen, chosen.recipe and chosen.recipe(te.recipe, cfg, False), True, "a test")
+    return Precision(te, chosen, chosen.recipe and chosen.recipe(te.recipe, cfg, ()), True, "a test")
 
 
 def make_run(cfg, procs, model, loader=None, wrapper="none"):
@@ -220,6 +222,51 @@ def edited_copy(folder, **edits):
     sys.modules["train_edited"] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module, str(path)
+
+
+# -----------------------------------------------------------------------------------------------------
+# A GPU and Transformer Engine that are not there
+
+
+def fake_transformer_engine(monkeypatch, version="2.20.2", capability=(9, 0), available=lambda question: (True, "")):
+    """Let this process import a Transformer Engine of this version, and see a GPU of this compute capability.
+
+    The library has the names of precision.TE_PARTS. available: answers is_fp8_available and the other questions by
+    (bool, reason). Recipes are the emulation's.
+    """
+    def put(path, value):
+        """Put a value at a dotted name below its module, and make the modules on the way."""
+        module, _, rest = path.partition(":")
+        for i in range(1, module.count(".") + 2):
+            name = ".".join(module.split(".")[:i])
+            if name not in sys.modules or not hasattr(sys.modules[name], "fake"):
+                monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+                sys.modules[name].fake = True
+                if i > 1:
+                    setattr(sys.modules[name.rpartition(".")[0]], name.rpartition(".")[2], sys.modules[name])
+        owner, steps = sys.modules[module], rest.split(".")
+        for step in steps[:-1]:
+            if not hasattr(owner, step):
+                setattr(owner, step, type(step, (), {}))
+            owner = getattr(owner, step)
+        setattr(owner, steps[-1], value)
+
+    for module, names, arguments in TE_PARTS:
+        for name in names.split():
+            def part(*args, **kwargs):
+                raise AssertionError("a fake")
+
+            part.__signature__ = inspect.Signature(
+                [inspect.Parameter(argument, inspect.Parameter.KEYWORD_ONLY) for argument in arguments.split()])
+            put(f"{module}:{name}", part)
+    for name in vars(te.recipe):
+        put(f"transformer_engine.common.recipe:{name}", getattr(te.recipe, name))
+    for question in {chosen.question for chosen in FORMATS.values()} - {""}:
+        put(f"transformer_engine.pytorch:{question}",
+            lambda return_reason=False, question=question: available(question) if return_reason
+            else available(question)[0])
+    put("transformer_engine:__version__", version)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
 
 
 # -----------------------------------------------------------------------------------------------------

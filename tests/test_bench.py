@@ -83,6 +83,31 @@ def test_ablation(fresh, shards, tmp_path, monkeypatch):
         assert rows[label]["losses"]["1"] != rows["NVFP4"]["losses"]["1"]
 
 
+@pytest.mark.parametrize("version, left_out", [
+    ("2.18.0", ["no Hadamard", "no stochastic rounding"]), ("2.19.0", []), ("2.20.2", [])])
+def test_the_ablation_has_no_row_twice_on_an_rtx_50(monkeypatch, capsys, version, left_out):
+    """Before 2.19 Transformer Engine lacks two of NVFP4's ingredients there."""
+    plan = bench.plan_study("ablation", [], (2, 1), list(bench.MODES["ablation"].variants))
+    helpers.fake_transformer_engine(monkeypatch, version, (12, 0))
+    procs = helpers.one_process()
+    procs.device = helpers.GPU
+    kept = bench.drop_repeats(plan, procs)
+    assert [key for key in plan if key not in kept] == [(label, 1) for label in left_out]
+    printed = capsys.readouterr().out
+    assert printed.count("left out: it would repeat NVFP4,") == len(left_out)
+    recipes = [str(vars(train.select_precision(cfg, helpers.GPU).recipe)) + cfg.HIGH_PRECISION_LAYERS
+               for (label, _), cfg in kept.items() if label != "bf16"]
+    assert len(recipes) == len(set(recipes)) == 6 - len(left_out)
+
+
+def test_rows_named_fp8_ask_for_it(fresh):
+    """Otherwise an A100 would train them in bf16."""
+    for mode in bench.MODES.values():
+        for label, variant in mode.variants.items():
+            if label.startswith(("FP8", "MXFP8")):
+                assert {"USE_FP8", "FP8_RECIPE"} & {*variant.flags}, label
+
+
 @pytest.mark.slow
 def test_emulation_compares_speeds(fresh, shards, tmp_path):
     """The picked rows are trained in the mode's own order, and the table has the ratio to bf16."""

@@ -58,6 +58,8 @@ def good_value(name):
         value = "SSSL"
     elif name == "total_batch_size":
         value = 4096
+    elif name == "skip_grad_zscore":
+        value = 2.5
     else:
         value = f"other-{default}"
     return str(value), value
@@ -72,6 +74,8 @@ def bad_values(name):
         return ["many", "1.5", "1e3", "True", "", "[1]"]
     if name in FLOATS:
         return ["much", "False", "", "nan", "inf", "-1e999"]
+    if name == "skip_grad_zscore":
+        return ["automatic", "-1", "", "nan", "True"]
     return []  # any text will do
 
 

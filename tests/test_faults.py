@@ -229,6 +229,18 @@ def test_a_guard_continues_from_its_state():
     assert b.state_dict() == a.state_dict() and b.in_a_row == 1 and a.check(7.0, 2.0) == b.check(7.0, 2.0) != ""
 
 
+def test_the_gradient_limit_that_auto_stands_for():
+    """It is given by the caller. A number in the flag beats it, also 0."""
+    def limits(flag, auto):
+        return Guard(helpers.make_cfg(skip_grad_zscore=flag), auto_grad_zscore=auto).limits
+
+    assert limits("auto", 8.0) == {"gradient": 8.0} and limits("auto", 0.0) == limits(0, 8.0) == {}
+    assert limits(3.5, 8.0) == {"gradient": 3.5} and Guard(helpers.make_cfg()).limits == {}
+    assert str(guard(skip_grad_zscore=8)) == ("not finite or a loss 3 deviations above the mean or a gradient norm "
+                                              "8 deviations above the mean")
+    assert str(guard(skip_loss_zscore=0, skip_grad_zscore=0)) == "not finite"
+
+
 SPIKES = dict(skip_loss_zscore=6.0, zscore_window=3)
 
 

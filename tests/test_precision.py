@@ -1,10 +1,12 @@
 """precision.py: layers kept in bf16, the recipes' flags, FP8's scaling state, the format of evaluations."""
 
 import contextlib
+import sys
 
 import pytest
 import torch
 
+import helpers
 import train
 from helpers import (
     forward,
@@ -19,7 +21,7 @@ from helpers import (
 )
 from nanofp8 import te_emulation as te
 from nanofp8.config import UserError
-from nanofp8.precision import fp8_state, keep_high_precision, preserved_scales
+from nanofp8.precision import NVFP4_INGREDIENTS, TE_PARTS, fp8_state, keep_high_precision, preserved_scales
 
 LAYERS = [f"blocks.{i}.{layer}" for i in range(2) for layer in ("attn.qkv", "attn.proj", "mlp")]
 
@@ -70,15 +72,48 @@ def test_only_the_other_layers_have_scales(fresh):
     assert {name.split(".")[1] for name in fp8_state(model)} == {"0"}
 
 
-@pytest.mark.parametrize("flag, field",
-                         [("NVFP4_HADAMARD", "disable_rht"), ("NVFP4_2D_WEIGHTS", "disable_2d_quantization"),
-                                         ("NVFP4_STOCHASTIC_ROUNDING", "disable_stochastic_rounding")])
-def test_nvfp4_switches(fresh, flag, field):
-    """Each flag changes its own field of the recipe and no other."""
-    fields = ("disable_rht", "disable_2d_quantization", "disable_stochastic_rounding")
-    cfg = make_cfg(USE_NVFP4=True, n_embd=128, **{flag: False})
-    recipe = train.select_precision(cfg, torch.device("cpu")).recipe
-    assert [getattr(recipe, f) for f in fields] == [f == field for f in fields]
+NVFP4 = dict(USE_NVFP4=True, n_embd=128)
+
+
+def nvfp4_switches(precision):
+    """Return whether the recipe has Hadamard transform, stochastic rounding and 2-D weights."""
+    return [not getattr(precision.recipe, field) for field, _ in NVFP4_INGREDIENTS.values()]
+
+
+@pytest.mark.parametrize("flag", NVFP4_INGREDIENTS)
+def test_nvfp4_switches(fresh, flag):
+    """Each flag changes its own field of the recipe and no other. What is said of them is what the recipe has."""
+    precision = train.select_precision(make_cfg(**NVFP4, **{flag: False}), helpers.CPU)
+    assert nvfp4_switches(precision) == [other != flag for other in NVFP4_INGREDIENTS]
+    said_with, said_without = precision.details.split(", without ")
+    for other, (_, name) in NVFP4_INGREDIENTS.items():
+        assert (name in said_without) == (other == flag) == (name not in said_with)
+
+
+@pytest.mark.parametrize("version, capability, complete", [
+    ("2.17.1", (12, 0), False), ("2.18.0", (12, 0), False), ("2.18.0+a1b2c3", (12, 1), False),
+    ("2.19.0", (12, 0), True), ("2.20.2", (12, 0), True), ("2.20.2", (12, 1), True), ("3.0", (12, 0), True),
+    ("2.17.1", (10, 0), True), ("2.20.2", (10, 0), True),
+])
+def test_nvfp4_on_each_gpu(monkeypatch, version, capability, complete):
+    """Two ingredients need Transformer Engine 2.19 on RTX 50 and RTX PRO. Without it they are off, which is said, and
+    a flag that asks for one is refused."""
+    helpers.fake_transformer_engine(monkeypatch, version, capability)
+    precision = train.select_precision(make_cfg(**NVFP4), helpers.GPU)
+    assert not precision.emulated and nvfp4_switches(precision) == [complete, complete, True]
+    assert ("without" not in precision.details) == complete
+    if not complete:
+        assert "without Hadamard transform and stochastic rounding" in precision.details
+        assert all(word in precision.details for word in (version, "2.19", f"{capability[0]}.{capability[1]}"))
+    for flag in ("NVFP4_HADAMARD", "NVFP4_STOCHASTIC_ROUNDING"):
+        assert nvfp4_switches(train.select_precision(make_cfg(**NVFP4, **{flag: False}), helpers.GPU))[2]
+        if complete:
+            train.select_precision(make_cfg(**NVFP4, **{flag: True}), helpers.GPU)
+            continue
+        with pytest.raises(UserError, match=f"{flag}=True.*2.19.*") as error:
+            train.select_precision(make_cfg(**NVFP4, **{flag: True}), helpers.GPU)
+        assert error.value.status == 2 and version in str(error.value)
+    assert nvfp4_switches(train.select_precision(make_cfg(**NVFP4, NVFP4_2D_WEIGHTS=True), helpers.GPU))[2]
 
 
 # -----------------------------------------------------------------------------------------------------
@@ -184,3 +219,81 @@ def test_fp8_state_names_live_tensors():
     forward(model, cfg, x, y).backward()
     assert not all(torch.equal(v, before[k]) for k, v in state.items())
     assert fp8_state(make_model(make_cfg(USE_FP8=False))) == {}
+
+
+# -----------------------------------------------------------------------------------------------------
+# Transformer Engine's version and parts
+
+
+def test_transformer_engine_says_its_version(monkeypatch):
+    helpers.fake_transformer_engine(monkeypatch, "2.21.0.dev0+1a2b3c")
+    precision = train.select_precision(make_cfg(), helpers.GPU)
+    assert not precision.emulated and precision.reason == "by Transformer Engine 2.21.0.dev0+1a2b3c"
+
+
+@pytest.mark.parametrize("version", ["2.8.0", "2.16.1", "1.13", "2.14.0+a1b2c3"])
+@pytest.mark.parametrize("changes", [dict(), dict(USE_FP8=False)])
+def test_a_transformer_engine_that_is_too_old_is_one_line(monkeypatch, version, changes):
+    helpers.fake_transformer_engine(monkeypatch, version)
+    with pytest.raises(UserError) as error:
+        train.select_precision(make_cfg(**changes), helpers.GPU)
+    assert all(word in str(error.value) for word in (version, "2.17", "2.20.2", "--USE_EMULATION=True"))
+    assert "\n" not in str(error.value) and error.value.status == 1
+    assert train.select_precision(make_cfg(**changes, USE_EMULATION=True), helpers.GPU).emulated
+
+
+@pytest.mark.parametrize("module, names, arguments", TE_PARTS)
+def test_every_part_of_transformer_engine_is_checked(monkeypatch, module, names, arguments):
+    """Without it, or with an argument renamed, there is one line that names it."""
+    helpers.fake_transformer_engine(monkeypatch)
+    owner, name = sys.modules[module], names.split()[-1]
+    *steps, name = name.split(".")
+    for step in steps:
+        owner = getattr(owner, step)
+    if arguments:
+        monkeypatch.setattr(owner, name, lambda other: None)
+        with pytest.raises(UserError, match=rf"{name}\({arguments.split()[0]}\)"):
+            train.select_precision(make_cfg(), helpers.GPU)
+    monkeypatch.delattr(owner, name)
+    with pytest.raises(UserError, match=f"2.20.2 lacks .*{name}.*--USE_EMULATION") as error:
+        train.select_precision(make_cfg(), helpers.GPU)
+    assert error.value.status == 1
+
+
+# -----------------------------------------------------------------------------------------------------
+# GPUs without the default format
+
+NO_FP8 = "Device compute capability 8.9 or higher required for FP8 execution."
+
+
+@pytest.mark.parametrize("changes, name, emulated", [
+    (dict(), "bf16", False), (dict(FP8_MARGIN=1), "bf16", False), (dict(USE_FP8=False), "bf16", False),
+    (dict(USE_FP8=True), "fp8-delayed", True), (dict(FP8_RECIPE="delayed"), "fp8-delayed", True),
+    (dict(FP8_RECIPE="block", n_embd=128), "fp8-block", True), (NVFP4, "nvfp4", True),
+    (dict(USE_EMULATION=True), "fp8-delayed", True),
+])
+def test_an_a100_trains_in_bf16_unless_a_format_is_asked_for(monkeypatch, changes, name, emulated):
+    helpers.fake_transformer_engine(monkeypatch, capability=(8, 0), available=lambda question: (False, NO_FP8))
+    precision = train.select_precision(make_cfg(**changes), helpers.GPU)
+    assert (precision.name, precision.emulated) == (name, emulated)
+    assert ("EMULATED" in precision.reason) == emulated and (precision.recipe is None) == (name == "bf16")
+    if name == "bf16" and "USE_FP8" not in changes:
+        assert "--USE_FP8=True" in precision.reason and "8.9" in precision.reason
+    assert ("FP8_MARGIN=1" in precision.flags_without_effect(make_cfg(FP8_MARGIN=1))) == (name != "fp8-delayed")
+    assert precision.calibration_steps(make_cfg()) == (3 if name == "fp8-delayed" else 0)
+
+
+def test_statistics_of_fp8_on_an_a100_need_fp8_to_be_asked_for(monkeypatch):
+    helpers.fake_transformer_engine(monkeypatch, capability=(8, 0), available=lambda question: (False, NO_FP8))
+    with pytest.raises(UserError, match="FP8_STATS_INTERVAL.*USE_FP8"):
+        train.select_precision(make_cfg(FP8_STATS_INTERVAL=2), helpers.GPU)
+    assert train.select_precision(make_cfg(FP8_STATS_INTERVAL=2, USE_FP8=True), helpers.GPU).emulated
+
+
+@pytest.mark.parametrize("capability, changes, zscore", [
+    ((12, 0), dict(), 8.0), ((12, 1), dict(FP8_RECIPE="current"), 8.0), ((9, 0), dict(), 0.0), ((10, 0), dict(), 0.0),
+    ((12, 0), dict(USE_FP8=False), 0.0), ((12, 0), NVFP4, 0.0), ((12, 0), dict(USE_EMULATION=True), 0.0),
+])
+def test_outliers_are_skipped_in_fp8_on_an_rtx_50(monkeypatch, capability, changes, zscore):
+    helpers.fake_transformer_engine(monkeypatch, capability=capability)
+    assert train.select_precision(make_cfg(**changes), helpers.GPU).grad_zscore == zscore

@@ -80,7 +80,7 @@ class Host:
         for folder in (self.repo / "data", self.repo / "nanofp8", self.bin, self.stubs):
             folder.mkdir(parents=True)
         (self.repo / "nanofp8" / "config.py").write_text(CONFIG)
-        for name in ("run.sh", "requirements.txt", "requirements-cpu.txt", "train.py"):
+        for name in ("run.sh", "requirements.txt", "requirements-cpu.txt", "train.py", "nanofp8/cards.py"):
             shutil.copy(ROOT / name, self.repo / name)
         for name in ("python3", "python3.10", "python3.11", "python3.12", "python3.13"):
             self.fake(name, PYTHON)
@@ -330,6 +330,16 @@ def test_existing_python_with_gpu_needs_transformer_engine(host):
     shutil.rmtree(host.repo / ".venv")
     host.has("transformer_engine.pytorch", "transformer_engine.__init__").run("--preset=tiny")
     assert host.did == ["fake train.py --preset=tiny RANK="]
+
+
+@pytest.mark.parametrize("version, usable", [("2.16.1", False), ("2.14.0+3b1d2c9", False), ("2.17.0", True),
+                                             ("2.20.2", True), ("3.0", True)])
+def test_existing_python_with_another_transformer_engine(host, version, usable):
+    """One that is too old is named, and run.sh makes its own environment."""
+    host.gpus(1).has("torch", "numpy", "transformer_engine.pytorch")
+    (host.stubs / "transformer_engine" / "__init__.py").write_text(f"__version__ = '{version}'")
+    out = host.run("--preset=tiny")
+    assert (len(host.pips()) == 0) == usable and (version in out and "2.17" in out) == (not usable)
 
 
 def test_existing_python_whose_torch_does_not_import(host):
