@@ -226,6 +226,7 @@ CLASSIC = dict(
     adam_beta2=0.95, adam_beta2_embed=0.95, adam_eps=1e-10, muon_momentum_start=0.85, muon_momentum=0.95,
     muon_momentum_iters=300, muon_momentum_ratio=0.0, muon_momentum_end=0.0, muon_variant="muon", grad_clip=1.0,
     loss_chunk_size=8192, eval_interval=125, eval_tokens=10485760, ckpt_interval=250,
+    skip_grad_zscore=0.0,
 )
 PARTS = dict(qk_scale=1.2, window_pattern="SSSL", USE_X0=True, vocab_size=50304)  # Hugging Face's class lacks them
 PRESETS = {
@@ -235,6 +236,7 @@ PRESETS = {
         min_lr_ratio=0.03, lr_scaling="sqrt", learning_rate=0.04, learning_rate_embed=0.6, learning_rate_head=0.008,
         learning_rate_gain=0.016, weight_decay=0.17, weight_decay_end=0.0, USE_CAUTIOUS_WD=True,
         muon_momentum_ratio=0.15, muon_variant="normuon", eval_interval=500, ckpt_interval=1000,
+        skip_grad_zscore="auto",
     ),
     "speedrun": PARTS | dict(n_value_embed=5),
     "d12": PARTS | dict(n_layer=12, n_embd=768, n_head=6, batch_size=32, n_value_embed=3),
