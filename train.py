@@ -980,13 +980,7 @@ def set_up(cfg: SimpleNamespace, procs: Processes, cleanup: contextlib.ExitStack
     run = build(cfg, procs, loader)
     run.val_ring, run.shards, run.first_step = val_ring, shards, meta["step"] if meta else 0
     run.machine = describe_machine(procs.device)
-    run.folder = checkpoint.run_folder_of(resumed) if resumed else None
-    if not run.folder:
-        run.folder = procs.broadcast(runlog.make_run_folder(cfg.out_dir, cfg.run_name) if procs.is_main else None)
-        if procs.is_main:
-            cleanup.callback(runlog.remove_if_empty, run.folder)
-            lock = runlog.FolderLock(run.folder)
-            cleanup.callback(lock.close)
+    run.folder, lock = checkpoint.open_run_folder(cfg, procs, lock, cleanup)
     runlog.print_table(run, resumed)
 
     start = time.perf_counter()
@@ -998,8 +992,7 @@ def set_up(cfg: SimpleNamespace, procs: Processes, cleanup: contextlib.ExitStack
             for _ in range(run.precision.calibration_steps(cfg)):
                 calibrate(run)
     if procs.is_main:
-        if resumed:
-            checkpoint.invalidate_later_checkpoints(run.folder, run.first_step)
+        checkpoint.enter_run_folder(run, resumed)
         run.log = runlog.open_log(run, lock)
         cleanup.push(lambda kind, *_: run.log.close(failed=kind is not None))
     run.checkpoints = checkpoint.Checkpoints(run.folder, cfg.keep_checkpoints, procs)

@@ -17,6 +17,7 @@ import shutil
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.pool import ThreadPool
 from types import ModuleType, SimpleNamespace
 from typing import Any, Callable
 
@@ -27,6 +28,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException  # DCP's own, which is not an Exception
 from torch.distributed.tensor import DTensor
 
+from nanofp8 import runlog
 from nanofp8.checkpoint_files import (
     INDEX,
     checksums,
@@ -117,8 +119,8 @@ def shard_fingerprints(train_ring: Any, val_ring: Any, procs: Processes) -> dict
     outcome = None, None
     if procs.is_main:
         try:
-            with ThreadPoolExecutor(8) as pool:  # a network file system takes its time for each read
-                outcome = {split: list(pool.map(fingerprint, ring.paths))
+            with ThreadPool(8) as pool:  # a network file system takes its time for each read
+                outcome = {split: pool.map(fingerprint, ring.paths)
                            for split, ring in (("train", train_ring), ("val", val_ring))}, None
         except ShardError as error:
             outcome = None, str(error)
@@ -166,6 +168,51 @@ def run_folder_of(checkpoint: str) -> str | None:
     return folder if name == "ckpt" and os.path.isfile(os.path.join(folder, "config.json")) else None
 
 
+def open_run_folder(cfg: SimpleNamespace, procs: Processes, lock: FolderLock | None,
+                    cleanup: contextlib.ExitStack) -> tuple[str, FolderLock | None]:
+    """Return the run folder, on all ranks, and its lock, on rank 0: the one that is locked, or a new one.
+
+    A run folder that cannot be written is left for a new one in --out_dir. `cleanup` gets what undoes this at the end.
+    Raises: UserError.
+    """
+    folder = lock.folder if lock else None
+    if folder and not is_writable(folder):
+        if "out_dir" not in cfg.explicit or os.path.realpath(cfg.out_dir) == os.path.realpath(os.path.dirname(folder)):
+            raise UserError(f"{folder} cannot be written; continue elsewhere with --out_dir=FOLDER", one_rank=True)
+        console(f"resume: {folder} cannot be written; the run continues in a new folder in {cfg.out_dir}")
+        folder = None
+    if procs.is_main and folder is None:
+        folder = runlog.make_run_folder(cfg.out_dir, cfg.run_name)
+        cleanup.callback(runlog.remove_if_empty, folder)
+        lock = FolderLock(folder)
+        cleanup.callback(lock.close)
+    return procs.broadcast(folder), lock
+
+
+def is_writable(folder: str) -> bool:
+    """Whether this process may write into a run folder and what it continues there."""
+    paths = [folder, *(os.path.join(folder, name) for name in ("ckpt", "log.jsonl", "config.json"))]
+    return all(os.access(path, os.W_OK) for path in paths if os.path.exists(path))
+
+
+def enter_run_folder(run: Any, checkpoint: str | None) -> None:
+    """Prepare a train.Run's folder for it, as the last thing before training (rank 0).
+
+    checkpoint: that is resumed. The log of its run folder is copied to a new one, and later checkpoints are deleted.
+    Raises: UserError.
+    """
+    source = run_folder_of(checkpoint) if checkpoint else None
+    if checkpoint is None:
+        runlog.set_log_aside(run.folder)
+    elif source and not os.path.samefile(source, run.folder):
+        try:
+            shutil.copyfile(os.path.join(source, "log.jsonl"), os.path.join(run.folder, "log.jsonl"))
+        except OSError as error:
+            run.procs.print(f"resume: the log of {source} cannot be copied ({error.strerror})")
+    else:
+        invalidate_later_checkpoints(run.folder, run.first_step)
+
+
 def invalidate_later_checkpoints(run_folder: str, first_step: int) -> None:
     """Invalidate checkpoints after `first_step`, newest first, so that an interruption leaves a consistent log and
     checkpoint. Raises UserError if the folder cannot be written."""
@@ -210,7 +257,8 @@ def choose_checkpoint(cfg: SimpleNamespace) -> tuple[str | None, str | None]:
     """Return the checkpoint that the flag `resume` asks for, and the run folder to continue in; None where there is
     none. Of the checkpoints, no more is read than when they were saved.
 
-    Processes that torchrun restarted continue in the run folder they had, whatever `resume` says.
+    Processes that torchrun restarted continue in the run folder they had, whatever `resume` says. A run that was broken
+    off before its first checkpoint starts again in its folder.
     """
     before = run_folder_before_restart(cfg) if was_restarted() else None
     checkpoint = find_checkpoint(before) if before else None
@@ -221,7 +269,17 @@ def choose_checkpoint(cfg: SimpleNamespace) -> tuple[str | None, str | None]:
         if checkpoint is None:
             raise UserError(f"--resume={cfg.resume}: no complete checkpoint there; "
                             f"name a checkpoint or a run folder", 2)
-    return checkpoint, run_folder_of(checkpoint) if checkpoint else None
+    if checkpoint:
+        return checkpoint, run_folder_of(checkpoint)
+    folders = [before] if before else own_run_folders(cfg) if cfg.resume == "auto" else []
+    newest = max(filter(os.path.isdir, folders), key=started_at, default=None)
+    return None, newest if newest and runlog.holds_only_a_log(newest) else None
+
+
+def started_at(folder: str) -> float:
+    """Return when the run of a run folder was last started, in seconds; 0 if config.json does not say it."""
+    when = saved_config(folder).get("started_at")
+    return float(when) if isinstance(when, (int, float)) else 0.0
 
 
 def own_run_folders(cfg: SimpleNamespace) -> list[str]:
@@ -245,8 +303,8 @@ def was_restarted() -> bool:
 def lock_checkpoint(cfg: SimpleNamespace, procs: Processes) -> tuple[str | None, FolderLock | None]:
     """Choose the checkpoint to resume, lock its run folder before anything of it is read, and check its files.
 
-    Returns: the checkpoint (on every rank; None for a fresh start), and the lock (on rank 0, if the checkpoint lies in
-        a run folder).
+    Returns: the checkpoint (on every rank; None for a fresh start), and the lock of the run folder to continue in (on
+        rank 0; None for a new one).
     Raises: UserError if another process is training there, or if the checkpoint is damaged (see whole_checkpoint()).
     """
     outcome, lock = (None, None), None
@@ -279,7 +337,7 @@ def choose_and_lock(cfg: SimpleNamespace) -> tuple[str | None, FolderLock | None
         raise
     if checkpoint is None:
         console(f"resume={cfg.resume or 'auto (after a restart)'}: no complete checkpoint in "
-                f"{os.path.join(cfg.out_dir, cfg.run_name)}, starting a new run")
+                f"{folder or os.path.join(cfg.out_dir, cfg.run_name)}, starting a new run")
     if folder is None:
         return checkpoint, None
     lock = FolderLock(folder)

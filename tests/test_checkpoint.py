@@ -60,6 +60,7 @@ from nanofp8.config import UserError
 from nanofp8.muon import TorchMuon
 from nanofp8.precision import fp8_state
 from nanofp8.procs import start_processes
+from nanofp8.runlog import FolderLock
 
 pytestmark = pytest.mark.usefixtures("fresh")
 
@@ -969,15 +970,82 @@ def test_what_cannot_be_resumed(tmp_path, shards, capsys, one_rank):
 
 @pytest.mark.slow
 def test_auto_starts_a_new_run_where_there_is_no_checkpoint(tmp_path, shards, capsys):
-    """If a run was killed before its first checkpoint, its folder stays as it is and the new run gets a number."""
-    with before_step(2, kill), pytest.raises(Killed):
-        train_here(tmp_path, shards, run_name="r", resume="auto", ckpt_interval=4)
-    assert "no complete checkpoint in" in capsys.readouterr().out
+    """A run that is killed before its first checkpoint, again and again, starts again in its folder. Its logs are kept.
+    A run folder that holds a finished run is left alone."""
+    for kills in range(3):
+        with before_step(2, kill), pytest.raises(Killed):
+            train_here(tmp_path, shards, run_name="r", resume="auto", ckpt_interval=4)
+        out = capsys.readouterr().out
+        assert f"no complete checkpoint in {tmp_path}/r, starting a new run" in out and os.listdir(tmp_path) == ["r"]
+        kept = f"starting again in {tmp_path}/r; the log of the run that was broken off is now log-{kills}.jsonl"
+        assert (kept in out) == (kills > 0)
     log = (tmp_path / "r" / "log.jsonl").read_bytes()
+    names = ["config.json", "log-1.jsonl", "log-2.jsonl", "log.jsonl"]
+    assert sorted(p.name for p in (tmp_path / "r").iterdir()) == names
+    assert train_here(tmp_path, shards, run_name="r", resume="auto", max_iters=2, keep_checkpoints=0) == tmp_path / "r"
+    assert (tmp_path / "r" / "log-3.jsonl").read_bytes() == log
+    assert [r["step"] for r in records(tmp_path / "r", "train")] == [0, 1]
+    # That run is done
     assert train_here(tmp_path, shards, run_name="r", resume="auto", max_iters=2) == tmp_path / "r-2"
-    assert (tmp_path / "r" / "log.jsonl").read_bytes() == log
-    assert train_here(tmp_path, shards, run_name="r", resume="auto", max_iters=3) == tmp_path / "r-2"  # which is newer
+    assert train_here(tmp_path, shards, run_name="r", resume="auto", max_iters=3) == tmp_path / "r-2"
     assert [r["step"] for r in records(tmp_path / "r-2", "train")] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("files,alone", [
+    (["config.json", "log.jsonl"], True), (["config.json", "loss.png", "ckpt/.writing_000004/x"], True), ([], True),
+    (["log.jsonl", "log-7.jsonl", "ckpt/step_000004/x"], True), (["log.jsonl", "notes.txt"], False),
+    (["log.jsonl", "ckpt/step_000004.damaged/meta.json"], False), (["log.jsonl", "ckpt/mine"], False)])
+def test_a_run_folder_that_holds_only_a_log(tmp_path, files, alone):
+    for name in files:
+        (tmp_path / "r" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "r" / name).write_text("{}")
+    (tmp_path / "r").mkdir(exist_ok=True)
+    cfg, procs = helpers.make_cfg(out_dir=tmp_path, run_name="r", resume="auto"), helpers.one_process()
+    for _ in range(2):
+        checkpoint_, lock = checkpoint.lock_checkpoint(cfg, procs)
+        assert checkpoint_ is None and bool(lock) == alone
+        if lock:
+            assert lock.folder == str(tmp_path / "r")
+            lock.close()
+    if alone:
+        with contextlib.closing(FolderLock(str(tmp_path / "r"))), mock.patch.object(time, "sleep"), \
+                pytest.raises(UserError, match="another process is training in"):
+            checkpoint.lock_checkpoint(cfg, procs)
+
+
+def test_a_restart_before_the_first_checkpoint_starts_again_in_its_folder(tmp_path, monkeypatch):
+    for name, torchrun in (("r", "other"), ("r-2", "mine"), ("r-3", "other")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(dict(run_name="r", torchrun=torchrun, started_at=1.0)))
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "mine")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    cfg = helpers.make_cfg(out_dir=tmp_path, run_name="r")
+    checkpoint_, lock = checkpoint.lock_checkpoint(cfg, helpers.one_process())
+    assert checkpoint_ is None and lock.folder == str(tmp_path / "r-2")
+    lock.close()
+
+
+def read_only(*folders):
+    """Make folders look as on a read-only file system, also to root."""
+    access = os.access
+    return mock.patch.object(os, "access", lambda path, mode: access(path, mode) and not (
+        mode & os.W_OK and any(str(path).startswith(str(folder)) for folder in folders)))
+
+
+def test_a_read_only_run_continues_in_another_folder(tmp_path, shards, capsys, one_rank):
+    """With --out_dir=elsewhere, the log goes on there. Nothing is written in the old one. Without --out_dir, one line
+    says what helps."""
+    folder = copy_of_run(one_rank["fp8"].folder, tmp_path / "old" / "r", 3)
+    before = contents(folder)
+    with read_only(folder):
+        for out_dir in (tmp_path / "old", f"{tmp_path}/old/r/.."):
+            refused(capsys, out_dir, shards, 1, f"{folder} cannot be written", "--out_dir=FOLDER", resume=folder, **RUN)
+        new = train_here(tmp_path / "new", shards, resume=folder, **RUN)
+        out = capsys.readouterr().out
+    assert new == tmp_path / "new" / "fp8" and contents(folder) == before
+    assert f"resume: {folder} cannot be written; the run continues in a new folder in {tmp_path}/new\n" in out
+    assert learned(new) == learned(one_rank["fp8"].folder) and in_ckpt(new) == [f"step_{s:06d}" for s in (4, 5, 6)]
+    assert train_here(tmp_path / "new", shards, run_name="fp8", resume="auto", **RUN | dict(max_iters=7)) == new
 
 
 @pytest.mark.slow
