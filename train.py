@@ -54,7 +54,7 @@ from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from nanofp8 import checkpoint, runlog  # save, find, check, restore; run folder, log.jsonl, console, wandb
+from nanofp8 import checkpoint, resuming, runlog  # save, restore; choose and lock; run folder, log.jsonl, wandb
 from nanofp8.faults import Guard, StopSignal  # bad steps; SIGTERM and SIGINT
 from nanofp8.fused import (  # Triton
     AddNorm,
@@ -959,7 +959,7 @@ def set_up(cfg: SimpleNamespace, procs: Processes, cleanup: contextlib.ExitStack
     Data and checkpoint are checked first, before anything is built. `cleanup` gets what must be undone at the end, also
     after an error: other runs may follow in this process.
     """
-    resumed, lock = checkpoint.lock_checkpoint(cfg, procs)
+    resumed, lock = resuming.lock_checkpoint(cfg, procs)
     if lock:
         cleanup.callback(lock.close)
     if resumed:
@@ -980,7 +980,7 @@ def set_up(cfg: SimpleNamespace, procs: Processes, cleanup: contextlib.ExitStack
     run = build(cfg, procs, loader)
     run.val_ring, run.shards, run.first_step = val_ring, shards, meta["step"] if meta else 0
     run.machine = describe_machine(procs.device)
-    run.folder, lock = checkpoint.open_run_folder(cfg, procs, lock, cleanup)
+    run.folder, lock = resuming.open_run_folder(cfg, procs, lock, cleanup)
     runlog.print_table(run, resumed)
 
     start = time.perf_counter()
@@ -992,7 +992,7 @@ def set_up(cfg: SimpleNamespace, procs: Processes, cleanup: contextlib.ExitStack
             for _ in range(run.precision.calibration_steps(cfg)):
                 calibrate(run)
     if procs.is_main:
-        checkpoint.enter_run_folder(run, resumed)
+        resuming.enter_run_folder(run, resumed)
         run.log = runlog.open_log(run, lock)
         cleanup.push(lambda kind, *_: run.log.close(failed=kind is not None))
     run.checkpoints = checkpoint.Checkpoints(run.folder, cfg.keep_checkpoints, procs)

@@ -47,7 +47,7 @@ from helpers import (
     start,
     train_here,
 )
-from nanofp8 import checkpoint, runlog
+from nanofp8 import checkpoint, resuming, runlog
 from nanofp8.checkpoint import ADDED_FLAGS, Checkpoints, find_checkpoint, restore
 from nanofp8.checkpoint_files import (
     DamagedCheckpoint,
@@ -870,8 +870,8 @@ def test_a_checkpoint_that_another_process_replaces_meanwhile(tmp_path, one_rank
     fcntl.flock(held, fcntl.LOCK_EX)
     for gone in (DamagedCheckpoint("gone"), FileNotFoundError("gone")):
         with mock.patch.object(time, "sleep"), pytest.raises(UserError, match="another process is training in"), \
-                mock.patch.object(checkpoint, "saved_at", return_value=0.0), \
-                mock.patch.object(checkpoint, "read_checkpoint", side_effect=gone):
+                mock.patch.object(resuming, "saved_at", return_value=0.0), \
+                mock.patch.object(resuming, "read_checkpoint", side_effect=gone):
             chosen(tmp_path, resume=resume)
     os.close(held)
     if "step_000001" in resume:
@@ -1002,7 +1002,7 @@ def test_a_run_folder_that_holds_only_a_log(tmp_path, files, alone):
     (tmp_path / "r").mkdir(exist_ok=True)
     cfg, procs = helpers.make_cfg(out_dir=tmp_path, run_name="r", resume="auto"), helpers.one_process()
     for _ in range(2):
-        checkpoint_, lock = checkpoint.lock_checkpoint(cfg, procs)
+        checkpoint_, lock = resuming.lock_checkpoint(cfg, procs)
         assert checkpoint_ is None and bool(lock) == alone
         if lock:
             assert lock.folder == str(tmp_path / "r")
@@ -1010,7 +1010,7 @@ def test_a_run_folder_that_holds_only_a_log(tmp_path, files, alone):
     if alone:
         with contextlib.closing(FolderLock(str(tmp_path / "r"))), mock.patch.object(time, "sleep"), \
                 pytest.raises(UserError, match="another process is training in"):
-            checkpoint.lock_checkpoint(cfg, procs)
+            resuming.lock_checkpoint(cfg, procs)
 
 
 def test_a_restart_before_the_first_checkpoint_starts_again_in_its_folder(tmp_path, monkeypatch):
@@ -1020,7 +1020,7 @@ def test_a_restart_before_the_first_checkpoint_starts_again_in_its_folder(tmp_pa
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "mine")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     cfg = helpers.make_cfg(out_dir=tmp_path, run_name="r")
-    checkpoint_, lock = checkpoint.lock_checkpoint(cfg, helpers.one_process())
+    checkpoint_, lock = resuming.lock_checkpoint(cfg, helpers.one_process())
     assert checkpoint_ is None and lock.folder == str(tmp_path / "r-2")
     lock.close()
 
@@ -1372,7 +1372,7 @@ def damaged_run(tmp_path, run, how):
 
 def chosen(tmp_path, **changes):
     """Return the checkpoint that a run would continue from."""
-    checkpoint_, lock = checkpoint.lock_checkpoint(helpers.make_cfg(out_dir=tmp_path, run_name="r", **changes),
+    checkpoint_, lock = resuming.lock_checkpoint(helpers.make_cfg(out_dir=tmp_path, run_name="r", **changes),
                                                    helpers.one_process())
     if lock:
         lock.close()
