@@ -899,9 +899,9 @@ def run(args: argparse.Namespace) -> None:
         text = read_prompt("The" if args.prompt is None else args.prompt)
         check_prompt(text)  # before loading the checkpoint, which takes long
     shape, weights, meta, folder = load_checkpoint(args.ckpt)
-    print(f"checkpoint: {folder}, step {meta['step']:,}, {meta['tokens']:,} tokens", file=sys.stderr, flush=True)
-    if "files" not in meta:
-        print("checkpoint: it has no checksums, because older code wrote it", file=sys.stderr, flush=True)
+    unchecked = "" if "files" in meta else " (older code wrote it, without checksums: not verified)"
+    print(f"checkpoint: {folder}, step {meta['step']:,}, {meta['tokens']:,} tokens{unchecked}", file=sys.stderr,
+          flush=True)
     if args.export is not None:
         dtype = torch.float32 if args.dtype == "auto" else getattr(torch, args.dtype)
         export(args.export, shape, weights, meta, dtype, args.push_to_hub)

@@ -234,7 +234,7 @@ def check_whole(checkpoint: str, procs: Processes) -> str:
         size = sum(of_file["bytes"] for of_file in files.values()) / 1e9 if files else 0
         seconds = time.perf_counter() - start
         console(f"checkpoint {checkpoint}: " + (f"{size:.2f} GB verified in {seconds:.1f} s" if files else
-                "it has no checksums, because older code wrote it; only its weights were checked"))
+                "older code wrote it, without checksums; only its weights were verified"))
     return fault
 
 
