@@ -31,6 +31,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
+from nanofp8.config import OneLineParser, UserError, exit_on_ctrl_c, raise_on_ctrl_c
+
+if __name__ == "__main__":
+    exit_on_ctrl_c(__file__)  # importing torch takes seconds
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -38,7 +43,6 @@ from torch import Tensor
 from nanofp8 import plain
 from nanofp8.checkpoint import find_checkpoint
 from nanofp8.checkpoint_files import find_damage, is_finite, load_weights, next_whole, read_checkpoint, read_index
-from nanofp8.config import OneLineParser, UserError
 from nanofp8.files import replace_file
 from nanofp8.parts import GATE_CHANNELS, value_layers, windows
 from nanofp8.shards import EOT, GPT2_VOCAB
@@ -941,6 +945,7 @@ def main(argv: list[str] | None = None) -> None:
         with contextlib.suppress(AttributeError):  # a stream that was replaced may lack it
             stream.reconfigure(errors=errors)
     try:
+        raise_on_ctrl_c()
         run(parse_arguments(argv))
     except UserError as error:
         print_error(error)
