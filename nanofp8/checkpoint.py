@@ -134,20 +134,37 @@ def shard_fingerprints(train_ring: Any, val_ring: Any, procs: Processes) -> dict
 
 
 def adopt_flags(checkpoint: str, cfg: SimpleNamespace, old: dict, procs: Processes) -> dict:
-    """Return the flags of a checkpoint that is to be resumed.
+    """Return the flags of a checkpoint that is to be resumed, after cfg has taken over some of them.
 
-    If it is older than the flag lr_scaling, cfg takes its recipe, because the present defaults differ: every flag of
-    `old` (what such code trained with) that was neither given nor edited.
+    These are the flags that cannot change and were neither given nor edited (a preset does not count). If the
+    checkpoint is older than the flag lr_scaling, they are its whole recipe, because the present defaults differ: every
+    flag of `old` (what such code trained with).
     Raises: UserError.
     """
     saved = read_checkpoint(checkpoint)["flags"]
+    then = ADDED_FLAGS | saved
+    taken = {name: then[name] for name in FIXED_FLAGS if name not in cfg.explicit and name in then}
+    if differing := [f"{name}={value}" for name, value in taken.items() if value != getattr(cfg, name)]:
+        procs.print(f"resume: taken from the checkpoint, because they cannot change: {', '.join(differing)}")
     if "lr_scaling" not in saved:
-        taken = [name for name in old if name not in cfg.explicit]
-        for name in taken:
-            setattr(cfg, name, saved.get(name, old[name]))
-        cfg.auto = [name for name in cfg.auto if name not in taken]
+        taken |= {name: saved.get(name, value) for name, value in old.items() if name not in cfg.explicit}
+        for name in old.keys() & taken.keys():
+            if type(taken[name]) is not type(old[name]):
+                raise UserError(f"cannot load checkpoint {checkpoint}: its flag {name} is {taken[name]!r:.200}, which "
+                                f"is not of its type; name another checkpoint")
         procs.print("resume: the checkpoint is older than the present recipe, and continues with its own")
+    vars(cfg).update(taken)
+    cfg.auto = [name for name in cfg.auto if name not in taken]
     return saved
+
+
+def check_fixed_flags(checkpoint: str, cfg: SimpleNamespace) -> None:
+    """Check that flags which cannot change are those of the checkpoint. Raises UserError (status 2)."""
+    then = ADDED_FLAGS | read_checkpoint(checkpoint)["flags"]
+    for name in FIXED_FLAGS:
+        if name in then and then[name] != getattr(cfg, name):
+            raise UserError(f"{checkpoint} was trained with {name}={then[name]}, which cannot change to "
+                            f"{getattr(cfg, name)}; set --{name}={then[name]}", 2)
 
 
 def check_shards(checkpoint: str, saved: dict[str, list], shards: dict[str, list], folder: str) -> None:
@@ -180,15 +197,9 @@ def check_resume(checkpoint: str, cfg: SimpleNamespace, ring: Any, shards: dict,
         shards: of shard_fingerprints().
     Raises: UserError if a flag that cannot change differs, if the run is complete, or if the data differ.
     """
-    meta = read_checkpoint(checkpoint)
-    now = vars(cfg)
-    then = ADDED_FLAGS | meta["flags"]
-    changed = {k: (was, now[k]) for k, was in then.items() if k in now and now[k] != was}
-    for name in FIXED_FLAGS:
-        if name in changed:
-            was, new = changed[name]
-            raise UserError(f"{checkpoint} was trained with {name}={was}, which cannot change to {new}; "
-                            f"set --{name}={was}", 2)
+    meta, now = read_checkpoint(checkpoint), vars(cfg)
+    check_fixed_flags(checkpoint, cfg)
+    changed = {k: (was, now[k]) for k, was in meta["flags"].items() if k in now and now[k] != was}
     folder = run_folder_of(checkpoint)
     # A run that was killed after its last checkpoint only lacks the line "done"; a restarted one may even have that
     complete = folder is None or any(r["kind"] == "done" for r in read_log(folder)) and not was_restarted()

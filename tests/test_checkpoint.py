@@ -677,6 +677,18 @@ def test_added_flags_are_fixed_and_sample_py_has_the_same_values():
         name: value for name, value in ADDED_FLAGS.items() if name != "muon_variant"}
 
 
+def test_a_run_continues_without_its_flags(tmp_path, shards, capsys, one_rank):
+    """Model, data set and batch come from the checkpoint, though preset tiny has others."""
+    folder = copy_of_run(one_rank["fp8"].folder, tmp_path / "r", 3)
+    with mock.patch.object(runlog.RunLog, "plot"):
+        train.main([f"--resume={folder}", f"--data_dir={shards}", "--preset=tiny", "--max_iters=4"])
+    out = capsys.readouterr().out
+    assert ("resume: taken from the checkpoint, because they cannot change: n_layer=2, n_embd=64, vocab_size=512, "
+            "block_size=32, dataset=synthetic, total_batch_size=256, muon_variant=muon\n") in out
+    assert "resume: learning_rate was 0.02, is now 0.03\n" in out and "resume: n_layer" not in out
+    assert len(losses(folder)) == 4 and in_ckpt(folder) == ["step_000003", "step_000004"]
+
+
 @pytest.mark.slow
 def test_flags_that_can_change_are_printed(tmp_path, shards, capsys, one_rank):
     """After changes of learning rate, micro-batch and evaluation, the run continues with finite losses."""
@@ -772,7 +784,7 @@ def test_all_shards_are_compared(tmp_path, shards, one_rank, how):
 
 def test_a_shard_that_cannot_be_read_is_one_line(tmp_path, shards, capsys):
     with mock.patch.object(os, "pread", side_effect=OSError(errno.EIO, "Input/output error")):
-        refused(capsys, tmp_path, shards, 1, "s_train_000001.bin cannot be read (Input/output error)", max_iters=1)
+        refused(capsys, tmp_path, shards, 1, ".bin cannot be read (Input/output error)", max_iters=1)
     assert not list(tmp_path.iterdir())
 
 
