@@ -50,6 +50,11 @@ from dataclasses import dataclass, field
 from types import ModuleType, SimpleNamespace
 from typing import Any, Callable, Sequence
 
+from nanofp8.config import UserError, exit_on_ctrl_c, exit_with, raise_on_ctrl_c, script_flags
+
+if __name__ == "__main__":
+    exit_on_ctrl_c(__file__)  # importing torch takes seconds
+
 import train  # before torch: it sets the allocator's environment variable
 import train_orig
 
@@ -58,7 +63,6 @@ import torch
 import torch.distributed as dist
 
 from nanofp8 import race
-from nanofp8.config import UserError, exit_with, script_flags
 from nanofp8.machine import Clock, card_name, describe_machine
 from nanofp8.plots import smooth
 from nanofp8.procs import Processes, start_processes
@@ -544,9 +548,13 @@ def main(argv: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     try:
+        raise_on_ctrl_c()
         main(sys.argv[1:])
     except UserError as bench_error:
         exit_with(bench_error, "bench.py")
+    except KeyboardInterrupt:
+        print("bench.py: stopped by Ctrl-C", file=sys.stderr, flush=True)
+        raise SystemExit(130) from None
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -31,6 +31,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
+from nanofp8.config import OneLineParser, UserError, exit_on_ctrl_c, raise_on_ctrl_c
+
+if __name__ == "__main__":
+    exit_on_ctrl_c(__file__)  # importing torch takes seconds
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -38,7 +43,6 @@ from torch import Tensor
 from nanofp8 import plain
 from nanofp8.checkpoint import find_checkpoint
 from nanofp8.checkpoint_files import find_damage, is_finite, load_weights, next_whole, read_checkpoint, read_index
-from nanofp8.config import OneLineParser, UserError
 from nanofp8.files import replace_file
 from nanofp8.parts import GATE_CHANNELS, value_layers, windows
 from nanofp8.shards import EOT, GPT2_VOCAB
@@ -905,9 +909,9 @@ def run(args: argparse.Namespace) -> None:
         text = read_prompt("The" if args.prompt is None else args.prompt)
         check_prompt(text)  # before loading the checkpoint, which takes long
     shape, weights, meta, folder = load_checkpoint(args.ckpt)
-    print(f"checkpoint: {folder}, step {meta['step']:,}, {meta['tokens']:,} tokens", file=sys.stderr, flush=True)
-    if "files" not in meta:
-        print("checkpoint: it has no checksums, because older code wrote it", file=sys.stderr, flush=True)
+    unchecked = "" if "files" in meta else " (older code wrote it, without checksums: not verified)"
+    print(f"checkpoint: {folder}, step {meta['step']:,}, {meta['tokens']:,} tokens{unchecked}", file=sys.stderr,
+          flush=True)
     if args.export is not None:
         dtype = torch.float32 if args.dtype == "auto" else getattr(torch, args.dtype)
         export(args.export, shape, weights, meta, dtype, args.push_to_hub)
@@ -947,6 +951,7 @@ def main(argv: list[str] | None = None) -> None:
         with contextlib.suppress(AttributeError):  # a stream that was replaced may lack it
             stream.reconfigure(errors=errors)
     try:
+        raise_on_ctrl_c()
         run(parse_arguments(argv))
     except UserError as error:
         print_error(error)

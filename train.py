@@ -55,7 +55,7 @@ from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from nanofp8 import checkpoint, runlog  # save, find, check, restore; run folder, log.jsonl, console, wandb
+from nanofp8 import checkpoint, resuming, runlog  # save, restore; choose and lock; run folder, log.jsonl, wandb
 from nanofp8.faults import Guard, StopSignal  # bad steps; SIGTERM and SIGINT
 from nanofp8.fused import (  # Triton
     AddNorm,
@@ -225,8 +225,8 @@ CLASSIC = dict(
     USE_CAUTIOUS_WD=False, weight_decay_embed=0.0, weight_decay_head=0.0, weight_decay_gain=0.0, adam_beta1=0.8,
     adam_beta2=0.95, adam_beta2_embed=0.95, adam_eps=1e-10, muon_momentum_start=0.85, muon_momentum=0.95,
     muon_momentum_iters=300, muon_momentum_ratio=0.0, muon_momentum_end=0.0, muon_variant="muon", grad_clip=1.0,
-    loss_chunk_size=8192, eval_interval=125, eval_tokens=10485760, ckpt_interval=250,
-    skip_grad_zscore=0.0,
+    loss_chunk_size=8192, eval_interval=125, eval_tokens=10485760, ckpt_interval=250, skip_grad_zscore=0.0,
+    window_size=512, USE_8BIT_ADAM=False,
 )
 PARTS = dict(qk_scale=1.2, window_pattern="SSSL", USE_X0=True, vocab_size=50304)  # Hugging Face's class lacks them
 PRESETS = {
@@ -261,22 +261,26 @@ def auto_batch(train_tokens: int) -> int:
 def resolve_length(cfg: SimpleNamespace, saved: dict | None = None) -> None:
     """Set total_batch_size if it is "auto", and max_iters by train_tokens, in place.
 
-    saved: flags of the checkpoint that is resumed, whose total_batch_size stays if the flag is "auto".
+    saved: flags of the checkpoint that is resumed, whose total_batch_size stays if the flag is "auto"; {}: there is
+    none; None: not known yet.
     """
     if "max_iters" in cfg.explicit and "train_tokens" in cfg.explicit and cfg.train_tokens:
         raise UserError("train_tokens and max_iters both set the length; give only one of them", 2)
     if "total_batch_size" in cfg.auto:
         if not cfg.train_tokens and not saved:
+            if cfg.resume and saved is None:
+                return
             raise UserError("total_batch_size=auto needs --train_tokens; or give --total_batch_size=65536", 2)
         cfg.total_batch_size = saved["total_batch_size"] if saved else auto_batch(cfg.train_tokens)
     if cfg.train_tokens and "max_iters" not in cfg.explicit:
         cfg.max_iters = max(1, round(cfg.train_tokens / cfg.total_batch_size))
 
 
-def check_flags(cfg: SimpleNamespace, world_size: int) -> None:
+def check_flags(cfg: SimpleNamespace, world_size: int, resumed: bool = False) -> None:
     """Refuse combinations of flags that cannot work: UserError. Types and ranges were checked by parse_flags().
 
     A batch_size that was not given is lowered until total_batch_size is a multiple of what all ranks read at once.
+    resumed: total_batch_size and block_size cannot change.
     """
     if cfg.n_embd % cfg.n_head or cfg.n_embd // cfg.n_head % 2:
         raise UserError(f"n_embd={cfg.n_embd} over n_head={cfg.n_head} heads must give an even head size; "
@@ -286,10 +290,13 @@ def check_flags(cfg: SimpleNamespace, world_size: int) -> None:
         cfg.batch_size = max(b for b in range(1, cfg.batch_size + 1) if sequences % b == 0)
     micro = world_size * cfg.batch_size * cfg.block_size
     if cfg.total_batch_size % micro:
-        nearest = max(1, round(cfg.total_batch_size / micro)) * micro
+        remedy = f"use --total_batch_size={max(1, round(cfg.total_batch_size / micro)) * micro}"
+        if resumed:
+            fit = max(n for n in range(1, world_size + 1) if n == 1 or cfg.total_batch_size % (n * cfg.block_size) == 0)
+            remedy = "leave out --batch_size" if fit == world_size else f"continue on {fit} rank(s)"
         raise UserError(
             f"total_batch_size={cfg.total_batch_size} is not a multiple of ranks x batch_size x block_size = "
-            f"{world_size} x {cfg.batch_size} x {cfg.block_size} = {micro}; use --total_batch_size={nearest}", 2)
+            f"{world_size} x {cfg.batch_size} x {cfg.block_size} = {micro}; {remedy}", 2)
 
 
 # ======================================================================================================================
@@ -313,8 +320,8 @@ class TokenRing:
         self.starts = np.cumsum([0] + [len(shard) for shard in self.shards])
         self.total, self.vocab_size = int(self.starts[-1]), vocab_size
         if self.total < need_tokens:
-            remedy = ("lower --total_batch_size, or add shards" if split == "train" else
-                      "lower --block_size, or make a larger val split (data/README.md)")
+            remedy = ("lower --total_batch_size (only a new run can), or add shards" if split == "train" else
+                      "lower --block_size (only a new run can), or make a larger val split (data/README.md)")
             raise UserError(f"the {split} shards in {self.folder} hold {self.total} tokens, but {need_tokens} are "
                             f"needed at once; {remedy}")
 
@@ -331,7 +338,8 @@ class TokenRing:
             piece = self.shards[i][offset:offset + count - filled]
             if int(piece.max()) >= self.vocab_size:
                 raise UserError(f"{self.paths[i]} holds token id {int(piece.max())}, but vocab_size is "
-                                f"{self.vocab_size}; raise --vocab_size, or tokenize with GPT-2's BPE", one_rank=True)
+                                f"{self.vocab_size}; raise --vocab_size (only a new run can), or tokenize with GPT-2's "
+                                f"BPE", one_rank=True)
             tokens[filled:filled + len(piece)] = piece
             filled += len(piece)
         return tokens
@@ -962,12 +970,13 @@ def set_up(cfg: SimpleNamespace, procs: Processes, cleanup: contextlib.ExitStack
     Data and checkpoint are checked first, before anything is built. `cleanup` gets what must be undone at the end, also
     after an error: other runs may follow in this process.
     """
-    resumed, lock = checkpoint.lock_checkpoint(cfg, procs)
+    resumed, lock = resuming.lock_checkpoint(cfg, procs)
     if lock:
         cleanup.callback(lock.close)
+    resolve_length(cfg, checkpoint.adopt_flags(resumed, cfg, CLASSIC, procs) if resumed else {})
     if resumed:
-        resolve_length(cfg, checkpoint.adopt_flags(resumed, cfg, CLASSIC, procs))
-    check_flags(cfg, procs.world_size)
+        checkpoint.check_fixed_flags(resumed, cfg)  # before the remedies of other checks name a flag that cannot change
+    check_flags(cfg, procs.world_size, bool(resumed))
     value_layers(cfg.n_layer, cfg.n_value_embed)  # raises UserError
     torch.manual_seed(cfg.seed)
     np.random.seed(cfg.seed)
@@ -983,13 +992,7 @@ def set_up(cfg: SimpleNamespace, procs: Processes, cleanup: contextlib.ExitStack
     run = build(cfg, procs, loader)
     run.val_ring, run.shards, run.first_step = val_ring, shards, meta["step"] if meta else 0
     run.machine = describe_machine(procs.device)
-    run.folder = checkpoint.run_folder_of(resumed) if resumed else None
-    if not run.folder:
-        run.folder = procs.broadcast(runlog.make_run_folder(cfg.out_dir, cfg.run_name) if procs.is_main else None)
-        if procs.is_main:
-            cleanup.callback(runlog.remove_if_empty, run.folder)
-            lock = runlog.FolderLock(run.folder)
-            cleanup.callback(lock.close)
+    run.folder, lock = resuming.open_run_folder(cfg, procs, lock, cleanup)
     runlog.print_table(run, resumed)
 
     start = time.perf_counter()
@@ -1001,8 +1004,7 @@ def set_up(cfg: SimpleNamespace, procs: Processes, cleanup: contextlib.ExitStack
             for _ in range(run.precision.calibration_steps(cfg)):
                 calibrate(run)
     if procs.is_main:
-        if resumed:
-            checkpoint.invalidate_later_checkpoints(run.folder, run.first_step)
+        resuming.enter_run_folder(run, resumed)
         run.log = runlog.open_log(run, lock)
         cleanup.push(lambda kind, *_: run.log.close(failed=kind is not None))
     run.checkpoints = checkpoint.Checkpoints(run.folder, cfg.keep_checkpoints, procs)

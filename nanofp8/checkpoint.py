@@ -1,4 +1,4 @@
-"""Checkpoints: save, find, check and restore.
+"""Checkpoints: save and restore.
 
 A checkpoint is a folder <run folder>/ckpt/step_NNNNNN, written by torch.distributed.checkpoint, with a meta.json.
 Without meta.json it does not count: that is written last, then the folder gets its name. Parameters have the model's
@@ -17,6 +17,7 @@ import shutil
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.pool import ThreadPool
 from types import ModuleType, SimpleNamespace
 from typing import Any, Callable
 
@@ -37,14 +38,14 @@ from nanofp8.checkpoint_files import (
     older_checkpoints,
     read_checkpoint,
     read_index,
-    set_aside,
     steps_of,
 )
 from nanofp8.config import UserError, flag_values
-from nanofp8.files import console, error_line, sync_to_disk
+from nanofp8.files import error_line, sync_to_disk
 from nanofp8.precision import fp8_state
 from nanofp8.procs import Processes, report_good_end
-from nanofp8.runlog import FolderLock, read_log, saved_config
+from nanofp8.resuming import find_checkpoint, run_folder_of, was_restarted
+from nanofp8.runlog import read_log
 from nanofp8.shards import ShardError, fingerprint
 
 # Flags that a resumed run cannot change
@@ -117,8 +118,8 @@ def shard_fingerprints(train_ring: Any, val_ring: Any, procs: Processes) -> dict
     outcome = None, None
     if procs.is_main:
         try:
-            with ThreadPoolExecutor(8) as pool:  # a network file system takes its time for each read
-                outcome = {split: list(pool.map(fingerprint, ring.paths))
+            with ThreadPool(8) as pool:  # a network file system takes its time for each read
+                outcome = {split: pool.map(fingerprint, ring.paths)
                            for split, ring in (("train", train_ring), ("val", val_ring))}, None
         except ShardError as error:
             outcome = None, str(error)
@@ -129,238 +130,41 @@ def shard_fingerprints(train_ring: Any, val_ring: Any, procs: Processes) -> dict
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Finding checkpoints
-
-
-def saved_at(checkpoint: str) -> float:
-    """Return when a checkpoint was saved, in seconds, from its own meta.json; 0 if it is damaged.
-
-    Copying a checkpoint changes the time stamps of its files.
-    """
-    try:
-        return float(read_checkpoint(checkpoint)["saved_at"])
-    except (UserError, KeyError, TypeError, ValueError):
-        return 0.0
-
-
-def last_saved(checkpoint: str) -> float:
-    """Return when a run saved last, in seconds. checkpoint: its newest, whose own meta.json may be damaged."""
-    return max(map(saved_at, [checkpoint, *older_checkpoints(checkpoint)]))
-
-
-def find_checkpoint(path: str) -> str | None:
-    """Return the newest complete checkpoint at or below `path`, or None.
-
-    `path` is a checkpoint, or a run folder (its checkpoint with most steps: later ones are deleted when a run is
-    resumed at an earlier step), or a folder of runs (the run that saved last).
-    """
-    if os.path.isfile(os.path.join(path, "meta.json")):
-        return path
-    folders = [path, os.path.join(path, "ckpt"), *glob.glob(os.path.join(glob.escape(path), "*", "ckpt"))]
-    return max((found[-1] for found in map(complete_checkpoints, folders) if found), key=last_saved, default=None)
-
-
-def run_folder_of(checkpoint: str) -> str | None:
-    """Return the run folder that a checkpoint lies in, or None for one that was moved out of it."""
-    folder, name = os.path.split(os.path.dirname(os.path.abspath(checkpoint)))
-    return folder if name == "ckpt" and os.path.isfile(os.path.join(folder, "config.json")) else None
-
-
-def invalidate_later_checkpoints(run_folder: str, first_step: int) -> None:
-    """Invalidate checkpoints after `first_step`, newest first, so that an interruption leaves a consistent log and
-    checkpoint. Raises UserError if the folder cannot be written."""
-    later = [f for f in complete_checkpoints(os.path.join(run_folder, "ckpt")) if steps_of(f) > first_step]
-    if later:
-        console(f"resume: continuing from step {first_step}; deleting later checkpoints: "
-                f"{', '.join(map(os.path.basename, later))}")
-    try:
-        for folder in reversed(later):
-            os.remove(os.path.join(folder, "meta.json"))
-    except OSError as error:
-        raise UserError(f"{run_folder} cannot be written ({error.strerror}); choose another --out_dir",
-                        one_rank=True) from None
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # Resuming
 
 
-def run_folder_before_restart(cfg: SimpleNamespace) -> str | None:
-    """Return the run folder that these processes had before torchrun restarted them (--max-restarts), or None.
-
-    config.json names the torchrun that a run belongs to. If several do, the run that was started last counts.
-    """
-    name = os.environ.get("TORCHELASTIC_RUN_ID")
-    if name in (None, "none", "nanogpt-fp8"):  # torchrun's and run.sh's defaults, which other runs have too
-        return None
-    folders = glob.glob(os.path.join(glob.escape(cfg.out_dir), "*"))
-    if cfg.resume not in ("", "auto"):
-        folders += filter(None, [run_folder_of(find_checkpoint(cfg.resume) or "")])
-    found = []
-    for folder in folders:
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError), \
-                open(os.path.join(folder, "config.json"), encoding="utf-8") as f:
-            config = json.load(f)
-            if config["torchrun"] == name:
-                found.append((float(config["started_at"]), folder))
-    return max(found)[1] if found else None
-
-
-def choose_checkpoint(cfg: SimpleNamespace) -> tuple[str | None, str | None]:
-    """Return the checkpoint that the flag `resume` asks for, and the run folder to continue in; None where there is
-    none. Of the checkpoints, no more is read than when they were saved.
-
-    Processes that torchrun restarted continue in the run folder they had, whatever `resume` says.
-    """
-    before = run_folder_before_restart(cfg) if was_restarted() else None
-    checkpoint = find_checkpoint(before) if before else None
-    if checkpoint is None and cfg.resume == "auto":
-        checkpoint = max(filter(None, map(find_checkpoint, own_run_folders(cfg))), key=last_saved, default=None)
-    elif checkpoint is None and cfg.resume:
-        checkpoint = find_checkpoint(cfg.resume)
-        if checkpoint is None:
-            raise UserError(f"--resume={cfg.resume}: no complete checkpoint there; "
-                            f"name a checkpoint or a run folder", 2)
-    return checkpoint, run_folder_of(checkpoint) if checkpoint else None
-
-
-def own_run_folders(cfg: SimpleNamespace) -> list[str]:
-    """Return the run folders of this run_name. gpt-2 may be the second run called gpt, or one that was called gpt-2."""
-    first = os.path.join(cfg.out_dir, cfg.run_name)
-    numbered = [f for f in glob.glob(glob.escape(first) + "-*") if re.fullmatch(re.escape(first) + r"-\d+", f)]
-    return [first, *(f for f in numbered if saved_config(f).get("run_name") == cfg.run_name)]
-
-
-def is_own_run(checkpoint: str, cfg: SimpleNamespace) -> bool:
-    """Whether a checkpoint lies in the run folder that these processes had before torchrun restarted them."""
-    before, folder = run_folder_before_restart(cfg), run_folder_of(checkpoint)
-    return bool(before and folder) and os.path.samefile(before, folder)
-
-
-def was_restarted() -> bool:
-    """Whether torchrun restarted these processes after one of them died."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-
-
-def lock_checkpoint(cfg: SimpleNamespace, procs: Processes) -> tuple[str | None, FolderLock | None]:
-    """Choose the checkpoint to resume, lock its run folder before anything of it is read, and check its files.
-
-    Returns: the checkpoint (on every rank; None for a fresh start), and the lock (on rank 0, if the checkpoint lies in
-        a run folder).
-    Raises: UserError if another process is training there, or if the checkpoint is damaged (see whole_checkpoint()).
-    """
-    outcome, lock = (None, None), None
-    if procs.is_main and (cfg.resume or was_restarted()):
-        try:
-            checkpoint, lock = choose_and_lock(cfg)
-            outcome = checkpoint, None
-        except UserError as error:  # the other ranks wait for rank 0's answer
-            if error.one_rank:
-                raise
-            outcome = None, (str(error), error.status)
-    checkpoint, failure = procs.broadcast(outcome)
-    if failure:
-        raise UserError(*failure)
-    try:
-        return checkpoint and whole_checkpoint(checkpoint, cfg, procs), lock
-    except BaseException:
-        if lock:
-            lock.close()
-        raise
-
-
-def choose_and_lock(cfg: SimpleNamespace) -> tuple[str | None, FolderLock | None]:
-    """Return the checkpoint to resume and the lock of its run folder; None where there is none. Raises UserError."""
-    try:
-        checkpoint, folder = choose_checkpoint(cfg)
-    except UserError:  # the process that trains there may just have replaced it
-        if folder := run_folder_of(cfg.resume):
-            FolderLock(folder).close()  # raises UserError
-        raise
-    if checkpoint is None:
-        console(f"resume={cfg.resume or 'auto (after a restart)'}: no complete checkpoint in "
-                f"{os.path.join(cfg.out_dir, cfg.run_name)}, starting a new run")
-    if folder is None:
-        return checkpoint, None
-    lock = FolderLock(folder)
-    try:
-        again = choose_checkpoint(cfg)  # the process that held the lock until now may have saved another one
-        if again[1] != folder:
-            raise UserError(f"{folder} has just been changed by another process; start again")
-        return again[0], lock
-    except BaseException:
-        lock.close()
-        raise
-
-
-def whole_checkpoint(checkpoint: str, cfg: SimpleNamespace, procs: Processes) -> str:
-    """Return this checkpoint if it is whole, else the next older one that is: with --resume=auto and after a restart.
-
-    Damaged ones are set aside as step_N.damaged. A checkpoint that was named in --resume is never replaced.
-    Raises: UserError.
-    """
-    fault, older = check_whole(checkpoint, procs), ""
-    if not fault:
-        return checkpoint
-    damaged = [checkpoint]
-    for older in procs.broadcast(older_checkpoints(checkpoint) if procs.is_main else None):
-        if not check_whole(older, procs):
-            break
-        damaged.append(older)
-    else:
-        raise UserError(f"cannot load checkpoint {checkpoint}: {fault}; no older one beside it is whole, so bring back "
-                        f"a copy, or start anew without --resume")
-    if cfg.resume != "auto" and not procs.broadcast(was_restarted() and is_own_run(checkpoint, cfg)):
-        raise UserError(f"cannot load checkpoint {checkpoint}: {fault}; the next older whole one is --resume={older}")
-    if procs.is_main:
-        try:
-            names = [os.path.basename(set_aside(folder)) for folder in damaged]
-        except OSError as error:
-            raise UserError(f"{fault}, and it cannot be renamed ({error.strerror}); use --resume={older}",
-                            one_rank=True) from None
-        console(f"resume: {fault}; kept as {', '.join(names)}, continuing from {older}")
-    return older
-
-
-def check_whole(checkpoint: str, procs: Processes) -> str:
-    """Return what is damaged in a checkpoint, "" if nothing: the same on all ranks, which share the reading.
-
-    Raises: UserError if a file cannot be read, or if memory is too little.
-    """
-    start = time.perf_counter()
-    try:
-        outcome = find_damage(checkpoint, procs.rank, procs.world_size), None
-    except UserError as error:
-        outcome = "", (str(error), error.status)
-    outcomes = procs.gather(outcome)
-    for _, failure in outcomes:
-        if failure:
-            raise UserError(*failure)
-    fault = next((fault for fault, _ in outcomes if fault), "")
-    if not fault and procs.is_main:
-        files = read_checkpoint(checkpoint).get("files")
-        size = sum(of_file["bytes"] for of_file in files.values()) / 1e9 if files else 0
-        seconds = time.perf_counter() - start
-        console(f"checkpoint {checkpoint}: " + (f"{size:.2f} GB verified in {seconds:.1f} s" if files else
-                "it has no checksums, because older code wrote it; only its weights were checked"))
-    return fault
-
-
 def adopt_flags(checkpoint: str, cfg: SimpleNamespace, old: dict, procs: Processes) -> dict:
-    """Return the flags of a checkpoint that is to be resumed.
+    """Return the flags of a checkpoint that is to be resumed, after cfg has taken over some of them.
 
-    If it is older than the flag lr_scaling, cfg takes its recipe, because the present defaults differ: every flag of
-    `old` (what such code trained with) that was neither given nor edited.
+    These are the flags that cannot change and were neither given nor edited (a preset does not count). If the
+    checkpoint is older than the flag lr_scaling, they are its whole recipe, because the present defaults differ: every
+    flag of `old` (what such code trained with).
     Raises: UserError.
     """
     saved = read_checkpoint(checkpoint)["flags"]
+    then = ADDED_FLAGS | saved
+    taken = {name: then[name] for name in FIXED_FLAGS if name not in cfg.explicit and name in then}
+    if differing := [f"{name}={value}" for name, value in taken.items() if value != getattr(cfg, name)]:
+        procs.print(f"resume: taken from the checkpoint, because they cannot change: {', '.join(differing)}")
     if "lr_scaling" not in saved:
-        taken = [name for name in old if name not in cfg.explicit]
-        for name in taken:
-            setattr(cfg, name, saved.get(name, old[name]))
-        cfg.auto = [name for name in cfg.auto if name not in taken]
+        taken |= {name: saved.get(name, value) for name, value in old.items() if name not in cfg.explicit}
+        for name in old.keys() & taken.keys():
+            if type(taken[name]) is not type(old[name]):
+                raise UserError(f"cannot load checkpoint {checkpoint}: its flag {name} is {taken[name]!r:.200}, which "
+                                f"is not of its type; name another checkpoint")
         procs.print("resume: the checkpoint is older than the present recipe, and continues with its own")
+    vars(cfg).update(taken)
+    cfg.auto = [name for name in cfg.auto if name not in taken]
     return saved
+
+
+def check_fixed_flags(checkpoint: str, cfg: SimpleNamespace) -> None:
+    """Check that flags which cannot change are those of the checkpoint. Raises UserError (status 2)."""
+    then = ADDED_FLAGS | read_checkpoint(checkpoint)["flags"]
+    for name in FIXED_FLAGS:
+        if name in then and then[name] != getattr(cfg, name):
+            raise UserError(f"{checkpoint} was trained with {name}={then[name]}, which cannot change to "
+                            f"{getattr(cfg, name)}; set --{name}={then[name]}", 2)
 
 
 def check_shards(checkpoint: str, saved: dict[str, list], shards: dict[str, list], folder: str) -> None:
@@ -393,15 +197,9 @@ def check_resume(checkpoint: str, cfg: SimpleNamespace, ring: Any, shards: dict,
         shards: of shard_fingerprints().
     Raises: UserError if a flag that cannot change differs, if the run is complete, or if the data differ.
     """
-    meta = read_checkpoint(checkpoint)
-    now = vars(cfg)
-    then = ADDED_FLAGS | meta["flags"]
-    changed = {k: (was, now[k]) for k, was in then.items() if k in now and now[k] != was}
-    for name in FIXED_FLAGS:
-        if name in changed:
-            was, new = changed[name]
-            raise UserError(f"{checkpoint} was trained with {name}={was}, which cannot change to {new}; "
-                            f"set --{name}={was}", 2)
+    meta, now = read_checkpoint(checkpoint), vars(cfg)
+    check_fixed_flags(checkpoint, cfg)
+    changed = {k: (was, now[k]) for k, was in meta["flags"].items() if k in now and now[k] != was}
     folder = run_folder_of(checkpoint)
     # A run that was killed after its last checkpoint only lacks the line "done"; a restarted one may even have that
     complete = folder is None or any(r["kind"] == "done" for r in read_log(folder)) and not was_restarted()

@@ -16,7 +16,7 @@ import re
 import stat
 import warnings
 import zlib
-from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.pool import ThreadPool
 from typing import Any, BinaryIO, Callable, Literal
 
 import torch
@@ -412,12 +412,9 @@ def is_finite(tensor: torch.Tensor) -> bool:
 
 def in_threads(work: Callable[[Any], None], items: list) -> None:
     """Do work on each item, four at a time: reads and checksums let other threads run. Raises its first exception."""
-    with ThreadPoolExecutor(4) as pool:
-        try:
-            for _ in pool.map(work, items):
-                pass
-        finally:
-            pool.shutdown(cancel_futures=True)
+    with ThreadPool(4) as pool:
+        for _ in pool.imap(work, items):
+            pass
 
 
 def next_whole(checkpoint: str) -> str:

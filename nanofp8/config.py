@@ -13,12 +13,14 @@ Annotations use only names that this module defines or imports: int, float, bool
 
 import argparse
 import ast
+import contextlib
 import difflib
 import functools
 import math
 import operator
 import os
 import re
+import signal
 import sys
 import time
 import types
@@ -304,9 +306,14 @@ def check_command_line(path: str, argv: Sequence[str] | None = None) -> None:
     """Answer --help and wrong flags of a script that is being started: print and exit, or return if all is well.
 
     A script calls this before it imports torch. Under torchrun rank 0 answers alone. Checks that need the preset, the
-    GPU or the number of ranks come later, in the script.
+    GPU or the number of ranks come later, in the script. Until raise_on_ctrl_c(), Ctrl-C ends the script at once.
+
+    argv: of a test; None: the program's own.
     """
-    argv = sys.argv[1:] if argv is None else argv
+    if argv is None:
+        argv = sys.argv[1:]
+        exit_on_ctrl_c(path)
+        print_any_text()
     sys.excepthook = functools.partial(report_interrupt, os.path.basename(path))
     try:
         flags = script_flags(path)
@@ -329,6 +336,34 @@ def report_interrupt(script: str, kind: type, error: BaseException, trace: Any) 
             print(f"{script}: interrupted", file=sys.stderr, flush=True)
     else:
         sys.__excepthook__(kind, error, trace)
+
+
+def print_any_text() -> None:
+    """Print characters that the console cannot show as escapes: a path in another alphabet must not end a run."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, OSError):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def exit_on_ctrl_c(path: str) -> None:
+    """From now on, let Ctrl-C end this script with one line, status 130: while it imports torch, which takes seconds.
+
+    Does nothing where Ctrl-C is ignored or handled already.
+    """
+    def stop(*_: object) -> NoReturn:
+        with contextlib.suppress(OSError, ValueError):
+            if _is_main():
+                print(f"{os.path.basename(path)}: stopped by Ctrl-C", file=sys.stderr, flush=True)
+        os._exit(130)
+
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, stop)
+
+
+def raise_on_ctrl_c() -> None:
+    """Undo exit_on_ctrl_c(): Ctrl-C raises KeyboardInterrupt again, which the script catches."""
+    if getattr(signal.getsignal(signal.SIGINT), "__qualname__", "").startswith(exit_on_ctrl_c.__name__):
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def exit_with(error: UserError, script: str) -> NoReturn:

@@ -347,9 +347,9 @@ def import_bitsandbytes(device: torch.device, sharded: bool) -> ModuleType:
     """Import bitsandbytes for its AdamW8bit. Raises UserError that says why it cannot run here."""
     if sharded:
         raise UserError("USE_8BIT_ADAM cannot update sharded parameters; use --USE_FSDP2=False or "
-                        "--USE_8BIT_ADAM=False", 2)
+                        "--USE_8BIT_ADAM=False (only a new run can)", 2)
     if device.type != "cuda":
-        raise UserError("USE_8BIT_ADAM needs a GPU; use --USE_8BIT_ADAM=False", 2)
+        raise UserError("USE_8BIT_ADAM needs a GPU; use one, or --USE_8BIT_ADAM=False (only a new run can)", 2)
     try:
         import bitsandbytes
     except Exception as error:

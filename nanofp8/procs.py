@@ -1,6 +1,5 @@
 """Start and end a script; give it rank, world size, device and mesh. One process works like many."""
 
-import contextlib
 import datetime
 import os
 import sys
@@ -14,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from nanofp8.config import UserError, exit_with
+from nanofp8.config import UserError, exit_with, print_any_text, raise_on_ctrl_c
 from nanofp8.faults import Heartbeat, exit_now
 from nanofp8.files import console, error_line
 
@@ -173,10 +172,9 @@ def command_line(run: Callable[[SimpleNamespace, Processes], Any],
         print(text, file=sys.stderr, flush=True)
         raise SystemExit(status)
 
-    for stream in (sys.stdout, sys.stderr):  # a path in another alphabet must not end a run whose console is ASCII
-        with contextlib.suppress(AttributeError, OSError):
-            stream.reconfigure(errors="backslashreplace")
+    print_any_text()
     try:
+        raise_on_ctrl_c()
         cfg = read_flags(sys.argv[1:] if argv is None else argv)
         procs = start_processes()
         if procs.world_size > 1:

@@ -5,6 +5,7 @@ import fcntl
 import json
 import math
 import os
+import re
 import statistics
 import time
 import uuid
@@ -46,6 +47,33 @@ def remove_if_empty(folder: str) -> None:
     """Remove the folder of a run that failed before it wrote anything."""
     with contextlib.suppress(OSError):
         os.rmdir(folder)
+
+
+def holds_only_a_log(folder: str) -> bool:
+    """Whether a run folder holds nothing but the log of a run that was broken off before its first checkpoint."""
+    known = {"config.json", "log.jsonl", "loss.png", "fp8_stats.png", "ckpt", "wandb"}
+    half = r"(step|\.writing|\.replaced)_\d+"  # half written or half deleted
+    try:
+        names = [name for name in os.listdir(folder) if not re.fullmatch(r"log-\d+\.jsonl", name)]
+        parts = os.listdir(os.path.join(folder, "ckpt")) if "ckpt" in names else []
+        return (known.issuperset(names) and all(re.fullmatch(half, name) for name in parts)
+                and not any(r["kind"] == "done" for r in read_log(folder)))
+    except OSError:
+        return False
+
+
+def set_log_aside(folder: str) -> None:
+    """Rename the log of a run that is started again in its folder: log-1.jsonl, log-2.jsonl, ... Raises UserError."""
+    path = os.path.join(folder, "log.jsonl")
+    if os.path.exists(path):
+        name = next(name for n in range(1, 100_000)
+                    if not os.path.exists(os.path.join(folder, name := f"log-{n}.jsonl")))
+        try:
+            os.rename(path, os.path.join(folder, name))
+        except OSError as error:
+            raise UserError(f"{folder} cannot be written ({error.strerror}); choose another --out_dir",
+                            one_rank=True) from None
+        console(f"resume: starting again in {folder}; the log of the run that was broken off is now {name}")
 
 
 class FolderLock:
@@ -242,7 +270,7 @@ def open_log(run: Any, lock: FolderLock) -> RunLog:
         wrapper=run.parallel.wrapper, precision=precision.name, emulated=precision.emulated,
         optimizers=run.optimizers.description, parameters=run.parameters)
     if cfg.USE_WANDB:
-        config["wandb_id"] = saved_config(run.folder).get("wandb_id") or uuid.uuid4().hex[:12]
+        config["wandb_id"] = run.first_step and saved_config(run.folder).get("wandb_id") or uuid.uuid4().hex[:12]
     return RunLog(run.folder, lock, config, run.first_step, cfg.wandb_project if cfg.USE_WANDB else "")
 
 

@@ -47,7 +47,7 @@ from helpers import (
     start,
     train_here,
 )
-from nanofp8 import checkpoint, runlog
+from nanofp8 import checkpoint, resuming, runlog
 from nanofp8.checkpoint import ADDED_FLAGS, Checkpoints, find_checkpoint, restore
 from nanofp8.checkpoint_files import (
     DamagedCheckpoint,
@@ -60,6 +60,7 @@ from nanofp8.config import UserError
 from nanofp8.muon import TorchMuon
 from nanofp8.precision import fp8_state
 from nanofp8.procs import start_processes
+from nanofp8.runlog import FolderLock
 
 pytestmark = pytest.mark.usefixtures("fresh")
 
@@ -676,6 +677,18 @@ def test_added_flags_are_fixed_and_sample_py_has_the_same_values():
         name: value for name, value in ADDED_FLAGS.items() if name != "muon_variant"}
 
 
+def test_a_run_continues_without_its_flags(tmp_path, shards, capsys, one_rank):
+    """Model, data set and batch come from the checkpoint, though preset tiny has others."""
+    folder = copy_of_run(one_rank["fp8"].folder, tmp_path / "r", 3)
+    with mock.patch.object(runlog.RunLog, "plot"):
+        train.main([f"--resume={folder}", f"--data_dir={shards}", "--preset=tiny", "--max_iters=4"])
+    out = capsys.readouterr().out
+    assert ("resume: taken from the checkpoint, because they cannot change: n_layer=2, n_embd=64, vocab_size=512, "
+            "block_size=32, dataset=synthetic, total_batch_size=256, muon_variant=muon\n") in out
+    assert "resume: learning_rate was 0.02, is now 0.03\n" in out and "resume: n_layer" not in out
+    assert len(losses(folder)) == 4 and in_ckpt(folder) == ["step_000003", "step_000004"]
+
+
 @pytest.mark.slow
 def test_flags_that_can_change_are_printed(tmp_path, shards, capsys, one_rank):
     """After changes of learning rate, micro-batch and evaluation, the run continues with finite losses."""
@@ -771,7 +784,7 @@ def test_all_shards_are_compared(tmp_path, shards, one_rank, how):
 
 def test_a_shard_that_cannot_be_read_is_one_line(tmp_path, shards, capsys):
     with mock.patch.object(os, "pread", side_effect=OSError(errno.EIO, "Input/output error")):
-        refused(capsys, tmp_path, shards, 1, "s_train_000001.bin cannot be read (Input/output error)", max_iters=1)
+        refused(capsys, tmp_path, shards, 1, ".bin cannot be read (Input/output error)", max_iters=1)
     assert not list(tmp_path.iterdir())
 
 
@@ -869,8 +882,8 @@ def test_a_checkpoint_that_another_process_replaces_meanwhile(tmp_path, one_rank
     fcntl.flock(held, fcntl.LOCK_EX)
     for gone in (DamagedCheckpoint("gone"), FileNotFoundError("gone")):
         with mock.patch.object(time, "sleep"), pytest.raises(UserError, match="another process is training in"), \
-                mock.patch.object(checkpoint, "saved_at", return_value=0.0), \
-                mock.patch.object(checkpoint, "read_checkpoint", side_effect=gone):
+                mock.patch.object(resuming, "saved_at", return_value=0.0), \
+                mock.patch.object(resuming, "read_checkpoint", side_effect=gone):
             chosen(tmp_path, resume=resume)
     os.close(held)
     if "step_000001" in resume:
@@ -969,15 +982,82 @@ def test_what_cannot_be_resumed(tmp_path, shards, capsys, one_rank):
 
 @pytest.mark.slow
 def test_auto_starts_a_new_run_where_there_is_no_checkpoint(tmp_path, shards, capsys):
-    """If a run was killed before its first checkpoint, its folder stays as it is and the new run gets a number."""
-    with before_step(2, kill), pytest.raises(Killed):
-        train_here(tmp_path, shards, run_name="r", resume="auto", ckpt_interval=4)
-    assert "no complete checkpoint in" in capsys.readouterr().out
+    """A run that is killed before its first checkpoint, again and again, starts again in its folder. Its logs are kept.
+    A run folder that holds a finished run is left alone."""
+    for kills in range(3):
+        with before_step(2, kill), pytest.raises(Killed):
+            train_here(tmp_path, shards, run_name="r", resume="auto", ckpt_interval=4)
+        out = capsys.readouterr().out
+        assert f"no complete checkpoint in {tmp_path}/r, starting a new run" in out and os.listdir(tmp_path) == ["r"]
+        kept = f"starting again in {tmp_path}/r; the log of the run that was broken off is now log-{kills}.jsonl"
+        assert (kept in out) == (kills > 0)
     log = (tmp_path / "r" / "log.jsonl").read_bytes()
+    names = ["config.json", "log-1.jsonl", "log-2.jsonl", "log.jsonl"]
+    assert sorted(p.name for p in (tmp_path / "r").iterdir()) == names
+    assert train_here(tmp_path, shards, run_name="r", resume="auto", max_iters=2, keep_checkpoints=0) == tmp_path / "r"
+    assert (tmp_path / "r" / "log-3.jsonl").read_bytes() == log
+    assert [r["step"] for r in records(tmp_path / "r", "train")] == [0, 1]
+    # That run is done
     assert train_here(tmp_path, shards, run_name="r", resume="auto", max_iters=2) == tmp_path / "r-2"
-    assert (tmp_path / "r" / "log.jsonl").read_bytes() == log
-    assert train_here(tmp_path, shards, run_name="r", resume="auto", max_iters=3) == tmp_path / "r-2"  # which is newer
+    assert train_here(tmp_path, shards, run_name="r", resume="auto", max_iters=3) == tmp_path / "r-2"
     assert [r["step"] for r in records(tmp_path / "r-2", "train")] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("files,alone", [
+    (["config.json", "log.jsonl"], True), (["config.json", "loss.png", "ckpt/.writing_000004/x"], True), ([], True),
+    (["log.jsonl", "log-7.jsonl", "ckpt/step_000004/x"], True), (["log.jsonl", "notes.txt"], False),
+    (["log.jsonl", "ckpt/step_000004.damaged/meta.json"], False), (["log.jsonl", "ckpt/mine"], False)])
+def test_a_run_folder_that_holds_only_a_log(tmp_path, files, alone):
+    for name in files:
+        (tmp_path / "r" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "r" / name).write_text("{}")
+    (tmp_path / "r").mkdir(exist_ok=True)
+    cfg, procs = helpers.make_cfg(out_dir=tmp_path, run_name="r", resume="auto"), helpers.one_process()
+    for _ in range(2):
+        checkpoint_, lock = resuming.lock_checkpoint(cfg, procs)
+        assert checkpoint_ is None and bool(lock) == alone
+        if lock:
+            assert lock.folder == str(tmp_path / "r")
+            lock.close()
+    if alone:
+        with contextlib.closing(FolderLock(str(tmp_path / "r"))), mock.patch.object(time, "sleep"), \
+                pytest.raises(UserError, match="another process is training in"):
+            resuming.lock_checkpoint(cfg, procs)
+
+
+def test_a_restart_before_the_first_checkpoint_starts_again_in_its_folder(tmp_path, monkeypatch):
+    for name, torchrun in (("r", "other"), ("r-2", "mine"), ("r-3", "other")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(dict(run_name="r", torchrun=torchrun, started_at=1.0)))
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "mine")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    cfg = helpers.make_cfg(out_dir=tmp_path, run_name="r")
+    checkpoint_, lock = resuming.lock_checkpoint(cfg, helpers.one_process())
+    assert checkpoint_ is None and lock.folder == str(tmp_path / "r-2")
+    lock.close()
+
+
+def read_only(*folders):
+    """Make folders look as on a read-only file system, also to root."""
+    access = os.access
+    return mock.patch.object(os, "access", lambda path, mode: access(path, mode) and not (
+        mode & os.W_OK and any(str(path).startswith(str(folder)) for folder in folders)))
+
+
+def test_a_read_only_run_continues_in_another_folder(tmp_path, shards, capsys, one_rank):
+    """With --out_dir=elsewhere, the log goes on there. Nothing is written in the old one. Without --out_dir, one line
+    says what helps."""
+    folder = copy_of_run(one_rank["fp8"].folder, tmp_path / "old" / "r", 3)
+    before = contents(folder)
+    with read_only(folder):
+        for out_dir in (tmp_path / "old", f"{tmp_path}/old/r/.."):
+            refused(capsys, out_dir, shards, 1, f"{folder} cannot be written", "--out_dir=FOLDER", resume=folder, **RUN)
+        new = train_here(tmp_path / "new", shards, resume=folder, **RUN)
+        out = capsys.readouterr().out
+    assert new == tmp_path / "new" / "fp8" and contents(folder) == before
+    assert f"resume: {folder} cannot be written; the run continues in a new folder in {tmp_path}/new\n" in out
+    assert learned(new) == learned(one_rank["fp8"].folder) and in_ckpt(new) == [f"step_{s:06d}" for s in (4, 5, 6)]
+    assert train_here(tmp_path / "new", shards, run_name="fp8", resume="auto", **RUN | dict(max_iters=7)) == new
 
 
 @pytest.mark.slow
@@ -1095,6 +1175,8 @@ def failing_writes(how, patch):
         return save(*args, **kwargs)
 
     def no_thread_at_first(self, *args, submit=ThreadPoolExecutor.submit, **kwargs):
+        if args[0].__name__ == "fingerprint":  # of shards, at the start
+            return submit(self, *args, **kwargs)
         calls.append(1)
         if len(calls) == 1:
             raise RuntimeError("can't start new thread")
@@ -1304,7 +1386,7 @@ def damaged_run(tmp_path, run, how):
 
 def chosen(tmp_path, **changes):
     """Return the checkpoint that a run would continue from."""
-    checkpoint_, lock = checkpoint.lock_checkpoint(helpers.make_cfg(out_dir=tmp_path, run_name="r", **changes),
+    checkpoint_, lock = resuming.lock_checkpoint(helpers.make_cfg(out_dir=tmp_path, run_name="r", **changes),
                                                    helpers.one_process())
     if lock:
         lock.close()

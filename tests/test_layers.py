@@ -12,7 +12,7 @@ ORDER = """
     config kernels shards te_emulation plain zero
     parts
     machine plots faults muon precision fused
-    fp8_stats loss procs runlog checkpoint_files
+    fp8_stats loss procs runlog checkpoint_files resuming
     checkpoint reports
     race_report
     race

@@ -1,7 +1,10 @@
 """procs.py: ranks and what they share, and how a script ends."""
 
+import io
 import os
+import signal
 import socket
+import sys
 from types import SimpleNamespace
 from unittest import mock
 
@@ -10,7 +13,8 @@ import torch
 import torch.distributed as dist
 
 import train
-from helpers import TRAIN, fails_in_one_line, one_process, train_here
+from helpers import ROOT, TRAIN, fails_in_one_line, finish, flag_args, one_process, start, train_here
+from nanofp8 import config
 from nanofp8.config import UserError
 from nanofp8.procs import Processes, command_line, memory_error_message, report_good_end, start_processes
 
@@ -163,6 +167,49 @@ def test_too_little_memory_is_one_line(tmp_path, shards, fresh, monkeypatch, cap
         "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to "
         "allocate 4096 bytes.")))
     fails_in_one_line(capsys, 1, "rank 0 has too little memory", out_dir=tmp_path, data_dir=shards)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["train.py", "train_orig.py", "sample.py", "bench.py"])
+def test_ctrl_c_during_imports_is_one_line(tmp_path, script):
+    """A torch of our own sends the signal as it is imported."""
+    (tmp_path / "torch.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n")
+    result = finish(start(ROOT / script, cwd=tmp_path, PYTHONPATH=str(tmp_path)))
+    assert result.code == 130 and result.err == f"{script}: stopped by Ctrl-C\n" and not result.out
+
+
+def test_ctrl_c_is_handed_over_to_the_script(monkeypatch):
+    """exit_on_ctrl_c() changes nothing where Ctrl-C is ignored, as in the background of a shell."""
+    for before, ours in ((signal.default_int_handler, True), (signal.SIG_IGN, False)):
+        monkeypatch.setattr(signal, "getsignal", lambda number, handler=before: handler)
+        with mock.patch.object(signal, "signal") as installed:
+            config.exit_on_ctrl_c("a/train.py")
+        assert installed.called == ours
+        if ours:
+            handler = installed.call_args.args[1]
+    monkeypatch.setattr(signal, "getsignal", lambda number: handler)
+    with mock.patch.object(signal, "signal") as installed:
+        config.raise_on_ctrl_c()
+    assert installed.call_args.args == (signal.SIGINT, signal.default_int_handler)
+
+
+def test_an_ascii_console_gets_escapes(monkeypatch):
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stdout)
+    with pytest.raises(UnicodeEncodeError):
+        print("ü", flush=True)
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stdout)
+    config.print_any_text()
+    print("ü", flush=True)
+    assert stdout.buffer.getvalue() == b"\\xfc\n"
+
+
+@pytest.mark.slow
+def test_a_run_with_an_ascii_console(tmp_path, shards):
+    arguments = flag_args(data_dir=shards, out_dir=tmp_path / "é", run_name="ü", max_iters=1)
+    result = finish(start(TRAIN, *arguments, cwd=tmp_path, PYTHONIOENCODING="ascii"))
+    assert result.code == 0 and not result.err and "/\\xe9/\\xfc " in result.out and result.out.isascii()
 
 
 def test_ctrl_c_before_training_is_one_line(tmp_path, shards, fresh, monkeypatch, capsys):

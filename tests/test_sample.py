@@ -605,7 +605,7 @@ def test_damaged_checkpoints_are_one_line(tmp_path, tokenizer, capsys):
 
 def test_a_checkpoint_without_checksums_is_read_with_one_line(out_dir, tokenizer, capsys):
     result = main_here(capsys, f"--ckpt={out_dir}", "--max_new_tokens=2")
-    assert result.code == 0 and result.err.count("it has no checksums, because older code wrote it\n") == 1
+    assert result.code == 0 and "tokens (older code wrote it, without checksums: not verified)\n" in result.err
 
 
 @pytest.mark.parametrize("how", ["a flipped bit", "a weight that is not finite"])
@@ -630,7 +630,7 @@ def test_a_damaged_checkpoint_names_the_next_older_whole_one(tmp_path, tokenizer
     assert_refused(main_here(capsys, f"--ckpt={folder}"), 1, "cannot load checkpoint", word,
                    f"the next older whole one is --ckpt={tmp_path}/step_{older:06d}")
     result = main_here(capsys, f"--ckpt={tmp_path}/step_000001", "--max_new_tokens=2")
-    assert result.code == 0 and "no checksums" not in result.err
+    assert result.code == 0 and "not verified" not in result.err
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import pytest
 
 import helpers
 import train
-from helpers import TRAIN, finish, make_cfg, one_process, start, train_here
+from helpers import TRAIN, edited_copy, finish, make_cfg, one_process, start, train_here
 from nanofp8.config import UserError, script_flags
 
 FLAGS = script_flags(TRAIN)
@@ -91,8 +91,63 @@ def test_a_resumed_run_keeps_the_batch_that_was_chosen_for_it(monkeypatch):
     saved = vars(parse("--preset=d20", "--train_tokens=70000000"))
     cfg = resumed(monkeypatch, saved, "--preset=d20", "--train_tokens=891289600")
     assert (cfg.total_batch_size, cfg.max_iters) == (65536, 13600)
-    cfg = resumed(monkeypatch, saved, "--preset=d20", "--total_batch_size=131072")  # check_resume() refuses it
+    cfg = resumed(monkeypatch, saved, "--preset=d20", "--total_batch_size=131072")
     assert cfg.total_batch_size == 131072
+    with pytest.raises(UserError, match="total_batch_size=65536, which cannot change to 131072; set --total_batch_"):
+        train.checkpoint.check_fixed_flags("a", cfg)
+
+
+def test_flags_that_cannot_change_come_from_the_checkpoint(monkeypatch, capsys):
+    """Where they are neither on the command line nor edited; a preset does not count. One line lists those that
+    differ. Other flags come from the script."""
+    saved = {name: value for name, value in vars(parse("--preset=tiny", "--n_layer=3", "--USE_X0=True")).items()}
+    cfg = resumed(monkeypatch, saved, "--preset=d20", "--learning_rate=0.5", "--n_layer=3")
+    fixed = {name: saved[name] for name in train.checkpoint.FIXED_FLAGS}
+    assert {name: getattr(cfg, name) for name in fixed} == fixed and cfg.batch_size == 16
+    assert cfg.learning_rate == 0.5 and cfg.max_iters == round(891289600 / 2048)
+    assert capsys.readouterr().out == (
+        "resume: taken from the checkpoint, because they cannot change: n_embd=128, n_head=2, vocab_size=50304, "
+        "block_size=128, USE_X0=True, dataset=shakespeare, total_batch_size=2048\n")
+    train.checkpoint.check_fixed_flags("a", cfg)
+    resumed(monkeypatch, saved, "--preset=tiny", "--n_layer=3", "--USE_X0=True")
+    assert capsys.readouterr().out == ""
+
+
+def test_auto_batch_of_a_resumed_run_needs_no_length(monkeypatch):
+    """Without a checkpoint to resume, it does."""
+    cfg = parse("--preset=d20", "--train_tokens=0", "--max_iters=20", "--resume=auto")
+    saved = vars(parse("--preset=d20", "--total_batch_size=4096"))
+    monkeypatch.setattr(train.checkpoint, "read_checkpoint", lambda folder: dict(flags=saved))
+    with pytest.raises(UserError, match="--train_tokens"):
+        train.resolve_length(cfg, {})
+    train.resolve_length(cfg, train.checkpoint.adopt_flags("a", cfg, train.CLASSIC, one_process()))
+    assert (cfg.total_batch_size, cfg.max_iters) == (4096, 20)
+
+
+@pytest.mark.parametrize("name,value", [("n_layer", "3"), ("window_size", "64"), ("USE_8BIT_ADAM", "True"),
+                                        ("muon_variant", '"muon"'), ("dataset", '"other"'), ("block_size", "64")])
+def test_an_edited_flag_that_cannot_change_is_refused(tmp_path, monkeypatch, name, value):
+    module, _ = edited_copy(tmp_path, **{name: value})
+    saved = vars(parse("--preset=d20"))
+    monkeypatch.setattr(train.checkpoint, "read_checkpoint", lambda folder: dict(flags=saved))
+    cfg = module.read_flags(["--preset=d20"], has_gpu=False)
+    assert name in cfg.explicit
+    train.checkpoint.adopt_flags("a", cfg, train.CLASSIC, one_process())
+    with pytest.raises(UserError, match=f"a was trained with {name}={saved[name]}, which cannot change to .*; "
+                                        f"set --{name}={saved[name]}"):
+        train.checkpoint.check_fixed_flags("a", cfg)
+
+
+@pytest.mark.parametrize("ranks,arguments,remedy", [
+    (3, [], "continue on 2 rank"), (7, [], "continue on 4 rank"), (2, ["--batch_size=5"], "leave out --batch_size"),
+    (32, [], "continue on 16 rank")])
+def test_remedies_of_a_resumed_run_name_what_can_change(ranks, arguments, remedy):
+    cfg = parse("--preset=tiny", *arguments)  # 2,048 tokens, 128 each
+    with pytest.raises(UserError, match=remedy) as caught:
+        train.check_flags(cfg, ranks, resumed=True)
+    assert "--total_batch_size=" not in str(caught.value)
+    with pytest.raises(UserError, match="--total_batch_size="):
+        train.check_flags(cfg, ranks)
 
 
 def test_a_checkpoint_without_the_new_flags_continues_with_the_recipe_that_it_had(monkeypatch):
