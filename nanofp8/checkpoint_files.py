@@ -196,7 +196,16 @@ class IndexUnpickler(pickle._Unpickler):
             return vars(torch)[name]
         if module in ("pathlib", "pathlib._local") and name == "PosixPath":  # where it was written; only text to us
             return lambda *parts: os.path.join("", *parts)
+        if (module, name) == ("builtins", "getattr"):
+            return self.enum_member
         raise pickle.UnpicklingError(f"it names {module}.{name}, which may run code")
+
+    @staticmethod
+    def enum_member(kind: Any, name: str) -> Any:
+        """Stand for getattr, by which some versions of Python 3.11 pickle a member of an enumeration."""
+        if kind is not metadata._MEM_FORMAT_ENCODING or not isinstance(name, str) or name not in kind.__members__:
+            raise pickle.UnpicklingError("it names builtins.getattr, which may run code")
+        return kind[name]
 
     def load_build(self) -> None:
         """Fill in an object; not a class or a function, which others use too."""

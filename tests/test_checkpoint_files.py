@@ -333,3 +333,23 @@ def test_next_whole_and_set_aside(tmp_path):
     assert names == ["step_000004.damaged", "step_000004.damaged-2"] and set(names) < set(os.listdir(tmp_path))
     assert [os.path.basename(f) for f in checkpoint_files.complete_checkpoints(str(tmp_path))] == [
         f"step_{step:06d}" for step in (1, 2, 3, 4)]
+
+
+class Attribute:
+    """Pickled as a call of getattr, as some versions of Python 3.11 pickle a member of an enumeration."""
+
+    def __init__(self, owner, name):
+        self.owner, self.name = owner, name
+
+    def __reduce__(self):
+        return getattr, (self.owner, self.name)
+
+
+def test_getattr_of_an_enumerations_member_only():
+    kind = metadata._MEM_FORMAT_ENCODING
+    member = next(iter(kind))
+    data = pickle.dumps(Attribute(kind, member.name))
+    assert checkpoint_files.IndexUnpickler(io.BytesIO(data)).load() is member
+    for owner, name in ((kind, "mro"), (kind, "__class__"), (metadata.Metadata, "__init__")):
+        with pytest.raises(pickle.UnpicklingError, match="getattr"):
+            checkpoint_files.IndexUnpickler(io.BytesIO(pickle.dumps(Attribute(owner, name)))).load()
