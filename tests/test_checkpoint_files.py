@@ -123,7 +123,7 @@ def global_of(module, name):
 
 
 @pytest.mark.parametrize("module,name", [
-    ("builtins", "getattr"), ("builtins", "eval"), ("torch", "load"), ("torch", "_C"), ("torch.hub", "load"),
+    ("builtins", "eval"), ("torch", "load"), ("torch", "_C"), ("torch.hub", "load"),
     ("torch.serialization", "load"), ("pathlib", "Path"), ("copyreg", "_reconstructor"), ("functools", "partial"),
     ("torch.distributed.checkpoint.metadata", "BytesStorageMetadata"), ("numpy", "load"),
     ("torch.distributed.checkpoint.metadata", "Metadata.__init__"), ("torch.distributed.checkpoint.metadata", "os")])
