@@ -169,6 +169,7 @@ def one_pass(changes: dict[str, Any], fp8: bool, fsdp2: bool) -> None:
     import train
     from nanofp8 import te_emulation
     from nanofp8.fused import FusedBlocks, RopeQKNorm
+    from nanofp8.muon import apply_update, momentum_update
     from nanofp8.precision import FORMATS, Precision
 
     changes = changes | dict(n_layer=LAYERS, vocab_size=512, block_size=32, batch_size=2, loss_chunk_size=64,
@@ -201,6 +202,10 @@ def one_pass(changes: dict[str, Any], fp8: bool, fsdp2: bool) -> None:
     qkv = torch.zeros(cfg.batch_size, cfg.block_size, 3 * cfg.n_embd, dtype=torch.bfloat16, requires_grad=True)
     torch.autograd.backward(*zip(*[(x, torch.zeros_like(x)) for x in RopeQKNorm.apply(
         qkv * 1, model.cos, model.sin, cfg.n_head, cfg.norm_eps)], strict=True))
+    weights, one = [torch.zeros(64, 64)], torch.ones(())
+    for update in (momentum_update(weights, weights, one, nesterov=True), weights):  # of Muon, of NorMuon
+        for cautious in (False, True):
+            apply_update(weights, update, one, one, one, cautious)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
