@@ -342,7 +342,8 @@ class Checkpoints:
             tensors = [*state["model"].values(), *(t for of in state.get("optim", {}).values() for t in of.values())]
             tensors = [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
             tensors = [t for t in tensors if t.numel() and t.is_floating_point()]
-            norms = [norm.float().to(self.procs.device) for norm in torch._foreach_norm(tensors, math.inf)]
+            norms = torch._foreach_norm(tensors, math.inf) if tensors else []
+            norms = [norm.float().to(self.procs.device) for norm in norms]
             if norms and not torch.stack(norms).isfinite().all():
                 raise ValueError("weights or optimizer state are not finite")
             state = self.stager.stage(state)

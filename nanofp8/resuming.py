@@ -229,6 +229,9 @@ def check_whole(checkpoint: str, procs: Processes) -> str:
         if failure:
             raise UserError(*failure)
     fault = next((fault for fault, _ in outcomes if fault), "")
+    if fault.endswith("is missing") and not outcomes[0][0]:
+        raise UserError(f"rank 0 sees all files of {checkpoint}, but another rank does not: {fault}; all machines need "
+                        f"the same folder")
     if not fault and procs.is_main:
         files = read_checkpoint(checkpoint).get("files")
         size = sum(of_file["bytes"] for of_file in files.values()) / 1e9 if files else 0

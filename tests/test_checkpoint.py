@@ -1293,6 +1293,20 @@ def test_only_what_exceeds_keep_is_deleted_before_a_write(tmp_path):
     checkpoints.close()
 
 
+@pytest.mark.parametrize("where", ["model", "optim"])
+def test_what_is_not_finite_is_not_saved(tmp_path, capsys, where):
+    """Nor does it push out a good checkpoint."""
+    checkpoints, save = small_checkpoints(tmp_path, 1, 1)
+    state = dict(model=dict(w=torch.ones(3)), optim=dict(w=dict(momentum=torch.ones(3), step=torch.tensor(4))))
+    (state["model"]["w"] if where == "model" else state["optim"]["w"]["momentum"])[1] = torch.nan
+    checkpoints.save(2, lambda: state, {})
+    checkpoints.finish(wait=True)
+    assert "checkpoint at step 2 failed, training continues: weights or optimizer state are not finite" in \
+        capsys.readouterr().out
+    assert in_ckpt(tmp_path) == ["step_000001"] and "not finite" in checkpoints.failure
+    checkpoints.close()
+
+
 def test_a_run_whose_last_checkpoint_finds_a_full_disk_fails(tmp_path, shards, capsys):
     with mock.patch.object(dcp, "save", side_effect=RuntimeError("PytorchStreamWriter failed writing file")), \
             mock.patch.object(shutil, "disk_usage", lambda path: SimpleNamespace(free=1e5)):
@@ -1443,6 +1457,15 @@ def test_no_other_checkpoint_is_tried_after_an_error_that_is_not_its_fault(tmp_p
             pytest.raises(UserError, match="Input/output error|too little memory"):
         chosen(tmp_path, resume="auto")
     assert in_ckpt(folder) == ["step_000004", "step_000006"]
+
+
+def test_a_machine_that_does_not_see_the_files_is_no_damage(tmp_path, one_rank):
+    """Another rank misses what rank 0 sees: nothing is set aside."""
+    folder = copy_of_run(one_rank["fp8"].folder, tmp_path / "r", 4, 6)
+    procs = helpers.one_process()
+    with mock.patch.object(type(procs), "gather", lambda self, value: [value, ("/x/meta.json is missing", None)]), \
+            pytest.raises(UserError, match="all machines need the same folder"):
+        resuming.check_whole(str(folder / "ckpt" / "step_000006"), procs)
 
 
 def test_a_run_continues_after_its_newest_checkpoint_was_damaged(tmp_path, shards, one_rank):
