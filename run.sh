@@ -243,7 +243,11 @@ elif ! complete; then
   } 9>.setup.lock
 fi
 
-[ "$command" != test ] || exec "$py" -m pytest "$@"
+if [ "$command" = test ]; then
+  # All tests run in two processes, but not with a GPU: there they would wait for each other and share its memory
+  [ "$#" -gt 0 ] || [ "$gpus" -gt 0 ] || ! quiet "$py" -c 'import xdist' || set -- -n 2
+  exec "$py" -m pytest "$@"
+fi
 case " $* " in *' --help '* | *' -h '*) exec "$py" train.py --help ;; esac
 
 # With a GPU, train.py's default data set is FineWeb. Preset tiny, the default without a GPU, uses Shakespeare, which is

@@ -521,6 +521,16 @@ def test_test_command(host):
     assert len(host.pips()) == CPU_PARTS and host.did[-1] == f".venv {host.repo.resolve()} pytest -k a or b"
 
 
+@pytest.mark.parametrize("gpus, here, arguments", [(0, True, "-n 2"), (0, False, ""), (1, True, "")])
+def test_all_tests_in_two_processes(host, gpus, here, arguments):
+    host.has("torch", "numpy", "pytest", "transformer_engine.pytorch")
+    (host.stubs / "transformer_engine" / "__init__.py").write_text("__version__ = '2.20.2'")
+    if here:
+        host.has("xdist")
+    host.gpus(gpus).run("test")
+    assert host.did == [f"fake {host.repo.resolve()} pytest {arguments}"]
+
+
 @pytest.mark.parametrize("gpus, flags, fetched", [
     (0, [], False), (2, [], True), (2, ["--dataset=shakespeare"], False),
 ])  # fmt: skip
