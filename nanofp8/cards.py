@@ -5,6 +5,7 @@ of the source archive transformer_engine_torch, CUDA below transformer_engine/ o
 """
 
 import re
+from typing import NamedTuple
 
 TE_OLDEST = (2, 17)   # the first version with transformer_engine.pytorch.constants.DType, which fused.py needs
 TE_MADE_FOR = "2.20.2"  # of requirements.txt; no other version has been run
@@ -40,3 +41,83 @@ def nvfp4_lacks(capability: tuple[int, int], version: str) -> tuple[str, ...]:
     if capability[0] == 12 and () < version_numbers(version)[:2] < NVFP4_OLDEST_12:
         return "NVFP4_HADAMARD", "NVFP4_STOCHASTIC_ROUNDING"
     return ()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Which format runs where
+
+
+class Needs(NamedTuple):
+    """What a GPU and its libraries must be for a format to run in hardware."""
+
+    lowest: tuple[int, int]                # compute capability
+    below: tuple[int, int] | None = None   # ... and lower than this one
+    cuda: float = 0.0                      # version that torch was built for, as a number
+    cublaslt: int = 0                      # as cublasLtGetVersion() gives it
+
+    def __str__(self) -> str:
+        last = f" to below {dotted(self.below)}" if self.below else " or newer"
+        libraries = [f"CUDA {self.cuda}"] * (self.cuda > 0) + ["cuBLASLt 12.1.3"] * (self.cublaslt > 0)
+        return f"{dotted(self.lowest)}{last}" + (f", with {' and '.join(libraries)} or newer" if libraries else "")
+
+
+class Support(NamedTuple):
+    """When one of Transformer Engine's functions says yes: if any of `needs` is met."""
+
+    source: str
+    needs: tuple[Needs, ...]
+
+
+# By the function of transformer_engine.pytorch that precision.FORMATS names; the same from 2.17 to 2.20.2
+SUPPORT = {
+    "is_fp8_available": Support("pytorch/quantization.py:149", (
+        Needs((9, 0)), Needs((8, 9), (9, 0), cuda=12.1, cublaslt=120103))),
+    "is_mxfp8_available": Support("pytorch/quantization.py:162", (Needs((10, 0), (12, 0)),)),
+    "is_nvfp4_available": Support("pytorch/quantization.py:171", (Needs((10, 0)),)),
+    "is_fp8_block_scaling_available": Support("pytorch/quantization.py:178", (Needs((9, 0), cuda=12.9),)),
+}
+
+
+class Card(NamedTuple):
+    """Cards of one compute capability."""
+
+    names: str
+    capability: tuple[int, int]
+
+
+CARDS = (
+    Card("A100, A800", (8, 0)), Card("RTX 30, A6000, A40", (8, 6)), Card("RTX 40, RTX Ada, L40S, L4", (8, 9)),
+    Card("H100, H200", (9, 0)), Card("B200, GB200", (10, 0)), Card("B300, GB300", (10, 3)), Card("Thor", (11, 0)),
+    Card("RTX 50, RTX PRO Blackwell", (12, 0)), Card("GB10", (12, 1)),
+)
+HAS_RUN = ((9, 0),)          # what is said of all others is read from source code
+NO_TRITON = ((11, 0),)       # Triton 3.6's ptxas is of CUDA 12.9, which does not know these (machine.check_triton)
+MXFP8_FOR_BLOCK = (10, 0)    # from here on block scaling runs by MXFP8's matmuls (csrc/extensions/gemm.cpp:314)
+
+
+def dotted(capability: tuple[int, int]) -> str:
+    """Return a compute capability as NVIDIA writes it, such as "12.0"."""
+    return f"{capability[0]}.{capability[1]}"
+
+
+def supports(question: str, capability: tuple[int, int], cuda: float = 13.0, cublaslt: int = 130100) -> bool:
+    """Return what Transformer Engine's function `question` answers on such a GPU; "" (bf16): True.
+
+    cuda, cublaslt: versions, by default of requirements.txt.
+    """
+    return not question or any(
+        need.lowest <= capability and (need.below is None or capability < need.below)
+        and cuda >= need.cuda and cublaslt >= need.cublaslt for need in SUPPORT[question].needs)
+
+
+def verdict(question: str, capability: tuple[int, int], asked: bool) -> str:
+    """Return what a run does with the format that Transformer Engine's function `question` is about.
+
+    asked: whether a flag asked for a format.
+    Returns: "native", "emulated", "bf16" (which runs instead) or "refused".
+    """
+    if capability in NO_TRITON:
+        return "refused"
+    if supports(question, capability):
+        return "native"
+    return "emulated" if asked else "bf16"

@@ -15,6 +15,7 @@ from typing import Any, Iterator
 
 import torch
 
+from nanofp8 import cards
 from nanofp8.config import UserError
 from nanofp8.files import console, error_line
 
@@ -61,6 +62,28 @@ def check_gpus() -> None:
         reason = f"the GPU does not answer (nvidia-smi: {error_line(error)})"
     if reason:
         raise UserError(f"{reason}; repair driver or torch, or train on the CPU: --preset=tiny")
+
+
+def check_triton(capability: tuple[int, int]) -> None:
+    """Raise UserError if Triton cannot compile for a GPU: neither our kernels nor torch.compile's would run.
+
+    Its assembler is asked only about GPUs that were not known when this was written.
+    """
+    arch, known = 10 * capability[0] + capability[1], [card.capability for card in cards.CARDS]
+    if capability in known and capability not in cards.NO_TRITON:
+        return
+    try:
+        import triton
+        from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
+        listed = subprocess.run([get_ptxas(arch).path, "--help"], capture_output=True, text=True, timeout=60).stdout
+        fits = f"'{sm_arch_from_capability(arch)}'" in listed
+    except Exception:  # no Triton, or another one than 3.6: nothing is known
+        return
+    if not fits:
+        variable = "TRITON_PTXAS_BLACKWELL_PATH" if arch >= 100 else "TRITON_PTXAS_PATH"
+        raise UserError(f"Triton {triton.__version__} cannot compile for this GPU's compute capability "
+                        f"{cards.dotted(capability)}; set {variable} to the ptxas of a CUDA toolkit that knows it "
+                        f"(CUDA 13 for 11.0), or train on another GPU")
 
 
 def peak_of(name: str) -> float | None:

@@ -19,6 +19,7 @@ import torch.nn as nn
 from nanofp8 import cards
 from nanofp8.config import UserError
 from nanofp8.files import error_line
+from nanofp8.machine import check_triton
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Formats
@@ -226,6 +227,9 @@ def select_precision(cfg: SimpleNamespace, device: torch.device) -> Precision:
     Raises: UserError.
     """
     chosen, missing, note, lacking, why_lacking = choose_format(cfg), "", "", (), ""
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        check_triton(capability)
     if cfg.USE_EMULATION is True:
         missing = "USE_EMULATION=True"
     elif device.type != "cuda":
@@ -246,10 +250,10 @@ def select_precision(cfg: SimpleNamespace, device: torch.device) -> Precision:
         from nanofp8 import te_emulation as te
         recipes = te.recipe
     elif chosen.name == "nvfp4":
-        lacking, why_lacking = check_nvfp4(cfg, torch.cuda.get_device_capability(device), version)
+        lacking, why_lacking = check_nvfp4(cfg, capability, version)
     recipe = chosen.recipe and chosen.recipe(recipes, cfg, lacking)
     by = f"by nanofp8/te_emulation.py ({missing})" if missing else f"by Transformer Engine {version}{note}"
-    fp8_on_12 = not missing and chosen.name.startswith("fp8") and torch.cuda.get_device_capability(device)[0] == 12
+    fp8_on_12 = not missing and chosen.name.startswith("fp8") and capability[0] == 12
     return Precision(te, chosen, recipe, bool(missing), f"EMULATED {by}" if missing and recipe else by,
                      ingredients(recipe, why_lacking) if chosen.name == "nvfp4" else "",
                      cards.GRAD_ZSCORE_12 if fp8_on_12 else 0.0)
@@ -260,8 +264,8 @@ def check_nvfp4(cfg: SimpleNamespace, capability: tuple[int, int], version: str)
 
     Raises: UserError if such a flag was given as True.
     """
-    lacking, oldest = cards.nvfp4_lacks(capability, version), ".".join(map(str, cards.NVFP4_OLDEST_12))
-    here = f"on compute capability {capability[0]}.{capability[1]}"
+    lacking, oldest = cards.nvfp4_lacks(capability, version), cards.dotted(cards.NVFP4_OLDEST_12)
+    here = f"on compute capability {cards.dotted(capability)}"
     for flag in lacking:
         if flag in cfg.explicit and getattr(cfg, flag):
             raise UserError(f"{flag}=True needs Transformer Engine {oldest} or newer {here}, got {version}; install "

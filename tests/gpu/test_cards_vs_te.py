@@ -1,0 +1,35 @@
+"""cards.py against Transformer Engine's own functions, under faked compute capabilities. Any GPU with FP8 will do."""
+
+import pathlib
+import sys
+
+import pytest
+import torch
+
+TESTS = pathlib.Path(__file__).resolve().parents[1]
+for folder in (str(TESTS.parent), str(TESTS)):
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+
+import support_vs_te  # noqa: E402
+from test_cards import ASKED, BY_CAPABILITY, choice  # noqa: E402
+
+from nanofp8 import cards  # noqa: E402
+from nanofp8.precision import FORMATS  # noqa: E402
+
+
+def test_support(te, monkeypatch):
+    assert support_vs_te.differences(te.quantization, monkeypatch) == []
+
+
+@pytest.mark.parametrize("capability", BY_CAPABILITY)
+def test_train_py_asks_transformer_engine(te, monkeypatch, capability):
+    """Its choice follows the library's own answers. The library keeps its first answers, so these are forgotten."""
+    capability = BY_CAPABILITY[capability]
+    for name in ("_FP8_SUPPORT", "_MXFP8_SUPPORT", "_NVFP4_SUPPORT", "_FP8_BLOCK_SCALING_SUPPORT"):
+        monkeypatch.setattr(te.quantization, name, None)
+    monkeypatch.setattr(te.quantization, "get_device_compute_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    for name, changes in ASKED.items():
+        assert choice(changes) == cards.verdict(FORMATS[name].question, capability, asked=True), name
+    assert choice({}) == cards.verdict(FORMATS["fp8-delayed"].question, capability, asked=False)
