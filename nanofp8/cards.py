@@ -29,7 +29,14 @@ def unsupported_version(version: str) -> str:
     if not numbers or numbers[:2] >= TE_OLDEST:
         return ""
     return (f"Transformer Engine {version} is too old; this code was made for {TE_MADE_FOR} and needs "
-            f"{'.'.join(map(str, TE_OLDEST))} or newer")
+            f"{dotted(TE_OLDEST)} or newer")
+
+
+def untried_version(version: str) -> str:
+    """Return a remark on a version of Transformer Engine with which this code has not been run, or ""."""
+    if version_numbers(version)[:2] == version_numbers(TE_MADE_FOR)[:2]:
+        return ""
+    return f" (not tried; {dotted(TE_OLDEST)} and newer are accepted, {TE_MADE_FOR} has been run)"
 
 
 def nvfp4_lacks(capability: tuple[int, int], version: str) -> tuple[str, ...]:

@@ -223,7 +223,7 @@ class Precision:
 def select_precision(cfg: SimpleNamespace, device: torch.device) -> Precision:
     """Choose the number format, and Transformer Engine or its emulation, by asking TE what the device can do.
 
-    A GPU without the default format trains in bf16: emulation would be slower than that, so it must be asked for.
+    A GPU without the default format trains in bf16, unless a flag asks for a format: emulation is slower than bf16.
     Raises: UserError.
     """
     chosen, missing, note, lacking, why_lacking = choose_format(cfg), "", "", (), ""
@@ -241,7 +241,8 @@ def select_precision(cfg: SimpleNamespace, device: torch.device) -> Precision:
             missing = f"Transformer Engine cannot be imported: {error}"
     if not missing and chosen.question:
         available, why = getattr(te, chosen.question)(return_reason=True)
-        if not available and not {"USE_FP8", "FP8_RECIPE", "USE_NVFP4"} & {*cfg.explicit}:
+        asked = chosen.name != "fp8-delayed" or {"USE_FP8", "FP8_RECIPE"} & {*cfg.explicit}
+        if not available and not asked:
             chosen, note = FORMATS["bf16"], f" (no FP8 here: {why.rstrip('.')}; --USE_FP8=True emulates it)"
         elif not available:
             missing = why.rstrip(".")
@@ -252,7 +253,9 @@ def select_precision(cfg: SimpleNamespace, device: torch.device) -> Precision:
     elif chosen.name == "nvfp4":
         lacking, why_lacking = check_nvfp4(cfg, capability, version)
     recipe = chosen.recipe and chosen.recipe(recipes, cfg, lacking)
-    by = f"by nanofp8/te_emulation.py ({missing})" if missing else f"by Transformer Engine {version}{note}"
+    by = f"by nanofp8/te_emulation.py ({missing})"
+    if not missing:
+        by = f"by Transformer Engine {version}{cards.untried_version(version)}{note}"
     fp8_on_12 = not missing and chosen.name.startswith("fp8") and capability[0] == 12
     return Precision(te, chosen, recipe, bool(missing), f"EMULATED {by}" if missing and recipe else by,
                      ingredients(recipe, why_lacking) if chosen.name == "nvfp4" else "",

@@ -225,10 +225,13 @@ def test_fp8_state_names_live_tensors():
 # Transformer Engine's version and parts
 
 
-def test_transformer_engine_says_its_version(monkeypatch):
-    helpers.fake_transformer_engine(monkeypatch, "2.21.0.dev0+1a2b3c")
+@pytest.mark.parametrize("version, tried", [("2.20.2", True), ("2.20.0+1a2b", True), ("2.17.1", False),
+                                            ("2.21.0.dev0+1a2b3c", False), ("of unknown version", False)])
+def test_the_version_is_printed(monkeypatch, version, tried):
+    helpers.fake_transformer_engine(monkeypatch, version)
     precision = train.select_precision(make_cfg(), helpers.GPU)
-    assert not precision.emulated and precision.reason == "by Transformer Engine 2.21.0.dev0+1a2b3c"
+    assert not precision.emulated and precision.reason.startswith(f"by Transformer Engine {version}")
+    assert all((word in precision.reason) != tried for word in ("not tried", "2.17 and newer"))
 
 
 @pytest.mark.parametrize("version", ["2.8.0", "2.16.1", "1.13", "2.14.0+a1b2c3"])
