@@ -131,7 +131,7 @@ def add_norm_backward(dy_ptr, residual_ptr, gain_ptr, rstd_ptr, d_residual_ptr, 
     gain = tl.load(gain_ptr + columns, mask=columns < C, other=0.0).to(tl.float32)
     dgain = tl.zeros((BLOCK,), tl.float32)
     residual_dot, x0_dot = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
-    for i in range(ROWS):
+    for i in tl.range(ROWS, num_stages=3):  # loads the next rows meanwhile
         row = tl.program_id(0) * ROWS + i
         offsets, mask = row.to(tl.int64) * C + columns, (columns < C) & (row < N)
         dy = tl.load(dy_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
