@@ -56,6 +56,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from nanofp8 import checkpoint, resuming, runlog  # save, restore; choose and lock; run folder, log.jsonl, wandb
+from nanofp8.attention import choose_attention, make_attention  # Transformer Engine's, flash-attn-4's or torch's
+from nanofp8.epilogues import choose_quack  # relu^2 within FP8 matmuls
 from nanofp8.faults import Guard, StopSignal  # bad steps; SIGTERM and SIGINT
 from nanofp8.fused import (  # Triton
     AddNorm,
@@ -187,6 +189,8 @@ REDUCE_FP32: bool = True                      # add gradients over ranks in fp32
 
 # Speed and memory
 USE_TRITON: bool = True                       # Triton: blocks in bf16 and delayed FP8; RoPE and QK norm in all formats
+USE_QUACK: AutoBool = "auto"                  # FP8 on Hopper: relu^2 within QuACK's matmuls; "auto": where it was tried
+attention: Literal["auto", "cudnn", "flash4", "torch"] = "auto"  # "auto": flash-attn-4 where it was tried, else cuDNN
 USE_CUDA_GRAPHS: bool = True                  # launch fused micro-batches as CUDA graphs from step 4 on; not in FSDP2
 USE_COMPILE: AutoBool = "auto"                # torch.compile what is not fused; "auto": on a GPU; True: also Dion
 USE_AC_LM_HEAD: bool = False                  # recompute logits in the backward pass instead of keeping gradients
@@ -419,9 +423,9 @@ def spectral_init(weight: Tensor) -> Tensor:
 class Attention(nn.Module):
     """RMSNorm -> q, k, v -> RoPE and QK norm -> causal attention -> output projection."""
 
-    def __init__(self, cfg: SimpleNamespace, layer: int, te: ModuleType, compiled: Callable, device: torch.device):
+    def __init__(self, cfg: SimpleNamespace, layer: int, te: ModuleType, attention: str, compiled: Callable,
+                 device: torch.device):
         super().__init__()
-        window = windows(cfg)[layer]
         self.value_embed = None
         if layer in value_layers(cfg.n_layer, cfg.n_value_embed):
             self.value_embed = ValueEmbedding(cfg, device)
@@ -433,10 +437,7 @@ class Attention(nn.Module):
         self.qkv = te.LayerNormLinear(cfg.n_embd, 3 * cfg.n_embd, eps=cfg.norm_eps, bias=False, normalization="RMSNorm",
                                       init_method=lambda qkv: [spectral_init(part) for part in qkv.chunk(3)],
                                       params_dtype=torch.float32, device=device)
-        self.core = te.DotProductAttention(cfg.n_head, cfg.n_embd // cfg.n_head, attention_dropout=0.0,
-                                           qkv_format="bshd", attn_mask_type="causal",
-                                           window_size=(window - 1, 0) if window < cfg.block_size else None,
-                                           softmax_scale=cfg.qk_scale ** 2 * (cfg.n_embd // cfg.n_head) ** -0.5)
+        self.core = make_attention(cfg, attention, windows(cfg)[layer], te)
         self.proj = te.Linear(cfg.n_embd, cfg.n_embd, bias=False, init_method=nn.init.zeros_,
                               params_dtype=torch.float32, device=device)
 
@@ -458,9 +459,10 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """One transformer block: x + attention(x), then x + MLP(x). Each half begins with an RMSNorm with gain."""
 
-    def __init__(self, cfg: SimpleNamespace, layer: int, te: ModuleType, compiled: Callable, device: torch.device):
+    def __init__(self, cfg: SimpleNamespace, layer: int, te: ModuleType, attention: str, compiled: Callable,
+                 device: torch.device):
         super().__init__()
-        self.attn, self.mix = Attention(cfg, layer, te, compiled, device), compiled(mix_residual)
+        self.attn, self.mix = Attention(cfg, layer, te, attention, compiled, device), compiled(mix_residual)
         self.mlp = te.LayerNormMLP(cfg.n_embd, 4 * cfg.n_embd, eps=cfg.norm_eps, bias=False, normalization="RMSNorm",
                                    activation="srelu", init_method=spectral_init,
                                    output_layer_init_method=nn.init.zeros_, params_dtype=torch.float32, device=device)
@@ -496,11 +498,13 @@ class GPT(nn.Module):
         self.cfg, self.te = cfg, precision.te
         recompute = cfg.USE_AC_BLOCKS or cfg.USE_AC_ATTENTION  # only Transformer Engine's modules do it
         fused = precision.fused and kernels_fit(cfg, device) and not recompute
-        self.fused = FusedBlocks(self) if fused else None
+        quack, self.kernels = choose_quack(cfg, device, fused and precision.recipe is not None)
+        self.fused = FusedBlocks(self, quack) if fused else None
         self.fp8_head = precision.fp8_head(cfg)
         self.in_place = ""  # backward adds ("add") or writes ("write") weight gradients to .grad; "": returns them
         self.embed = TokenEmbedding(cfg, compiled(rms_norm), device)
-        self.blocks = nn.ModuleList(Block(cfg, i, self.te, compiled, device) for i in range(cfg.n_layer))
+        attention, self.attention = choose_attention(cfg, device, precision.emulated)
+        self.blocks = nn.ModuleList(Block(cfg, i, self.te, attention, compiled, device) for i in range(cfg.n_layer))
         self.scales = ResidualScalars(cfg.n_layer, device) if cfg.USE_X0 else None
         self.norm = self.te.RMSNorm(cfg.n_embd, eps=cfg.norm_eps, dtype=torch.float32, device=device)
         self.head = LMHead(cfg, device)

@@ -14,7 +14,8 @@ kernel that computes the norm, which saves one pass over memory.
 **What is saved for backward.** The residual (bf16) and 1 / RMS of each row, from which the norm's output follows; q and
 k after RoPE and QK norm with the 1 / RMS of each head; relu^2's input (bf16); and the inputs of the matmuls. In FP8
 those inputs are saved as quantized, without transposes: backward makes the transposes. relu^2's output is not saved in
-FP8: the backward kernel computes and quantizes it once more, by the same scale.
+FP8: the backward kernel computes and quantizes it once more, by the same scale. With QuACK (nanofp8/epilogues.py) it is
+the other way round: relu^2's output is saved in FP8, and backward takes its root.
 
 **Delayed scaling.** Scales, amax histories and their update belong to TE's layers (`fp8_meta`), so that checkpoints,
 calibration and the reduction over ranks are TE's own. TE overwrites the scales in place when te.autocast ends after the
@@ -37,6 +38,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from nanofp8 import epilogues
 from nanofp8.parts import TokenOrder, add_value_embedding, table_gradient, value_embedding_grad
 
 try:
@@ -517,6 +519,36 @@ class MLPLayer(NamedTuple):
     activation: Scaling | None        # relu^2's output, fc2's input
     fc2: Scaling | None
     d_mlp_out: Scaling | None         # gradient of fc2's output
+    quack: bool = False               # relu^2 within QuACK's matmuls; backward needs the activation, not fc1's output
+
+
+def relu2(pre_activation: torch.Tensor, scaling: Scaling | None) -> torch.Tensor:
+    """Return relu(pre_activation)^2, of its shape: bf16, or E4M3 by `scaling`."""
+    size, dtype = pre_activation.numel(), pre_activation.dtype if scaling is None else scaling.dtype
+    activation = torch.empty(pre_activation.shape, dtype=dtype, device=pre_activation.device)
+    kernels.relu2_forward[(triton.cdiv(size, 8192),)](
+        pre_activation, activation, *scale_and_amax(scaling), size, scaling is not None, 8192, num_warps=8)
+    return activation
+
+
+def relu2_grad(d_activation: torch.Tensor, pre_activation: torch.Tensor, activation: torch.Tensor | None,
+               scaling: Scaling | None, activation_scaling: Scaling | None) -> tuple[Operand, Operand, Operand]:
+    """Return the gradient of relu2's input as matmul operands (N, 4C) and (4C, N), and relu2's output as (4C, N).
+
+    d_activation, pre_activation (N, 4C) bf16. In bf16 (scaling None) the result overwrites d_activation, and activation
+    (N, 4C) is needed. In FP8 by `scaling`; activation is computed again, by activation_scaling.
+    """
+    (N, K), device = pre_activation.shape, pre_activation.device
+    fp8 = scaling is not None
+    rows = torch.empty(N, K, dtype=scaling.dtype, device=device) if fp8 else d_activation
+    cols = torch.empty(K, N, dtype=scaling.dtype, device=device) if fp8 else None
+    activation_cols = torch.empty(K, N, dtype=activation_scaling.dtype, device=device) if fp8 else None
+    kernels.relu2_backward[(triton.cdiv(N, 128), triton.cdiv(K, 64))](
+        d_activation, pre_activation, rows, as_int32(cols), as_int32(activation_cols), *scale_and_amax(scaling),
+        scale_and_amax(activation_scaling)[0], N, K, fp8, 32, 64)
+    if not fp8:
+        return rows, rows.t(), activation.t()
+    return as_operand(rows, scaling), as_operand(cols, scaling), as_operand(activation_cols, activation_scaling)
 
 
 class FusedMLP(torch.autograd.Function):
@@ -542,39 +574,32 @@ class FusedMLP(torch.autograd.Function):
         fc2_rows, fc2_cols = layer.fused.operand(fc2, layer.fc2)
         attention_rows, _ = quantize(attention_out, layer.attention_out, colwise=False)
         residual, y, rstd = add_norm(x, matmul(attention_rows, proj_rows, fast=True), gain, layer.eps, layer.input)
-        pre_activation = matmul(y, fc1_rows, fast=True)                                # (N, 4C)
-        size, scaling = pre_activation.numel(), layer.activation
-        activation = torch.empty(pre_activation.shape, dtype=pre_activation.dtype if scaling is None else scaling.dtype,
-                                 device=pre_activation.device)
-        kernels.relu2_forward[(triton.cdiv(size, 8192),)](
-            pre_activation, activation, *scale_and_amax(scaling), size, scaling is not None, 8192, num_warps=8)
+        pre_activation, scaling = None, layer.activation
+        if layer.quack:
+            activation = epilogues.relu2_matmul(y, fc1_rows, scaling)                  # (N, 4C)
+        else:
+            pre_activation = matmul(y, fc1_rows, fast=True)
+            activation = relu2(pre_activation, scaling)
         mlp_out = matmul(as_operand(activation, scaling), fc2_rows, fast=True)
         ctx.layer, ctx.in_place, ctx.weight_cols = layer, layer.fused.in_place, (proj_cols, fc1_cols, fc2_cols)
         ctx.save_for_backward(attention_out if layer.attention_out is None else attention_rows.data, residual, gain,
-                              rstd, pre_activation, proj, fc1, fc2,
-                              *((y, activation) if scaling is None else (y.data, None)))
+                              rstd, pre_activation, proj, fc1, fc2, y if scaling is None else y.data,
+                              activation if scaling is None or layer.quack else None)
         return residual.view(B, T, C), mlp_out.view(B, T, C)
 
     @staticmethod
     def backward(ctx, d_residual: torch.Tensor, d_mlp_out: torch.Tensor) -> tuple:
         attention_out, residual, gain, rstd, pre_activation, proj, fc1, fc2, y, activation = ctx.saved_tensors
         layer, shape, (proj_cols, fc1_cols, fc2_cols) = ctx.layer, d_mlp_out.shape, ctx.weight_cols
-        M, K = pre_activation.shape
         d_rows, d_cols = quantize(d_mlp_out.flatten(0, 1), layer.d_mlp_out)
-        d_activation = matmul(d_rows, fc2_cols)
-        scaling, activation_scaling, device = layer.d_pre_activation, layer.activation, pre_activation.device
-        fp8 = scaling is not None
-        d_pre_rows = torch.empty(M, K, dtype=scaling.dtype, device=device) if fp8 else d_activation
-        d_pre_cols = torch.empty(K, M, dtype=scaling.dtype, device=device) if fp8 else None
-        activation_cols = torch.empty(K, M, dtype=activation_scaling.dtype, device=device) if fp8 else None
-        kernels.relu2_backward[(triton.cdiv(M, 128), triton.cdiv(K, 64))](
-            d_activation, pre_activation, d_pre_rows, as_int32(d_pre_cols), as_int32(activation_cols),
-            *scale_and_amax(scaling), scale_and_amax(activation_scaling)[0], M, K, fp8, 32, 64)
-        if fp8:
-            d_pre_rows, d_pre_cols = Fp8(d_pre_rows, scaling.inverse), Fp8(d_pre_cols, scaling.inverse)
-            activation_cols = Fp8(activation_cols, activation_scaling.inverse)
+        if layer.quack:
+            activation = Fp8(activation, layer.activation.inverse)
+            d_pre_rows, d_pre_cols = epilogues.relu2_backward_matmul(
+                d_rows, fc2_cols, activation, layer.d_pre_activation)
+            activation_cols = transposed(activation)
         else:
-            d_pre_cols, activation_cols = d_pre_rows.t(), activation.t()
+            d_pre_rows, d_pre_cols, activation_cols = relu2_grad(
+                matmul(d_rows, fc2_cols), pre_activation, activation, layer.d_pre_activation, layer.activation)
         d_fc2 = weight_gradient(d_cols, activation_cols, fc2, ctx.in_place)
         dy = matmul(d_pre_rows, fc1_cols)
         dx, dgain, _ = add_norm_grad(dy, residual, gain, rstd, d_residual.flatten(0, 1))
@@ -593,9 +618,10 @@ class FusedBlocks:
     a backward pass must end before the next forward pass begins, because begin() overwrites the scales.
     """
 
-    def __init__(self, model: Any) -> None:
-        """model: train.GPT, whose blocks are made of TE's layers."""
+    def __init__(self, model: Any, quack: bool = False) -> None:
+        """model: train.GPT, whose blocks are made of TE's layers. quack: run relu^2 within QuACK's FP8 matmuls."""
         self.model, self.cache = model, {}
+        self.quack = quack
         self.formats = {}  # {whether FP8 is on: (blocks, TE's scales, buffer for their copy, buffer for its inverse)}
 
     def begin(self, x: torch.Tensor, first: bool | None, in_place: str, where: TokenOrder) -> None:
@@ -666,7 +692,8 @@ class FusedBlocks:
                     proj=tensor_scaling(proj, forward, 1), d_proj=tensor_scaling(proj, backward, 0),
                     input=tensor_scaling(mlp, forward, 0), fc1=tensor_scaling(mlp, forward, 1),
                     d_pre_activation=tensor_scaling(mlp, backward, 0), activation=tensor_scaling(mlp, forward, 3),
-                    fc2=tensor_scaling(mlp, forward, 4), d_mlp_out=tensor_scaling(mlp, backward, 2))))
+                    fc2=tensor_scaling(mlp, forward, 4), d_mlp_out=tensor_scaling(mlp, backward, 2),
+                    quack=self.quack and (mlp, forward) in offsets)))
         return blocks, [meta.scale for *_, meta in fp8_metas], scale, inverse
 
     def operand(self, weight: torch.nn.Parameter, scaling: Scaling | None) -> Operands:

@@ -337,6 +337,8 @@ def print_table(run: Any, checkpoint: str | None) -> None:
         ("  head", "" if not precision.recipe else "FP8 (current scaling)" if model.fp8_head else "bf16"),
         ("  in bf16", ", ".join(run.in_bf16)),
         ("  without effect", ", ".join(unused)),
+        ("kernels", model.kernels),
+        ("attention", model.attention),
         ("wrapper", f"{run.parallel.wrapper} ({run.wrapper_reason})"),
         ("optimizers", run.optimizers.description),
         ("  learning rates", run.optimizers.rates()),

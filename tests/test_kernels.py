@@ -13,9 +13,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from nanofp8 import fused
+from nanofp8 import epilogues, fused
 from nanofp8.fused import (
     EmbedNorm,
+    Fp8,
     FusedBlocks,
     FusedMLP,
     FusedQKV,
@@ -336,8 +337,83 @@ def test_rope_and_qk_norm_in_place(packed):
     assert [x.storage_offset() for x in in_place] == [0, C, 2 * C]
 
 
-@pytest.mark.parametrize("fp8", [False, True])
-def test_second_part_of_a_block(fp8):
+class PlainQuack:
+    """relu2 and relu2_backward of nanofp8/epilogue_functions.py in plain PyTorch, called as QuACK is."""
+
+    @staticmethod
+    def matmul(a, b, out, epi_args, tile_M, tile_N, cluster_M, cluster_N, post_init_attrs, pingpong=False):
+        assert all(factor.shape == (1,) for name, factor in epi_args.items() if name in "fghs")
+        assert epi_args["amax"].shape == (len(a), -(-len(b) // tile_N)) and out.shape == (len(a), len(b))
+        return (a.float() @ b.float().t()) * epi_args["f"] * epi_args["g"]
+
+    @staticmethod
+    def store(values, out, epi_args, tile_N):
+        quantized = cast(values, SimpleNamespace(dtype=out.dtype, scale=epi_args["s"]))
+        out.copy_(quantized)
+        if "cols" in epi_args:
+            epi_args["cols"].copy_(quantized)
+        epi_args["amax"].copy_(torch.stack([part.abs().amax(1) for part in values.split(tile_N, 1)], 1))
+
+    class relu2:
+        @staticmethod
+        def gemm(a, b, out, c, epi_args, tile_N, **options):
+            assert c is None
+            values = PlainQuack.matmul(a, b, out, epi_args, tile_N=tile_N, **options).relu().square()
+            PlainQuack.store(values, out, epi_args, tile_N)
+
+    class relu2_backward:
+        @staticmethod
+        def gemm(a, b, out, c, epi_args, tile_N, **options):
+            values = PlainQuack.matmul(a, b, out, epi_args, tile_N=tile_N, **options)
+            PlainQuack.store(values * 2 * (c.float() * epi_args["h"]).sqrt(), out, epi_args, tile_N)
+
+
+def use_quack(monkeypatch):
+    """On a GPU use QuACK itself, or skip the test; on a CPU use PlainQuack."""
+    if DEVICE == "cpu":
+        monkeypatch.setattr(epilogues, "library", lambda: (PlainQuack, "QuACK in plain PyTorch"))
+    elif torch.cuda.get_device_capability()[0] != 9 or not epilogues.library()[0]:
+        pytest.skip(epilogues.library()[1])
+
+
+def as_fp8(x, scale, dtype):
+    """x (M, K) as a fused.Fp8 operand."""
+    scaling = make_scaling(scale, dtype)
+    return Fp8(cast(x, scaling), scaling.inverse)
+
+
+def test_relu2_in_the_epilogue_of_a_matmul(monkeypatch):
+    """Against float64. The outputs' memory holds NaN before: every element must be written."""
+    use_quack(monkeypatch)
+    x, weight = as_fp8(randn(N, C), 90, E4M3), as_fp8(SIZE * randn(4 * C, C, seed=1), 400, E4M3)
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *shape, dtype, device: empty(
+        *shape, dtype=dtype, device=device).fill_(float("nan")))
+    scaling, d_scaling = make_scaling(60.0, E4M3), make_scaling(9000.0, E5M2)  # some values saturate
+    product = (x.data.double() * x.inverse_scale) @ (weight.data.double() * weight.inverse_scale).t()
+    expected = product.relu().square()
+    activation = Fp8(epilogues.relu2_matmul(x, weight, scaling), scaling.inverse)
+    assert near(activation.data, cast(expected, scaling)) and (activation.data.float() == 448).any()
+    assert relative(scaling.amax, expected.max()) < 1e-3
+
+    grad, fc2 = as_fp8(randn(N, C, seed=2), 5000, E5M2), as_fp8(SIZE * randn(4 * C, C, seed=3), 400, E4M3)
+    expected = (grad.data.double() * grad.inverse_scale) @ (fc2.data.double() * fc2.inverse_scale).t()
+    expected *= 2 * (activation.data.double() * activation.inverse_scale).sqrt()
+    rows, cols = epilogues.relu2_backward_matmul(grad, fc2, activation, d_scaling)
+    assert near(rows.data, cast(expected, d_scaling)) and torch.equal(rows.data.float(), cols.data.float().t())
+    assert rows.inverse_scale is cols.inverse_scale is d_scaling.inverse
+    assert relative(d_scaling.amax, expected.abs().max()) < 1e-3
+    assert not rows.data.float().isnan().any()
+
+    amax = d_scaling.amax.clone()  # it is raised, never lowered
+    epilogues.relu2_backward_matmul(grad._replace(inverse_scale=grad.inverse_scale / 4), fc2, activation, d_scaling)
+    assert torch.equal(d_scaling.amax, amax)
+
+
+@pytest.mark.parametrize("fp8, quack", [(False, False), (True, False), (True, True)])
+def test_second_part_of_a_block(fp8, quack, monkeypatch):
+    if quack:
+        use_quack(monkeypatch)
     attention_out, x = randn(B, T, C), randn(B, T, C, seed=1)
     shapes = [(C, C), (4 * C, C), (C, 4 * C)]
     proj, fc1, fc2 = (SIZE * randn(*shape, seed=2 + i, dtype=torch.float32) for i, shape in enumerate(shapes))
@@ -348,7 +424,7 @@ def test_second_part_of_a_block(fp8):
         fused=FUSED, eps=1e-6, attention_out=make_scaling(90, E4M3, fp8), proj=make_scaling(400, E4M3, fp8),
         d_proj=make_scaling(1000, E5M2, fp8), input=make_scaling(90, E4M3, fp8), fc1=make_scaling(400, E4M3, fp8),
         d_pre_activation=make_scaling(500, E5M2, fp8), activation=make_scaling(8, E4M3, fp8),
-        fc2=make_scaling(400, E4M3, fp8), d_mlp_out=make_scaling(5000, E5M2, fp8))
+        fc2=make_scaling(400, E4M3, fp8), d_mlp_out=make_scaling(5000, E5M2, fp8), quack=quack)
     outputs = FusedMLP.apply(*leaves, layer)
     torch.autograd.backward(outputs, [grad.to(output.dtype) for grad, output in zip(grads, outputs, strict=True)])
     plain = [tensor.float().clone().requires_grad_() for tensor in (attention_out, x, proj, gain, fc1, fc2)]

@@ -10,8 +10,8 @@ from helpers import ROOT
 ORDER = """
     prefetch files schedule cards
     config kernels shards te_emulation plain zero
-    parts
-    machine plots faults muon precision fused
+    parts attention
+    machine plots faults muon precision epilogue_functions epilogues fused
     fp8_stats loss procs runlog checkpoint_files resuming
     checkpoint reports
     race_report
@@ -50,7 +50,7 @@ def test_a_module_imports_only_what_stands_before_it(name):
 
 
 def test_the_modules_that_import_nothing_of_the_project():
-    alone = "prefetch files schedule cards config kernels te_emulation plain zero".split()
+    alone = "prefetch files schedule cards config kernels te_emulation plain zero epilogue_functions".split()
     assert not any(imported(path_of(name)) for name in alone)
 
 
