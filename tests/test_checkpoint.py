@@ -14,6 +14,7 @@ import pickle
 import resource
 import shutil
 import signal
+import sys
 import textwrap
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -1278,6 +1279,18 @@ def test_a_full_disk_costs_older_checkpoints_but_the_newest(tmp_path, capsys, fa
             "deleted step_000001, step_000002, trying once more" in out) == full
     assert ("checkpoint at step 4 failed" in out) == bool(checkpoints.failure) == failed
     assert ("too full" in checkpoints.failure) == (full and failed)
+    checkpoints.close()
+
+
+def test_the_writer_lets_training_run(tmp_path):
+    """Python's own interval of 5 ms would hold up each operation that training launches meanwhile."""
+    before, seen = sys.getswitchinterval(), []
+    checkpoints, save = small_checkpoints(tmp_path, 2)
+    real = dcp.save
+    with mock.patch.object(dcp, "save", lambda *args, **options: (seen.append(sys.getswitchinterval()),
+                                                                  real(*args, **options))):
+        save(1)
+    assert seen[0] < 1e-3 < before == sys.getswitchinterval()
     checkpoints.close()
 
 

@@ -29,6 +29,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import train  # noqa: E402
+from nanofp8 import attention, epilogues  # noqa: E402
 from nanofp8.machine import peak_flops  # noqa: E402
 from nanofp8.precision import fp8_state, preserved_scales  # noqa: E402
 from nanofp8.procs import start_processes  # noqa: E402
@@ -146,6 +147,28 @@ def test_fused_blocks_against_te_modules(run, precision):
     check_same(run(**precision, USE_FP8_HEAD=False, USE_CUDA_GRAPHS=False), modules)
     check_same(run(**precision, USE_CUDA_GRAPHS=False), modules, loss=0.05)
     check_same(run(**precision), run(**precision, USE_CUDA_GRAPHS=False))
+
+
+@pytest.mark.parametrize("parts", [{}, PARTS], ids=["plain", "parts"])
+def test_flash_attention_4(run, parts):
+    found, why = attention.flash4()
+    if not found:
+        pytest.skip(why)
+    cudnn = run(**DELAYED, **parts, attention="cudnn", USE_QUACK=False)
+    flash = run(**DELAYED, **parts, attention="flash4", USE_QUACK=False)
+    assert "flash-attn-4" in flash.text and "flash-attn-4" not in cudnn.text
+    check_same(flash, cudnn)
+
+
+def test_quack(run):
+    """Backward takes relu(u) from the FP8 value of relu(u)^2, which adds 1.3% to the error of the gradient of u."""
+    found, why = epilogues.library()
+    if not found or torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip(why)
+    plain = run(**DELAYED, attention="cudnn", USE_QUACK=False)
+    quack = run(**DELAYED, attention="cudnn", USE_QUACK=True)
+    assert "QuACK" in quack.text and "relu^2 in the matmuls" not in plain.text
+    check_same(quack, plain, loss=0.05)
 
 
 def test_checkpoints_of_one_process(run):
