@@ -7,10 +7,11 @@ Compare runs side by side: loss curves, noise, speed and memory, as a table and 
     python bench.py emulation                               # speed of the emulated formats against bf16
     torchrun --standalone --nproc_per_node=2 bench.py wrappers --max_iters=77      # FSDP2, then DDP
     python bench.py race --tokens=60e6,100e6 '--variants=base; normuon: --muon_variant=normuon'   # whole schedules
+    python bench.py alternate '--variants=old: tree=../old; new; no graphs: --USE_CUDA_GRAPHS=False'   # speed, in turn
     python bench.py report --out=results/mine out/a out/b   # table and plot of run folders that exist
 
-All modes but `race` train by train.py's own run() (train_orig.py by its own), one run after another in one process
-group. Any flag of train.py can be given as --name=value.
+All modes but `race` and `alternate` train by train.py's own run() (train_orig.py by its own), one run after another in
+one process group. Any flag of train.py can be given as --name=value.
 
     --out=PATH           write PATH.json, PATH.md and PATH.png
     --rows="bf16; FP8 delayed"       pick rows of speed, emulation and wrappers
@@ -36,6 +37,15 @@ goes to out_dir/race-*.log. Finished runs are found again, as in studies. If a r
     --seeds=2            number of seeds: 1337, 1338, ...
     --gpus=1             number of GPUs to use, of those visible
     --target=3.5885      also report in how many tokens and minutes each variant reaches this val loss
+
+`alternate` compares speeds to a percent: the variants run in turn, each in a process of its own, and only steps count
+that a warm card makes. A variant's first words may be tree=FOLDER (another checkout), ranks=N (GPUs of one run), or
+`each` (a run on every GPU at the same time, of which the slowest counts). "one: each; four: ranks=4" compares four GPUs
+with the slowest single one.
+
+    --rounds=2           how often each variant runs
+    --warm=40            seconds of training before steps count
+    --measure=40         seconds of training that count
 """
 
 import functools
@@ -62,7 +72,7 @@ import train_orig
 import torch
 import torch.distributed as dist
 
-from nanofp8 import race
+from nanofp8 import alternate, race
 from nanofp8.machine import Clock, card_name, describe_machine
 from nanofp8.plots import smooth
 from nanofp8.procs import Processes, start_processes
@@ -515,6 +525,11 @@ def main(argv: Sequence[str]) -> None:
         return
     ranks = os.environ.get("LOCAL_WORLD_SIZE")
     command = f"{f'torchrun --nproc_per_node={ranks}' if ranks else 'python'} bench.py {shlex.join(argv)}"
+    if name == "alternate":
+        options, given = take_options(arguments, *alternate.OPTIONS)
+        alternate.run(options, given, os.path.dirname(os.path.abspath(__file__)),
+                      options.get("out") or os.path.join("results", card_name(), name), command)
+        return
     if name == "race":
         options, given = take_options(arguments, *race.OPTIONS)
         race.run(options, given, train, options.get("out") or os.path.join("results", card_name(), name), command)
@@ -530,7 +545,7 @@ def main(argv: Sequence[str]) -> None:
         report({(label, read_run(folder).config["seed"]): folder for label, folder in named.items()}, out, command)
         return
     if name not in MODES:
-        raise UserError(f"unknown mode '{name}'; bench.py has {', '.join((*MODES, 'race', 'report'))}", 2)
+        raise UserError(f"unknown mode '{name}'; bench.py has {', '.join((*MODES, 'alternate', 'race', 'report'))}", 2)
     study, option = MODES[name].study, "formats" if MODES[name].study else "rows"
     wrong = {"rows" if study else "formats", *(() if study else ("seeds",))} & set(options)
     if wrong:

@@ -16,6 +16,7 @@ ORDER = """
     checkpoint reports
     race_report
     race
+    alternate
     train
     train_orig sample
     bench
