@@ -7,6 +7,7 @@ Compare runs side by side: loss curves, noise, speed and memory, as a table and 
     python bench.py emulation                               # speed of the emulated formats against bf16
     torchrun --standalone --nproc_per_node=2 bench.py wrappers --max_iters=77      # FSDP2, then DDP
     python bench.py race --tokens=60e6,100e6 '--variants=base; normuon: --muon_variant=normuon'   # whole schedules
+    python bench.py profile                                 # where the time of a step goes; TFLOP/s of each matmul
     python bench.py alternate '--variants=old: tree=../old; new; no graphs: --USE_CUDA_GRAPHS=False'   # speed, in turn
     python bench.py report --out=results/mine out/a out/b   # table and plot of run folders that exist
 
@@ -20,7 +21,7 @@ one process group. Any flag of train.py can be given as --name=value.
 
 `precision`, `ablation` and `wrappers` take 65,536 tokens a step, so that a few million tokens are enough steps to
 compare (on a CPU the first two take preset tiny's). `speed` takes 24 steps of preset classic (on a CPU: tiny); the
-first 4 do not count.
+first 4 do not count. A GPU is warmed up for 30 s before the first row.
 
 `precision` and `ablation` are studies: for each seed all rows start from the same weights and read the same tokens.
 They first print what they will cost. A run that was finished with the same flags, code and device is not trained again,
@@ -72,7 +73,7 @@ import train_orig
 import torch
 import torch.distributed as dist
 
-from nanofp8 import alternate, race
+from nanofp8 import alternate, breakdown, race
 from nanofp8.machine import Clock, card_name, describe_machine
 from nanofp8.plots import smooth
 from nanofp8.procs import Processes, start_processes
@@ -216,9 +217,20 @@ def train_one(script: ModuleType, cfg: SimpleNamespace, procs: Processes, label:
     return folder
 
 
+def warm_up(device: torch.device) -> None:
+    """Multiply matrices for half a minute: a GPU slows down when it has reached its power limit."""
+    if device.type == "cuda":
+        a, end = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16), time.monotonic() + 30
+        while time.monotonic() < end:
+            for _ in range(50):
+                torch.mm(a, a)
+            torch.cuda.synchronize(device)
+
+
 def train_variants(mode: Mode, given: Sequence[str], labels: Sequence[str], procs: Processes) -> dict[tuple, str]:
     """Train these rows of a mode; return {(label, seed): run folder}."""
     folders = {}
+    warm_up(procs.device)
     for label in labels:
         variant = mode.variants[label]
         cfg = resolve(mode, variant, given, "-".join(re.sub(r"[^\w .-]", "", label).split()).lower())
@@ -362,6 +374,7 @@ def summarize_row(label: str, own: dict[int, RunData], paired: list[tuple[RunDat
         val_losses=val_losses, val_loss=statistics.mean(known) if known else None, gaps=gaps,
         val_in_format={} if precision == "bf16" else in_format, largest_gap=max(largest, default=None),
         tok_per_sec=statistics.median_high(r["tok_per_sec"] for run in runs for r in run.timed),
+        tok_per_sec_range=[f(r["tok_per_sec"] for run in runs for r in run.timed) for f in (min, max)],
         mfu=statistics.median_high(mfus) if mfus else None,
         peak_mem_gb=max(r["peak_mem_gb"] for run in runs for r in run.train), compile_seconds=compiles[0],
         losses={s: [None if x is None else round(x, 5) for x in run.losses] for s, run in own.items()},
@@ -398,6 +411,7 @@ def columns(rows: list[dict], noise: float | None) -> list[tuple[str, Callable[[
         ("largest gap in training", lambda r: number(r["largest_gap"], ".4f")),
         ("against noise", lambda r: f"{r['largest_gap'] / noise:.1f}x" if noise and r["largest_gap"] else ""),
         ("evaluated in the format", in_format), ("tokens/s", lambda r: f"{r['tok_per_sec']:,.0f}"),
+        ("slowest to fastest step", lambda r: "{:,.0f} to {:,.0f}".format(*r["tok_per_sec_range"])),
         ("ratio", lambda r: f"{r['tok_per_sec'] / base['tok_per_sec']:.2f}"),
         ("MFU", lambda r: number(r["mfu"] and 100 * r["mfu"], ".1f") + ("%" if r["mfu"] else "")),
         ("peak GB", lambda r: f"{r['peak_mem_gb']:.1f}"), ("start-up s", lambda r: number(r["compile_seconds"], ".0f")),
@@ -544,8 +558,12 @@ def main(argv: Sequence[str]) -> None:
         named = dict(a.split("=", 1) if "=" in a else (os.path.basename(a.rstrip("/")), a) for a in given)
         report({(label, read_run(folder).config["seed"]): folder for label, folder in named.items()}, out, command)
         return
+    if name == "profile":
+        breakdown.run(train, given, start_processes(), out, command)
+        return
     if name not in MODES:
-        raise UserError(f"unknown mode '{name}'; bench.py has {', '.join((*MODES, 'alternate', 'race', 'report'))}", 2)
+        known = ", ".join((*MODES, "alternate", "profile", "race", "report"))
+        raise UserError(f"unknown mode '{name}'; bench.py has {known}", 2)
     study, option = MODES[name].study, "formats" if MODES[name].study else "rows"
     wrong = {"rows" if study else "formats", *(() if study else ("seeds",))} & set(options)
     if wrong:

@@ -16,7 +16,7 @@ ORDER = """
     checkpoint reports
     race_report
     race
-    alternate
+    alternate breakdown
     train
     train_orig sample
     bench

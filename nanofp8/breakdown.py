@@ -1,0 +1,200 @@
+"""Breakdown: where a training step's time goes, by part of the model and by matmul, from torch's profiler."""
+
+import contextlib
+import functools
+import statistics
+import threading
+from types import ModuleType, SimpleNamespace
+from typing import Any, Callable, Iterator
+
+import torch
+
+from nanofp8 import epilogues, fused, loss, parts
+from nanofp8.config import UserError
+from nanofp8.reports import header, read_run, table, write_report
+
+# What the functions between the matmuls are called in the table; those of a name are added up
+NAMES = {
+    (fused, "add_norm"): "residual, norm and quantization, forward", (fused, "add_norm_grad"): "norm, backward",
+    (fused, "rope_qk_norm_in_place"): "RoPE and QK norm, forward",
+    (fused, "rope_qk_norm_grad"): "RoPE and QK norm with quantization, backward",
+    (fused, "relu2"): "relu^2 with quantization, forward",
+    (fused, "relu2_grad"): "relu^2 with quantization, backward",
+    (fused, "quantize"): "quantization", (fused, "transposed"): "transposes of FP8",
+    (parts, "add_value_embedding"): "value embeddings", (parts, "value_embedding_grad"): "value embeddings",
+    (parts, "table_gradient"): "gradients of embeddings",
+    (loss, "softcap_cross_entropy"): "cross-entropy", (loss, "softcap_cross_entropy_and_grad"): "cross-entropy",
+    (epilogues, "relu2_matmul"): "fc1 with relu^2 (QuACK)",
+    (epilogues, "relu2_backward_matmul"): "fc2's input gradient with relu^2's (QuACK)",
+}
+PREFIX = "step: "  # of our labels among the profiler's
+
+
+def size_of(operand: fused.Operand) -> tuple[torch.Size, str]:
+    """Return a matmul operand's shape and the name of its format."""
+    names = {torch.float8_e4m3fn: "E4M3", torch.float8_e5m2: "E5M2", torch.bfloat16: "bf16", torch.float32: "fp32"}
+    data = operand.data if isinstance(operand, fused.Fp8) else operand
+    return data.shape, names[data.dtype]
+
+
+class Labels:
+    """Label what a step launches: matmuls by shape and format, the rest by NAMES."""
+
+    def __init__(self) -> None:
+        self.flops = {}                  # of one call, by label
+        self.current = threading.local()  # .label: the outermost that a thread is in; autograd has threads of its own
+
+    @contextlib.contextmanager
+    def label(self, name: str) -> Iterator[None]:
+        """Label what runs inside, unless it runs inside another label."""
+        if getattr(self.current, "label", None):
+            yield
+            return
+        self.current.label = name
+        try:
+            with torch.profiler.record_function(PREFIX + name):
+                yield
+        finally:
+            self.current.label = None
+
+    def matmul(self, function: Callable) -> Callable:
+        """Return `function`, fused.matmul, with a label for each shape and format."""
+        @functools.wraps(function)
+        def labelled(a: fused.Operand, b: fused.Operand, *args: Any, **options: Any) -> torch.Tensor:
+            (shape_a, name_a), (shape_b, name_b) = size_of(a), size_of(b)
+            formats = name_a if name_a == name_b else f"{name_a} x {name_b}"
+            label = f"matmul {shape_a[0]:,} x {shape_b[0]:,}, sums of {shape_a[1]:,}, {formats}"
+            label += ", added to fp32" if options.get("out") is not None else ""
+            self.flops[label] = 2 * shape_a[0] * shape_b[0] * shape_a[1]
+            with self.label(label):
+                return function(a, b, *args, **options)
+        return labelled
+
+    def named(self, function: Callable, label: str) -> Callable:
+        """Return `function` with a label."""
+        @functools.wraps(function)
+        def labelled(*args: Any, **options: Any) -> Any:
+            with self.label(label):
+                return function(*args, **options)
+        return labelled
+
+    @contextlib.contextmanager
+    def applied(self) -> Iterator[None]:
+        """Replace the functions in all modules that use them, for a while."""
+        replaced = {id(fused.matmul): self.matmul(fused.matmul)}
+        replaced |= {id(getattr(module, name)): self.named(getattr(module, name), label)
+                     for (module, name), label in NAMES.items()}
+        with contextlib.ExitStack() as stack:
+            for module in (fused, loss, parts, epilogues):
+                for name, value in list(vars(module).items()):
+                    if id(value) in replaced:
+                        setattr(module, name, replaced[id(value)])
+                        stack.callback(setattr, module, name, value)
+            yield
+
+
+def collect(profile: torch.profiler.profile, cuda: bool, flops: dict[str, int]) -> dict[str, Any]:
+    """Return {"total": ms of all kernels, "rows": one dict(label, calls, ms, flops) each, largest first}.
+
+    On a GPU the time of a label is that of the kernels launched within it, on a CPU its own.
+    """
+    def took(event: Any) -> float:
+        return (event.device_time_total if cuda else event.cpu_time_total) / 1000
+
+    averages = profile.key_averages()
+    kind = torch.autograd.DeviceType.CUDA if cuda else torch.autograd.DeviceType.CPU
+    ours = [e for e in averages if e.key.startswith(PREFIX) and e.device_type == torch.autograd.DeviceType.CPU]
+    rows = [dict(label=e.key[len(PREFIX):], calls=e.count, ms=took(e)) for e in ours]
+    # Attention's backward pass is a function of autograd, which has a label of its own
+    names = ("FusedAttnFunc", "FlashAttention4", "ScaledDotProduct")
+    backward = [e for e in averages if e.key.startswith("autograd::engine::evaluate_function: ")
+                and any(name in e.key for name in names)]
+    if backward:
+        calls, ms = sum(e.count for e in backward), sum(took(e) for e in backward)
+        rows.append(dict(label="attention, backward", calls=calls, ms=ms))
+    kernels = [e for e in averages if e.device_type == kind and "#" not in e.key and not e.key.startswith(PREFIX)]
+    total = sum(e.self_device_time_total if cuda else e.self_cpu_time_total for e in kernels) / 1000
+    rows.append(dict(label="everything else", calls=None, ms=max(0.0, total - sum(row["ms"] for row in rows))))
+    rows = [row | dict(flops=flops.get(row["label"], 0)) for row in rows]
+    return dict(total=total, rows=sorted(rows, key=lambda row: -row["ms"]))
+
+
+def measure(train: ModuleType, cfg: SimpleNamespace, procs: Any, at: int) -> dict[str, Any]:
+    """Train by the flags, profile the step number `at` (from 0), and return collect()'s result and the run's folder.
+
+    CUDA graphs are switched off: the profiler cannot tell what a graph's kernels belong to.
+    """
+    labels, found, count, train_step = Labels(), {}, 0, train.train_step
+    cfg.USE_CUDA_GRAPHS, cuda = False, procs.device.type == "cuda"
+    activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * cuda
+
+    def profiled_step(run: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count != at + 1:
+            return train_step(run)
+        step, cores = labels.named(run.optimizers.step, "optimizers"), [b.attn.core for b in run.model.blocks]
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(labels.applied())
+            for owner, name, value in [(run.optimizers, "step", step)] + [
+                    (core, "forward", labels.named(core.forward, "attention, forward")) for core in cores]:
+                setattr(owner, name, value)
+                stack.callback(delattr, owner, name)
+            with torch.profiler.profile(activities=activities) as profile:
+                result = train_step(run)
+                if cuda:
+                    torch.cuda.synchronize()
+        found.update(collect(profile, cuda, labels.flops))
+        return result
+
+    train.train_step = profiled_step
+    try:
+        folder = train.run(cfg, procs)
+    finally:
+        train.train_step = train_step
+    return found | dict(folder=folder)
+
+
+def markdown(found: dict[str, Any], step_ms: float, first: str) -> str:
+    """Return the report's text. step_ms: median of the steps that were not profiled. first: its header."""
+    columns = [
+        ("what", lambda r: r["label"]), ("calls", lambda r: "" if r["calls"] is None else f"{r['calls']:,}"),
+        ("ms", lambda r: f"{r['ms']:.2f}"), ("share", lambda r: f"{100 * r['ms'] / found['total']:.1f}%"),
+        ("ms a call", lambda r: f"{r['ms'] / r['calls']:.3f}" if r["calls"] else ""),
+        ("TFLOP/s", lambda r: f"{r['flops'] * r['calls'] / r['ms'] / 1e9:.3g}" if r["flops"] and r["ms"] else ""),
+    ]
+    return first + "\n".join([
+        f"The operations of the profiled step take {found['total']:.1f} ms. Other steps take {step_ms:.1f} ms. No CUDA "
+        f"graphs.", "", *table(found["rows"], columns)]) + "\n"
+
+
+def plot(found: dict[str, Any], path: str) -> None:
+    """Draw the rows as bars."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    rows = found["rows"][::-1]
+    figure, axes = plt.subplots(figsize=(9, 1 + 0.25 * len(rows)), layout="constrained")
+    axes.barh([r["label"] for r in rows], [r["ms"] for r in rows],
+              color=["tab:blue" if r["flops"] else "tab:orange" for r in rows])
+    axes.set(xlabel="ms of one step (blue: matmuls)")
+    axes.grid(axis="x", alpha=0.3)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def run(train: ModuleType, given: list[str], procs: Any, out: str, command: str) -> None:
+    """Do what `bench.py profile` says. given: train.py's flags. Raises: UserError."""
+    at = 60 if procs.device.type == "cuda" else 3  # a GPU has reached its power limit by then
+    defaults = dict(max_iters=at + 20 if procs.device.type == "cuda" else at + 3, eval_interval=0, eval_tokens=1,
+                    keep_checkpoints=0, run_name="profile")
+    cfg = train.read_flags([f"--{name}={value}" for name, value in defaults.items()] + given)
+    if cfg.max_iters < at + 2:
+        raise UserError(f"profile takes step {at} apart; raise --max_iters to {at + 2} or more", 2)
+    found = measure(train, cfg, procs, at)
+    if procs.is_main:
+        data = read_run(found["folder"])
+        step_ms = statistics.median(r["step_ms"] for r in data.train[at // 2:] if r["step"] not in (at, at + 1))
+        text = markdown(found, step_ms, "\n".join(header(data.config, command)) + "\n")
+        write_report(out, command, dict(config=data.config, step_ms=step_ms, **found), text,
+                     lambda path: plot(found, path))
