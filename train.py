@@ -186,6 +186,7 @@ USE_FSDP2: AutoBool = "auto"                  # shard parameters, gradients and 
 USE_DDP: AutoBool = "auto"                    # whole model on each rank, updates divided; both auto: DDP if it fits
 FSDP2_RESHARD: bool = False                   # FSDP2: free gathered weights after each use (saves memory)
 REDUCE_FP32: bool = True                      # add gradients over ranks in fp32; False: bf16
+GATHER_FP32: bool = True                      # USE_DDP: send updated weights to the other ranks in fp32; False: bf16
 
 # Speed and memory
 USE_TRITON: bool = True                       # Triton: blocks in bf16 and delayed FP8; RoPE and QK norm in all formats
@@ -686,7 +687,8 @@ class Parallel:
         self.world_size = procs.world_size
         reduce_dtype = torch.float32 if cfg.REDUCE_FP32 else torch.bfloat16
         if wrapper == "ddp":
-            self.shards = Shards(model, model.matrices(), procs, reduce_dtype, divide_rows=not cfg.USE_8BIT_ADAM)
+            gather_dtype = torch.float32 if cfg.GATHER_FP32 else torch.bfloat16
+            self.shards = Shards(model, model.matrices(), procs, reduce_dtype, gather_dtype, not cfg.USE_8BIT_ADAM)
         elif wrapper == "fsdp2":
             # Inputs are not cast: RoPE's tables must stay fp32; the rest is bf16 or integers
             policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, cast_forward_inputs=False,

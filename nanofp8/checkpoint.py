@@ -95,7 +95,9 @@ def training_state(run: Any) -> dict:
     for optimizer in run.optimizers.all:
         for p, state in run.optimizers.state_of(optimizer).items():
             optim[names[p]] = {k: v if torch.is_tensor(v) else torch.tensor(v) for k, v in state.items()}
-    return dict(model={name: p.detach() for p, name in names.items()}, optim=optim, fp8=fp8_state(run.model),
+    shards = run.parallel.shards
+    model = shards.exact_weights(names) if shards else {name: p.detach() for p, name in names.items()}
+    return dict(model=model, optim=optim, fp8=fp8_state(run.model),
                 rng={str(run.procs.rank): random_state(run.procs, run.precision.te)})
 
 
@@ -244,6 +246,7 @@ def restore(run: Any, folder: str, meta: dict) -> bool:
 
     rng, fp8 = known(state.pop("rng"), "rng"), known(state.pop("fp8"), "fp8")
     load_tensors(folder, state)  # all of model and optim must be there
+    run.parallel.gather_weights()
     scales = {k: v.clone() for k, v in (fp8 or {}).items()}
     if not any(k.endswith("amax_history") for k in scales):  # FP8_AMAX_HISTORY changed: scales alone would not last
         scales = {}

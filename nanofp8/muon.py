@@ -298,9 +298,11 @@ class OptimizerSet:
         """Return the state of one optimizer, {parameter: {name: tensor or number}}; Muon's buffers as `momentum`."""
         if isinstance(optimizer, TorchMuon):
             variances = optimizer.variances
-            return {p: dict(momentum=buffer) | (dict(variance_neuron=variances[p]) if p in variances else {})
-                    for p, buffer in optimizer.buffers().items()}
-        return optimizer.state if self.shards is None else self.shards.whole_state(optimizer.state)
+            state = {p: dict(momentum=buffer) | (dict(variance_neuron=variances[p]) if p in variances else {})
+                     for p, buffer in optimizer.buffers().items()}
+        else:
+            state = optimizer.state
+        return state if self.shards is None else self.shards.whole_state(state)
 
     def load_state(self, saved: dict[str, dict], parameters: dict[str, torch.Tensor], meta: dict) -> None:
         """Take over a checkpoint's state. Muon's buffers are converted if the other library wrote them.
@@ -311,6 +313,8 @@ class OptimizerSet:
             meta: what `meta` was when the state was saved.
         """
         names = {p: name for name, p in parameters.items()}
+        if self.shards is not None:
+            names |= {part: names[p] for p, part in self.shards.parts.items()}
         if isinstance(self.muon, TorchMuon):
             load = self.muon.load_momentum if meta["muon"] == "dion" else self.muon.load_buffers
             load({p: saved[names[p]]["momentum"] for p in self.muon.parts}, meta["muon_momentum"])

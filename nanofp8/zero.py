@@ -9,6 +9,9 @@ A parameter is divided in one of three ways:
 - A matrix that Muon trains belongs to one rank as a whole, because Muon orthogonalises whole matrices.
 - Embeddings and head are divided by rows.
 - All others are small and are updated by every rank alike.
+
+If updated weights are sent in bf16, owners keep fp32 copies of theirs (masters), which the optimizers update. All ranks
+then compute with the rounded weights, owners too, so that all compute the same.
 """
 
 from collections.abc import Iterable
@@ -37,16 +40,17 @@ class Shards:
     """Buffers that hold parameters and gradients so that each rank's part of them is one piece of memory."""
 
     def __init__(self, model: torch.nn.Module, matrices: Iterable[Tensor], procs: Any, reduce_dtype: torch.dtype,
-                 divide_rows: bool = True):
+                 gather_dtype: torch.dtype = torch.float32, divide_rows: bool = True):
         """Move the model's parameters into the buffers, and give each a gradient of zeros, which must stay in place.
 
         Args:
             matrices: parameters that one rank owns as a whole.
             procs: Processes (rank, world_size, device, mesh).
             reduce_dtype: gradients are added over the ranks in it, fp32 or bf16.
+            gather_dtype: updated weights are sent to the other ranks in it, fp32 or bf16.
             divide_rows: divide other matrices by rows; False: every rank updates them alike.
         """
-        self.procs, self.reduce_dtype = procs, reduce_dtype
+        self.procs, self.reduce_dtype, self.gather_dtype = procs, reduce_dtype, gather_dtype
         world_size, matrices = procs.world_size, list(matrices)
         owned = {id(p) for p in matrices}
         others = [p for p in model.parameters() if id(p) not in owned]
@@ -66,32 +70,56 @@ class Shards:
         place(self.small, None, self.small_gradients)
         for p in self.rows:
             p.grad = torch.zeros_like(p)
-        # What this rank's optimizers see of a divided parameter: its own rows, and their gradient
-        self.own_rows = {}
-        for p in self.rows:
-            part = torch.nn.Parameter(self.piece(p.data))
-            part.grad = self.piece(p.grad)
-            self.own_rows[p] = part
+        # What this rank's optimizers update: of a divided parameter its own rows, or their master; of a matrix itself,
+        # or its master
+        self.has_masters = gather_dtype != torch.float32
+        self.own_rows = {p: with_grad(self.piece(p.data).clone() if self.has_masters else self.piece(p.data),
+                                      self.piece(p.grad)) for p in self.rows}
+        self.masters, self.own_matrices = self.weights[procs.rank], {}
+        if self.has_masters:
+            self.masters, offset = self.masters.clone(), 0
+            for p in of_rank[procs.rank]:
+                self.own_matrices[p] = with_grad(self.masters[offset:offset + p.numel()].view(p.shape), p.grad)
+                offset += p.numel()
 
     def piece(self, tensor: Tensor) -> Tensor:
         """Return this rank's rows of a tensor that is divided evenly, as a view."""
         return tensor.view(self.procs.world_size, -1, *tensor.shape[1:])[self.procs.rank]
 
+    @property
+    def parts(self) -> dict[Tensor, Tensor]:
+        """{parameter of the model: what this rank updates in its place}."""
+        return self.own_rows | self.own_matrices
+
     def own(self, parameters: Iterable[Tensor]) -> list[Tensor]:
         """Return what this rank updates of these parameters."""
-        return [self.own_rows.get(p, p) for p in parameters if self.owners.get(p, self.procs.rank) == self.procs.rank]
+        return [self.parts.get(p, p) for p in parameters if self.owners.get(p, self.procs.rank) == self.procs.rank]
+
+    def whole(self, rows: Tensor) -> DTensor:
+        """Return the tensor of which this rank holds these rows."""
+        return DTensor.from_local(rows, self.procs.mesh, [Shard(0)], run_check=False)
+
+    def exact_weights(self, names: dict[Tensor, str]) -> dict[str, Tensor]:
+        """Return the model's weights by name, for a checkpoint. names: of its parameters.
+
+        Where the weights are rounded, their masters: this rank's matrices, and divided parameters as DTensors.
+        """
+        if not self.has_masters:
+            return {name: p.detach() for p, name in names.items()}
+        exact = {p: self.whole(part.detach()) for p, part in self.own_rows.items()}
+        exact |= {p: part.detach() for p, part in self.own_matrices.items()} | {p: p.detach() for p in self.small}
+        return {name: exact[p] for p, name in names.items() if p in exact}
 
     def whole_state(self, state: dict[Tensor, dict]) -> dict[Tensor, dict]:
         """Return an optimizer's state by the model's parameters; that of divided rows as DTensors of the whole."""
-        whole = {id(part): p for p, part in self.own_rows.items()}
+        model_parameters = {id(part): p for p, part in self.parts.items()}
 
-        def wrap(part: Tensor, value: Any) -> Any:
-            if torch.is_tensor(value) and value.shape == part.shape:
-                return DTensor.from_local(value, self.procs.mesh, [Shard(0)], run_check=False)
-            return value
+        def wrap(p: Tensor, value: Any) -> Any:
+            is_piece = p in self.own_rows and torch.is_tensor(value) and value.shape == self.own_rows[p].shape
+            return self.whole(value) if is_piece else value
 
-        return {whole.get(id(p), p): {k: wrap(p, v) for k, v in values.items()} if id(p) in whole else values
-                for p, values in state.items()}
+        of_model = {model_parameters.get(id(part), part): values for part, values in state.items()}
+        return {p: {k: wrap(p, v) for k, v in values.items()} for p, values in of_model.items()}
 
     def zero_grad(self) -> None:
         """Set all gradients to zero, in place."""
@@ -129,11 +157,24 @@ class Shards:
 
     def gather(self) -> None:
         """Send each rank's updated weights to all others."""
-        for weights in (self.weights, *(p.data for p in self.rows)):
+        divided = [(p.data, part.data) for p, part in self.own_rows.items()]
+        for weights, masters in ((self.weights, self.masters), *divided):
             if weights.numel():
-                own = self.piece(weights)
+                sent = torch.empty_like(weights, dtype=self.gather_dtype) if self.has_masters else weights
+                own = self.piece(sent)
+                if self.has_masters:
+                    own.copy_(masters.view(own.shape))
                 # NCCL takes the piece in its place; gloo does not
-                all_gather(weights.view(-1), (own if own.is_cuda else own.clone()).view(-1))
+                all_gather(sent.view(-1), (own if own.is_cuda else own.clone()).view(-1))
+                if self.has_masters:
+                    weights.copy_(sent)
+
+
+def with_grad(values: Tensor, grad: Tensor) -> torch.nn.Parameter:
+    """Return a parameter with this gradient."""
+    parameter = torch.nn.Parameter(values)
+    parameter.grad = grad
+    return parameter
 
 
 def place(parameters: list[Tensor], weights: Tensor | None, gradients: Tensor) -> None:

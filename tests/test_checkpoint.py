@@ -391,10 +391,12 @@ def test_a_run_that_is_killed_again_and_again(tmp_path, shards, quick):
 
 TWO = RUN | dict(batch_size=4)
 FSDP2, DDP = TWO | dict(USE_FSDP2=True), TWO | dict(USE_DDP=True)
+ROUNDED = DDP | dict(GATHER_FP32=False, max_iters=4)
 BF16, NVFP4 = dict(USE_FP8=False, vocab_size=515), dict(USE_NVFP4=True, n_embd=128, max_iters=3)  # 515: uneven shards
 # {name: (flags, the run that it goes on from, after how many steps)}; "one": the run of one process, FP8
 RANKS = {
     "ddp-fp8": (DDP, None, 0), "ddp-fp8-resumed": (DDP, "ddp-fp8", 2),
+    "ddp-rounded": (ROUNDED, None, 0), "ddp-rounded-resumed": (ROUNDED, "ddp-rounded", 2),
     "fsdp2-fp8": (FSDP2, None, 0), "fsdp2-fp8-resumed": (FSDP2, "fsdp2-fp8", 4),
     "fsdp2-bf16": (FSDP2 | BF16, None, 0), "fsdp2-bf16-resumed": (FSDP2 | BF16, "fsdp2-bf16", 3),
     "fsdp2-nvfp4": (FSDP2 | NVFP4, None, 0), "fsdp2-nvfp4-resumed": (FSDP2 | NVFP4, "fsdp2-nvfp4", 2),
@@ -499,6 +501,18 @@ def test_two_ranks_continue_bit_for_bit(two_ranks, name):
     assert same_tensors(got.restored, want.saved[step])
     assert all(same_tensors(got.saved[s], want.saved[s]) for s in got.saved)
     assert len(got.saved) == len(want.saved) - step
+
+
+def test_weights_sent_in_bf16_are_saved_exactly(two_ranks):
+    """GATHER_FP32=False: ranks compute with rounded weights, and a checkpoint holds the fp32 masters. So a resumed run
+    equals the uninterrupted one."""
+    run, resumed = two_ranks["ddp-rounded"], two_ranks["ddp-rounded-resumed"]
+    assert learned(resumed.folder) == learned(run.folder)
+    saved = run.saved[2]  # by rank 0: its own masters, and whole embeddings
+    assert same_tensors(read_weights(run.folder / "ckpt" / "step_000002", saved), saved)
+    rounded = {name for name, weight in saved.items() if not torch.equal(weight, resumed.restored[name])}
+    assert {"embed.weight", "head.weight"} < rounded < set(saved)
+    assert all(torch.equal(resumed.restored[name], saved[name].bfloat16().float()) for name in rounded)
 
 
 def test_a_signal_to_one_rank_stops_all(two_ranks):
