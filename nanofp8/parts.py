@@ -17,6 +17,7 @@ from torch import Tensor
 
 from nanofp8.config import UserError
 from nanofp8.plain import inverse_rms
+from nanofp8.sizes import GATE_CHANNELS
 
 try:
     import triton
@@ -24,8 +25,6 @@ except Exception:  # only some builds of torch bring it, and it may be broken: t
     triton = None
 else:
     from nanofp8 import kernels
-
-GATE_CHANNELS = 12  # values of a block's input that decide its gates, as in nanochat
 
 
 def value_layers(n_layer: int, n_value_embed: int) -> list[int]:

@@ -15,11 +15,11 @@ from typing import Any, Callable, Iterator
 from nanofp8.config import UserError, flag_values
 from nanofp8.files import console, error_line
 from nanofp8.machine import peak_flops, peak_memory_gb
-from nanofp8.parts import GATE_CHANNELS
 from nanofp8.plots import plot_losses
 from nanofp8.precision import fp8_state
 from nanofp8.procs import Processes
 from nanofp8.shards import NAME_PATTERN
+from nanofp8.sizes import parameter_table
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Folder and lock
@@ -289,23 +289,6 @@ def log_fp8_stats(run: Any, step: int) -> None:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Console
-
-
-def parameter_table(cfg: SimpleNamespace) -> list[tuple[str, int, str]]:
-    """Return [(part of the model, its parameters, explanation)], which add up to all parameters."""
-    n, width, vocab = cfg.n_layer, cfg.n_embd, cfg.vocab_size
-    tables, channels = cfg.n_value_embed, min(GATE_CHANNELS, width)
-    rows = [
-        ("token embedding", vocab * width, f"{vocab} x {width}"),
-        ("value embeddings", tables * (vocab * width + cfg.n_head * channels),
-         f"{tables} x ({vocab} x {width} + gates: {cfg.n_head} x {channels})"),
-        ("attention", n * 4 * width ** 2, f"{n} x (q, k, v, proj: 4 x {width}^2)"),
-        ("MLP", n * 8 * width ** 2, f"{n} x (fc1, fc2: 2 x {width} x {4 * width})"),
-        ("RMSNorm gains", (2 * n + 1) * width, f"(2 x {n} + 1) x {width}"),
-        ("residual scalars", 2 * n if cfg.USE_X0 else 0, f"2 x {n}"),
-        ("output head", vocab * width, f"{vocab} x {width}"),
-    ]
-    return [row for row in rows if row[1]]
 
 
 def data_rows(cfg: SimpleNamespace, procs: Processes, loader: Any, val_ring: Any) -> list[tuple[str, str]]:

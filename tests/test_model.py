@@ -20,7 +20,7 @@ from helpers import (
 )
 from nanofp8 import te_emulation as te
 from nanofp8.precision import fp8_state
-from nanofp8.runlog import parameter_table
+from nanofp8.sizes import parameter_table
 
 pytestmark = pytest.mark.usefixtures("fresh")
 RECIPES = {
