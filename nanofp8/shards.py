@@ -9,16 +9,22 @@ Token 50256 (<|endoftext|>) stands before each document. llm.c's data scripts wr
 A folder holds the shards of one data set: all have the same <name>.
 """
 
+from __future__ import annotations  # some name numpy's types
+
 import contextlib
 import os
 import re
 import shlex
+import struct
 import zlib
 from typing import Iterator
 
-import numpy as np
-
 from nanofp8.files import replace_file
+
+try:
+    import numpy as np
+except ImportError:  # finding and measuring shards works without it
+    np = None
 
 SHARD_MAGIC, SHARD_VERSION, HEADER_INTS = 20240520, 1, 256
 HEADER_BYTES = 4 * HEADER_INTS
@@ -120,7 +126,7 @@ def read_token_count(path: str | os.PathLike) -> int:
         raise ShardError(f"{path} cannot be read ({error.strerror})") from None
     if len(header) < HEADER_BYTES:
         raise ShardError(f"{path} has {size} bytes, fewer than the {HEADER_BYTES} of a shard's header")
-    magic, version, tokens = (int(number) for number in np.frombuffer(header, dtype="<i4")[:3])
+    magic, version, tokens = struct.unpack("<3i", header[:12])
     if magic != SHARD_MAGIC:
         raise ShardError(f"{path} is not a token shard (magic number is {magic}, expected {SHARD_MAGIC})")
     if version != SHARD_VERSION:

@@ -1,6 +1,8 @@
 """shards.py: the token shard format."""
 
+import importlib.util
 import os
+import sys
 
 import numpy as np
 import pytest
@@ -18,6 +20,19 @@ def test_write_shard_has_the_published_layout(tmp_path):
     assert read_token_count(path) == 3
     assert open_shard(path).tolist() == [50256, 15496, 995]
     assert [p.name for p in tmp_path.iterdir()] == [path.name]  # no temporary file stays
+
+
+def test_shards_are_found_and_measured_without_numpy(tmp_path, monkeypatch):
+    """train.py --doctor does it before anything is installed."""
+    path = tmp_path / "x_train_000001.bin"
+    write_shard(path, [50256, 15496, 995])
+    monkeypatch.setitem(sys.modules, "numpy", None)
+    spec = importlib.util.spec_from_file_location("shards_alone", shards.__file__)
+    alone = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(alone)
+    assert alone.find_shards(tmp_path, "train") == ([str(path)], []) and alone.read_token_count(path) == 3
+    with pytest.raises(alone.ShardError, match="no val shards"):
+        alone.find_shards(tmp_path, "val")
 
 
 @pytest.mark.parametrize("tokens", [[], [-1], [65536], [0.5], [[1, 2]]])
