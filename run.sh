@@ -3,6 +3,7 @@
 #
 #   bash run.sh --max_iters=50            flags of train.py; --help lists them
 #   bash run.sh setup [--name=value ...]  make the environment and download the data that these flags need, then stop
+#   bash run.sh doctor [--name=value ...] say whether training with these flags would start here; changes nothing
 #   bash run.sh test [-k name ...]        run the tests, with arguments of pytest
 #
 # Environment variables:
@@ -224,13 +225,31 @@ found=$(command -v "${python:=python3}" || true)
 [ -n "$found" ] || [ -z "${PYTHON:-}" ] || die "PYTHON=$PYTHON does not exist; set it to a Python of 3.10 or newer"
 unset RANK LOCAL_RANK WORLD_SIZE # ranks come from torchrun alone, not from whatever started this script
 command=train
-case ${1:-} in setup | test) command=$1 && shift ;; esac
-[ "$command" = test ] || check_flags "$@"
+case ${1:-} in setup | test | doctor) command=$1 && shift ;; esac
+[ "$command" != train ] || case " $* " in *' --doctor '*) command=doctor ;; esac
+case $command in train | setup) check_flags "$@" ;; esac
 [ -z "${broken_gpu:-}" ] || [ "$command" != train ] || [ "$(flag preset "$@")" != auto ] ||
   die "the GPU does not answer (nvidia-smi: $broken_gpu); repair its driver, or train on the CPU: --preset=tiny"
+# Whether the Python that was found can train as it is. Run.sh's own .venv does not count: it must be complete.
+found_is_ready() {
+  [ -n "$found" ] && { [ ! -f .venv/installed ] || [ ! "${found%/*}" -ef .venv/bin ]; } && usable "$found"
+}
+
+if [ "$command" = doctor ]; then # by the Python that would train; if none is ready, by any that can answer
+  if ! found_is_ready; then
+    found=''
+    for name in .venv/bin/python "$python" python3 python3.12 python3.13 python3.11 python3.10; do
+      if quiet "$name" -c 'import sys; assert sys.version_info >= (3, 10)'; then found=$name && break; fi
+    done
+    [ -n "$found" ] || die "found no Python of 3.10 or newer; install one (Debian, Ubuntu: apt install python3-venv)"
+  fi
+  export WORLD_SIZE=$((NPROC * ${NNODES:-1})) LOCAL_WORLD_SIZE=$NPROC PYTHONDONTWRITEBYTECODE=1
+  exec "$found" train.py --doctor "$@"
+fi
+
 py=$PWD/.venv/bin/python
-if [ -n "$found" ] && { [ ! -f .venv/installed ] || [ ! "${found%/*}" -ef .venv/bin ]; } && usable "$found"; then
-  py=$found # unless it is run.sh's own .venv, which must be complete
+if found_is_ready; then
+  py=$found
   for name in numpy $([ "$command" != test ] || echo pytest); do
     "$py" -c "import $name" 2>/dev/null || die "$py has torch but no $name; run: $py -m pip install $name"
   done

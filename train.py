@@ -6,6 +6,7 @@ Train a GPT in FP8 (or NVFP4) with NVIDIA Transformer Engine. Read it top to bot
     python train.py --preset=tiny --max_iters=20  # one process, with the active Python
     torchrun --standalone --nproc_per_node=8 train.py --total_batch_size=524288
     python train.py --help                        # all flags with their defaults
+    python train.py --doctor --preset=d12         # would training with these flags start here?
 
 The model is nanochat's d20 shape: 561M parameters, RoPE, RMSNorm, QK norm, relu^2, logit softcap.
 Muon (Microsoft's Dion library) trains the matrices in the blocks, AdamW trains embedding, head and gains.
@@ -13,6 +14,7 @@ Muon (Microsoft's Dion library) trains the matrices in the blocks, AdamW trains 
 
 from typing import Literal
 
+from nanofp8 import doctor  # looks at the machine
 from nanofp8.config import (  # types of flags, and what reads them
     AutoBool,
     AutoNonNegativeFloat,
@@ -33,7 +35,7 @@ from nanofp8.config import (  # types of flags, and what reads them
 )
 
 if __name__ == "__main__":
-    check_command_line(__file__)  # --help and wrong flags are answered here, before torch is imported
+    check_command_line(__file__, doctor=doctor.run)  # answers --help, --doctor and wrong flags, without torch
 
 import contextlib
 import functools

@@ -23,6 +23,11 @@ def version_numbers(version: str) -> tuple[int, ...]:
     return tuple(map(int, match[0].split("."))) if match else ()
 
 
+def version_name(number: int) -> str:
+    """Return a version that cuDNN or cuBLASLt gives as one number: "9.18.1" for 91801, "13.4.0" for 130400."""
+    return f"{number // 10000}.{number // 100 % 100}.{number % 100}"
+
+
 def unsupported_version(version: str) -> str:
     """Return why this version of Transformer Engine cannot be used, or "". A version without numbers is not refused."""
     numbers = version_numbers(version)

@@ -26,7 +26,19 @@ import time
 import types
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Annotated, Any, Literal, Mapping, NoReturn, Sequence, Union, get_args, get_origin, get_type_hints
+from typing import (
+    Annotated,
+    Any,
+    Callable,
+    Literal,
+    Mapping,
+    NoReturn,
+    Sequence,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 GPU_PRESET, CPU_PRESET = "d20", "tiny"  # what preset "auto" stands for, with and without a GPU
 
@@ -302,13 +314,17 @@ def flag_values(cfg: SimpleNamespace) -> dict[str, Any]:
     return {name: value for name, value in vars(cfg).items() if name not in ("explicit", "auto")}
 
 
-def check_command_line(path: str, argv: Sequence[str] | None = None) -> None:
-    """Answer --help and wrong flags of a script that is being started: print and exit, or return if all is well.
+def check_command_line(path: str, argv: Sequence[str] | None = None,
+                       doctor: Callable[[str, Sequence[str]], int] | None = None) -> None:
+    """Answer --help, --doctor and wrong flags of a script that is being started: print and exit, or return if all is
+    well.
 
     A script calls this before it imports torch. Under torchrun rank 0 answers alone. Checks that need the preset, the
     GPU or the number of ranks come later, in the script. Until raise_on_ctrl_c(), Ctrl-C ends the script at once.
 
-    argv: of a test; None: the program's own.
+    Args:
+        argv: of a test; None: the program's own.
+        doctor: prints a report for the script and its other arguments, and returns the exit status.
     """
     if argv is None:
         argv = sys.argv[1:]
@@ -321,7 +337,10 @@ def check_command_line(path: str, argv: Sequence[str] | None = None) -> None:
             if _is_main():
                 print(format_help(path, flags), flush=True)
             raise SystemExit(0)
-        parse_arguments(argv, flags)
+        given = [argument for argument in argv if argument != "--doctor" or not doctor]
+        parse_arguments(given, flags)
+        if len(given) < len(argv):
+            raise SystemExit(doctor(path, given) if _is_main() else 0)
     except UserError as error:
         exit_with(error, os.path.basename(path))
 

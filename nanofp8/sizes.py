@@ -1,4 +1,4 @@
-"""Sizes that follow from the flags alone: parameters of each part of the model. Imports nothing, not even torch."""
+"""Sizes that follow from the flags alone: parameters of each part of the model, bytes of a checkpoint. No torch."""
 
 from types import SimpleNamespace
 
@@ -20,3 +20,16 @@ def parameter_table(cfg: SimpleNamespace) -> list[tuple[str, int, str]]:
         ("output head", vocab * width, f"{vocab} x {width}"),
     ]
     return [row for row in rows if row[1]]
+
+
+def checkpoint_bytes(cfg: SimpleNamespace) -> int:
+    """Return what a checkpoint takes on disk, about 1% too little: weights and optimizer state, without their headers.
+
+    Weights are fp32. Muon keeps one fp32 moment of each weight of attention and MLP, AdamW two of all others; 8-bit
+    AdamW keeps two bytes of each weight of embedding and head, and two fp32 scales per 256 weights.
+    """
+    parameters = {part: n for part, n, _ in parameter_table(cfg)}
+    eight_bit = {"token embedding", "output head"} if cfg.USE_8BIT_ADAM else set()
+    moments = sum(n * (4 if part in ("attention", "MLP") else 2 + 8 / 256 if part in eight_bit else 8)
+                  for part, n in parameters.items())
+    return round(4 * sum(parameters.values()) + moments)

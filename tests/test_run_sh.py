@@ -38,7 +38,7 @@ case "$*" in
     exit "${STATUS:-0}" ;;
   '-m pytest'*) log "$PWD pytest ${*:3}"; exit "${STATUS:-0}" ;;
   train.py*)
-    log "$* RANK=${RANK:-}"
+    log "$* RANK=${RANK:-}${WORLD_SIZE:+ of $WORLD_SIZE, $LOCAL_WORLD_SIZE here}"
     if [ -n "${TRAIN_WAITS:-}" ]; then trap 'log train got TERM; kill $!; exit 7' TERM; sleep 60 & wait; fi
     exit "${STATUS:-0}" ;;
   data/cachedfineweb10b.py*)
@@ -313,6 +313,36 @@ def test_uv_brings_a_python(host):
 def test_neither_venv_nor_uv(host):
     host.fake("uv", "#!/bin/bash\nexit 1\n")
     assert "apt install python3-venv" in host.run(status=1, NO_VENV="1")
+
+
+# The doctor
+
+@pytest.mark.parametrize("command", [["doctor", "--preset=d12"], ["--preset=d12", "--doctor"], ["doctor", "--doctor"]])
+def test_doctor_changes_nothing(host, command):
+    """The Python that is here answers; nothing is installed, downloaded or made, not even a lock."""
+    before = sorted(host.repo.rglob("*"))
+    out = host.gpus(2).run(*command, status=1, STATUS="1")
+    rest = " ".join(word for word in command if word != "doctor")
+    assert host.did == [f"fake train.py --doctor {rest} RANK= of 2, 2 here"] and out == ""
+    assert sorted(host.repo.rglob("*")) == before
+
+
+def test_doctor_takes_the_python_that_would_train(host):
+    host.run()
+    host.run("doctor")
+    assert host.did == [".venv train.py --doctor RANK= of 1, 1 here"]
+    host.gpus(8).run("doctor", NNODES="2", NODE_RANK="0", MASTER_ADDR="node7")  # .venv lacks Transformer Engine
+    assert host.did == [".venv train.py --doctor RANK= of 16, 8 here"]
+    host.has("torch", "numpy", "transformer_engine.pytorch").run("doctor")
+    assert host.did == ["fake train.py --doctor RANK= of 8, 8 here"]
+
+
+def test_doctor_says_what_is_wrong_with_a_gpu(host):
+    """run.sh does not end before it, as it does before training."""
+    host.fake("nvidia-smi", "#!/bin/bash\necho NVML: Driver/library version mismatch; exit 18\n")
+    host.run("doctor")
+    assert host.did == ["fake train.py --doctor RANK= of 1, 1 here"]
+    assert "driver" in host.run(status=1)
 
 
 # A python that is there already

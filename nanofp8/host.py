@@ -1,0 +1,57 @@
+"""What a machine says of itself before torch is there: nvidia-smi, the C compiler. Standard library alone."""
+
+import functools
+import os
+import shutil
+import subprocess
+import sysconfig
+
+from nanofp8.files import error_line
+
+
+def ask_nvidia_smi(fields: str) -> tuple[list[list[str]], str]:
+    """Ask nvidia-smi for some fields of all GPUs.
+
+    fields: names of --query-gpu, with commas between.
+    Returns: a list of texts for each GPU, and why there is none ("" if nvidia-smi has answered).
+    """
+    if not shutil.which("nvidia-smi"):
+        return [], "nvidia-smi is not here"
+    try:
+        done = subprocess.run(["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"],
+                              capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return [], f"nvidia-smi does not answer: {error_line(error)}"
+    lines = [line for line in done.stdout.splitlines() if line.strip()]
+    if done.returncode:
+        return [], f"nvidia-smi: {(lines + done.stderr.strip().splitlines() or [f'status {done.returncode}'])[0]}"
+    return [[text.strip() for text in line.split(",")] for line in lines], ""
+
+
+def c_compiler() -> str | None:
+    """Return the C compiler that Triton takes (triton/runtime/build.py): $CC, gcc or clang; None without one."""
+    return os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+
+
+@functools.cache
+def compiler_fault() -> str:
+    """Return what keeps Triton, and so torch.compile on a GPU, from building C code for this Python, with the remedy;
+    "" if nothing does. The compiler is tried; it writes no file."""
+    needed = "Triton and torch.compile need"
+    compiler = c_compiler()
+    if compiler is None:
+        return f"{needed} a C compiler, but there is no gcc or clang; install one (Debian, Ubuntu: apt install g++)"
+    scheme = sysconfig.get_default_scheme()
+    include = sysconfig.get_path("include", "posix_prefix" if scheme == "posix_local" else scheme)  # as Triton does
+    try:
+        done = subprocess.run([compiler, "-fsyntax-only", f"-I{include}", "-x", "c", "-"], capture_output=True,
+                              input="#include <Python.h>\n", text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"{needed} a C compiler, but {compiler} does not run ({error_line(error)}); install gcc, or correct CC"
+    if done.returncode == 0:
+        return ""
+    if "Python.h" in done.stderr:
+        return (f"{needed} Python's headers, but {include} has no Python.h; install them (Debian, Ubuntu: apt install "
+                f"python3-dev), or choose a Python that has them by PYTHON=")
+    why = next((line for line in done.stderr.splitlines() if "error" in line), f"status {done.returncode}")
+    return f"{needed} a C compiler, but {compiler} fails ({why}); install gcc, or correct CC"
