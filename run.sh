@@ -156,7 +156,7 @@ install() {
     driver=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | sort | sed -n 1p)
     case $driver in
       [1-4]??.* | 5[0-7]?.*)
-        die "the NVIDIA driver is $driver, but CUDA 13 needs 580 or newer; update it, or set PYTHON to a python that has torch and transformer_engine"
+        die "the NVIDIA driver is $driver, but CUDA 13 needs 580 or newer; update it, or set PYTHON to a python that has torch and transformer_engine for CUDA 12 (docs/install.md)"
         ;;
     esac
     if ! command -v c++ >/dev/null ||

@@ -9,12 +9,16 @@ from typing import NamedTuple
 
 TE_OLDEST = (2, 17)   # the first version with transformer_engine.pytorch.constants.DType, which fused.py needs
 TE_MADE_FOR = "2.20.2"  # of requirements.txt; no other version has been run
+MADE_FOR_CUDA = "13.0"  # of torch in requirements.txt
 
 # A user reports rare FP8 gradients on compute capability 12.x that are finite and far too large, from TE's kernel that
 # casts and transposes (NVIDIA/TransformerEngine pull request 3215, open; not in 2.20.2). So steps whose gradient norm
 # lies this many deviations above the mean are skipped there
 GRAD_ZSCORE_12 = 8.0
 NVFP4_OLDEST_12 = (2, 19)  # the first version that has all of NVFP4's ingredients on compute capability 12.x
+
+
+OLDEST_DRIVER = {12: 525, 13: 580}  # by CUDA's major version; docs.nvidia.com/deploy/cuda-compatibility
 
 
 def version_numbers(version: str) -> tuple[int, ...]:
@@ -26,6 +30,16 @@ def version_numbers(version: str) -> tuple[int, ...]:
 def version_name(number: int) -> str:
     """Return a version that cuDNN or cuBLASLt gives as one number: "9.18.1" for 91801, "13.4.0" for 130400."""
     return f"{number // 10000}.{number // 100 % 100}.{number % 100}"
+
+
+def driver_fault(driver: str, cuda: str) -> str:
+    """Return in what way this driver is too old for a torch that was built for this CUDA, with the remedy, or ""."""
+    (number, *_), (major, *_) = version_numbers(driver) or (0,), version_numbers(cuda) or (0,)
+    needed = OLDEST_DRIVER.get(major, 0)
+    if not number or number >= needed:
+        return ""
+    older = ", or use torch and Transformer Engine for CUDA 12 (docs/install.md)" if number >= OLDEST_DRIVER[12] else ""
+    return f"the NVIDIA driver is {driver}, but CUDA {cuda} needs {needed} or newer; update it{older}"
 
 
 def unsupported_version(version: str) -> str:

@@ -179,7 +179,14 @@ def check_compilers(exam: Examination) -> Iterator[Verdict]:
 
 def check_driver(exam: Examination) -> Iterator[Verdict]:
     rows, why = host.ask_nvidia_smi("driver_version")
-    yield (OK, rows[0][0]) if rows else (NOTE, why or "nvidia-smi lists no GPU")
+    cuda = exam.torch.version.cuda or "" if exam.torch else cards.MADE_FOR_CUDA
+    fault = cards.driver_fault(rows[0][0], cuda) if rows else ""
+    if fault and exam.torch and exam.torch.cuda.is_available():  # NVIDIA's compatibility packages allow that
+        yield OK, f"{rows[0][0]}, older than CUDA {cuda} asks for, but it works"
+    elif fault:
+        yield FAIL, fault
+    else:
+        yield (OK, rows[0][0]) if rows else (NOTE, why or "nvidia-smi lists no GPU")
 
 
 def check_gpus(exam: Examination) -> Iterator[Verdict]:

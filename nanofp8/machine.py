@@ -15,7 +15,7 @@ from typing import Any, Iterator
 
 import torch
 
-from nanofp8 import cards
+from nanofp8 import cards, host
 from nanofp8.config import UserError
 from nanofp8.files import console, error_line
 
@@ -46,7 +46,7 @@ OTHER_CARDS = {"laptop", "mobile", "max-q", "server", "d", "ti", "super", "mig"}
 def check_gpus() -> None:
     """Raise UserError if nvidia-smi lists GPUs, or fails, although torch sees none and CUDA_VISIBLE_DEVICES is not set.
 
-    nvidia-smi that finds no devices is all right: a login node.
+    nvidia-smi that finds no devices is all right: a login node. A driver that is too old is named.
     """
     if "CUDA_VISIBLE_DEVICES" in os.environ or not shutil.which("nvidia-smi"):
         return
@@ -54,6 +54,9 @@ def check_gpus() -> None:
         smi = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60)
         listed = next((line for line in smi.stdout.splitlines() if line.startswith("GPU ")), "")
         failed = smi.returncode != 0 and "No devices" not in smi.stdout + smi.stderr
+        if listed and (drivers := host.ask_nvidia_smi("driver_version")[0]):
+            if fault := cards.driver_fault(drivers[0][0], torch.version.cuda or ""):
+                raise UserError(f"{fault}, or train on the CPU: --preset=tiny")
         reason = listed and f"nvidia-smi lists {listed.split(' (')[0]}, but torch {torch.__version__} finds no GPU"
         if failed:
             lines = (smi.stdout + smi.stderr).strip().splitlines() or [f"status {smi.returncode}"]

@@ -166,8 +166,9 @@ def test_without_torch_and_numpy(shards, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(host, "compiler_fault", lambda: "")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     status, lines, _ = report(capsys, f"--data_dir={shards}", "--dataset=synthetic", f"--out_dir={tmp_path}")
-    assert status == 1 and [name for name, _ in faults(lines)] == ["torch", "numpy", "data"]
-    assert all("run.sh setup" in text for name, text in faults(lines) if name != "data")
+    assert status == 1 and [name for name, _ in faults(lines)] == ["torch", "numpy", "driver", "data"]
+    assert "575.57.08, but CUDA 13.0 needs 580" in of(lines, "driver", doctor.FAIL)
+    assert all("run.sh setup" in text for name, text in faults(lines) if name in ("torch", "numpy"))
     assert "RTX 5090, compute capability 12.0, 33.0 of 34.2 GB free" in of(lines, "GPU")
     assert "native: fp8, nvfp4, fp8_block_scaling; emulated: mxfp8" in of(lines, "formats")
     assert "preset d20: 561,040,640 parameters" in of(lines, "flags") and "16 sequences" in of(lines, "batch")

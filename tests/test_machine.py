@@ -7,7 +7,7 @@ import torch
 
 import helpers
 from helpers import losses, train_here
-from nanofp8 import machine
+from nanofp8 import cards, machine
 from nanofp8.config import UserError
 from nanofp8.machine import check_gpus, describe_machine, peak_flops
 
@@ -72,6 +72,33 @@ def test_profile(fresh, shards, tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     at = next(i for i, line in enumerate(lines) if line.startswith("profile of one step"))
     assert len([line for line in lines[at + 1:at + 11] if " ms " in line]) == 10
+
+
+@pytest.mark.parametrize("driver, cuda, needed", [
+    ("575.57.08", "13.0", "580"), ("579.1", "13.2", "580"), ("580.82.07", "13.0", ""), ("595.10", "13.0", ""),
+    ("570.172.08", "12.8", ""), ("520.61.05", "12.8", "525"), ("575.57.08", "", ""), ("unknown", "13.0", ""),
+])
+def test_drivers_that_are_too_old(driver, cuda, needed):
+    fault = cards.driver_fault(driver, cuda)
+    assert bool(fault) == bool(needed) and "\n" not in fault
+    if fault:
+        assert all(word in fault for word in (driver, cuda, needed, "update it"))
+        assert ("CUDA 12 (docs/install.md)" in fault) == (needed == "580")
+
+
+def test_an_old_driver_is_named_where_torch_sees_no_gpu(tmp_path, monkeypatch):
+    """torch itself only says that it finds none."""
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text("#!/bin/sh\n[ $1 = -L ] && echo 'GPU 0: NVIDIA GeForce RTX 5090 (UUID: GPU-1)' || echo 575.57.08\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    with pytest.raises(UserError, match="575.57.08.*580 or newer; update it.*--preset=tiny"):
+        check_gpus()
+    monkeypatch.setattr(torch.version, "cuda", "12.8")  # then something else is wrong
+    with pytest.raises(UserError, match="nvidia-smi lists GPU 0"):
+        check_gpus()
 
 
 @pytest.mark.parametrize("script, words", [
