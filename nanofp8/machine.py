@@ -4,6 +4,7 @@ import contextlib
 import gc
 import glob
 import hashlib
+import importlib.util
 import os
 import platform
 import re
@@ -87,6 +88,15 @@ def check_triton(capability: tuple[int, int]) -> None:
         raise UserError(f"Triton {triton.__version__} cannot compile for this GPU's compute capability "
                         f"{cards.dotted(capability)}; set {variable} to the ptxas of a CUDA toolkit that knows it "
                         f"(CUDA 13 for 11.0), or train on another GPU")
+
+
+def check_compiler() -> None:
+    """Raise UserError if Triton cannot build C code for this Python: it would fail at our first kernel.
+
+    run.sh sees to it in the environment that it makes, but takes another Python as it is.
+    """
+    if importlib.util.find_spec("triton") and (fault := host.compiler_fault()):
+        raise UserError(fault)
 
 
 def peak_of(name: str) -> float | None:

@@ -19,7 +19,7 @@ import torch.nn as nn
 from nanofp8 import cards
 from nanofp8.config import UserError
 from nanofp8.files import error_line
-from nanofp8.machine import check_triton
+from nanofp8.machine import check_compiler, check_triton
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Formats
@@ -230,6 +230,7 @@ def select_precision(cfg: SimpleNamespace, device: torch.device) -> Precision:
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
         check_triton(capability)
+        check_compiler()
     if cfg.USE_EMULATION is True:
         missing = "USE_EMULATION=True"
     elif device.type != "cuda":

@@ -22,7 +22,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 import train
-from nanofp8 import checkpoint
+from nanofp8 import checkpoint, host
 from nanofp8 import te_emulation as te
 from nanofp8.checkpoint import Checkpoints
 from nanofp8.faults import Guard
@@ -267,6 +267,7 @@ def fake_transformer_engine(monkeypatch, version="2.20.2", capability=(9, 0), av
             else available(question)[0])
     put("transformer_engine:__version__", version)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    monkeypatch.setattr(host, "compiler_fault", lambda: "")
 
 
 # -----------------------------------------------------------------------------------------------------

@@ -56,7 +56,7 @@ def small(shards, tmp_path, **changes):
     return flag_args(data_dir=shards, out_dir=tmp_path / "out", **changes)
 
 
-def fake_gpus(monkeypatch, *names, capability=(9, 0), free=70e9, version="2.20.2", cudnn=91900, engine=True):
+def fake_gpus(monkeypatch, *names, capability=(9, 0), free=70e9, version="2.20.2", cudnn=91900, engine=True, fault=""):
     """Let torch see these GPUs, and Transformer Engine answer by the table of cards.py."""
     if engine:
         helpers.fake_transformer_engine(monkeypatch, version, capability, lambda question: (
@@ -72,7 +72,7 @@ def fake_gpus(monkeypatch, *names, capability=(9, 0), free=70e9, version="2.20.2
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: cudnn)
-    monkeypatch.setattr(host, "compiler_fault", lambda: "")
+    monkeypatch.setattr(host, "compiler_fault", lambda: fault)
     answers = {"driver_version": [["580.82.07"] for _ in names]}
     monkeypatch.setattr(host, "ask_nvidia_smi", lambda fields: (answers[fields], ""))
 
@@ -133,6 +133,16 @@ def test_transformer_engine_is_missing_too_old_or_broken(shards, tmp_path, capsy
     status, lines, _ = report(capsys, *flags)
     assert status == 0 and "run.sh setup" in of(lines, "Transformer Engine", doctor.WARN)
     assert "install Transformer Engine" in of(lines, "precision", doctor.WARN)
+
+
+def test_without_python_headers(shards, tmp_path, capsys, monkeypatch):
+    """Training on a GPU would fail: one line. Without a GPU nothing needs them."""
+    fake_gpus(monkeypatch, "NVIDIA H100", fault="no Python.h; apt install python3-dev")
+    status, lines, _ = report(capsys, *small(shards, tmp_path, n_embd=128))
+    assert status == 1 and faults(lines) == [("compilers", "no Python.h; apt install python3-dev")]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    status, lines, _ = report(capsys, *small(shards, tmp_path))
+    assert status == 0 and of(lines, "compilers", doctor.NOTE).startswith("no Python.h; without a GPU")
 
 
 def test_a_gpu_that_is_taken_and_too_many_processes(shards, tmp_path, capsys, monkeypatch):

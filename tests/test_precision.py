@@ -19,6 +19,7 @@ from helpers import (
     tokens_and_targets,
     train_here,
 )
+from nanofp8 import host
 from nanofp8 import te_emulation as te
 from nanofp8.config import UserError
 from nanofp8.precision import NVFP4_INGREDIENTS, TE_PARTS, fp8_state, keep_high_precision, preserved_scales
@@ -261,6 +262,18 @@ def test_every_part_of_transformer_engine_is_checked(monkeypatch, module, names,
     with pytest.raises(UserError, match=f"2.20.2 lacks .*{name}.*--USE_EMULATION") as error:
         train.select_precision(make_cfg(), helpers.GPU)
     assert error.value.status == 1
+
+
+@pytest.mark.parametrize("changes", [dict(), dict(USE_EMULATION=True), dict(USE_FP8=False)])
+def test_triton_needs_a_compiler_and_headers(monkeypatch, changes):
+    """On a GPU that is one line before anything is built; without a GPU nothing needs them."""
+    pytest.importorskip("triton")
+    helpers.fake_transformer_engine(monkeypatch)
+    monkeypatch.setattr(host, "compiler_fault", lambda: "no Python.h; apt install python3-dev")
+    with pytest.raises(UserError, match="python3-dev") as error:
+        train.select_precision(make_cfg(**changes), helpers.GPU)
+    assert error.value.status == 1
+    train.select_precision(make_cfg(**changes), helpers.CPU)
 
 
 # -----------------------------------------------------------------------------------------------------
