@@ -209,6 +209,8 @@ def check_gpus(exam: Examination) -> Iterator[Verdict]:
         total = next(gpu.total for gpu in exam.gpus if gpu[:2] == (name, capability))
         yield OK, (f"{count} x {name}, compute capability {cards.dotted(capability)}, "
                    f"{' to '.join(dict.fromkeys((free[0], free[-1])))} of {total / 1e9:.1f} GB free")
+    if exam.gpus and (fault := host.shared_memory_fault(exam.local_ranks)):
+        yield WARN, fault
     if 0 < len(exam.gpus) < exam.local_ranks:
         yield FAIL, f"{exam.local_ranks} processes, but {len(exam.gpus)} GPU(s); set NPROC to at most that"
 

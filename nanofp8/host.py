@@ -1,4 +1,4 @@
-"""What a machine says of itself before torch is there: nvidia-smi, the C compiler. Standard library alone."""
+"""What a machine says of itself before torch is there: nvidia-smi, C compiler, /dev/shm. Standard library alone."""
 
 import functools
 import os
@@ -7,6 +7,9 @@ import subprocess
 import sysconfig
 
 from nanofp8.files import error_line
+
+# Bytes of /dev/shm that NCCL's documentation asks of a container (user guide, troubleshooting: --shm-size=1g)
+SHARED_MEMORY = 2 ** 30
 
 
 def ask_nvidia_smi(fields: str) -> tuple[list[list[str]], str]:
@@ -55,3 +58,21 @@ def compiler_fault() -> str:
                 f"python3-dev), or choose a Python that has them by PYTHON=")
     why = next((line for line in done.stderr.splitlines() if "error" in line), f"status {done.returncode}")
     return f"{needed} a C compiler, but {compiler} fails ({why}); install gcc, or correct CC"
+
+
+def shared_memory_fault(processes: int, folder: str = "/dev/shm") -> str:
+    """Return a warning if NCCL may find too little shared memory for this many GPU processes on this machine, or "".
+
+    Docker gives a container 64 MB.
+    """
+    if processes < 2 or not hasattr(os, "statvfs"):
+        return ""
+    try:
+        stat = os.statvfs(folder)
+    except OSError:  # no such folder
+        return ""
+    size = stat.f_blocks * stat.f_frsize
+    if size >= SHARED_MEMORY:
+        return ""
+    return (f"{folder} has {size / 2 ** 20:,.0f} MB, which NCCL may find too little for {processes} GPUs; start the "
+            f"container with --shm-size=1g or --ipc=host")

@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from nanofp8.config import UserError, exit_with, print_any_text, raise_on_ctrl_c
 from nanofp8.faults import Heartbeat, exit_now
 from nanofp8.files import console, error_line
+from nanofp8.host import shared_memory_fault
 
 
 @dataclass
@@ -91,6 +92,10 @@ def start_processes() -> Processes:
         except RuntimeError as error:
             raise UserError(f"GPU {local_rank} cannot be used: {str(error).splitlines()[0]}; see nvidia-smi, and "
                             f"choose another with CUDA_VISIBLE_DEVICES", one_rank=True) from None
+        local_size = os.environ.get("LOCAL_WORLD_SIZE", "1")  # torchrun sets it
+        fault = shared_memory_fault(int(local_size) if local_size.isdecimal() else 1)
+        if fault and local_rank == 0:  # before NCCL starts: if it fails, the reason is on the screen
+            console(f"warning: {fault}")
     device = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
     if not dist.is_initialized():
         # gloo beside NCCL: objects and CPU tensors travel without touching the GPU's stream

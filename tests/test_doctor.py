@@ -21,6 +21,7 @@ def alone(fresh, monkeypatch):
     """No GPU, no nvidia-smi, no torchrun; bytecode caches stay as they are."""
     monkeypatch.setattr(sys, "dont_write_bytecode", sys.dont_write_bytecode)
     monkeypatch.setattr(host, "ask_nvidia_smi", lambda fields: ([], "nvidia-smi is not here"))
+    monkeypatch.setattr(host, "SHARED_MEMORY", 0)
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
 
 
@@ -156,9 +157,11 @@ def test_a_gpu_that_is_taken_and_too_many_processes(shards, tmp_path, capsys, mo
     monkeypatch.setattr(torch.cuda, "mem_get_info", taken)
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(host, "SHARED_MEMORY", 2 ** 60)
     status, lines, _ = report(capsys, *small(shards, tmp_path, total_batch_size=512))
     assert status == 1 and "GPU 1 cannot be used (CUDA error: all CUDA-capable" in of(lines, "GPU", doctor.FAIL)
     assert "2 processes, but 1 GPU(s); set NPROC" in of(lines, "GPU", doctor.FAIL)
+    assert "--shm-size" in of(lines, "GPU", doctor.WARN)
     assert "2 rank(s) x" in of(lines, "batch") and "wrapper: ddp" in of(lines, "optimizers")
 
 
@@ -354,6 +357,19 @@ def test_nvidia_smi(tmp_path, monkeypatch):
     smi.unlink()
     if not shutil.which("nvidia-smi"):
         assert host.ask_nvidia_smi("name") == ([], "nvidia-smi is not here")
+
+
+@pytest.mark.parametrize("megabytes, processes, fault", [(64, 2, True), (64, 1, False), (1024, 8, False),
+                                                         (1023, 4, True)])
+def test_shared_memory(monkeypatch, megabytes, processes, fault):
+    """Docker's 64 MB are too little for NCCL, which matters with several processes only."""
+    monkeypatch.setattr(host, "SHARED_MEMORY", 2 ** 30)
+    monkeypatch.setattr(os, "statvfs", lambda folder: SimpleNamespace(f_blocks=megabytes * 256, f_frsize=4096))
+    text = host.shared_memory_fault(processes)
+    assert bool(text) == fault and (not fault or all(word in text for word in (f"{megabytes:,} MB", "--shm-size=1g",
+                                                                               "--ipc=host")))
+    monkeypatch.undo()
+    assert host.shared_memory_fault(8, "/no/such/folder") == ""
 
 
 def test_the_compiler_is_tried(tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 import train
 from helpers import ROOT, TRAIN, fails_in_one_line, finish, flag_args, one_process, start, train_here
-from nanofp8 import config
+from nanofp8 import config, host, procs
 from nanofp8.config import UserError
 from nanofp8.procs import Processes, command_line, memory_error_message, report_good_end, start_processes
 
@@ -87,6 +87,25 @@ def test_a_busy_gpu_is_one_line(monkeypatch):
     with pytest.raises(UserError, match="GPU 0.*busy.*CUDA_VISIBLE_DEVICES") as caught:
         start_processes()
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("rank, local_size, warned", [(0, "2", True), (1, "2", False), (0, "1", False), (0, "", False)])
+def test_little_shared_memory_is_a_warning_before_nccl_starts(monkeypatch, capsys, rank, local_size, warned):
+    """Of local rank 0, and only where several processes share a machine."""
+    started = mock.Mock(side_effect=KeyError("NCCL"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(dist, "init_process_group", started)
+    monkeypatch.setattr(procs, "connect_store", lambda rank: dist.HashStore())
+    monkeypatch.setattr(host, "SHARED_MEMORY", 2 ** 60)
+    for name, value in dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=2, LOCAL_WORLD_SIZE=local_size, MASTER_ADDR="a",
+                            MASTER_PORT=1).items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(KeyError, match="NCCL"):
+        start_processes()
+    out = capsys.readouterr().out
+    assert (out.startswith("warning: ") and "--shm-size" in out) == warned and bool(out) == warned
 
 
 # -----------------------------------------------------------------------------------------------------
