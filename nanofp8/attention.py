@@ -15,9 +15,11 @@ from types import ModuleType, SimpleNamespace
 import torch
 import torch.nn.functional as F
 
+from nanofp8 import cards
 from nanofp8.config import UserError
 from nanofp8.files import error_line
 
+WARNING = ". WARNING: "  # begins the second part of what choose_attention() says, if there is something to warn of
 TRIED = ()  # compute capabilities on which flash-attn-4 has trained; "auto" takes it there
 
 
@@ -36,6 +38,21 @@ def flash4() -> tuple[ModuleType | None, str]:
     return interface, f"flash-attn-4 {version}"
 
 
+def unfused(cfg: SimpleNamespace, device: torch.device) -> str:
+    """Return why Transformer Engine's attention will be slow on this GPU, and what to do; "" if it will not.
+
+    Without cuDNN's fused attention it takes flash-attn if that is installed and fits, else plain matmuls, whose memory
+    grows with block_size^2.
+    """
+    why = cards.unfused_attention(torch.cuda.get_device_capability(device), cfg.n_embd // cfg.n_head,
+                                  torch.backends.cudnn.version() or 0)
+    if not why:
+        return ""
+    windows = " with --window_pattern=L" if "S" in cfg.window_pattern else ""
+    remedy = f"use --attention=torch{windows}" + (", or update cuDNN" if "older" in why else "")
+    return f"unfused, slow and with memory for block_size^2, unless flash-attn steps in: {why}; {remedy}"
+
+
 def choose_attention(cfg: SimpleNamespace, device: torch.device, emulated: bool) -> tuple[str, str]:
     """Return which attention runs, "te", "flash4" or "torch", and what the start-up table says about it.
 
@@ -48,8 +65,10 @@ def choose_attention(cfg: SimpleNamespace, device: torch.device, emulated: bool)
             raise UserError("attention='torch' has no windows; use --window_pattern=L, or another --attention", 2)
         return "torch", "torch's scaled_dot_product_attention"
     by_te = "torch, by the emulation" if emulated else "Transformer Engine"
+    slow = unfused(cfg, device) if device.type == "cuda" and not emulated else ""
+    warning = WARNING + slow if slow else ""
     if wanted == "cudnn":
-        return "te", by_te
+        return "te", by_te + warning
     if device.type != "cuda":
         missing = "it needs a GPU"
     elif (capability := torch.cuda.get_device_capability(device))[0] < 9 or head not in (64, 128):
@@ -62,7 +81,7 @@ def choose_attention(cfg: SimpleNamespace, device: torch.device, emulated: bool)
         return "flash4", flash4()[1]
     if wanted == "flash4":
         raise UserError(f"attention='flash4' cannot run: {missing}; use --attention=auto", 2)
-    return "te", by_te if device.type != "cuda" else f"{by_te} (flash-attn-4: {missing})"
+    return "te", (by_te if device.type != "cuda" else f"{by_te} (flash-attn-4: {missing})") + warning
 
 
 class FlashAttention4(torch.autograd.Function):

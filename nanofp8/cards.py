@@ -69,6 +69,28 @@ def nvfp4_lacks(capability: tuple[int, int], version: str) -> tuple[str, ...]:
     return ()
 
 
+def unfused_attention(capability: tuple[int, int], head_size: int, cudnn: int) -> str:
+    """Return why cuDNN has no fused attention to train with; "" if it has.
+
+    Transformer Engine up to 2.19 lists what cuDNN can do (common/fused_attn/fused_attn.cpp:299, 312, 344, 523). 2.20.2
+    asks cuDNN, whose frontend limits head sizes alike (node/scaled_dot_product_flash_attention.h:1129 of 1.23). So
+    whether an older cuDNN works on compute capability 12.0 after all is not known. 12.1 has no such line. Another
+    limit of 12.0 (pytorch/attention/dot_product_attention/utils.py:1013) is for queries and values of different sizes.
+
+    cudnn: its version as one number; 0: unknown.
+    """
+    oldest = 90200 if capability < (10, 0) else 91801 if capability == (12, 0) else 90700
+    if cudnn in (91000, 91001):  # known bugs, as cuDNN's frontend says
+        oldest = max(oldest, 91002)
+    if 0 < cudnn < oldest:
+        return (f"cuDNN {version_name(cudnn)} is older than {version_name(oldest)}, which compute capability "
+                f"{dotted(capability)} needs")
+    largest = 256 if capability[0] == 9 or capability[0] == 10 and head_size == 256 and cudnn >= 92300 else 128
+    if head_size % 8 or head_size > largest:
+        return f"in training cuDNN takes heads of a multiple of 8, at most {largest}, and these are of {head_size}"
+    return ""
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Which format runs where
 

@@ -113,6 +113,23 @@ def test_choice(capability, installed, head, wanted, chosen, monkeypatch):
             assert ("gone" in text) == (not installed)
 
 
+@pytest.mark.parametrize("capability, cudnn, head, pattern, words", [
+    ((12, 0), 91500, 128, "L", ["9.15.0", "9.18.1", "--attention=torch", "update cuDNN"]),
+    ((12, 0), 91500, 128, "SL", ["--window_pattern=L"]), ((12, 0), 91900, 192, "L", ["192", "--attention=torch"]),
+    ((12, 0), 91900, 128, "L", []), ((9, 0), 91900, 192, "L", []),
+])
+@pytest.mark.parametrize("wanted", ["auto", "cudnn"])
+def test_a_warning_where_cudnn_has_no_fused_attention(capability, cudnn, head, pattern, words, wanted, monkeypatch):
+    """Only if Transformer Engine's attention runs."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: cudnn)
+    cfg, device = flags(attention=wanted, n_embd=2 * head, n_head=2, window_pattern=pattern), torch.device("cuda")
+    name, text = choose_attention(cfg, device, False)
+    assert name == "te" and (attention.WARNING in text) == bool(words) and all(word in text for word in words)
+    assert attention.WARNING not in choose_attention(cfg, device, True)[1]
+    assert attention.WARNING not in choose_attention(cfg, torch.device("cpu"), True)[1]
+
+
 def test_torch_has_no_windows():
     with pytest.raises(UserError, match="--window_pattern=L"):
         choose_attention(flags(attention="torch", window_pattern="SL"), torch.device("cpu"), True)

@@ -81,3 +81,22 @@ def test_transformer_engines_own_functions(monkeypatch):
 def test_numbers_of_a_version(version, numbers):
     assert cards.version_numbers(version) == numbers
     assert bool(cards.unsupported_version(version)) == (() < numbers < (2, 17))
+
+
+@pytest.mark.parametrize("capability, head, cudnn, words", [
+    ((12, 0), 128, 91900, []), ((12, 0), 128, 91801, []), ((12, 0), 128, 91800, ["9.18.0", "9.18.1", "12.0"]),
+    ((12, 1), 128, 91500, []), ((12, 1), 128, 90600, ["9.7.0"]), ((9, 0), 128, 90600, []),
+    ((8, 9), 128, 91001, ["9.10.1", "9.10.2"]), ((12, 0), 128, 0, []),
+    ((12, 0), 136, 91900, ["136", "128"]), ((12, 0), 100, 91900, ["100", "multiple of 8"]),
+    ((9, 0), 192, 91900, []), ((9, 0), 264, 91900, ["256"]), ((8, 0), 192, 91900, ["128"]),
+    ((10, 0), 256, 92300, []), ((10, 0), 256, 91900, ["128"]), ((10, 0), 192, 92300, ["128"]),
+])
+def test_fused_attention(capability, head, cudnn, words):
+    """By Transformer Engine's list and cuDNN's frontend."""
+    why = cards.unfused_attention(capability, head, cudnn)
+    assert bool(why) == bool(words) and all(word in why for word in words)
+
+
+@pytest.mark.parametrize("number, name", [(91801, "9.18.1"), (130400, "13.4.0"), (120103, "12.1.3")])
+def test_versions_that_are_numbers(number, name):
+    assert cards.version_name(number) == name

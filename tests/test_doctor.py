@@ -136,6 +136,17 @@ def test_transformer_engine_is_missing_too_old_or_broken(shards, tmp_path, capsy
     assert "install Transformer Engine" in of(lines, "precision", doctor.WARN)
 
 
+@pytest.mark.parametrize("changes, cudnn, warned", [
+    (dict(), 91500, True), (dict(), 91900, False), (dict(n_head=1, n_embd=144, FP8_RECIPE="current"), 91900, True),
+    (dict(attention="torch"), 91500, False), (dict(USE_EMULATION=True), 91500, False),
+])
+def test_attention_that_is_not_fused(shards, tmp_path, capsys, monkeypatch, changes, cudnn, warned):
+    fake_gpus(monkeypatch, "NVIDIA GeForce RTX 5090", capability=(12, 0), cudnn=cudnn)
+    status, lines, _ = report(capsys, *small(shards, tmp_path, **dict(n_embd=128) | changes))
+    assert status == 0 and ("--attention=torch" in of(lines, "kernels", doctor.WARN)) == warned
+    assert "attention: " in of(lines, "kernels", doctor.OK)
+
+
 def test_without_python_headers(shards, tmp_path, capsys, monkeypatch):
     """Training on a GPU would fail: one line. Without a GPU nothing needs them."""
     fake_gpus(monkeypatch, "NVIDIA H100", fault="no Python.h; apt install python3-dev")

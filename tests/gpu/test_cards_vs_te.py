@@ -1,5 +1,6 @@
 """cards.py against Transformer Engine's own functions, under faked compute capabilities. Any GPU with FP8 will do."""
 
+import importlib
 import pathlib
 import sys
 
@@ -33,3 +34,15 @@ def test_train_py_asks_transformer_engine(te, monkeypatch, capability):
     for name, changes in ASKED.items():
         assert choice(changes) == cards.verdict(FORMATS[name].question, capability, asked=True), name
     assert choice({}) == cards.verdict(FORMATS["fp8-delayed"].question, capability, asked=False)
+
+
+@pytest.mark.parametrize("head", [64, 72, 100, 128, 136, 192, 256, 264])
+def test_fused_attention(te, head):
+    """Transformer Engine chooses cuDNN's kernels on this card for the head sizes that cards.py names."""
+    module = "transformer_engine.pytorch.attention.dot_product_attention.dot_product_attention"
+    core = te.DotProductAttention(2, head, attention_dropout=0.0, qkv_format="bshd", attn_mask_type="causal")
+    q, k, v = (torch.randn(1, 256, 2, head, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    core(q, k, v)
+    fused = importlib.import_module(module)._attention_backends["use_fused_attention"]
+    why = cards.unfused_attention(torch.cuda.get_device_capability(), head, torch.backends.cudnn.version())
+    assert bool(fused) != bool(why), why
