@@ -69,6 +69,14 @@ def nvfp4_lacks(capability: tuple[int, int], version: str) -> tuple[str, ...]:
     return ()
 
 
+def nvfp4_fault(cublaslt: int) -> str:
+    """Return what is wrong with NVFP4 in this cuBLASLt, with the remedy, or "". cublaslt: version as one number."""
+    if cublaslt != 130400:
+        return ""
+    return ("cuBLASLt 13.4.0 (CUDA 13.2 Update 1) may ignore the tensor-wide scales of NVFP4, say NVIDIA's release "
+            "notes; install cuBLAS 13.4.1 or newer, or use --USE_NVFP4=False")
+
+
 def unfused_attention(capability: tuple[int, int], head_size: int, cudnn: int) -> str:
     """Return why cuDNN has no fused attention to train with; "" if it has.
 

@@ -113,7 +113,7 @@ TE_PARTS = (
     (TE + ".constants", "DType.kFloat8E4M3 DType.kFloat8E5M2", ""),
     (TE + ".cpp_extensions", "general_gemm", "A B out_dtype out accumulate layout use_split_accumulator"),
     (TE + ".tensor.storage.float8_tensor_storage", "Float8TensorStorage", ""),
-    ("transformer_engine_torch", "fp8_transpose", ""),
+    ("transformer_engine_torch", "fp8_transpose get_cublasLt_version", ""),
 )
 
 
@@ -266,8 +266,10 @@ def select_precision(cfg: SimpleNamespace, device: torch.device) -> Precision:
 def check_nvfp4(cfg: SimpleNamespace, capability: tuple[int, int], version: str) -> tuple[Collection[str], str]:
     """Return the flags of NVFP4 that Transformer Engine cannot follow on this GPU, and why.
 
-    Raises: UserError if such a flag was given as True.
+    Raises: UserError if such a flag was given as True, or if this cuBLASLt computes NVFP4 wrongly.
     """
+    if fault := cards.nvfp4_fault(importlib.import_module("transformer_engine_torch").get_cublasLt_version()):
+        raise UserError(fault)
     lacking, oldest = cards.nvfp4_lacks(capability, version), cards.dotted(cards.NVFP4_OLDEST_12)
     here = f"on compute capability {cards.dotted(capability)}"
     for flag in lacking:

@@ -228,7 +228,8 @@ def edited_copy(folder, **edits):
 # A GPU and Transformer Engine that are not there
 
 
-def fake_transformer_engine(monkeypatch, version="2.20.2", capability=(9, 0), available=lambda question: (True, "")):
+def fake_transformer_engine(monkeypatch, version="2.20.2", capability=(9, 0), available=lambda question: (True, ""),
+                            cublaslt=130100):
     """Let this process import a Transformer Engine of this version, and see a GPU of this compute capability.
 
     The library has the names of precision.TE_PARTS. available: answers is_fp8_available and the other questions by
@@ -266,6 +267,7 @@ def fake_transformer_engine(monkeypatch, version="2.20.2", capability=(9, 0), av
             lambda return_reason=False, question=question: available(question) if return_reason
             else available(question)[0])
     put("transformer_engine:__version__", version)
+    put("transformer_engine_torch:get_cublasLt_version", lambda: cublaslt)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     monkeypatch.setattr(host, "compiler_fault", lambda: "")
 

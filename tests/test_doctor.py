@@ -57,13 +57,13 @@ def small(shards, tmp_path, **changes):
     return flag_args(data_dir=shards, out_dir=tmp_path / "out", **changes)
 
 
-def fake_gpus(monkeypatch, *names, capability=(9, 0), free=70e9, version="2.20.2", cudnn=91900, engine=True, fault=""):
+def fake_gpus(monkeypatch, *names, capability=(9, 0), free=70e9, version="2.20.2", cudnn=91900, engine=True, fault="",
+              cublaslt=130100):
     """Let torch see these GPUs, and Transformer Engine answer by the table of cards.py."""
     if engine:
         helpers.fake_transformer_engine(monkeypatch, version, capability, lambda question: (
-            cards.supports(question, capability), "" if cards.supports(question, capability) else "no hardware."))
-        monkeypatch.setattr(sys.modules["transformer_engine_torch"], "get_cublasLt_version", lambda: 130100,
-                            raising=False)
+            cards.supports(question, capability), "" if cards.supports(question, capability) else "no hardware."),
+            cublaslt)
     else:
         monkeypatch.setitem(sys.modules, "transformer_engine", None)
     for name, value in dict(
@@ -134,6 +134,13 @@ def test_transformer_engine_is_missing_too_old_or_broken(shards, tmp_path, capsy
     status, lines, _ = report(capsys, *flags)
     assert status == 0 and "run.sh setup" in of(lines, "Transformer Engine", doctor.WARN)
     assert "install Transformer Engine" in of(lines, "precision", doctor.WARN)
+
+
+def test_a_cublas_that_computes_nvfp4_wrongly(shards, tmp_path, capsys, monkeypatch):
+    fake_gpus(monkeypatch, "NVIDIA B200", capability=(10, 0), cublaslt=130400)
+    status, lines, _ = report(capsys, *small(shards, tmp_path, n_embd=128, USE_NVFP4=True))
+    assert status == 1 and "13.4.1" in of(lines, "precision", doctor.FAIL) and "13.4.0" in of(lines, "libraries")
+    assert report(capsys, *small(shards, tmp_path, n_embd=128))[0] == 0
 
 
 @pytest.mark.parametrize("changes, cudnn, warned", [

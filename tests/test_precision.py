@@ -117,6 +117,20 @@ def test_nvfp4_on_each_gpu(monkeypatch, version, capability, complete):
     assert nvfp4_switches(train.select_precision(make_cfg(**NVFP4, NVFP4_2D_WEIGHTS=True), helpers.GPU))[2]
 
 
+@pytest.mark.parametrize("cublaslt, refused", [(130400, True), (130401, False), (130100, False), (130302, False)])
+def test_a_cublas_that_ignores_scales_of_nvfp4_is_refused(monkeypatch, cublaslt, refused):
+    """In hardware only: the emulation and other formats do not use it."""
+    helpers.fake_transformer_engine(monkeypatch, capability=(10, 0), cublaslt=cublaslt)
+    train.select_precision(make_cfg(), helpers.GPU)
+    train.select_precision(make_cfg(**NVFP4, USE_EMULATION=True), helpers.GPU)
+    if not refused:
+        assert not train.select_precision(make_cfg(**NVFP4), helpers.GPU).emulated
+        return
+    with pytest.raises(UserError, match="13.4.0.*13.4.1.*--USE_NVFP4=False") as error:
+        train.select_precision(make_cfg(**NVFP4), helpers.GPU)
+    assert error.value.status == 1
+
+
 # -----------------------------------------------------------------------------------------------------
 # Recipes' switches, each through a whole run
 
