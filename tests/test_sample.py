@@ -726,6 +726,19 @@ def test_export_in_bf16_and_never_over_other_files(tmp_path, out_dir, tokenizer,
     assert result.code == 1 and result.err.splitlines()[-1].startswith("sample.py: error: --export=")
 
 
+@pytest.mark.parametrize("mask, mode", [(0o022, 0o644), (0o027, 0o640)])
+def test_exported_files_have_the_mode_of_the_umask(tmp_path, out_dir, tokenizer, capsys, mask, mode):
+    """Safetensors makes its file for the owner alone (0600)."""
+    pytest.importorskip("safetensors")
+    before = os.umask(mask)
+    try:
+        assert main_here(capsys, f"--ckpt={out_dir}", f"--export={tmp_path}/hf").code == 0
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "hf").iterdir()}
+    assert modes == dict.fromkeys(modes, mode) and "model.safetensors" in modes and len(modes) == 8
+
+
 def test_upload_only_when_asked_and_its_failure_is_one_line(tmp_path, out_dir, tokenizer, capsys, monkeypatch):
     hub = pytest.importorskip("huggingface_hub")
     pytest.importorskip("safetensors")
