@@ -447,7 +447,8 @@ class Sampler:
             raise UserError(f"the prompt has token id {wrong}, but the model's ids go from 0 to {vocab_size - 1}; "
                             "use text of the tokenizer it was trained with", 2)
         if length >= limit:
-            raise UserError(f"the prompt has {length} tokens, but block_size is {limit}; give {limit - 1} or fewer", 2)
+            remedy = f"give {limit - 1} or fewer" if limit > 1 else "take a model with a larger block_size"
+            raise UserError(f"the prompt has {length} tokens, but block_size is {limit}; {remedy}", 2)
         if length + max_new_tokens > limit:
             raise UserError(f"a prompt of {length} tokens and {max_new_tokens} new tokens exceed block_size {limit}; "
                             f"give --max_new_tokens={limit - length} or less", 2)

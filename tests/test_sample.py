@@ -490,6 +490,13 @@ def test_a_byte_order_mark_is_no_part_of_a_prompt(out_dir, tokenizer, capsys, tm
     assert result.code == 2 and "empty" in result.err and str(path) in result.err
 
 
+def test_a_model_whose_blocks_have_one_token_has_no_room_for_a_prompt(tokenizer, capsys, tmp_path):
+    """The remedy is one that helps: no prompt is shorter than one token."""
+    save(text_model(block_size=1, batch_size=16, total_batch_size=16), tmp_path / "run" / "ckpt" / "step_000001")
+    result = main_here(capsys, f"--ckpt={tmp_path}/run")
+    assert result.code == 2 and "block_size is 1; take a model with a larger" in result.err
+
+
 @pytest.mark.slow
 def test_interactive_answers_each_line_and_survives_bad_ones(out_dir, tokenizer):
     """As a process: each line of stdin is a prompt; a prompt that is too long is reported, an empty line skipped."""
