@@ -5,7 +5,7 @@ Compare runs side by side: loss curves, noise, speed and memory, as a table and 
     python bench.py precision                               # bf16 and each format, two seeds each: gaps and noise
     python bench.py ablation                                # NVFP4 without one of its four ingredients at a time
     python bench.py emulation                               # speed of the emulated formats against bf16
-    torchrun --standalone --nproc_per_node=2 bench.py wrappers --max_iters=77      # FSDP2, then DDP
+    torchrun --standalone --local_addr=127.0.0.1 --nproc_per_node=2 bench.py wrappers --max_iters=77  # FSDP2, then DDP
     python bench.py race --tokens=60e6,100e6 '--variants=base; normuon: --muon_variant=normuon'   # whole schedules
     python bench.py profile                                 # where the time of a step goes; TFLOP/s of each matmul
     python bench.py alternate '--variants=old: tree=../old; new; no graphs: --USE_CUDA_GRAPHS=False'   # speed, in turn

@@ -4,7 +4,7 @@ Train a GPT in FP8 (or NVFP4) with NVIDIA Transformer Engine. Read it top to bot
     bash run.sh                                   # set up, then train: d20 with a GPU, tiny without
     bash run.sh --USE_FP8=False                   # any flag below can be set as --name=value
     python train.py --preset=tiny --max_iters=20  # one process, with the active Python
-    torchrun --standalone --nproc_per_node=8 train.py --total_batch_size=524288
+    torchrun --standalone --local_addr=127.0.0.1 --nproc_per_node=8 train.py --total_batch_size=524288
     python train.py --help                        # all flags with their defaults
     python train.py --doctor --preset=d12         # would training with these flags start here?
 

@@ -3,7 +3,7 @@ The plain reference that train.py is measured against: a GPT-2-style model in to
 
     python train_orig.py                                # d20 with a GPU, tiny without
     python train_orig.py --preset=tiny --max_iters=20   # any flag below can be set as --name=value
-    torchrun --standalone --nproc_per_node=8 train_orig.py
+    torchrun --standalone --local_addr=127.0.0.1 --nproc_per_node=8 train_orig.py
     python train_orig.py --help                         # all flags with their defaults
 
 It reads the same shards in the same order as train.py and writes the same log. Model, loss, optimizer, precision and

@@ -433,6 +433,13 @@ def test_nproc(host):
     assert host.did[0].endswith(" OMP=5")
 
 
+def test_commands_for_one_machine_need_no_host_name():
+    """torchrun looks the machine's own name up unless it has an address: where it does not resolve, it hangs."""
+    lines = [line for path in [*ROOT.glob("*.py"), ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+             for line in path.read_text(encoding="utf-8").splitlines() if "torchrun --standalone" in line]
+    assert len(lines) >= 6 and all(f"torchrun {ALONE} " in line for line in lines), lines
+
+
 def test_one_process_takes_no_ranks_from_outside(host):
     host.has("torch", "numpy").run(RANK="3", WORLD_SIZE="4")
     assert host.did == ["fake train.py RANK="]
