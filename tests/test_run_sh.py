@@ -440,6 +440,17 @@ def test_commands_for_one_machine_need_no_host_name():
     assert len(lines) >= 6 and all(f"torchrun {ALONE} " in line for line in lines), lines
 
 
+def test_threads_of_several_processes_follow_the_cores_that_they_may_use(host):
+    """getconf counts all of the machine's; nproc those of the affinity mask, as of a job on a shared node."""
+    host.fake("nproc", "#!/bin/bash\necho 12\n")
+    host.fake("getconf", "#!/bin/bash\necho 64\n")
+    host.has("torch", "numpy").run(NPROC="3")
+    assert host.did[0].endswith(" OMP=4")
+    host.fake("nproc", "#!/bin/bash\nexit 127\n")  # macOS has none
+    host.run(NPROC="4")
+    assert host.did[0].endswith(" OMP=16")
+
+
 def test_one_process_takes_no_ranks_from_outside(host):
     host.has("torch", "numpy").run(RANK="3", WORLD_SIZE="4")
     assert host.did == ["fake train.py RANK="]
@@ -481,7 +492,8 @@ def test_a_link_to_run_sh_runs_the_project(host):
 
 
 def test_several_machines(host):
-    host.has("torch", "numpy").run("--seed=1", NPROC="2", NNODES="2", NODE_RANK="1", MASTER_ADDR="10.0.0.1")
+    out = host.has("torch", "numpy").run("--seed=1", NPROC="2", NNODES="2", NODE_RANK="1", MASTER_ADDR="10.0.0.1")
+    assert "machine 1 of 2: training is reported on machine 0, 10.0.0.1" in out  # else its shell would say nothing
     assert host.did[0].startswith("fake torchrun --nproc_per_node=2 --nnodes=2 --node_rank=1 --master_addr=10.0.0.1 "
                                   "--master_port=29500 train.py --seed=1 ")
     host.run(NNODES="2", RDZV_ENDPOINT="h:1", RDZV_ID="7")
