@@ -1,6 +1,7 @@
 """precision.py: layers kept in bf16, the recipes' flags, FP8's scaling state, the format of evaluations."""
 
 import contextlib
+import importlib.util
 import sys
 
 import pytest
@@ -247,6 +248,47 @@ def test_the_version_is_printed(monkeypatch, version, tried):
     precision = train.select_precision(make_cfg(), helpers.GPU)
     assert not precision.emulated and precision.reason.startswith(f"by Transformer Engine {version}")
     assert all((word in precision.reason) != tried for word in ("not tried", "2.17 and newer"))
+
+
+def broken_library(monkeypatch, library, error):
+    """Let an import of this library fail in this process, as if it was not imported before."""
+    class Broken:
+        def find_spec(self, name, *_):
+            if name == library:
+                raise error
+
+    for name in [name for name in sys.modules if name.partition(".")[0] == library]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
+
+
+BROKEN = [OSError("libcudart.so.13: cannot open shared object file"), RuntimeError("no driver\nno GPU"),
+          AssertionError("unknown CUDA"), ImportError("no module")]
+
+
+@pytest.mark.parametrize("error", BROKEN)
+def test_a_transformer_engine_that_cannot_be_imported_is_emulated(monkeypatch, error):
+    """Whatever the import raises; the reason is its last line."""
+    helpers.fake_transformer_engine(monkeypatch)
+    broken_library(monkeypatch, "transformer_engine", error)
+    precision = train.select_precision(make_cfg(), helpers.GPU)
+    assert precision.emulated and precision.te is te
+    assert f"Transformer Engine cannot be imported: {str(error).splitlines()[-1]}" in precision.reason
+
+
+@pytest.mark.parametrize("error", BROKEN)
+@pytest.mark.parametrize("module", ["fused", "loss", "muon"])
+def test_a_triton_that_cannot_be_imported_leaves_plain_pytorch(monkeypatch, module, error):
+    """Checked on a second copy of each module that uses Triton."""
+    broken_library(monkeypatch, "triton", error)
+    path = helpers.ROOT / "nanofp8" / f"{module}.py"
+    spec = importlib.util.spec_from_file_location(f"nanofp8.copy_of_{module}", path)
+    copy = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, copy)
+    spec.loader.exec_module(copy)
+    assert copy.triton is None and not hasattr(copy, "kernels")
+    if module == "fused":
+        assert not copy.kernels_fit(make_cfg(), helpers.GPU) and not copy.use_kernels(torch.zeros(1))
 
 
 @pytest.mark.parametrize("version", ["2.8.0", "2.16.1", "1.13", "2.14.0+a1b2c3"])
