@@ -1,6 +1,7 @@
 """faults.py: steps that are skipped, ranks that die, runs that are interrupted, disks that fail."""
 
 import gc
+import io
 import json
 import os
 import pathlib
@@ -9,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from types import SimpleNamespace
 from unittest import mock
@@ -16,6 +18,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
 import helpers
@@ -40,7 +43,7 @@ from helpers import (
 )
 from nanofp8.checkpoint import Checkpoints, find_checkpoint
 from nanofp8.checkpoint_files import read_checkpoint, steps_of
-from nanofp8.faults import Guard
+from nanofp8.faults import Guard, Heartbeat, StopSignal, exit_now
 from nanofp8.precision import fp8_state, snapshot_scales
 from nanofp8.runlog import Progress
 
@@ -264,6 +267,17 @@ def test_a_spike_is_skipped_and_a_resumed_run_knows_the_window(tmp_path, shards)
 
 # -----------------------------------------------------------------------------------------------------
 # Broken off where it hurts
+
+
+def test_sighup_stops_a_run_unless_it_was_ignored_at_the_start():
+    """nohup ignores it for its command. It is put back as it was, whatever that was."""
+    for before, ours in ((signal.SIG_DFL, True), (signal.SIG_IGN, False)):
+        signal.signal(signal.SIGHUP, before)
+        with StopSignal() as stop:
+            assert (signal.getsignal(signal.SIGHUP) == stop.request) == ours
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert bool(stop.requested) == ours
+        assert signal.getsignal(signal.SIGHUP) == before
 
 
 @pytest.mark.slow
@@ -495,6 +509,52 @@ def test_an_error_on_one_rank_ends_both(tmp_path, shards):
     first, second = two_ranks(tmp_path, tmp_path / "data", rank_timeout=6)
     assert_one_error_line(finish(second, timeout=90), 1, "token id 600")
     assert_one_error_line(finish(first, timeout=60), 1, "rank 1 has not responded")
+
+
+@pytest.mark.parametrize("console", ["works", "reader has gone", "closed", "blocks"])
+def test_a_rank_that_cannot_print_still_ends(monkeypatch, console):
+    """It ends with its status, at once; a console that blocks delays it by a second."""
+    read, write = os.pipe()
+    release = threading.Event()
+
+    class Blocked(io.StringIO):
+        def write(self, text):
+            release.wait(30)
+
+    if console == "blocks":
+        stream = Blocked()
+    else:
+        stream = os.fdopen(write, "w")
+        if console == "reader has gone":
+            os.close(read)
+        elif console == "closed":
+            stream.close()
+    monkeypatch.setattr(sys, "stderr", stream)
+    ended = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    begin = time.monotonic()
+    exit_now("train.py: error: rank 1 has not responded", 1)
+    seconds = time.monotonic() - begin
+    release.set()
+    assert ended == [1] and (0.9 < seconds < 5 if console == "blocks" else seconds < 0.9)
+    if console == "works":
+        assert os.read(read, 1000) == b"train.py: error: rank 1 has not responded\n"
+
+
+def test_a_silent_rank_ends_this_one_without_a_console(monkeypatch):
+    """The heartbeat's thread ends the process though nobody reads stderr."""
+    ended, store = threading.Event(), dist.HashStore()
+    store.set("heartbeat/1", "0")
+    read, write = os.pipe()
+    os.close(read)
+    monkeypatch.setattr(sys, "stderr", os.fdopen(write, "w"))
+
+    monkeypatch.setattr(os, "_exit", lambda status: ended.set() or heartbeat.closing.wait())
+    heartbeat = Heartbeat(store, 0, 2, 2)
+    try:
+        assert ended.wait(15)
+    finally:
+        heartbeat.close()
 
 
 SLOW = """
