@@ -175,7 +175,8 @@ def test_a_batch_size_that_was_not_given_is_lowered_for_many_ranks(ranks, batch)
     (dict(warmup_iters=-1), "warmup_iters"), (dict(muon_momentum=1.0), "muon_momentum"),
     (dict(adam_beta2=1.0), "adam_beta2"),
     (dict(n_head=3), "--n_head="), (dict(n_embd=66, n_head=2), "head size"), (dict(run_name="a/b"), "run_name"),
-    (dict(run_name=""), "run_name"), (dict(run_name=".."), "run_name"), (dict(log_interval=0), "log_interval"),
+    (dict(run_name=""), "run_name"), (dict(run_name=".."), "run_name"),
+    (dict(run_name=".gpt"), "leading dot"), (dict(log_interval=0), "log_interval"),
     (dict(eval_tokens=0), "eval_tokens"), (dict(max_iters=0), "max_iters"), (dict(norm_eps=0), "norm_eps"),
     (dict(adam_eps=0.0), "adam_eps"),  # 0 / 0 for every embedding row that has had no gradient
     (dict(adam_eps=-1.0), "adam_eps"), (dict(seed=-1), "seed"),  # numpy takes 0 to 2^32 - 1
@@ -184,6 +185,22 @@ def test_impossible_values_are_refused(changes, words):
     with pytest.raises(UserError, match=words) as caught:
         train.check_flags(make_cfg(**changes), 1)
     assert caught.value.status == 2
+
+
+@pytest.mark.parametrize("name", train.PRESETS)
+def test_every_preset_saves_before_its_end(name):
+    """Else a run that is killed late would lose all of it."""
+    cfg = parse(f"--preset={name}")
+    assert 0 < cfg.ckpt_interval < cfg.max_iters and cfg.keep_checkpoints > 0
+
+
+def test_a_block_of_one_token(fresh, shards, tmp_path, capsys):
+    """It trains. FP8 needs micro-batches of a multiple of 16 tokens; else one line says so."""
+    flags = dict(block_size=1, batch_size=16, total_batch_size=32, max_iters=3, warmup_iters=1)
+    folder = train_here(tmp_path, shards, **flags)
+    assert len(helpers.losses(folder)) == 3 and all(map(math.isfinite, helpers.losses(folder)))
+    with pytest.raises(UserError, match="batch_size x block_size divisible by 16, got 64 and 2"):
+        train.select_precision(make_cfg(**flags | dict(batch_size=2)), helpers.CPU)
 
 
 @pytest.mark.parametrize("total,batch,world",
