@@ -12,8 +12,9 @@ TE_MADE_FOR = "2.20.2"  # of requirements.txt; no other version has been run
 MADE_FOR_CUDA = "13.0"  # of torch in requirements.txt
 
 # A user reports rare FP8 gradients on compute capability 12.x that are finite and far too large, from TE's kernel that
-# casts and transposes (NVIDIA/TransformerEngine pull request 3215, open; not in 2.20.2). So steps whose gradient norm
-# lies this many deviations above the mean are skipped there
+# casts and transposes (NVIDIA/TransformerEngine pull request 3215, open; not in 2.20.2). Our kernels take its place in
+# the fused blocks and the head (own_quantize); TE's modules still run it. So steps whose gradient norm lies this many
+# deviations above the mean are skipped there
 GRAD_ZSCORE_12 = 8.0
 NVFP4_OLDEST_12 = (2, 19)  # the first version that has all of NVFP4's ingredients on compute capability 12.x
 
@@ -97,6 +98,14 @@ def unfused_attention(capability: tuple[int, int], head_size: int, cudnn: int) -
     if head_size % 8 or head_size > largest:
         return f"in training cuDNN takes heads of a multiple of 8, at most {largest}, and these are of {head_size}"
     return ""
+
+
+def own_quantize(capability: tuple[int, int]) -> bool:
+    """Return whether fused.py quantizes and transposes FP8 by Triton kernels there, and not by TE's.
+
+    TE's kernel is compiled at run time (common/transpose/cast_transpose.cu:263). GRAD_ZSCORE_12 says what is wrong.
+    """
+    return capability[0] == 12
 
 
 # ----------------------------------------------------------------------------------------------------------------------

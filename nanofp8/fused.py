@@ -38,7 +38,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from nanofp8 import epilogues
+from nanofp8 import cards, epilogues
 from nanofp8.parts import TokenOrder, add_value_embedding, table_gradient, value_embedding_grad
 
 try:
@@ -165,6 +165,15 @@ def te_quantizer(scaling: Scaling, colwise: bool = True) -> Any:
     return quantizer
 
 
+@functools.cache
+def own_quantize() -> bool:
+    """Return whether quantize() and transposed() run our Triton kernels, not TE's: on the GPUs of cards.own_quantize().
+
+    Both write the same bits.
+    """
+    return te_gemm() is not None and cards.own_quantize(torch.cuda.get_device_capability())
+
+
 def quantize(x: torch.Tensor, scaling: Scaling | None, colwise: bool = True) -> Operands:
     """Return x (M, K) and its transpose as matmul operands (rows, cols).
 
@@ -173,6 +182,8 @@ def quantize(x: torch.Tensor, scaling: Scaling | None, colwise: bool = True) -> 
     """
     if scaling is None:
         return x, x.t()
+    if own_quantize() and use_kernels(x):
+        return quantize_by_triton(x, scaling, colwise)
     if x.is_cuda and te_gemm():
         quantized = (scaling.quantizer or te_quantizer(scaling, colwise))(x)
         rows = Fp8(quantized._data.view(scaling.dtype), scaling.inverse)
@@ -190,16 +201,42 @@ def quantize(x: torch.Tensor, scaling: Scaling | None, colwise: bool = True) -> 
     return Fp8(quantized, scaling.inverse), Fp8(quantized.t(), scaling.inverse) if colwise else None
 
 
+def quantize_by_triton(x: torch.Tensor, scaling: Scaling, colwise: bool) -> Operands:
+    """Return what quantize() returns, by our kernel."""
+    (M, K), x = x.shape, x.contiguous()
+    rows = torch.empty(M, K, dtype=scaling.dtype, device=x.device)
+    # The kernel writes words of four rows. Matrices of other heights are transposed afterwards
+    cols = torch.empty(K, M, dtype=scaling.dtype, device=x.device) if colwise and M % 4 == 0 else None
+    kernels.quantize_fp8[(triton.cdiv(M, 128), triton.cdiv(K, 64))](
+        x, rows, as_int32(cols), *scale_and_amax(scaling), M, K, scaling.dtype == torch.float8_e5m2, 32, 64)
+    rows = as_operand(rows, scaling)
+    if not colwise:
+        return rows, None
+    return rows, transposed(rows) if cols is None else as_operand(cols, scaling)
+
+
 def transposed(operand: Operand) -> Operand:
     """Return the cols operand (K, M) of a rows operand (M, K)."""
     if not isinstance(operand, Fp8):
         return operand.t()
+    if own_quantize() and use_kernels(operand.data):
+        return operand._replace(data=transpose_by_triton(operand.data))
     if not operand.data.is_cuda or not te_gemm():
         return Fp8(operand.data.t(), operand.inverse_scale)
     te_dtypes, te_kernels = te_types()
     dtype = operand.data.dtype
     cols = te_kernels.fp8_transpose(operand.data.view(torch.uint8), te_dtypes[dtype], out=None)
     return Fp8(cols.view(dtype), operand.inverse_scale)
+
+
+def transpose_by_triton(data: torch.Tensor) -> torch.Tensor:
+    """Return the transpose (K, M) of an FP8 matrix (M, K), contiguous."""
+    M, K = data.shape
+    if M % 4 or K % 4:  # the kernel reads and writes words of four values
+        return data.t().contiguous()
+    cols = torch.empty(K, M, dtype=data.dtype, device=data.device)
+    kernels.transpose_fp8[(triton.cdiv(M, 128), triton.cdiv(K, 128))](as_int32(data), as_int32(cols), M, K, 32, 32)
+    return cols
 
 
 def weight_operand(weight: torch.nn.Parameter, scaling: Callable[[torch.Tensor], Scaling | None], first: bool | None,
@@ -359,7 +396,7 @@ def add_norm_grad(dy: torch.Tensor, residual: torch.Tensor, gain: torch.Tensor, 
 
 
 def as_int32(cols: torch.Tensor | None) -> torch.Tensor | None:
-    """View an FP8 matrix (K, M) as the 32-bit words (K, M / 4) that the kernels write; None for None.
+    """View an FP8 matrix (K, M) as the 32-bit words (K, M / 4) that the kernels read or write; None for None.
 
     M must be a multiple of 4: torch raises RuntimeError otherwise.
     """

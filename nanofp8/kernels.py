@@ -65,6 +65,63 @@ def raise_amax(amax_ptr, largest):
         tl.atomic_max(amax_ptr, largest)
 
 
+# Each *_rows function computes every fourth row of a program's output, stores it and returns it in fp32, so that its
+# caller can pass four of them to pack_fp8().
+@triton.jit
+def quantize_rows(x_ptr, out_ptr, scale_ptr, rows, columns, M, K, E5M2: tl.constexpr):
+    """Store the given rows and columns of x in FP8; return them, fp32, before the scale."""
+    offsets, mask = rows.to(tl.int64)[:, None] * K + columns[None, :], (rows < M)[:, None] & (columns < K)[None, :]
+    values = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    fp8 = as_fp8(values, tl.load(scale_ptr), out_ptr, 57344.0 if E5M2 else 448.0)
+    tl.store(out_ptr + offsets, fp8, mask=mask)
+    return values
+
+
+@triton.jit
+def quantize_fp8(x_ptr, out_ptr, cols_ptr, scale_ptr, amax_ptr, M, K, E5M2: tl.constexpr, QUADS: tl.constexpr,
+                 BLOCK: tl.constexpr):
+    """Compute out = x * scale in FP8 and cols = out.T, and raise amax to the largest |x|, without NaN.
+
+    x (M, K) bf16 or fp32; out (M, K) E5M2 or E4M3; cols (K, M / 4) words of the same, None: not written; amax None: not
+    raised. The results are those of Transformer Engine's kernel (common/transpose/rtc/cast_transpose.cu), bit for bit.
+    A program takes 4 * QUADS rows and BLOCK columns.
+    """
+    quads, columns = tl.program_id(0) * QUADS + tl.arange(0, QUADS), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    values0 = quantize_rows(x_ptr, out_ptr, scale_ptr, 4 * quads, columns, M, K, E5M2)
+    values1 = quantize_rows(x_ptr, out_ptr, scale_ptr, 4 * quads + 1, columns, M, K, E5M2)
+    values2 = quantize_rows(x_ptr, out_ptr, scale_ptr, 4 * quads + 2, columns, M, K, E5M2)
+    values3 = quantize_rows(x_ptr, out_ptr, scale_ptr, 4 * quads + 3, columns, M, K, E5M2)
+    if cols_ptr is not None:
+        cols_offsets = columns.to(tl.int64)[:, None] * (M // 4) + quads[None, :]
+        tl.store(cols_ptr + cols_offsets,
+                 tl.trans(pack_fp8(values0, values1, values2, values3, tl.load(scale_ptr), E5M2)),
+                 mask=(columns < K)[:, None] & (quads < M // 4)[None, :])
+    if amax_ptr is not None:
+        largest = tl.maximum(tl.maximum(tl.abs(values0), tl.abs(values1)),
+                             tl.maximum(tl.abs(values2), tl.abs(values3)))
+        raise_amax(amax_ptr, tl.max(largest))
+
+
+@triton.jit
+def transpose_fp8(x_ptr, cols_ptr, M, K, QUADS: tl.constexpr, BLOCK: tl.constexpr):
+    """Compute the transpose of a matrix of bytes, of whatever format.
+
+    x (M, K / 4): words of four columns; cols (K, M / 4): words of four rows. A program takes 4 * QUADS rows and
+    4 * BLOCK columns. It works on words, because ptxas may get single bytes wrong, see pack_fp8().
+    """
+    quads, words = tl.program_id(0) * QUADS + tl.arange(0, QUADS), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    offsets = (4 * quads).to(tl.int64)[:, None] * (K // 4) + words[None, :]
+    mask = (quads < M // 4)[:, None] & (words < K // 4)[None, :]
+    row0 = tl.load(x_ptr + offsets, mask=mask, other=0)
+    row1 = tl.load(x_ptr + offsets + K // 4, mask=mask, other=0)
+    row2 = tl.load(x_ptr + offsets + 2 * (K // 4), mask=mask, other=0)
+    row3 = tl.load(x_ptr + offsets + 3 * (K // 4), mask=mask, other=0)
+    for i in tl.static_range(4):
+        column = (row0 >> 8 * i & 255) | (row1 >> 8 * i & 255) << 8 | (row2 >> 8 * i & 255) << 16 | row3 >> 8 * i << 24
+        cols_offsets = (4 * words + i).to(tl.int64)[:, None] * (M // 4) + quads[None, :]
+        tl.store(cols_ptr + cols_offsets, tl.trans(column), mask=tl.trans(mask))
+
+
 @triton.jit
 def add_norm_forward(x_ptr, delta_ptr, x0_ptr, x_scale_ptr, x0_scale_ptr, gain_ptr, residual_ptr, y_ptr, rstd_ptr,
                      scale_ptr, amax_ptr, N, C, eps, ADD: tl.constexpr, MIX: tl.constexpr, FP8: tl.constexpr,
@@ -249,8 +306,6 @@ def relu2_forward(pre_activation_ptr, activation_ptr, scale_ptr, amax_ptr, size,
         tl.store(activation_ptr + offsets, activation.to(tl.bfloat16), mask=offsets < size)
 
 
-# Each *_rows function computes the gradient of every fourth token of a program, stores it and returns it in fp32, so
-# that its caller can pass four of them to pack_fp8().
 @triton.jit
 def relu2_backward_rows(grad_ptr, pre_activation_ptr, out_ptr, scale_ptr, rows, columns, M, K, FP8: tl.constexpr):
     """Store the gradient through relu^2 of the given rows and columns; return it, and relu^2."""

@@ -4,6 +4,7 @@ conftest.py sets TRITON_INTERPRET=1, which Triton reads when it is imported.
 """
 
 import contextlib
+import math
 import os
 import pathlib
 import subprocess
@@ -155,21 +156,69 @@ def test_embedding_with_norm_and_its_gradient(in_place):
                        torch.tensor(0.0 if not in_place else (V - len(idx.unique())) * C, device=DEVICE))
 
 
-@pytest.mark.parametrize("shape", [(64, 128), (48, 80)])
+def equal_bits(a, b):
+    """Whether two FP8 tensors hold the same bytes; NaN may have any sign."""
+    a, b = (x.to(torch.float32).nan_to_num(nan=12345.0).view(torch.int32) for x in (a, b))
+    return torch.equal(a, b)
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("shape", [(64, 128), (48, 80), (132, 200), (34, 64), (36, 30)])
 @pytest.mark.parametrize("dtype", [E4M3, E5M2])
 @pytest.mark.parametrize("source", [torch.bfloat16, torch.float32])
-def test_quantize(shape, dtype, source):
+def test_quantize(shape, dtype, source, own, monkeypatch):
+    """own: by our kernels, as on compute capability 12.x; heights and widths may not be divisible by 4."""
+    monkeypatch.setattr(fused, "own_quantize", lambda: own)
     x = randn(*shape, dtype=source)
     x[0, :4] = torch.tensor([0.0, 1e9, -1e9, float("nan")])
     scaling = make_scaling(64.0, dtype)
     rows, cols = quantize(x, scaling)
-    expected = cast(x, scaling)
-    assert torch.equal(rows.data.float().nan_to_num(nan=12345.0), expected.float().nan_to_num(nan=12345.0))
-    assert torch.equal(cols.data.float().nan_to_num(nan=12345.0), rows.data.t().float().nan_to_num(nan=12345.0))
-    if DEVICE == "cuda":  # on a CPU the amax of NaN is NaN
+    assert equal_bits(rows.data, cast(x, scaling)) and equal_bits(cols.data, rows.data.t())
+    assert rows.inverse_scale is cols.inverse_scale is scaling.inverse
+    if own or DEVICE == "cuda":  # plain PyTorch's amax of NaN is NaN
         assert scaling.amax.item() == torch.tensor(1e9).to(source).item()
     only_rows, nothing = quantize(x, scaling, colwise=False)
     assert nothing is None and torch.equal(only_rows.data.view(torch.uint8), rows.data.view(torch.uint8))
+    assert equal_bits(transposed(rows).data, cols.data)
+    if own:
+        assert rows.data.dtype == cols.data.dtype == dtype and cols.data.is_contiguous()
+        scaling.amax.fill_(2e9)  # it is raised, never lowered
+        quantize(x.t().contiguous().t(), scaling)
+        assert scaling.amax.item() == 2e9
+        assert equal_bits(quantize(x, scaling._replace(amax=None))[1].data, cols.data)
+
+
+@pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered in multiply:RuntimeWarning")
+@pytest.mark.parametrize("dtype", [E4M3, E5M2])
+def test_our_kernel_quantizes_every_value_as_transformer_engine_does(dtype, monkeypatch):
+    """All bf16 values, and fp32 values at the middle between two FP8 values and next to it. Where Transformer Engine
+    runs, its bytes are the reference, NaN's too; elsewhere torch's."""
+    fp8 = torch.arange(256, dtype=torch.uint8).view(dtype).float()
+    fp8 = fp8[fp8.isfinite()].sort().values
+    middle = (fp8[1:] + fp8[:-1]) / 2
+    beside = [torch.nextafter(middle, torch.tensor(side)) for side in (-math.inf, math.inf)]
+    fp32 = torch.cat([middle, *beside, fp8, -fp8, 2 * fp8])
+    fp32 = torch.cat([fp32, fp32.new_zeros(-len(fp32) % 32)]).view(32, -1).contiguous()
+    bf16 = torch.arange(-2 ** 15, 2 ** 15, dtype=torch.int16).view(torch.bfloat16).view(256, 256)
+    for x, scale in ((fp32, 1.0), (bf16, 1.0), (bf16, 3.0), (bf16, 2.0 ** -20)):
+        scaling = make_scaling(scale, dtype)
+        results = []
+        for own in (False, True):
+            monkeypatch.setattr(fused, "own_quantize", lambda own=own: own)
+            results.append([operand.data for operand in quantize(x.to(DEVICE), scaling._replace(amax=None))])
+        for theirs, ours in zip(*results, strict=True):
+            if DEVICE == "cuda" and fused.te_gemm():
+                assert torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8))
+            assert equal_bits(ours, theirs)
+
+
+@pytest.mark.parametrize("capability, own", [((8, 9), False), ((9, 0), False), ((10, 0), False), ((12, 0), True),
+                                             ((12, 1), True)])
+def test_where_our_kernel_quantizes(capability, own, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    for gemm in (None, print):  # without Transformer Engine FP8 is emulated
+        monkeypatch.setattr(fused, "te_gemm", lambda gemm=gemm: gemm)
+        assert fused.own_quantize.__wrapped__() == (own and gemm is print)
 
 
 def test_weight_operand_is_made_once_a_step():

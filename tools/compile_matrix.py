@@ -63,10 +63,10 @@ CASES = {
 }
 
 
-# The argument of a kernel that has the weights' dtype: fp32, or bf16 under FSDP2
+# The argument of a kernel that has the weights' dtype: fp32, or bf16 under FSDP2. quantize_fp8 takes gradients too
 WEIGHTS = {"add_norm_forward": "gain_ptr", "add_norm_backward": "gain_ptr", "embed_norm_forward": "table_ptr",
            "value_embedding_forward": "table_ptr", "value_embedding_backward": "table_ptr",
-           "embedding_gradient": "grad_ptr"}
+           "embedding_gradient": "grad_ptr", "quantize_fp8": "x_ptr"}
 
 
 class Launch(NamedTuple):
@@ -81,7 +81,7 @@ class Launch(NamedTuple):
     @property
     def fp8(self) -> bool:
         """Whether it writes FP8, for which a GPU before sm_89 has no instructions."""
-        return any("fp8" in kind for _, kind in self.signature) or dict(self.named_constants()).get("FP8") is True
+        return "fp8" in self.kernel + str(self.signature) or dict(self.named_constants()).get("FP8") is True
 
     def named_constants(self) -> list[tuple[str, Any]]:
         """Return (name, value) of the constants that are constexpr arguments of the kernel."""
@@ -89,11 +89,16 @@ class Launch(NamedTuple):
         return [(names[place[0]], value) for place, value in self.constants if names[place[0]].isupper()]
 
     def variant(self) -> str:
-        """Return what tells it from launches of the same kernel, except alignment: constants, the weights' dtype."""
+        """Return what tells it from launches of the same kernel, except alignment: constants, outputs that an FP8
+        kernel leaves out, the weights' dtype."""
         constants = [name if value is True else f"{name}={value}" for name, value in self.named_constants()
                      if value is not False]
-        weights = dict(self.signature).get(WEIGHTS.get(self.kernel, ""), "")
-        return ", ".join(constants + [f"weights {weights.removeprefix('*')}"] * bool(weights))
+        absent = [f"no {self.signature[place[0]][0].removesuffix('_ptr')}" for place, value in self.constants
+                  if value is None and self.fp8]
+        weights, label = dict(self.signature).get(WEIGHTS.get(self.kernel, ""), ""), "weights"
+        if self.kernel == "quantize_fp8":
+            label = "x"
+        return ", ".join(constants + absent + [f"{label} {weights.removeprefix('*')}"] * bool(weights))
 
 
 class Compiled(NamedTuple):
@@ -156,9 +161,11 @@ def record(cases: list[str]) -> dict[Launch, None]:
         for patch in patches:
             stack.enter_context(patch)
         for case in cases:
-            for fp8 in (False, True):
-                for fsdp2 in (False, True):
-                    one_pass(CASES[case], fp8, fsdp2)
+            for fsdp2 in (False, True):
+                one_pass(CASES[case], False, fsdp2)
+                for own_quantize in (False, True):  # by TE or by us: cards.own_quantize()
+                    with mock.patch.object(fused, "own_quantize", lambda own=own_quantize: own):
+                        one_pass(CASES[case], True, fsdp2)
     return launches
 
 
