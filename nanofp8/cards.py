@@ -108,6 +108,15 @@ def own_quantize(capability: tuple[int, int]) -> bool:
     return capability[0] == 12
 
 
+def any_fp8_layout(capability: tuple[int, int]) -> bool:
+    """Return whether cuBLAS multiplies FP8 matrices in any layout there, and not only with contiguous sums ("TN").
+
+    For matrices with one scale each. It is what TE's is_non_tn_fp8_gemm_supported says (pytorch/utils.py:770;
+    common/transformer_engine.cpp:1191), the same from 2.17 to 2.20.2: its quantizers make no transposes there either.
+    """
+    return (10, 0) <= capability < (12, 0) or capability >= (13, 0)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Which format runs where
 

@@ -26,7 +26,9 @@ start of a pass. The kernels raise the first row of TE's amax histories directly
 (MicroBatchGraphs) may be replayed, because it runs its kernels with the addresses that it was captured with.
 
 Layouts: N = B * T tokens, C = n_embd. A matmul operand is "rows" (N, K), summed over K, or "cols", its transpose
-(K, N), summed over tokens: Hopper's FP8 matmuls want the summed dimension contiguous in both operands.
+(K, N), summed over tokens. Hopper's FP8 matmuls want the summed dimension contiguous in both operands, so that cols are
+matrices of their own. On B200 they take any layout, as bf16 matmuls do everywhere: cols are views of the rows, and no
+kernel writes a transpose. needs_transposes() is the one place that decides; matmul() sees a view by its strides.
 """
 
 import contextlib
@@ -54,7 +56,7 @@ INTERPRET_ON_CPU = False  # for tests: run the kernels on CPU tensors too, in Tr
 class Fp8(NamedTuple):
     """An FP8 matrix and the factor that its values must be multiplied by."""
 
-    data: torch.Tensor           # float8; fp32 holding FP8 values where FP8 is emulated
+    data: torch.Tensor           # float8; fp32 holding FP8 values where FP8 is emulated. Maybe a transposed view
     inverse_scale: torch.Tensor  # one element, fp32
 
 
@@ -88,6 +90,31 @@ def as_operand(data: torch.Tensor, scaling: Scaling | None) -> Operand:
     return data if scaling is None else Fp8(data, scaling.inverse)
 
 
+def outputs(x: torch.Tensor, scaling: Scaling | None,
+            transpose: bool = True) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return the memory for a kernel's output of x's shape (M, K), and for the output's transpose (K, M).
+
+    Both are FP8 by `scaling`; the second is None if it is not wanted (transpose=False), or if matmuls need none.
+    scaling None: x itself, which the kernel overwrites, and None.
+    """
+    if scaling is None:
+        return x, None
+    M, K = x.shape
+    rows = torch.empty(M, K, dtype=scaling.dtype, device=x.device)
+    cols = torch.empty(K, M, dtype=scaling.dtype, device=x.device) if transpose and needs_transposes() else None
+    return rows, cols
+
+
+def as_cols(rows: torch.Tensor | None, cols: torch.Tensor | None, scaling: Scaling | None) -> Operand:
+    """Return the cols operand of an output: cols, or if a kernel wrote none, the transposed rows."""
+    return transposed(as_operand(rows, scaling)) if cols is None else as_operand(cols, scaling)
+
+
+def as_operands(rows: torch.Tensor, cols: torch.Tensor | None, scaling: Scaling | None) -> Operands:
+    """Return what a kernel wrote to outputs() as matmul operands (rows, cols)."""
+    return as_operand(rows, scaling), as_cols(rows, cols, scaling)
+
+
 def scale_and_amax(scaling: Scaling | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Return a kernel's arguments scale and amax; (None, None) if it writes bf16."""
     return (None, None) if scaling is None else (scaling.scale, scaling.amax)
@@ -108,13 +135,30 @@ def te_gemm() -> Callable | None:
     except Exception:  # not installed, broken, or too old
         return None
 
-    def operand(x):
-        return Float8TensorStorage(data=x.data.view(torch.uint8), fp8_scale_inv=x.inverse_scale,
-                                   fp8_dtype=te_types()[0][x.data.dtype], fake_dtype=torch.bfloat16)
+    def in_memory(x: Fp8) -> tuple[Any, bool]:
+        """Return the matrix as it lies in memory, and whether x is its transpose."""
+        is_view = not x.data.is_contiguous()
+        data = x.data.t() if is_view else x.data
+        return Float8TensorStorage(data=data.view(torch.uint8), fp8_scale_inv=x.inverse_scale,
+                                   fp8_dtype=te_types()[0][data.dtype], fake_dtype=torch.bfloat16), is_view
 
-    # BLAS is column-major and torch row-major: its first operand is our second
-    return lambda a, b, dtype, out, add, fast: general_gemm(
-        operand(b), operand(a), dtype, out=out, accumulate=add, layout="TN", use_split_accumulator=not fast)[0]
+    def gemm(a, b, dtype, out, add, fast):
+        # BLAS is column-major and torch row-major: its first operand is our second, and a @ b.T of two rows is "TN".
+        # With views it is "NN" or "NT", as TE's own Linear has it (pytorch/module/linear.py:1427, :1606)
+        (a, a_is_view), (b, b_is_view) = in_memory(a), in_memory(b)
+        layout = ("N" if b_is_view else "T") + ("T" if a_is_view else "N")
+        return general_gemm(b, a, dtype, out=out, accumulate=add, layout=layout, use_split_accumulator=not fast)[0]
+
+    return gemm
+
+
+@functools.cache
+def needs_transposes() -> bool:
+    """Return whether cols operands in FP8 must be matrices of their own; False: views of the rows will do.
+
+    It depends on the GPU: cards.any_fp8_layout(). The emulation multiplies views too.
+    """
+    return te_gemm() is not None and not cards.any_fp8_layout(torch.cuda.get_device_capability())
 
 
 def matmul(a: Operand, b: Operand, dtype: torch.dtype = torch.bfloat16, out: torch.Tensor | None = None,
@@ -122,7 +166,8 @@ def matmul(a: Operand, b: Operand, dtype: torch.dtype = torch.bfloat16, out: tor
     """Return a @ b.T (M, N) with fp32 accumulation.
 
     Args:
-        a, b: (M, K) and (N, K); both Fp8 with K contiguous, or both bf16, transposed views too.
+        a, b: (M, K) and (N, K); both Fp8, or both bf16. Contiguous, or transposed views: of FP8 matrices only unless
+            needs_transposes(), and of b alone or of both.
         dtype: the result's dtype, if `out` is None.
         out: fp32 (M, N) that receives the result.
         add: add to `out` (True) or overwrite it (False).
@@ -178,7 +223,7 @@ def quantize(x: torch.Tensor, scaling: Scaling | None, colwise: bool = True) -> 
     """Return x (M, K) and its transpose as matmul operands (rows, cols).
 
     In FP8 by `scaling`, saturating, with NaN staying NaN; or x itself and its view x.t(), if `scaling` is None.
-    colwise=False: an FP8 transpose is not made, and cols is None.
+    colwise=False: cols are not wanted, and None in FP8.
     """
     if scaling is None:
         return x, x.t()
@@ -189,8 +234,7 @@ def quantize(x: torch.Tensor, scaling: Scaling | None, colwise: bool = True) -> 
         rows = Fp8(quantized._data.view(scaling.dtype), scaling.inverse)
         if not colwise:
             return rows, None
-        # TE makes no transpose on GPUs whose FP8 matmuls take any layout (B200)
-        if quantized._transpose is None:
+        if quantized._transpose is None:  # unless needs_transposes(): csrc/quantizer.cpp:375 asks the same question
             return rows, transposed(rows)
         return rows, Fp8(quantized._transpose.view(scaling.dtype), scaling.inverse)
     fp8_max = torch.finfo(scaling.dtype).max
@@ -204,29 +248,26 @@ def quantize(x: torch.Tensor, scaling: Scaling | None, colwise: bool = True) -> 
 def quantize_by_triton(x: torch.Tensor, scaling: Scaling, colwise: bool) -> Operands:
     """Return what quantize() returns, by our kernel."""
     (M, K), x = x.shape, x.contiguous()
-    rows = torch.empty(M, K, dtype=scaling.dtype, device=x.device)
     # The kernel writes words of four rows. Matrices of other heights are transposed afterwards
-    cols = torch.empty(K, M, dtype=scaling.dtype, device=x.device) if colwise and M % 4 == 0 else None
+    rows, cols = outputs(x, scaling, transpose=colwise and M % 4 == 0)
     kernels.quantize_fp8[(triton.cdiv(M, 128), triton.cdiv(K, 64))](
         x, rows, as_int32(cols), *scale_and_amax(scaling), M, K, scaling.dtype == torch.float8_e5m2, 32, 64)
-    rows = as_operand(rows, scaling)
-    if not colwise:
-        return rows, None
-    return rows, transposed(rows) if cols is None else as_operand(cols, scaling)
+    return as_operands(rows, cols, scaling) if colwise else (as_operand(rows, scaling), None)
 
 
 def transposed(operand: Operand) -> Operand:
-    """Return the cols operand (K, M) of a rows operand (M, K)."""
+    """Return the cols operand (K, M) of a rows operand (M, K): a view, or in FP8 a matrix if needs_transposes()."""
     if not isinstance(operand, Fp8):
         return operand.t()
-    if own_quantize() and use_kernels(operand.data):
-        return operand._replace(data=transpose_by_triton(operand.data))
-    if not operand.data.is_cuda or not te_gemm():
-        return Fp8(operand.data.t(), operand.inverse_scale)
-    te_dtypes, te_kernels = te_types()
-    dtype = operand.data.dtype
-    cols = te_kernels.fp8_transpose(operand.data.view(torch.uint8), te_dtypes[dtype], out=None)
-    return Fp8(cols.view(dtype), operand.inverse_scale)
+    data = operand.data
+    if needs_transposes() and own_quantize() and use_kernels(data):
+        cols = transpose_by_triton(data)
+    elif needs_transposes() and data.is_cuda:
+        te_dtypes, te_kernels = te_types()
+        cols = te_kernels.fp8_transpose(data.view(torch.uint8), te_dtypes[data.dtype], out=None).view(data.dtype)
+    else:
+        cols = data.t()
+    return operand._replace(data=cols)
 
 
 def transpose_by_triton(data: torch.Tensor) -> torch.Tensor:
@@ -513,11 +554,10 @@ def rope_qk_norm_grad(dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor, qkv:
         and grad.untyped_storage().data_ptr() == dq.untyped_storage().data_ptr() for i, grad in enumerate((dq, dk, dv)))
     grad = dq.as_strided(packed.shape, packed.stride()) if is_packed else torch.stack((dq, dk, dv), dim=2)
     grad, fp8 = grad.view(N, C3), scaling is not None
-    rows = torch.empty(N, C3, dtype=scaling.dtype, device=grad.device) if fp8 else grad
-    cols = torch.empty(C3, N, dtype=scaling.dtype, device=grad.device) if fp8 else None
+    rows, cols = outputs(grad, scaling)
     kernels.rope_qk_norm_backward[(triton.cdiv(N, 128), (3 if fp8 else 2) * H)](
         grad, qkv, cos, sin, rstd, rows, as_int32(cols), *scale_and_amax(scaling), N, T, 2 * H, C3, fp8, D // 2, 32)
-    return (as_operand(rows, scaling), as_operand(cols, scaling)) if fp8 else (grad, grad.t())
+    return as_operands(rows, cols, scaling)
 
 
 class RopeQKNorm(torch.autograd.Function):
@@ -573,19 +613,22 @@ def relu2_grad(d_activation: torch.Tensor, pre_activation: torch.Tensor, activat
     """Return the gradient of relu2's input as matmul operands (N, 4C) and (4C, N), and relu2's output as (4C, N).
 
     d_activation, pre_activation (N, 4C) bf16. In bf16 (scaling None) the result overwrites d_activation, and activation
-    (N, 4C) is needed. In FP8 by `scaling`; activation is computed again, by activation_scaling.
+    (N, 4C) is needed. In FP8 by `scaling`; activation is computed again, by activation_scaling. Of it the kernel writes
+    the layout that the matmul takes. Where rows will do, the forward pass's could be kept instead. That would save this
+    kernel 1 of the 6 bytes a value that it moves, for 1 byte a value of memory in every block until backward.
     """
-    (N, K), device = pre_activation.shape, pre_activation.device
+    N, K = pre_activation.shape
     fp8 = scaling is not None
-    rows = torch.empty(N, K, dtype=scaling.dtype, device=device) if fp8 else d_activation
-    cols = torch.empty(K, N, dtype=scaling.dtype, device=device) if fp8 else None
-    activation_cols = torch.empty(K, N, dtype=activation_scaling.dtype, device=device) if fp8 else None
+    rows, cols = outputs(d_activation, scaling)
+    activation_rows, activation_cols = None, None
+    if fp8 and cols is None:
+        activation = activation_rows = torch.empty(N, K, dtype=activation_scaling.dtype, device=rows.device)
+    elif fp8:
+        activation_cols = torch.empty(K, N, dtype=activation_scaling.dtype, device=rows.device)
     kernels.relu2_backward[(triton.cdiv(N, 128), triton.cdiv(K, 64))](
-        d_activation, pre_activation, rows, as_int32(cols), as_int32(activation_cols), *scale_and_amax(scaling),
-        scale_and_amax(activation_scaling)[0], N, K, fp8, 32, 64)
-    if not fp8:
-        return rows, rows.t(), activation.t()
-    return as_operand(rows, scaling), as_operand(cols, scaling), as_operand(activation_cols, activation_scaling)
+        d_activation, pre_activation, rows, as_int32(cols), activation_rows, as_int32(activation_cols),
+        *scale_and_amax(scaling), scale_and_amax(activation_scaling)[0], N, K, fp8, 32, 64)
+    return *as_operands(rows, cols, scaling), as_cols(activation, activation_cols, activation_scaling)
 
 
 class FusedMLP(torch.autograd.Function):

@@ -11,9 +11,10 @@ Conventions:
 - FP8: outputs are rounded to E4M3 (largest value 448; activations) or E5M2 (57344; gradients) after multiplication by
   `scale` (one fp32 element), and saturate. `amax` (one fp32 element) is raised to the largest |value| before scaling:
   delayed scaling derives its next scale from it. Without FP8 outputs are bf16, and scale and amax are None.
-- *_cols is the transpose of an FP8 output. Hopper's FP8 matmuls need it when they sum over tokens. It is written as
-  32-bit words of four tokens each. A program therefore takes QUADS groups of four consecutive tokens: token
-  4 * quad + i for i from 0 to 3. Launches need N divisible by 4 for a matrix with *_cols.
+- cols, or *_cols, is the transpose of an FP8 output. Hopper's FP8 matmuls need it when they sum over tokens. It is
+  written as 32-bit words of four tokens each. A program therefore takes QUADS groups of four consecutive tokens: token
+  4 * quad + i for i from 0 to 3. Launches need N divisible by 4 for a matrix with cols. An argument None is a constant:
+  where matmuls need no transposes, kernels are compiled without them.
 """
 
 import os
@@ -82,9 +83,9 @@ def quantize_fp8(x_ptr, out_ptr, cols_ptr, scale_ptr, amax_ptr, M, K, E5M2: tl.c
                  BLOCK: tl.constexpr):
     """Compute out = x * scale in FP8 and cols = out.T, and raise amax to the largest |x|, without NaN.
 
-    x (M, K) bf16 or fp32; out (M, K) E5M2 or E4M3; cols (K, M / 4) words of the same, None: not written; amax None: not
-    raised. The results are those of Transformer Engine's kernel (common/transpose/rtc/cast_transpose.cu), bit for bit.
-    A program takes 4 * QUADS rows and BLOCK columns.
+    x (M, K) bf16 or fp32; out (M, K) E5M2 or E4M3; cols (K, M / 4) words of the same, or None; amax None: not raised.
+    The results are those of Transformer Engine's kernel (common/transpose/rtc/cast_transpose.cu), bit for bit. A
+    program takes 4 * QUADS rows and BLOCK columns.
     """
     quads, columns = tl.program_id(0) * QUADS + tl.arange(0, QUADS), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     values0 = quantize_rows(x_ptr, out_ptr, scale_ptr, 4 * quads, columns, M, K, E5M2)
@@ -307,7 +308,8 @@ def relu2_forward(pre_activation_ptr, activation_ptr, scale_ptr, amax_ptr, size,
 
 
 @triton.jit
-def relu2_backward_rows(grad_ptr, pre_activation_ptr, out_ptr, scale_ptr, rows, columns, M, K, FP8: tl.constexpr):
+def relu2_backward_rows(grad_ptr, pre_activation_ptr, out_ptr, activation_rows_ptr, scale_ptr, activation_scale_ptr,
+                        rows, columns, M, K, FP8: tl.constexpr):
     """Store the gradient through relu^2 of the given rows and columns; return it, and relu^2."""
     offsets, mask = rows.to(tl.int64)[:, None] * K + columns[None, :], (rows < M)[:, None] & (columns < K)[None, :]
     relu = tl.maximum(tl.load(pre_activation_ptr + offsets, mask=mask, other=0.0).to(tl.float32), 0.0)
@@ -316,35 +318,45 @@ def relu2_backward_rows(grad_ptr, pre_activation_ptr, out_ptr, scale_ptr, rows, 
         tl.store(out_ptr + offsets, as_fp8(grad, tl.load(scale_ptr), out_ptr, 57344.0), mask=mask)
     else:
         tl.store(out_ptr + offsets, grad.to(tl.bfloat16), mask=mask)
-    return grad, relu * relu
+    activation = relu * relu
+    if activation_rows_ptr is not None:
+        tl.store(activation_rows_ptr + offsets,
+                 as_fp8(activation, tl.load(activation_scale_ptr), activation_rows_ptr, 448.0), mask=mask)
+    return grad, activation
 
 
 @triton.jit
-def relu2_backward(grad_ptr, pre_activation_ptr, out_ptr, cols_ptr, activation_cols_ptr, scale_ptr, amax_ptr,
-                   activation_scale_ptr, M, K, FP8: tl.constexpr, QUADS: tl.constexpr, BLOCK: tl.constexpr):
-    """Compute out = grad * 2 * relu(pre_activation); in FP8 also cols = out.T and activation_cols = (relu^2).T.
+def relu2_backward(grad_ptr, pre_activation_ptr, out_ptr, cols_ptr, activation_rows_ptr, activation_cols_ptr, scale_ptr,
+                   amax_ptr, activation_scale_ptr, M, K, FP8: tl.constexpr, QUADS: tl.constexpr, BLOCK: tl.constexpr):
+    """Compute out = grad * 2 * relu(pre_activation); in FP8 also relu^2 for the weight gradient, and cols = out.T.
 
-    grad, pre_activation (M, K) bf16; out (M, K) bf16 (may be grad itself) or E5M2; cols (K, M / 4) words of E5M2;
-    activation_cols (K, M / 4) words of E4M3, quantized by activation_scale as in the forward pass, for the weight
-    gradient. A program takes 4 * QUADS rows and BLOCK columns.
+    grad, pre_activation (M, K) bf16; out (M, K) bf16 (may be grad itself) or E5M2; cols (K, M / 4) words of E5M2, or
+    None. relu^2 is quantized to E4M3 by activation_scale, as in the forward pass: with cols to activation_cols
+    (K, M / 4) words, without to activation_rows (M, K); the other one is None. A program takes 4 * QUADS rows and BLOCK
+    columns.
     """
     quads, columns = tl.program_id(0) * QUADS + tl.arange(0, QUADS), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     grad0, activation0 = relu2_backward_rows(
-        grad_ptr, pre_activation_ptr, out_ptr, scale_ptr, 4 * quads, columns, M, K, FP8)
+        grad_ptr, pre_activation_ptr, out_ptr, activation_rows_ptr, scale_ptr, activation_scale_ptr, 4 * quads,
+        columns, M, K, FP8)
     grad1, activation1 = relu2_backward_rows(
-        grad_ptr, pre_activation_ptr, out_ptr, scale_ptr, 4 * quads + 1, columns, M, K, FP8)
+        grad_ptr, pre_activation_ptr, out_ptr, activation_rows_ptr, scale_ptr, activation_scale_ptr, 4 * quads + 1,
+        columns, M, K, FP8)
     grad2, activation2 = relu2_backward_rows(
-        grad_ptr, pre_activation_ptr, out_ptr, scale_ptr, 4 * quads + 2, columns, M, K, FP8)
+        grad_ptr, pre_activation_ptr, out_ptr, activation_rows_ptr, scale_ptr, activation_scale_ptr, 4 * quads + 2,
+        columns, M, K, FP8)
     grad3, activation3 = relu2_backward_rows(
-        grad_ptr, pre_activation_ptr, out_ptr, scale_ptr, 4 * quads + 3, columns, M, K, FP8)
+        grad_ptr, pre_activation_ptr, out_ptr, activation_rows_ptr, scale_ptr, activation_scale_ptr, 4 * quads + 3,
+        columns, M, K, FP8)
     if FP8:
-        cols_offsets = columns.to(tl.int64)[:, None] * (M // 4) + quads[None, :]
-        mask = (columns < K)[:, None] & (quads < M // 4)[None, :]
-        tl.store(cols_ptr + cols_offsets,
-                 tl.trans(pack_fp8(grad0, grad1, grad2, grad3, tl.load(scale_ptr), True)), mask=mask)
-        tl.store(activation_cols_ptr + cols_offsets,
-                 tl.trans(pack_fp8(activation0, activation1, activation2, activation3,
-                                   tl.load(activation_scale_ptr), False)), mask=mask)
+        if cols_ptr is not None:
+            cols_offsets = columns.to(tl.int64)[:, None] * (M // 4) + quads[None, :]
+            mask = (columns < K)[:, None] & (quads < M // 4)[None, :]
+            tl.store(cols_ptr + cols_offsets,
+                     tl.trans(pack_fp8(grad0, grad1, grad2, grad3, tl.load(scale_ptr), True)), mask=mask)
+            tl.store(activation_cols_ptr + cols_offsets,
+                     tl.trans(pack_fp8(activation0, activation1, activation2, activation3,
+                                       tl.load(activation_scale_ptr), False)), mask=mask)
         largest = tl.maximum(tl.maximum(tl.abs(grad0), tl.abs(grad1)), tl.maximum(tl.abs(grad2), tl.abs(grad3)))
         raise_amax(amax_ptr, tl.max(largest))
 
@@ -402,9 +414,9 @@ def rope_qk_norm_backward(grad_ptr, qkv_ptr, cos_ptr, sin_ptr, rstd_ptr, out_ptr
     """Compute the gradient through QK norm and RoPE of q and k; copy v's.
 
     QK norm's is rstd * (grad - y * mean(grad * y)) with the forward pass's outputs y = qkv; it is then rotated back.
-    grad, qkv (N, C3) bf16; out (N, C3) bf16 (grad itself) or E5M2; cols (C3, N / 4) words of E5M2; rstd (N * heads,)
-    fp32 from rope_qk_norm_forward. A program takes one head of q, k or v of 4 * QUADS tokens: the grid's second
-    dimension is 3 * n_head, or `heads` = 2 * n_head in bf16, where v's gradient is in place already.
+    grad, qkv (N, C3) bf16; out (N, C3) bf16 (grad itself) or E5M2; cols (C3, N / 4) words of E5M2, or None; rstd
+    (N * heads,) fp32 from rope_qk_norm_forward. A program takes one head of q, k or v of 4 * QUADS tokens: the grid's
+    second dimension is 3 * n_head, or `heads` = 2 * n_head in bf16, where v's gradient is in place already.
     """
     quads, head = tl.program_id(0) * QUADS + tl.arange(0, QUADS), tl.program_id(1)
     grad1_0, grad2_0 = rope_qk_norm_backward_rows(
@@ -420,12 +432,13 @@ def rope_qk_norm_backward(grad_ptr, qkv_ptr, cos_ptr, sin_ptr, rstd_ptr, out_ptr
         grad_ptr, qkv_ptr, cos_ptr, sin_ptr, rstd_ptr, out_ptr, scale_ptr, 4 * quads + 3, head,
         N, T, heads, C3, FP8, HALF)
     if FP8:
-        cols_offsets = (head * (2 * HALF) + tl.arange(0, HALF)).to(tl.int64)[:, None] * (N // 4) + quads[None, :]
-        mask = (quads < N // 4)[None, :]
-        tl.store(cols_ptr + cols_offsets,
-                 tl.trans(pack_fp8(grad1_0, grad1_1, grad1_2, grad1_3, tl.load(scale_ptr), True)), mask=mask)
-        tl.store(cols_ptr + cols_offsets + HALF * (N // 4),
-                 tl.trans(pack_fp8(grad2_0, grad2_1, grad2_2, grad2_3, tl.load(scale_ptr), True)), mask=mask)
+        if cols_ptr is not None:
+            cols_offsets = (head * (2 * HALF) + tl.arange(0, HALF)).to(tl.int64)[:, None] * (N // 4) + quads[None, :]
+            mask = (quads < N // 4)[None, :]
+            tl.store(cols_ptr + cols_offsets,
+                     tl.trans(pack_fp8(grad1_0, grad1_1, grad1_2, grad1_3, tl.load(scale_ptr), True)), mask=mask)
+            tl.store(cols_ptr + cols_offsets + HALF * (N // 4),
+                     tl.trans(pack_fp8(grad2_0, grad2_1, grad2_2, grad2_3, tl.load(scale_ptr), True)), mask=mask)
         largest1 = tl.maximum(tl.maximum(tl.abs(grad1_0), tl.abs(grad1_1)),
                               tl.maximum(tl.abs(grad1_2), tl.abs(grad1_3)))
         largest2 = tl.maximum(tl.maximum(tl.abs(grad2_0), tl.abs(grad2_1)),
@@ -498,8 +511,8 @@ def cross_entropy_gradient(logits_ptr, targets_ptr, lse_ptr, out_ptr, cols_ptr, 
     """Compute the gradient of the summed loss for the logits before the softcap.
 
     logits, targets, lse: as in cross_entropy_loss; out (N, V) bf16 (may be logits itself) or E5M2; cols (V, N / 4)
-    words of E5M2. Here scale is a number: gradients of logits lie in [-1, 1], so that a constant serves. A program
-    takes 4 * QUADS tokens and BLOCK columns.
+    words of E5M2, or None. Here scale is a number: gradients of logits lie in [-1, 1], so that a constant serves. A
+    program takes 4 * QUADS tokens and BLOCK columns.
     """
     quads, columns = tl.program_id(0) * QUADS + tl.arange(0, QUADS), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     grad0 = cross_entropy_gradient_rows(
@@ -510,7 +523,7 @@ def cross_entropy_gradient(logits_ptr, targets_ptr, lse_ptr, out_ptr, cols_ptr, 
         logits_ptr, targets_ptr, lse_ptr, out_ptr, 4 * quads + 2, columns, N, V, softcap, scale, CAP, FP8)
     grad3 = cross_entropy_gradient_rows(
         logits_ptr, targets_ptr, lse_ptr, out_ptr, 4 * quads + 3, columns, N, V, softcap, scale, CAP, FP8)
-    if FP8:
+    if FP8 and cols_ptr is not None:
         cols_offsets = columns.to(tl.int64)[:, None] * (N // 4) + quads[None, :]
         mask = (columns < V)[:, None] & (quads < N // 4)[None, :]
         tl.store(cols_ptr + cols_offsets, tl.trans(pack_fp8(grad0, grad1, grad2, grad3, scale, True)), mask=mask)

@@ -13,9 +13,10 @@ from nanofp8.fused import (
     Operands,
     Scaling,
     as_int32,
-    as_operand,
+    as_operands,
     current_scaling,
     matmul,
+    outputs,
     quantize,
     te_gemm,
     use_kernels,
@@ -57,12 +58,11 @@ def softcap_cross_entropy_and_grad(logits: torch.Tensor, targets: torch.Tensor, 
     if use_kernels(logits) and (scaling is None or te_gemm() or not logits.is_cuda):
         loss, lse = cross_entropy_kernels(logits, targets, softcap)
         N, V = logits.shape
-        rows = logits if scaling is None else torch.empty(N, V, dtype=scaling.dtype, device=logits.device)
-        cols = None if scaling is None else torch.empty(V, N, dtype=scaling.dtype, device=logits.device)
+        rows, cols = outputs(logits, scaling)
         kernels.cross_entropy_gradient[(triton.cdiv(N, 64), triton.cdiv(V, 64))](
             logits, targets, lse, rows, as_int32(cols), N, V, softcap or 1.0, LOGIT_GRAD_SCALE,
             softcap > 0, scaling is not None, 16, 64)
-        return loss, (rows, rows.t()) if scaling is None else (as_operand(rows, scaling), as_operand(cols, scaling))
+        return loss, as_operands(rows, cols, scaling)
     capped = logits.float()
     if softcap:
         tanh = capped.div_(softcap).tanh_()

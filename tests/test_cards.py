@@ -74,6 +74,9 @@ def test_transformer_engines_own_functions(monkeypatch):
     assert support_vs_te.differences(module, monkeypatch) == []
     for question, function in support_vs_te.FUNCTIONS.items():
         assert cards.SUPPORT[question].source == f"pytorch/quantization.py:{lines[function]}"
+    module, lines = support_vs_te.load("utils.py", [support_vs_te.ANY_LAYOUT])
+    assert support_vs_te.layout_differences(getattr(module, support_vs_te.ANY_LAYOUT), monkeypatch) == []
+    assert f"pytorch/utils.py:{lines[support_vs_te.ANY_LAYOUT]};" in cards.any_fp8_layout.__doc__
 
 
 @pytest.mark.parametrize("version, numbers", [("2.20.2", (2, 20, 2)), ("2.14.0+1a2b", (2, 14, 0)), ("3", (3,)),

@@ -14,7 +14,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from nanofp8 import epilogues, fused
+import helpers
+from nanofp8 import epilogues, fused, loss
 from nanofp8.fused import (
     EmbedNorm,
     Fp8,
@@ -33,12 +34,13 @@ from nanofp8.fused import (
     weight_gradient,
     weight_operand,
 )
-from nanofp8.loss import LOGIT_GRAD_SCALE, softcap_cross_entropy, softcap_cross_entropy_and_grad
+from nanofp8.loss import LOGIT_GRAD_SCALE, ChunkedCrossEntropy, softcap_cross_entropy, softcap_cross_entropy_and_grad
 from nanofp8.muon import apply_update, momentum_update
 from nanofp8.parts import ValueEmbedding, token_order
 from nanofp8.plain import rope_qk_norm
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+NEEDS_TRANSPOSES = fused.needs_transposes  # itself: the tests replace it
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 B, T, H, D = (2, 32, 3, 16) if DEVICE == "cpu" else (2, 512, 10, 128)
 C, N = H * D, B * T
@@ -62,12 +64,14 @@ def convert_float(x, source, target, rounding):
 
 @pytest.fixture(scope="module", autouse=True)
 def kernels_on_cpu():
-    """Without a GPU, run these tests' CPU tensors through the kernels in the interpreter; all other tests do not."""
+    """Without a GPU, run these tests' CPU tensors through the kernels in the interpreter, with transposes as on Hopper;
+    all other tests do not."""
     with pytest.MonkeyPatch.context() as patch:
         if DEVICE == "cpu":
             from triton.runtime import interpreter
             patch.setattr(interpreter, "_convert_float", convert_float)
             patch.setattr(fused, "INTERPRET_ON_CPU", True)
+            patch.setattr(fused, "needs_transposes", lambda: True)
         yield
 
 
@@ -169,6 +173,8 @@ def equal_bits(a, b):
 def test_quantize(shape, dtype, source, own, monkeypatch):
     """own: by our kernels, as on compute capability 12.x; heights and widths may not be divisible by 4."""
     monkeypatch.setattr(fused, "own_quantize", lambda: own)
+    if own:
+        monkeypatch.setattr(fused, "needs_transposes", lambda: True)
     x = randn(*shape, dtype=source)
     x[0, :4] = torch.tensor([0.0, 1e9, -1e9, float("nan")])
     scaling = make_scaling(64.0, dtype)
@@ -212,13 +218,15 @@ def test_our_kernel_quantizes_every_value_as_transformer_engine_does(dtype, monk
             assert equal_bits(ours, theirs)
 
 
-@pytest.mark.parametrize("capability, own", [((8, 9), False), ((9, 0), False), ((10, 0), False), ((12, 0), True),
-                                             ((12, 1), True)])
-def test_where_our_kernel_quantizes(capability, own, monkeypatch):
+@pytest.mark.parametrize("capability, own, transposes", [
+    ((8, 9), False, True), ((9, 0), False, True), ((10, 0), False, False), ((10, 3), False, False),
+    ((12, 0), True, True), ((12, 1), True, True)])
+def test_where_our_kernel_quantizes_and_where_transposes_are_made(capability, own, transposes, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     for gemm in (None, print):  # without Transformer Engine FP8 is emulated
         monkeypatch.setattr(fused, "te_gemm", lambda gemm=gemm: gemm)
         assert fused.own_quantize.__wrapped__() == (own and gemm is print)
+        assert NEEDS_TRANSPOSES.__wrapped__() == (transposes and gemm is print)
 
 
 def test_weight_operand_is_made_once_a_step():
@@ -268,6 +276,169 @@ def test_cross_entropy(softcap, fp8):
         assert (rows.data[::7].float() == 0).all()
     else:
         assert relative(rows, leaf.grad) < 4e-3
+
+
+@pytest.mark.parametrize("transposes", [True, False])
+def test_kernels_write_transposes_only_if_matmuls_need_them(transposes, monkeypatch):
+    """Without them the kernels write the same rows, of any number, and cols are views."""
+    monkeypatch.setattr(fused, "own_quantize", lambda: True)
+    results = []
+    for needed in (True, transposes):
+        monkeypatch.setattr(fused, "needs_transposes", lambda needed=needed: needed)
+        cos, sin = tables()
+        grads = [randn(B, T, H, D, seed=i) for i in range(3)]
+        qkv, rstd = randn(N, 3 * C, seed=3), randn(N * 2 * H, seed=4, dtype=torch.float32).abs()
+        d_qkv = make_scaling(2000, E5M2)
+        operands = [*fused.rope_qk_norm_grad(*grads, qkv, rstd, cos, sin, d_qkv)]
+        d_pre, activation = make_scaling(500, E5M2), make_scaling(8, E4M3)
+        operands += fused.relu2_grad(randn(N, 4 * C, seed=5), randn(N, 4 * C, seed=6), None, d_pre, activation)
+        targets = torch.randint(200, (N,), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+        operands += softcap_cross_entropy_and_grad(8 * randn(N, 200), targets, 15.0,
+                                                   make_scaling(LOGIT_GRAD_SCALE, E5M2))[1]
+        operands += quantize(randn(N, C), make_scaling(64, E4M3))
+        results.append([operand.data for operand in operands] + [d_qkv.amax, d_pre.amax])
+    for a, b in zip(*results, strict=True):
+        assert a.dtype == b.dtype and torch.equal(a.float(), b.float())
+    rows_and_cols = [results[1][i:i + 2] for i in (0, 2, 5, 7)]
+    for rows, cols in rows_and_cols:
+        assert rows.is_contiguous() and cols.is_contiguous() == transposes
+        assert (cols.data_ptr() == rows.data_ptr()) != transposes and torch.equal(rows.t().float(), cols.float())
+    assert results[1][4].is_contiguous() == transposes and activation.amax == 0  # relu^2 again, which the forward saw
+    expected = cast(torch.relu(randn(N, 4 * C, seed=6).float()).square(), activation)
+    assert torch.equal(results[1][4].t().float(), expected.float())
+
+
+class ColumnMajor:
+    """TE's general_gemm, as its C++ calls cuBLAS (common/gemm/cublaslt_gemm.cu:329, :135 and :226), in fp32.
+
+    A matrix is its memory alone: columns `lda`, `ldb` and `m` values apart. Without `any_layout` only "TN" is taken.
+    """
+
+    def __init__(self, any_layout):
+        self.any_layout, self.calls = any_layout, []
+
+    @staticmethod
+    def storage(data, fp8_scale_inv, fp8_dtype, fake_dtype):
+        assert data.dtype == torch.uint8 and data.is_contiguous() and fake_dtype == torch.bfloat16
+        return SimpleNamespace(memory=data.view(fp8_dtype), scale=fp8_scale_inv)
+
+    def general_gemm(self, A, B, out_dtype, out, accumulate, layout, use_split_accumulator):
+        (A0, A1), (B0, B1), (transa, transb) = A.memory.shape, B.memory.shape, layout
+        m, n, k = (A0 if transa == "T" else A1), (B1 if transb == "T" else B0), (A1 if transa == "T" else A0)
+        lda, ldb = (k if transa == "T" else m), (n if transb == "T" else k)
+        assert layout in ("TN", "NN", "NT") and (layout == "TN" or self.any_layout)
+        assert (B0 if transb == "T" else B1) == k and lda % 16 == ldb % 16 == 0
+        a = A.memory.as_strided((m, k), (lda, 1) if transa == "T" else (1, lda)).float().contiguous()
+        b = B.memory.as_strided((n, k), (1, ldb) if transb == "T" else (ldb, 1)).float().contiguous()
+        with torch.autocast(DEVICE, enabled=False):
+            result = (b @ a.t() * (A.scale * B.scale)).to(out_dtype)  # column-major (m, n) is row-major (n, m)
+        self.calls.append((layout, A.memory, B.memory, out_dtype, accumulate, use_split_accumulator))
+        if out is None:
+            return result, None
+        assert out.shape == (n, m) and out.dtype == out_dtype and out.is_contiguous()
+        return out.add_(result) if accumulate else out.copy_(result), None
+
+
+def use_column_major(monkeypatch, any_layout):
+    """Let fused.py's call of TE's general_gemm multiply all FP8 matrices, by ColumnMajor; quantize by our kernels."""
+    cublas = ColumnMajor(any_layout)
+    helpers.fake_transformer_engine(monkeypatch, capability=(10, 0) if any_layout else (12, 0))
+    storage = "transformer_engine.pytorch.tensor.storage.float8_tensor_storage"
+    monkeypatch.setattr(sys.modules["transformer_engine.pytorch.cpp_extensions"], "general_gemm", cublas.general_gemm)
+    monkeypatch.setattr(sys.modules[storage], "Float8TensorStorage", cublas.storage)
+    monkeypatch.setattr(fused, "te_types", lambda: ({E4M3: E4M3, E5M2: E5M2}, None))
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        gemm = fused.te_gemm.__wrapped__()
+
+    def matmul(a, b, dtype=torch.bfloat16, out=None, add=True, fast=False):
+        """fused.matmul on a GPU."""
+        return gemm(a, b, dtype if out is None else out.dtype, out, add and out is not None, fast)
+
+    for module in (fused, loss):
+        monkeypatch.setattr(module, "matmul", matmul)
+    monkeypatch.setattr(fused, "own_quantize", lambda: True)
+    monkeypatch.setattr(fused, "needs_transposes", lambda: not any_layout)
+    return cublas
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="the GPU's own matmuls run instead")
+@pytest.mark.parametrize("in_place", ["", "add", "write"])
+def test_views_in_place_of_transposes(in_place, monkeypatch):
+    """A block and the head with cuBLAS that takes any layout, as on B200: the results are those with transposes, bit
+    for bit, from views of the same memory. FP8 matrices are made in no layout but their own."""
+    cos, sin = tables()
+    x, delta, gain = randn(B, T, C), randn(B, T, C, seed=1), 1 + 0.1 * randn(C, seed=2, dtype=torch.float32)
+    shapes = {"qkv": (3 * C, C), "proj": (C, C), "fc1": (4 * C, C), "fc2": (C, 4 * C), "head": (208, C)}
+    targets = torch.randint(208, (N,), generator=torch.Generator().manual_seed(1))
+
+    def run(any_layout):
+        """Return outputs and gradients, the matmuls, and the shapes of FP8 matrices that were allocated."""
+        cublas, made, empty = use_column_major(monkeypatch, any_layout), [], torch.empty
+
+        def recorded(*shape, dtype=None, device=None):
+            if dtype in (E4M3, E5M2):
+                made.append(tuple(torch.Size(*shape) if isinstance(shape[0], torch.Size) else shape))
+            return empty(*shape, dtype=dtype, device=device)
+
+        monkeypatch.setattr(torch, "empty", recorded)
+        weights = {name: (SIZE * randn(*shape, seed=3 + i, dtype=torch.float32)).requires_grad_()
+                   for i, (name, shape) in enumerate(shapes.items())}
+        for weight in weights.values():
+            weight.grad = torch.ones_like(weight) if in_place else None
+        leaves = [tensor.clone().requires_grad_() for tensor in (x, delta, gain)]
+        cache, e4m3, e5m2 = {}, make_scaling(90, E4M3), make_scaling(2000, E5M2)
+        shared = SimpleNamespace(in_place=in_place, where=None, operand=lambda weight, scaling: weight_operand(
+            weight, lambda _: scaling, True, cache))
+        qkv_layer = QKVLayer(fused=shared, eps=1e-6, n_head=H, cos=cos, sin=sin, on_last_gradient=None, input=e4m3,
+                             weight=e4m3, d_qkv=e5m2)
+        mlp_layer = MLPLayer(fused=shared, eps=1e-6, attention_out=e4m3, proj=e4m3, d_proj=e5m2, input=e4m3, fc1=e4m3,
+                             d_pre_activation=e5m2, activation=e4m3, fc2=e4m3, d_mlp_out=e5m2)
+        residual, q, k, v, _ = FusedQKV.apply(*leaves, weights["qkv"], qkv_layer)
+        residual, delta_out = FusedMLP.apply((q + k + v).flatten(2), residual, weights["proj"], gain, weights["fc1"],
+                                             weights["fc2"], mlp_layer)
+        head = weight_operand(weights["head"], lambda w: current_scaling(w, E4M3), True, cache)
+        value = ChunkedCrossEntropy.apply((residual + delta_out).flatten(0, 1), weights["head"], targets, head, 15.0,
+                                          N // 2, False, in_place)
+        value.backward()
+        monkeypatch.setattr(torch, "empty", empty)
+        results = [value, residual, delta_out, *(leaf.grad for leaf in leaves), e4m3.amax, e5m2.amax]
+        return results + [weight.grad for weight in weights.values()], cublas.calls, made
+
+    (results, calls, made), (same, plain_calls, plain_made) = run(True), run(False)
+    for a, b in zip(results, same, strict=True):
+        assert a.dtype == b.dtype and torch.equal(a, b)
+    assert all(call[0] == "TN" for call in plain_calls) and len(calls) == len(plain_calls)
+    # Forward, input gradient and weight gradient of the head's two chunks, then of the block's matmuls in turn
+    order = ["TN"] * 4 + ["TN", "NN", "NT"] * 2 + ["NN", "NT"] * 4
+    assert [call[0] for call in calls] == order
+    for (layout, a, b, *options), (_, plain_a, plain_b, *plain_options) in zip(calls, plain_calls, strict=True):
+        assert options == plain_options
+        for mine, theirs, transpose in ((a, plain_a, layout[0] == "N"), (b, plain_b, layout[1] == "T")):
+            assert equal_bits(mine.t() if transpose else mine, theirs)
+    weights_read = {call[1].data_ptr() for call in calls if call[0] == "TN"}
+    assert {call[1].data_ptr() for call in calls if call[0] == "NN"} == weights_read and len(weights_read) == 5
+    gradients = [[call[2].data_ptr() for call in calls if call[0] == layout] for layout in ("NN", "NT")]
+    assert sorted(gradients[0]) == sorted(gradients[1])
+    # With transposes: of 5 weights, 2 inputs and 2 gradients of the head, 4 gradients and 3 inputs of the block. relu^2
+    # is made once more in both cases
+    assert len(plain_made) - len(made) == 5 + 2 + 2 + 4 + 3
+    own_layouts = {*shapes.values(), (N, C), (N, 3 * C), (N, 4 * C), (N // 2, C), (N // 2, 208)}
+    assert set(made) == own_layouts
+
+
+@pytest.mark.parametrize("needed", [True, False])
+def test_transformer_engines_quantizer_makes_the_transpose_or_none(needed, monkeypatch):
+    """quantize() on a GPU with Transformer Engine, whose quantizer is a stub: cols are what it made, or a view."""
+    for name, answer in (("needs_transposes", needed), ("own_quantize", False), ("te_gemm", print)):
+        monkeypatch.setattr(fused, name, lambda answer=answer: answer)
+    data = torch.arange(32 * 16).to(torch.uint8).view(32, 16)
+    made = SimpleNamespace(_data=data, _transpose=data.t().contiguous() if needed else None)
+    scaling = make_scaling(1, E4M3)._replace(quantizer=lambda x: made)
+    rows, cols = quantize(SimpleNamespace(is_cuda=True), scaling)
+    assert rows.data.data_ptr() == data.data_ptr() and rows.data.dtype == cols.data.dtype == E4M3
+    assert cols.data.data_ptr() == (made._transpose if needed else data).data_ptr()
+    assert torch.equal(cols.data.view(torch.uint8), data.t())
 
 
 def reference_qkv(x, delta, gain, weight, cos, sin):

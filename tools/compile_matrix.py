@@ -62,6 +62,10 @@ CASES = {
     "no softcap": dict(preset="tiny", logit_softcap=0),
 }
 
+# What fused.py asks about a GPU, which selects the kernels of FP8: most GPUs; those of cards.own_quantize(); those of
+# cards.any_fp8_layout()
+FP8_KERNELS = (dict(needs_transposes=True, own_quantize=False), dict(needs_transposes=True, own_quantize=True),
+               dict(needs_transposes=False, own_quantize=False))
 
 # The argument of a kernel that has the weights' dtype: fp32, or bf16 under FSDP2. quantize_fp8 takes gradients too
 WEIGHTS = {"add_norm_forward": "gain_ptr", "add_norm_backward": "gain_ptr", "embed_norm_forward": "table_ptr",
@@ -93,8 +97,9 @@ class Launch(NamedTuple):
         kernel leaves out, the weights' dtype."""
         constants = [name if value is True else f"{name}={value}" for name, value in self.named_constants()
                      if value is not False]
-        absent = [f"no {self.signature[place[0]][0].removesuffix('_ptr')}" for place, value in self.constants
-                  if value is None and self.fp8]
+        names = [name for name, _ in self.signature]
+        absent = [f"no {names[place[0]].removesuffix('_ptr')}" for place, value in self.constants
+                  if self.fp8 and value is None and names[place[0]] in ("cols_ptr", "amax_ptr")]
         weights, label = dict(self.signature).get(WEIGHTS.get(self.kernel, ""), ""), "weights"
         if self.kernel == "quantize_fp8":
             label = "x"
@@ -163,8 +168,8 @@ def record(cases: list[str]) -> dict[Launch, None]:
         for case in cases:
             for fsdp2 in (False, True):
                 one_pass(CASES[case], False, fsdp2)
-                for own_quantize in (False, True):  # by TE or by us: cards.own_quantize()
-                    with mock.patch.object(fused, "own_quantize", lambda own=own_quantize: own):
+                for changes in FP8_KERNELS:
+                    with mock.patch.multiple(fused, **{name: lambda v=value: v for name, value in changes.items()}):
                         one_pass(CASES[case], True, fsdp2)
     return launches
 

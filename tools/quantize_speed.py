@@ -103,6 +103,8 @@ def main() -> None:
     args = parser.parse_args()
     if not fused.te_gemm() or fused.triton is None:
         raise UserError("it needs a GPU with FP8, Transformer Engine and Triton; run it where train.py trains in FP8")
+    if not fused.needs_transposes():
+        raise UserError("FP8 matmuls take any layout on this GPU, so it needs no transposes; use another kind")
     machine = describe_machine(torch.device("cuda", 0))
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     lines = ["# Quantizing and transposing: our Triton kernels and Transformer Engine's",

@@ -21,6 +21,8 @@ from nanofp8.precision import FORMATS  # noqa: E402
 
 def test_support(te, monkeypatch):
     assert support_vs_te.differences(te.quantization, monkeypatch) == []
+    function = getattr(importlib.import_module("transformer_engine.pytorch.utils"), support_vs_te.ANY_LAYOUT)
+    assert support_vs_te.layout_differences(function, monkeypatch) == []
 
 
 @pytest.mark.parametrize("capability", BY_CAPABILITY)
