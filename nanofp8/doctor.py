@@ -129,10 +129,16 @@ def check_transformer_engine(exam: Examination) -> Iterator[Verdict]:
     else:
         from nanofp8.precision import import_transformer_engine
         try:
-            exam.version_of_te = import_transformer_engine()[2]
-            yield OK, exam.version_of_te + cards.untried_version(exam.version_of_te)
+            te, _, exam.version_of_te = import_transformer_engine()
         except ImportError as error:
             yield WARN, f"cannot be imported ({error}): all formats are emulated, slowly; {INSTALL}"
+            return
+        yield OK, exam.version_of_te + cards.untried_version(exam.version_of_te)
+        versions = float(exam.torch.version.cuda), load("transformer_engine_torch")[0].get_cublasLt_version()
+        for question in cards.SUPPORT:  # on GPU 0
+            said = bool(getattr(te, question)())
+            if said != cards.supports(question, exam.gpus[0].capability, *versions):
+                yield WARN, f"{question}() is {said} here, which docs/cards.md does not say; please report it"
 
 
 def check_libraries(exam: Examination) -> Iterator[Verdict]:

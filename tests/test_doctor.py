@@ -164,6 +164,14 @@ def test_without_python_headers(shards, tmp_path, capsys, monkeypatch):
     assert status == 0 and of(lines, "compilers", doctor.NOTE).startswith("no Python.h; without a GPU")
 
 
+def test_transformer_engine_that_differs_from_the_table(shards, tmp_path, capsys, monkeypatch):
+    fake_gpus(monkeypatch, "NVIDIA GeForce RTX 5090", capability=(12, 0))
+    engine = sys.modules["transformer_engine.pytorch"]
+    monkeypatch.setattr(engine, "is_mxfp8_available", lambda return_reason=False: (True, "") if return_reason else True)
+    status, lines, _ = report(capsys, *small(shards, tmp_path, n_embd=128))
+    assert status == 0 and "is_mxfp8_available() is True" in of(lines, "Transformer Engine", doctor.WARN)
+
+
 def test_a_gpu_that_is_taken_and_too_many_processes(shards, tmp_path, capsys, monkeypatch):
     fake_gpus(monkeypatch, "NVIDIA H100", "NVIDIA H100")
 
