@@ -8,11 +8,12 @@ Compare runs side by side: loss curves, noise, speed and memory, as a table and 
     torchrun --standalone --local_addr=127.0.0.1 --nproc_per_node=2 bench.py wrappers --max_iters=77  # FSDP2, then DDP
     python bench.py race --tokens=60e6,100e6 '--variants=base; normuon: --muon_variant=normuon'   # whole schedules
     python bench.py profile                                 # where the time of a step goes; TFLOP/s of each matmul
+    python bench.py card                                    # check a card that we never had, in about 15 minutes
     python bench.py alternate '--variants=old: tree=../old; new; no graphs: --USE_CUDA_GRAPHS=False'   # speed, in turn
     python bench.py report --out=results/mine out/a out/b   # table and plot of run folders that exist
 
-All modes but `race` and `alternate` train by train.py's own run() (train_orig.py by its own), one run after another in
-one process group. Any flag of train.py can be given as --name=value.
+All modes but `race`, `alternate` and `card` train by train.py's own run() (train_orig.py by its own), one run after
+another in one process group. Any flag of train.py can be given as --name=value.
 
     --out=PATH           write PATH.json, PATH.md and PATH.png
     --rows="bf16; FP8 delayed"       pick rows of speed, emulation and wrappers
@@ -38,6 +39,12 @@ goes to out_dir/race-*.log. Finished runs are found again, as in studies. If a r
     --seeds=2            number of seeds: 1337, 1338, ...
     --gpus=1             number of GPUs to use, of those visible
     --target=3.5885      also report in how many tokens and minutes each variant reaches this val loss
+
+`card` is for owners of a card that this code has not run on: the doctor's report, 60 steps of preset d20 in each format
+that the card should have in hardware, FP8 with delayed scaling twice, NVFP4 without each ingredient, and the tests of
+the kernels. Losses and gradient norms are compared with bf16's, formats with nanofp8/cards.py. It writes one file,
+results/<card>/card.md, to be sent. A row that fails is in it, and the others continue. --rows="FP8 delayed; NVFP4"
+picks rows.
 
 `alternate` compares speeds to a percent: the variants run in turn, each in a process of its own, and only steps count
 that a warm card makes. A variant's first words may be tree=FOLDER (another checkout), ranks=N (GPUs of one run), or
@@ -73,7 +80,7 @@ import train_orig
 import torch
 import torch.distributed as dist
 
-from nanofp8 import alternate, breakdown, race
+from nanofp8 import alternate, breakdown, card, race
 from nanofp8.machine import Clock, card_name, describe_machine
 from nanofp8.plots import smooth
 from nanofp8.procs import Processes, start_processes
@@ -544,6 +551,10 @@ def main(argv: Sequence[str]) -> None:
         alternate.run(options, given, os.path.dirname(os.path.abspath(__file__)),
                       options.get("out") or os.path.join("results", card_name(), name), command)
         return
+    if name == "card":
+        options, given = take_options(arguments, *card.OPTIONS)
+        card.run(options, given, train, options.get("out") or os.path.join("results", card_name(), name), command)
+        return
     if name == "race":
         options, given = take_options(arguments, *race.OPTIONS)
         race.run(options, given, train, options.get("out") or os.path.join("results", card_name(), name), command)
@@ -562,7 +573,7 @@ def main(argv: Sequence[str]) -> None:
         breakdown.run(train, given, start_processes(), out, command)
         return
     if name not in MODES:
-        known = ", ".join((*MODES, "alternate", "profile", "race", "report"))
+        known = ", ".join((*MODES, "alternate", "card", "profile", "race", "report"))
         raise UserError(f"unknown mode '{name}'; bench.py has {known}", 2)
     study, option = MODES[name].study, "formats" if MODES[name].study else "rows"
     wrong = {"rows" if study else "formats", *(() if study else ("seeds",))} & set(options)

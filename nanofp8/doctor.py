@@ -233,8 +233,8 @@ def check_formats(exam: Examination) -> Iterator[Verdict]:
             by_verdict.setdefault(cards.verdict(question, capability, asked=True), []).append(name)
         yield NOTE, "; ".join(f"{verdict}: {', '.join(names)}" for verdict, names in by_verdict.items())
         if capability not in cards.HAS_RUN:
-            yield NOTE, (f"read from source: nobody has run this code on compute capability {cards.dotted(capability)} "
-                         f"(docs/cards.md)")
+            yield NOTE, (f"read from source, never run on compute capability {cards.dotted(capability)}; please send "
+                         f"what `python bench.py card` writes (docs/cards.md)")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ ORDER = """
     checkpoint reports
     race_report
     race
-    alternate breakdown
+    alternate breakdown card
     train
     train_orig sample
     bench
