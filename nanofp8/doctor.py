@@ -71,6 +71,7 @@ class Examination:
 
 
 def check_system(exam: Examination) -> Iterator[Verdict]:
+    """Name the operating system, cores and memory, with a container's limit."""
     name = platform.system()
     with contextlib.suppress(OSError):
         name = platform.freedesktop_os_release()["PRETTY_NAME"]
@@ -83,6 +84,7 @@ def check_system(exam: Examination) -> Iterator[Verdict]:
 
 
 def check_python(exam: Examination) -> Iterator[Verdict]:
+    """Name this Python."""
     yield OK, f"{platform.python_version()} ({sys.executable})"
 
 
@@ -108,6 +110,7 @@ def version_of(package: str) -> str:
 
 
 def check_torch(exam: Examination) -> Iterator[Verdict]:
+    """Import torch."""
     exam.torch, why = load("torch")
     if exam.torch is None:
         yield FAIL, f"torch {why}; {INSTALL}"
@@ -117,12 +120,14 @@ def check_torch(exam: Examination) -> Iterator[Verdict]:
 
 
 def check_numpy(exam: Examination) -> Iterator[Verdict]:
+    """Report numpy only if it is missing or broken."""
     numpy, why = load("numpy")
     if numpy is None:
         yield FAIL, f"numpy {why}; {INSTALL}"
 
 
 def check_transformer_engine(exam: Examination) -> Iterator[Verdict]:
+    """Import Transformer Engine, if training would, and compare its answers with cards.py. Raises UserError."""
     unused = "without a GPU" if not exam.gpus else "with USE_EMULATION=True" if exam.cfg.USE_EMULATION is True else ""
     if unused or not exam.torch:
         yield NOTE, (version_of("transformer-engine") or "not installed") + (unused and f"; {unused} it is not used")
@@ -142,6 +147,7 @@ def check_transformer_engine(exam: Examination) -> Iterator[Verdict]:
 
 
 def check_libraries(exam: Examination) -> Iterator[Verdict]:
+    """Name the versions of cuDNN and cuBLASLt."""
     if exam.torch and exam.torch.version.cuda:
         number = exam.torch.backends.cudnn.version()
         found = [f"cuDNN {cards.version_name(number)}" if number else "no cuDNN"]
@@ -169,6 +175,7 @@ def check_packages(exam: Examination) -> Iterator[Verdict]:
 
 
 def check_compilers(exam: Examination) -> Iterator[Verdict]:
+    """Try the C compiler that Triton takes."""
     fault = host.compiler_fault()
     cxx = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or shutil.which("c++")
     if exam.gpus and fault:
@@ -184,6 +191,7 @@ def check_compilers(exam: Examination) -> Iterator[Verdict]:
 
 
 def check_driver(exam: Examination) -> Iterator[Verdict]:
+    """Compare the driver with torch's CUDA; before torch is there, with that of requirements.txt."""
     rows, why = host.ask_nvidia_smi("driver_version")
     cuda = exam.torch.version.cuda or "" if exam.torch else cards.MADE_FOR_CUDA
     fault = cards.driver_fault(rows[0][0], cuda) if rows else ""
@@ -196,6 +204,7 @@ def check_driver(exam: Examination) -> Iterator[Verdict]:
 
 
 def check_gpus(exam: Examination) -> Iterator[Verdict]:
+    """List the GPUs and their memory, and compare their number with the processes."""
     if exam.torch and exam.torch.cuda.is_available():
         cuda = exam.torch.cuda
         for i in range(cuda.device_count()):
@@ -255,7 +264,7 @@ def definitions(path: str, **known: Any) -> SimpleNamespace:
 
 
 def check_flags(exam: Examination) -> Iterator[Verdict]:
-    """Resolve the flags as train.py does, up to what only training finds out."""
+    """Resolve the flags as train.py does, with those of a checkpoint that is resumed. Raises UserError."""
     exam.train = definitions(exam.path, math=math, torch=exam.torch, UserError=UserError)
     cfg = parse_flags(exam.given, exam.path, exam.train.PRESETS, bool(exam.gpus))
     saved = {}
@@ -278,6 +287,7 @@ def check_flags(exam: Examination) -> Iterator[Verdict]:
 
 
 def check_batch(exam: Examination) -> Iterator[Verdict]:
+    """Check the flags' combinations as train.py does, which lowers the micro-batch. Raises UserError."""
     cfg, wanted = exam.cfg, exam.cfg.batch_size
     exam.train.check_flags(cfg, exam.ranks, bool(cfg.resume))
     if exam.torch:
@@ -290,6 +300,7 @@ def check_batch(exam: Examination) -> Iterator[Verdict]:
 
 
 def check_precision(exam: Examination) -> Iterator[Verdict]:
+    """Choose the number format as training does. Raises UserError."""
     if not exam.torch:
         return
     from nanofp8.precision import select_precision
@@ -303,6 +314,7 @@ def check_precision(exam: Examination) -> Iterator[Verdict]:
 
 
 def check_kernels(exam: Examination) -> Iterator[Verdict]:
+    """Choose blocks' kernels and attention as training does. Raises UserError."""
     if not exam.precision:
         return
     from nanofp8.attention import WARNING, choose_attention
@@ -319,6 +331,7 @@ def check_kernels(exam: Examination) -> Iterator[Verdict]:
 
 
 def check_optimizers(exam: Examination) -> Iterator[Verdict]:
+    """Choose Muon's library and the wrapper as training does. Raises UserError."""
     if not exam.precision:
         return
     from nanofp8.muon import dion_muon, import_bitsandbytes
@@ -335,6 +348,7 @@ def check_optimizers(exam: Examination) -> Iterator[Verdict]:
 
 
 def check_data(exam: Examination) -> Iterator[Verdict]:
+    """Find the shards and count their tokens. Raises UserError."""
     from nanofp8.shards import ShardError, find_shards, read_token_count  # imports numpy, if it is there
     cfg, found = exam.cfg, []
     folder = os.path.join(os.path.dirname(os.path.abspath(exam.path)), cfg.data_dir, cfg.dataset)
@@ -355,6 +369,7 @@ def check_data(exam: Examination) -> Iterator[Verdict]:
 
 
 def check_disk(exam: Examination) -> Iterator[Verdict]:
+    """Compare what is free at out_dir with what checkpoints take."""
     cfg, size = exam.cfg, sizes.checkpoint_bytes(exam.cfg) / 1e9
     folder = os.path.abspath(cfg.out_dir)
     while not os.path.isdir(folder) and folder != os.path.dirname(folder):
