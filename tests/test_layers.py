@@ -8,12 +8,12 @@ from helpers import ROOT
 
 # Each module may import those of the lines above it, and those before it in its own line
 ORDER = """
-    prefetch files schedule cards
-    config kernels shards te_emulation plain zero
+    prefetch files schedule cards sizes
+    config host kernels shards te_emulation plain zero
     parts attention
     machine plots faults muon precision epilogue_functions epilogues fused
     fp8_stats loss procs runlog checkpoint_files resuming
-    checkpoint reports
+    checkpoint doctor reports
     race_report
     race
     alternate breakdown card
@@ -51,7 +51,7 @@ def test_a_module_imports_only_what_stands_before_it(name):
 
 
 def test_the_modules_that_import_nothing_of_the_project():
-    alone = "prefetch files schedule cards config kernels te_emulation plain zero epilogue_functions".split()
+    alone = "prefetch files schedule cards sizes config kernels te_emulation plain zero epilogue_functions".split()
     assert not any(imported(path_of(name)) for name in alone)
 
 
