@@ -12,10 +12,10 @@ Block.forward in train.py without `fused` is the same mathematics in Transformer
 kernel that computes the norm, which saves one pass over memory.
 
 **What is saved for backward.** The residual (bf16) and 1 / RMS of each row, from which the norm's output follows; q and
-k after RoPE and QK norm with the 1 / RMS of each head; relu^2's input (bf16); and the inputs of the matmuls. In FP8
-those inputs are saved as quantized, without transposes: backward makes the transposes. relu^2's output is not saved in
-FP8: the backward kernel computes and quantizes it once more, by the same scale. With QuACK (nanofp8/epilogues.py) it is
-the other way round: relu^2's output is saved in FP8, and backward takes its root.
+k after RoPE and QK norm with the 1 / RMS of each head; relu^2's input (bf16); and attention's output, in FP8 as it was
+quantized. In bf16 the inputs of the other matmuls too. In FP8 backward computes and quantizes these once more, by the
+same scales: the norms' outputs and relu^2's. With QuACK (nanofp8/epilogues.py) it is the other way round for relu^2:
+its output is saved in FP8, and backward takes its root.
 
 **Delayed scaling.** Scales, amax histories and their update belong to TE's layers (`fp8_meta`), so that checkpoints,
 calibration and the reduction over ranks are TE's own. TE overwrites the scales in place when te.autocast ends after the
@@ -406,6 +406,27 @@ def add_norm(x: torch.Tensor, delta: torch.Tensor | None, gain: torch.Tensor, ep
     return residual, as_operand(y, scaling), rstd
 
 
+def kept_for_backward(y: Operand, scaling: Scaling | None) -> torch.Tensor | None:
+    """Return what backward needs of a norm's output y; None if norm_columns() will make its transpose anew."""
+    return y if scaling is None else None if needs_transposes() else y.data
+
+
+def norm_columns(y: torch.Tensor | None, residual: torch.Tensor, gain: torch.Tensor, rstd: torch.Tensor,
+                 scaling: Scaling | None) -> Operand:
+    """Return the cols operand (C, N) of add_norm's y, from kept_for_backward()'s result.
+
+    If that is None, y is computed anew from residual (N, C) bf16, gain (C,) and rstd (N,) fp32, and quantized by
+    `scaling`, with the same bits: keeping nothing saves 1 byte a value until backward, and costs reading 1 byte more.
+    """
+    if y is not None:
+        return transposed(as_operand(y, scaling))
+    N, C = residual.shape
+    cols = torch.empty(C, N, dtype=scaling.dtype, device=residual.device)
+    kernels.norm_columns_fp8[(triton.cdiv(N, 128), triton.cdiv(C, 64))](
+        residual, gain, rstd, as_int32(cols), scaling.scale, N, C, 32, 64)
+    return as_operand(cols, scaling)
+
+
 def add_norm_grad(dy: torch.Tensor, residual: torch.Tensor, gain: torch.Tensor, rstd: torch.Tensor,
                   d_residual: torch.Tensor | None, mix: Mix | None = None, d_x0: torch.Tensor | None = None,
                   ) -> tuple[torch.Tensor, torch.Tensor, Mix | None]:
@@ -500,7 +521,7 @@ class FusedQKV(torch.autograd.Function):
         if table is not None:
             gate_inputs, gates = add_value_embedding(qkv, table, gate, layer.fused.where, residual, rstd, gain)
         ctx.layer, ctx.add, ctx.in_place, ctx.where = layer, delta is not None, layer.fused.in_place, layer.fused.where
-        ctx.save_for_backward(residual, gain, rstd, weight, qkv, rope_rstd, y if layer.input is None else y.data,
+        ctx.save_for_backward(residual, gain, rstd, weight, qkv, rope_rstd, kept_for_backward(y, layer.input),
                               x0, x_scale, x0_scale, table, gate, gate_inputs, gates)
         q, k, v = qkv.view(B, T, 3, layer.n_head, C // layer.n_head).unbind(2)
         return residual.view(B, T, C), q, k, v, None if x0 is None else x0.view_as(x0)
@@ -518,7 +539,8 @@ class FusedQKV(torch.autograd.Function):
             d_table, d_gate = value_embedding_grad(dv, dy, table, gate, ctx.where, gate_inputs, gates, ctx.in_place)
         mix = None if x0 is None else Mix(x0, x_scale, x0_scale)
         dx, dgain, d_mix = add_norm_grad(dy, residual, gain, rstd, d_residual, mix, d_x0)
-        d_weight = weight_gradient(d_cols, transposed(as_operand(y, layer.input)), weight, ctx.in_place)
+        y_cols = norm_columns(y, residual, gain, rstd, layer.input)
+        d_weight = weight_gradient(d_cols, y_cols, weight, ctx.in_place)
         if layer.on_last_gradient:
             layer.on_last_gradient()
         dx = dx.view(d_residual.shape)
@@ -663,7 +685,7 @@ class FusedMLP(torch.autograd.Function):
         mlp_out = matmul(as_operand(activation, scaling), fc2_rows, fast=True)
         ctx.layer, ctx.in_place, ctx.weight_cols = layer, layer.fused.in_place, (proj_cols, fc1_cols, fc2_cols)
         ctx.save_for_backward(attention_out if layer.attention_out is None else attention_rows.data, residual, gain,
-                              rstd, pre_activation, proj, fc1, fc2, y if scaling is None else y.data,
+                              rstd, pre_activation, proj, fc1, fc2, kept_for_backward(y, layer.input),
                               activation if scaling is None or layer.quack else None)
         return residual.view(B, T, C), mlp_out.view(B, T, C)
 
@@ -683,7 +705,8 @@ class FusedMLP(torch.autograd.Function):
         d_fc2 = weight_gradient(d_cols, activation_cols, fc2, ctx.in_place)
         dy = matmul(d_pre_rows, fc1_cols)
         dx, dgain, _ = add_norm_grad(dy, residual, gain, rstd, d_residual.flatten(0, 1))
-        d_fc1 = weight_gradient(d_pre_cols, transposed(as_operand(y, layer.input)), fc1, ctx.in_place)
+        y_cols = norm_columns(y, residual, gain, rstd, layer.input)
+        d_fc1 = weight_gradient(d_pre_cols, y_cols, fc1, ctx.in_place)
         d_rows, d_cols = quantize(dx, layer.d_proj)
         d_attention_out = matmul(d_rows, proj_cols)
         attention_cols = transposed(as_operand(attention_out, layer.attention_out))

@@ -161,6 +161,33 @@ def add_norm_forward(x_ptr, delta_ptr, x0_ptr, x_scale_ptr, x0_scale_ptr, gain_p
 
 
 @triton.jit
+def norm_columns_fp8(residual_ptr, gain_ptr, rstd_ptr, cols_ptr, scale_ptr, N, C, QUADS: tl.constexpr,
+                     BLOCK: tl.constexpr):
+    """Compute the transpose of add_norm_forward's FP8 output y once more, for the weight gradient.
+
+    residual (N, C) bf16; gain (C,); rstd (N,) fp32; cols (C, N / 4) words of E4M3. A program takes 4 * QUADS rows and
+    BLOCK columns.
+    """
+    quads, columns = tl.program_id(0) * QUADS + tl.arange(0, QUADS), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    gain = tl.load(gain_ptr + columns, mask=columns < C, other=0.0).to(tl.float32)
+    values0 = normed_rows(residual_ptr, gain, rstd_ptr, 4 * quads, columns, N, C)
+    values1 = normed_rows(residual_ptr, gain, rstd_ptr, 4 * quads + 1, columns, N, C)
+    values2 = normed_rows(residual_ptr, gain, rstd_ptr, 4 * quads + 2, columns, N, C)
+    values3 = normed_rows(residual_ptr, gain, rstd_ptr, 4 * quads + 3, columns, N, C)
+    packed = pack_fp8(values0, values1, values2, values3, tl.load(scale_ptr), False)
+    tl.store(cols_ptr + columns.to(tl.int64)[:, None] * (N // 4) + quads[None, :], tl.trans(packed),
+             mask=(columns < C)[:, None] & (quads < N // 4)[None, :])
+
+
+@triton.jit
+def normed_rows(residual_ptr, gain, rstd_ptr, rows, columns, N, C):
+    """Return RMSNorm(residual) * gain of the given rows and columns, fp32, with add_norm_forward's rounding."""
+    offsets, mask = rows.to(tl.int64)[:, None] * C + columns[None, :], (rows < N)[:, None] & (columns < C)[None, :]
+    rstd = tl.load(rstd_ptr + rows, mask=rows < N, other=0.0)
+    return tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32) * rstd[:, None] * gain[None, :]
+
+
+@triton.jit
 def embed_norm_forward(table_ptr, tokens_ptr, y_ptr, rstd_ptr, C, eps, BLOCK: tl.constexpr):
     """Compute y = RMSNorm(table[token]) of one token, and rstd, which is 1 / RMS of that row.
 

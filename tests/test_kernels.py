@@ -29,6 +29,7 @@ from nanofp8.fused import (
     add_norm,
     add_norm_grad,
     current_scaling,
+    norm_columns,
     quantize,
     transposed,
     weight_gradient,
@@ -138,6 +139,15 @@ def test_add_norm_and_its_gradient(add, fp8):
     assert relative(dgain, gain_leaf.grad) < 1e-4
     y_cols = transposed(y)
     assert torch.equal((y_cols.data if fp8 else y_cols).t().float(), (y.data if fp8 else y).float())
+
+
+def test_the_norms_output_made_again():
+    """Its transpose has the same bits as the transpose of the forward pass's output."""
+    x, delta, gain = randn(N, C), randn(N, C, seed=1), 1 + 0.1 * randn(C, seed=5, dtype=torch.float32)
+    scaling = make_scaling(250.0, E4M3)
+    residual, y, rstd = add_norm(x, delta, gain, 1e-6, scaling)
+    cols = norm_columns(None, residual, gain, rstd, scaling)
+    assert torch.equal(cols.data.float(), y.data.float().t()) and cols.inverse_scale is scaling.inverse
 
 
 @pytest.mark.parametrize("in_place", ["", "add", "write"])
