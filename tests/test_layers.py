@@ -13,7 +13,7 @@ ORDER = """
     parts attention
     machine plots faults muon precision epilogue_functions epilogues fused
     fp8_stats loss procs runlog checkpoint_files resuming
-    checkpoint doctor reports
+    checkpoint memory doctor reports
     race_report
     race
     alternate breakdown card

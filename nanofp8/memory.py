@@ -1,0 +1,240 @@
+"""GPU memory: how much a run needs.
+
+predict() adds up the tensors that are alive when most memory is in use. There are three such moments:
+
+- In the head, at the end of a forward pass: the blocks have saved what their backward passes need, and logits of a
+  chunk of tokens exist.
+- In the backward pass of the last block, while all blocks before it still hold what they saved.
+- In the optimizers' step. CUDA graphs keep the memory of a pass to themselves meanwhile, and during evaluations too.
+
+What the tensors are is read from fused.py, loss.py, zero.py and te_emulation.py of this project, from Transformer
+Engine 2.20.2 (pytorch/module/*.py) and from Dion 0a059a4. tests/test_memory.py compares the result with measured peaks,
+and with the tensors that fused blocks really make.
+"""
+
+import fnmatch
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import torch
+
+from nanofp8.fp8_stats import HEAD_TOKENS, TOKENS
+from nanofp8.fused import kernels_fit
+from nanofp8.parts import GATE_CHANNELS, value_layers, windows
+from nanofp8.precision import Precision
+from nanofp8.procs import Processes
+
+GB = 1e9
+
+# Memory that no tensor of predict() takes, in bytes. Estimates
+WORKSPACE = 0.25 * GB      # in torch's allocator: workspaces of cuBLAS, cuDNN and Transformer Engine, small tensors
+FRAGMENTATION = 0.03       # in torch's allocator: share of all that it holds and cannot use
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The model of memory
+
+
+class Kind(NamedTuple):
+    """What decides which tensors a run makes, besides its flags."""
+
+    format: str                 # of precision.FORMATS
+    blocks: str                 # "fused": our kernels; "modules": Transformer Engine's; "emulated"
+    fp8_head: bool
+    wrapper: str = "none"       # "none", "ddp" or "fsdp2"
+    ranks: int = 1
+    rope_in_place: bool = True  # RoPE and QK norm by our kernel; False: by torch.compile
+    fp8_matmuls: bool = True    # the GPU has them; False: an FP8 head is computed in fp32
+
+
+class Block(NamedTuple):
+    """Bytes of what one block of a format keeps or makes. All but `weight` are per token and value of the width C."""
+
+    weight: float     # of each value of a weight in low precision, in all layouts that are kept
+    qkv_input: float  # saved input of the matmul for q, k and v; of proj, if attention's output itself does not do
+    proj_input: float
+    fc1_input: float
+    fc2_input: float  # 4 C values
+    backward: float   # what its backward pass makes before it frees what was saved, at its peak
+
+
+# FP8 takes one byte, bf16 two, NVFP4 a half; a block scale of 32, 128 (4 bytes) or 16 values (1 byte) comes on top.
+# Fused blocks save inputs in one layout, and compute relu^2's output again in FP8. Transformer Engine saves fc1's
+# input in two layouts, and fc2's too where scales belong to blocks. The emulation holds the values in bf16.
+#
+# Compared with measured peaks: fused blocks, modules in delayed, current and block scaling, the emulation. Read from
+# the source alone: modules in bf16, MXFP8 and NVFP4, and `backward` of modules, on which recomputation depends.
+ROW, FOUR = 1 + 1 / 32, 1 / 2 + 1 / 16
+BLOCKS = {
+    ("fused", "bf16"): Block(2, 2, 0, 2, 8, 16),
+    ("fused", "fp8-delayed"): Block(2, 1, 1, 1, 0, 31),
+    ("modules", "bf16"): Block(2, 2, 0, 2, 8, 24),
+    ("modules", "fp8-delayed"): Block(2, 1, 1, 2, 4, 36),
+    ("modules", "fp8-current"): Block(2, 1, 1, 2, 4, 36),
+    ("modules", "fp8-block"): Block(2, ROW, ROW, 2 * ROW, 8 * ROW, 40),
+    ("modules", "fp8-mxfp8"): Block(2 * ROW, ROW, ROW, 2 * ROW, 8 * ROW, 40),
+    ("modules", "nvfp4"): Block(2 * FOUR, FOUR, FOUR, 2 * FOUR, 8 * FOUR, 36),
+    ("emulated", "bf16"): Block(0, 2, 0, 2, 8, 24),
+    ("emulated", "fp8"): Block(2, 2, 2, 2, 8, 50),
+    ("emulated", "fp8-mxfp8"): Block(4, 2, 2, 2, 8, 50),
+}
+
+
+def block_of(kind: Kind, in_bf16: bool = False) -> Block:
+    """Return the bytes of a block of this kind; in_bf16: of one that HIGH_PRECISION_LAYERS keeps in bf16."""
+    name = "bf16" if in_bf16 else kind.format
+    if kind.blocks == "emulated" and (kind.blocks, name) not in BLOCKS:
+        name = "fp8"
+    return BLOCKS[kind.blocks, name]
+
+
+def saved_bytes(cfg: SimpleNamespace, kind: Kind, block: Block, layer: int) -> float:
+    """Return the bytes per token that a block saves for its backward pass, without recomputation."""
+    width, heads = cfg.n_embd, cfg.n_head
+    embedded = layer in value_layers(cfg.n_layer, cfg.n_value_embed)
+    # Two residuals; q, k and v; attention's output; fc1's output in bf16
+    values = 2 + 2 + 6 + 2 + 8 + block.qkv_input + block.proj_input + block.fc1_input + block.fc2_input
+    if cfg.USE_AC_ATTENTION:  # q, k and v as the matmul returned them; bf16's proj still needs attention's output
+        values -= 2 if block.proj_input else 0
+    elif not kind.rope_in_place:
+        values += 8  # q and k before and after RoPE, v twice, what torch.compile keeps between
+    if kind.blocks != "fused":
+        values += 2 if cfg.USE_X0 else 0       # the residual before the token embedding is mixed in
+        values += 4 if embedded else 0         # the value embeddings in fp32
+    # In fp32: 1 / RMS of two norms, of each head of q and k; attention's log-sum-exps; gates and their inputs
+    return values * width + 8 + 12 * heads + (4 * (heads + GATE_CHANNELS) if embedded else 0)
+
+
+def blocks_in_bf16(cfg: SimpleNamespace) -> list[bool]:
+    """Return for each block whether HIGH_PRECISION_LAYERS keeps one of its layers in bf16: then all of it counts so."""
+    patterns = [part.strip() for part in cfg.HIGH_PRECISION_LAYERS.split(",") if part.strip()]
+    return [any(fnmatch.fnmatchcase(f"blocks.{i}.{layer}", pattern) or fnmatch.fnmatchcase(
+        f"blocks.{i}.{layer}", pattern + ".*") for layer in ("attn.qkv", "attn.proj", "mlp") for pattern in patterns)
+        for i in range(cfg.n_layer)]
+
+
+def largest_share(layers: int, width: int, ranks: int) -> int:
+    """Return the most values of matrices that one rank owns under "ddp", as zero.assign_owners() divides them."""
+    shares = [0] * ranks
+    for i, factor in enumerate(factor for factor in (4, 4, 3, 1) for _ in range(layers)):  # fc1, fc2, qkv, proj
+        shares[i % ranks] += factor * width ** 2
+    return max(shares)
+
+
+class Prediction(NamedTuple):
+    """What a run takes, in bytes. The first five are there all the time; the others are not, and not all at once."""
+
+    weights: float     # fp32, and under FSDP2 gathered in bf16
+    gradients: float
+    moments: float     # of Muon and AdamW
+    copies: float      # weights in low precision
+    workspace: float
+    passing: float     # of a micro-batch: what blocks have saved, and the larger of head and backward pass
+    step: float        # scratch of the optimizers
+    evaluation: float  # of an evaluation, or of the statistics of FP8_STATS_INTERVAL
+    graphs: bool       # whether CUDA graphs keep the memory of a micro-batch to themselves
+
+    @property
+    def resident(self) -> float:
+        """Bytes that are in use all the time."""
+        return self.weights + self.gradients + self.moments + self.copies + self.workspace
+
+    @property
+    def peak(self) -> float:
+        """Bytes that tensors take at most at the same time, as torch.cuda.max_memory_allocated() counts them."""
+        return self.resident + max(self.passing, self.step, self.evaluation)
+
+    @property
+    def beside_graphs(self) -> float:
+        """Bytes that are needed while CUDA graphs hold the memory of a micro-batch."""
+        return max(self.step, self.evaluation) if self.graphs else 0.0
+
+    @property
+    def need(self) -> float:
+        """Bytes that torch's allocator must be able to get from the GPU."""
+        return max(self.peak, self.resident + self.passing + self.beside_graphs) * (1 + FRAGMENTATION)
+
+
+def predict(cfg: SimpleNamespace, kind: Kind, batch_size: int) -> Prediction:
+    """Return what a run with these flags takes on each rank, with micro-batches of this many sequences.
+
+    cfg: train.py's flags. Its batch_size is not read; total_batch_size must be a number.
+    """
+    width, layers, vocab, ranks = cfg.n_embd, cfg.n_layer, cfg.vocab_size, kind.ranks
+    tokens = batch_size * cfg.block_size
+    accumulates = cfg.total_batch_size > tokens * ranks
+    matrices, table = layers * 12 * width ** 2, vocab * width
+    others = (2 + cfg.n_value_embed) * table + (2 * layers + 1) * width  # embeddings, head, gains
+    parameters, fsdp2 = matrices + others, kind.wrapper == "fsdp2"
+    in_bf16 = blocks_in_bf16(cfg)
+    blocks = [block_of(kind, here) for here in in_bf16]
+
+    # Weights, gradients, moments. An AdamW of 8 bits takes embedding and head
+    own = matrices / ranks if fsdp2 else matrices
+    weights = gradients = 4 * parameters
+    adam = 8 * (others - 2 * table) + (2 if cfg.USE_8BIT_ADAM else 8) * 2 * table
+    moments = 4 * matrices + adam
+    if kind.wrapper == "ddp":  # buffers with room for the largest share on every rank
+        own = largest_share(layers, width, ranks)
+        weights = gradients = 4 * (ranks * own + others)
+        moments = 4 * own + (adam if cfg.USE_8BIT_ADAM or vocab % ranks else adam / ranks)
+    if fsdp2:
+        gathered = 2 * (table + 2 * 12 * width ** 2) if cfg.FSDP2_RESHARD else 2 * parameters
+        weights, moments = 4 * parameters / ranks + gathered, moments / ranks
+        # Whole gradients wait for a step's last micro-batch; then each rank gets its part
+        gradients = (4 if cfg.REDUCE_FP32 else 2) * parameters if accumulates else 4 * parameters / ranks
+
+    # Weights in low precision. FSDP2's are bf16 already, and Transformer Engine's modules quantize one at a time there
+    copied = [12 * width ** 2 * block.weight for block, here in zip(blocks, in_bf16, strict=True)
+              if not (fsdp2 and (kind.format == "bf16" or here))]
+    if fsdp2 and kind.blocks == "modules":
+        copied = copied[:1]
+    copies = sum(copied) + (0 if fsdp2 and not kind.fp8_head else 2 * table)
+
+    # A micro-batch
+    saved = [saved_bytes(cfg, kind, block, i) for i, block in enumerate(blocks)]
+    recomputed = max(saved) if cfg.USE_AC_BLOCKS else 0  # of one block at a time
+    kept = (layers * 2 * width if cfg.USE_AC_BLOCKS else sum(saved)) * tokens
+    # Token embedding: its norm's output is the first block's residual; in fp32, its rows, or 1 / RMS and the order of
+    # the tokens. Tokens and targets
+    kept += tokens * ((2 * width if cfg.USE_X0 else 0) + (12 if kind.blocks == "fused" else 4 * width) + 16)
+    kept += 8 * vocab if kind.blocks == "fused" else 0
+    head = 6 * width * tokens + head_bytes(cfg, kind, tokens)  # the final norm's input, its output, that one's gradient
+    backward = (max(block.backward for block in blocks) * width + recomputed) * tokens
+    if kind.blocks != "fused":  # an embedding's gradient is a tensor of its own, of the table's size
+        backward = max(backward, 4 * table + 4 * width * tokens)
+
+    # Dion: updates, their stack, two iterates, in bf16. torch: a copy of all matrices, and some of one
+    step = 4 * own + 4 * 16 * width ** 2
+    if kind.wrapper == "ddp" and not cfg.REDUCE_FP32:
+        step = max(step, 2 * ranks * own, 2 * table)
+    evaluation = max((50 if kind.blocks != "fused" else 39 if cfg.USE_X0 else 37) * width * tokens,
+                     4 * width * tokens + 2 * min(cfg.loss_chunk_size, tokens) * vocab + 2 * table)
+    if cfg.FP8_STATS_INTERVAL:  # counted by running it
+        evaluation = max(evaluation, TOKENS * layers * 14 * width + vocab * (29 * HEAD_TOKENS + 10 * width))
+    if kind.blocks == "emulated" and min(windows(cfg)) < cfg.block_size:
+        kept += cfg.block_size ** 2  # the mask of a window
+    graphs = cfg.USE_CUDA_GRAPHS and kind.blocks == "fused" and not fsdp2
+    return Prediction(weights, gradients, moments, copies, WORKSPACE, kept + max(head, backward), step, evaluation,
+                      graphs)
+
+
+def head_bytes(cfg: SimpleNamespace, kind: Kind, tokens: int) -> float:
+    """Return what the head makes at its peak in the forward pass: logits of a chunk, and the gradient of its weight."""
+    table, chunk = cfg.vocab_size * cfg.n_embd, min(cfg.loss_chunk_size, tokens)
+    logits, several = chunk * cfg.vocab_size, tokens > chunk
+    if not kind.fp8_head:  # bf16 logits, which their gradient overwrites; those of the chunk before are still there
+        return 4 * table + (4 if several else 2) * logits
+    if not kind.fp8_matmuls:
+        return 4 * table + 24 * logits
+    # Logits, then their gradient in two layouts; that of the chunk before is still there
+    quantized_input = 2 * chunk * cfg.n_embd
+    return quantized_input + (4 * table + 6 * logits if several else max(4 * logits, 4 * table + 2 * logits))
+
+
+def kind_of(cfg: SimpleNamespace, precision: Precision, wrapper: str, procs: Processes) -> Kind:
+    """Return what decides which tensors a run makes. wrapper: "none", "ddp" or "fsdp2"."""
+    kernels = kernels_fit(cfg, procs.device)
+    fused = precision.fused and kernels and not (cfg.USE_AC_BLOCKS or cfg.USE_AC_ATTENTION)
+    capable = procs.device.type == "cuda" and torch.cuda.get_device_capability(procs.device) >= (8, 9)
+    return Kind(precision.name, "fused" if fused else "emulated" if precision.emulated else "modules",
+                precision.fp8_head(cfg), wrapper, procs.world_size, kernels and not cfg.USE_AC_ATTENTION, capable)
