@@ -31,6 +31,7 @@ from nanofp8.config import (  # types of flags, and what reads them
     UserError,
     Window,
     check_command_line,
+    may_choose,
     parse_flags,
 )
 
@@ -57,7 +58,7 @@ from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from nanofp8 import checkpoint, resuming, runlog  # save, restore; choose and lock; run folder, log.jsonl, wandb
+from nanofp8 import checkpoint, memory, resuming, runlog  # save, restore; batch_size; choose and lock; log.jsonl, wandb
 from nanofp8.attention import choose_attention, make_attention  # Transformer Engine's, flash-attn-4's or torch's
 from nanofp8.epilogues import choose_quack  # relu^2 within FP8 matmuls
 from nanofp8.faults import Guard, StopSignal  # bad steps; SIGTERM and SIGINT
@@ -129,7 +130,7 @@ USE_X0: bool = False                          # each block reads a * x + b * tok
 # Length, batch and schedule
 train_tokens: NonNegative = 891289600         # tokens to train on: 9 FineWeb shards, once; 0: use max_iters
 total_batch_size: AutoPositive = "auto"       # tokens per optimizer step, over all ranks; "auto": by train_tokens
-batch_size: Positive = 16                     # sequences per micro-batch and rank; lowered to fit, if not given
+batch_size: AutoPositive = "auto"             # sequences per micro-batch and rank; "auto": the most that fit memory
 max_iters: Positive = 1700                    # optimizer steps; used if given or edited, or if train_tokens is 0
 warmup_iters: NonNegative = 100               # steps of linear warm-up of all learning rates
 warmup_ratio: Fraction = 0.02                 # the same as a fraction of all steps; 0: warmup_iters counts
@@ -239,22 +240,23 @@ PARTS = dict(qk_scale=1.2, window_pattern="SSSL", USE_X0=True, vocab_size=50304)
 PRESETS = {
     # Must repeat the default of every flag that a preset sets: a default that differs counts as edited
     "d20": CLASSIC | dict(
-        train_tokens=891289600, total_batch_size="auto", warmup_ratio=0.02, lr_schedule="linear", warmdown_ratio=0.75,
-        min_lr_ratio=0.03, lr_scaling="sqrt", learning_rate=0.04, learning_rate_embed=0.6, learning_rate_head=0.008,
-        learning_rate_gain=0.016, weight_decay=0.17, weight_decay_end=0.0, USE_CAUTIOUS_WD=True,
-        muon_momentum_ratio=0.15, muon_variant="normuon", eval_interval=500, ckpt_interval=1000,
+        train_tokens=891289600, total_batch_size="auto", batch_size="auto", warmup_ratio=0.02, lr_schedule="linear",
+        warmdown_ratio=0.75, min_lr_ratio=0.03, lr_scaling="sqrt", learning_rate=0.04, learning_rate_embed=0.6,
+        learning_rate_head=0.008, learning_rate_gain=0.016, weight_decay=0.17, weight_decay_end=0.0,
+        USE_CAUTIOUS_WD=True, muon_momentum_ratio=0.15, muon_variant="normuon", eval_interval=500, ckpt_interval=1000,
         skip_grad_zscore="auto",
     ),
     "speedrun": PARTS | dict(n_value_embed=5),
-    "d12": PARTS | dict(n_layer=12, n_embd=768, n_head=6, batch_size=32, n_value_embed=3),
+    "d12": PARTS | dict(n_layer=12, n_embd=768, n_head=6, n_value_embed=3),
     "tiny": dict(
         dataset="shakespeare", n_layer=4, n_embd=128, n_head=2, vocab_size=50304, block_size=128, train_tokens=0,
-        total_batch_size=2048, batch_size=8, max_iters=60, loss_chunk_size=64, eval_interval=20, eval_tokens=16384,
+        total_batch_size=2048, max_iters=60, loss_chunk_size=64, eval_interval=20, eval_tokens=16384,
         ckpt_interval=20, lr_scaling="none", learning_rate=0.03, learning_rate_embed=0.5, learning_rate_head=0.015,
         learning_rate_gain=0.01,
     ),
     "classic": CLASSIC,
 }
+LARGEST_BATCH = {"d12": 32, "tiny": 8}  # of batch_size="auto"; 16 in other presets
 
 
 def auto_batch(train_tokens: int) -> int:
@@ -286,18 +288,19 @@ def resolve_length(cfg: SimpleNamespace, saved: dict | None = None) -> None:
 def check_flags(cfg: SimpleNamespace, world_size: int, resumed: bool = False) -> None:
     """Refuse combinations of flags that cannot work: UserError. Types and ranges were checked by parse_flags().
 
-    A batch_size that was not given is lowered until total_batch_size is a multiple of what all ranks read at once.
-    resumed: total_batch_size and block_size cannot change.
+    A batch_size that was not given is lowered until total_batch_size is a multiple of what all ranks read at once
+    (memory.choose() lowers it further). resumed: total_batch_size and block_size cannot change.
     """
     if cfg.n_embd % cfg.n_head or cfg.n_embd // cfg.n_head % 2:
         raise UserError(f"n_embd={cfg.n_embd} over n_head={cfg.n_head} heads must give an even head size; "
                         f"try --n_head={max(1, cfg.n_embd // 128)}", 2)
-    sequences, rest = divmod(cfg.total_batch_size, world_size * cfg.block_size)
-    if "batch_size" not in cfg.explicit and sequences and not rest:
-        cfg.batch_size = max(b for b in range(1, cfg.batch_size + 1) if sequences % b == 0)
+    if may_choose(cfg, "batch_size"):
+        cfg.batch_size = next(iter(memory.batch_sizes(cfg, world_size)), cfg.batch_size)
     micro = world_size * cfg.batch_size * cfg.block_size
     if cfg.total_batch_size % micro:
         remedy = f"use --total_batch_size={max(1, round(cfg.total_batch_size / micro)) * micro}"
+        if cfg.total_batch_size % (world_size * cfg.block_size) == 0:
+            remedy += ", or leave out --batch_size"
         if resumed:
             fit = max(n for n in range(1, world_size + 1) if n == 1 or cfg.total_batch_size % (n * cfg.block_size) == 0)
             remedy = "leave out --batch_size" if fit == world_size else f"continue on {fit} rank(s)"
@@ -806,6 +809,7 @@ class Run:
     loader: DataLoader
     guard: Guard
     wrapper_reason: str = ""                  # why this wrapper was chosen
+    micro_batch: memory.Choice | None = None  # why this batch_size was chosen
     parameters: int = 0                       # of the whole model
     graphs: MicroBatchGraphs | None = None    # micro-batches as CUDA graphs, once they are captured
     stop: StopSignal | None = None
@@ -986,14 +990,10 @@ def set_up(cfg: SimpleNamespace, procs: Processes, cleanup: contextlib.ExitStack
         checkpoint.check_fixed_flags(resumed, cfg)  # before the remedies of other checks name a flag that cannot change
     check_flags(cfg, procs.world_size, bool(resumed))
     value_layers(cfg.n_layer, cfg.n_value_embed)  # raises UserError
-    torch.manual_seed(cfg.seed)
-    np.random.seed(cfg.seed)
-    random.seed(cfg.seed)
     torch.set_float32_matmul_precision("high")
     if procs.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(procs.device)
     loader, val_ring = open_data(cfg, procs)
-    cleanup.callback(loader.close)
     shards = checkpoint.shard_fingerprints(loader.ring, val_ring, procs)
     meta = checkpoint.check_resume(resumed, cfg, loader.ring, shards, procs) if resumed else None
 
@@ -1004,6 +1004,7 @@ def set_up(cfg: SimpleNamespace, procs: Processes, cleanup: contextlib.ExitStack
     runlog.print_table(run, resumed)
 
     start = time.perf_counter()
+    cleanup.callback(run.loader.close)
     calibrate(run)  # and compile, before training is timed
     run.optimizers.warm_up(run.parallel)
     if resumed:
@@ -1027,8 +1028,16 @@ def set_up(cfg: SimpleNamespace, procs: Processes, cleanup: contextlib.ExitStack
 
 
 def build(cfg: SimpleNamespace, procs: Processes, loader: DataLoader) -> Run:
-    """Build precision, model, wrapper and optimizers."""
+    """Build precision, model, wrapper and optimizers, from the flag `seed`, for the micro-batch that fits."""
+    torch.manual_seed(cfg.seed)
+    np.random.seed(cfg.seed)
+    random.seed(cfg.seed)
     precision = select_precision(cfg, procs.device)
+    parameters = sum(count for _, count, _ in runlog.parameter_table(cfg))
+    wrapper, reason = choose_wrapper(cfg, procs, parameters)
+    micro_batch = memory.choose(cfg, precision, wrapper, procs)
+    if cfg.batch_size != loader.batch_size:
+        loader = DataLoader(loader.ring, cfg, procs)
     use_compile = procs.device.type == "cuda" if cfg.USE_COMPILE == "auto" else cfg.USE_COMPILE
     compiled = functools.cache(lambda f: torch.compile(f, dynamic=False)) if use_compile else (lambda f: f)
     if precision.emulated:
@@ -1036,14 +1045,13 @@ def build(cfg: SimpleNamespace, procs: Processes, loader: DataLoader) -> Run:
         precision.te.manual_seed(cfg.seed + procs.rank)  # stochastic rounding
     model = GPT(cfg, precision, compiled, procs.device)
     in_bf16 = keep_high_precision(model, cfg.HIGH_PRECISION_LAYERS, precision.te)
-    parameters = sum(p.numel() for p in model.parameters())
-    wrapper, reason = choose_wrapper(cfg, procs, parameters)
     if cfg.USE_8BIT_ADAM:
         import_bitsandbytes(procs.device, wrapper == "fsdp2")  # before the model is sharded
     parallel = Parallel(model, wrapper, cfg, procs)
     optimizers = Optimizers(model, cfg, procs, parallel)
     guard = Guard(cfg, auto_grad_zscore=precision.grad_zscore)
-    return Run(cfg, procs, precision, parallel, optimizers, loader, guard, reason, parameters, in_bf16=in_bf16)
+    return Run(cfg, procs, precision, parallel, optimizers, loader, guard, reason, micro_batch, parameters,
+               in_bf16=in_bf16)
 
 
 def run(cfg: SimpleNamespace, procs: Processes) -> str:
@@ -1063,6 +1071,8 @@ def read_flags(argv: Sequence[str], has_gpu: bool | None = None) -> SimpleNamesp
     cfg = parse_flags(argv, os.path.abspath(__file__), PRESETS, has_gpu)
     if not known and not has_gpu and "preset" in cfg.auto:
         check_gpus()  # rather than train a tiny model on the CPU by surprise
+    if cfg.batch_size == "auto":
+        cfg.batch_size = LARGEST_BATCH.get(cfg.preset, 16)
     resolve_length(cfg)
     return cfg
 

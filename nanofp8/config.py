@@ -314,6 +314,11 @@ def flag_values(cfg: SimpleNamespace) -> dict[str, Any]:
     return {name: value for name, value in vars(cfg).items() if name not in ("explicit", "auto")}
 
 
+def may_choose(cfg: SimpleNamespace, name: str) -> bool:
+    """Whether the script may choose a flag's value: it was neither given nor edited, or is "auto"."""
+    return name in cfg.auto or name not in cfg.explicit
+
+
 def check_command_line(path: str, argv: Sequence[str] | None = None,
                        doctor: Callable[[str, Sequence[str]], int] | None = None) -> None:
     """Answer --help, --doctor and wrong flags of a script that is being started: print and exit, or return if all is

@@ -1,4 +1,4 @@
-"""GPU memory: how much a run needs.
+"""GPU memory: how much a run needs, and the micro-batch that fits (batch_size="auto").
 
 predict() adds up the tensors that are alive when most memory is in use. There are three such moments:
 
@@ -18,10 +18,11 @@ from typing import NamedTuple
 
 import torch
 
+from nanofp8.config import UserError, may_choose
 from nanofp8.fp8_stats import HEAD_TOKENS, TOKENS
 from nanofp8.fused import kernels_fit
 from nanofp8.parts import GATE_CHANNELS, value_layers, windows
-from nanofp8.precision import Precision
+from nanofp8.precision import Precision, choose_format
 from nanofp8.procs import Processes
 
 GB = 1e9
@@ -29,6 +30,8 @@ GB = 1e9
 # Memory that no tensor of predict() takes, in bytes. Estimates
 WORKSPACE = 0.25 * GB      # in torch's allocator: workspaces of cuBLAS, cuDNN and Transformer Engine, small tensors
 FRAGMENTATION = 0.03       # in torch's allocator: share of all that it holds and cannot use
+CONTEXT = 0.6 * GB         # outside of it: kernels that are loaded after the start
+COMMUNICATION = 0.6 * GB   # outside of it, with several ranks: NCCL's buffers
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The model of memory
@@ -238,3 +241,73 @@ def kind_of(cfg: SimpleNamespace, precision: Precision, wrapper: str, procs: Pro
     capable = procs.device.type == "cuda" and torch.cuda.get_device_capability(procs.device) >= (8, 9)
     return Kind(precision.name, "fused" if fused else "emulated" if precision.emulated else "modules",
                 precision.fp8_head(cfg), wrapper, procs.world_size, kernels and not cfg.USE_AC_ATTENTION, capable)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The choice
+
+
+class Choice(NamedTuple):
+    """A micro-batch, and what it was chosen by."""
+
+    reason: str                  # for the start-up table
+    need: float = 0.0            # bytes that it needs, as predicted; 0: a CPU
+    without_graphs: float = 0.0  # the same without CUDA graphs
+    memory: float = 0.0          # bytes that torch can get, on the rank that has least
+
+
+def batch_sizes(cfg: SimpleNamespace, ranks: int) -> list[int]:
+    """Return the micro-batches up to cfg.batch_size that divide a step, largest first; [] if none does.
+
+    Those that the format's blocks of values do not divide are left out, if others are left.
+    """
+    sequences, rest = divmod(cfg.total_batch_size, ranks * cfg.block_size)
+    sizes = [] if rest or not sequences else [n for n in range(cfg.batch_size, 0, -1) if sequences % n == 0]
+    return [n for n in sizes if n * cfg.block_size % choose_format(cfg).multiple == 0] or sizes
+
+
+def available(procs: Processes) -> float:
+    """Return the bytes that torch's allocator can still get on this rank's GPU.
+
+    That is what is free, less what CUDA and NCCL will take themselves; at most what
+    torch.cuda.set_per_process_memory_fraction() leaves.
+    """
+    device = procs.device
+    free, total = torch.cuda.mem_get_info(device)
+    allocated, reserved = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
+    fraction = getattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0)  # older torch lacks it
+    limit = fraction(device) * total - allocated
+    return min(free + reserved - allocated - CONTEXT - (COMMUNICATION if procs.world_size > 1 else 0), limit)
+
+
+def choose(cfg: SimpleNamespace, precision: Precision, wrapper: str, procs: Processes) -> Choice:
+    """Set cfg.batch_size to the largest micro-batch that is predicted to fit on every rank, unless it was given.
+
+    Raises: UserError if not even weights and optimizer state fit.
+    """
+    auto = may_choose(cfg, "batch_size")
+    how = "auto" if auto else "given"
+    if procs.device.type != "cuda":
+        return Choice(f"{cfg.batch_size} ({how})")
+    memory = min(procs.gather(available(procs)))
+    kind = kind_of(cfg, precision, wrapper, procs)
+    sizes = (batch_sizes(cfg, procs.world_size) if auto else []) or [cfg.batch_size]
+    predictions = {size: predict(cfg, kind, size) for size in sizes}
+    needs = {size: prediction.need for size, prediction in predictions.items()}
+    size = next((size for size in sizes if needs[size] <= memory), sizes[-1])
+    chosen = predictions[size]
+    if chosen.resident > memory:
+        raise UserError(f"weights, gradients and optimizer state take {chosen.resident / GB:.1f} GB, and "
+                        f"{memory / GB:.1f} GB of GPU memory are free; use {smaller_model(cfg)}")
+    larger = sizes[:sizes.index(size)]
+    reason = (f"{size} ({how}: predicted {needs[size] / GB:.1f} of {memory / GB:.1f} GB"
+              + (f"; {larger[-1]} needs {needs[larger[-1]] / GB:.1f}" if larger else "")
+              + (", may not fit" if needs[size] > memory else "") + ")")
+    cfg.batch_size = size
+    return Choice(reason, chosen.need, chosen._replace(graphs=False).need, memory)
+
+
+def smaller_model(cfg: SimpleNamespace) -> str:
+    """Return the model to take where this one does not fit."""
+    model = "a smaller model (--n_layer, --n_embd)" if cfg.preset in ("d12", "tiny") else "--preset=d12"
+    return model + (" (only a new run can)" if cfg.resume else "")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, Callable
 
-from nanofp8.config import UserError, flag_values
+from nanofp8.config import UserError, flag_values, may_choose
 from nanofp8.runlog import read_log
 
 
@@ -54,7 +54,8 @@ def read_run(folder: str) -> RunData:
 
 def finished_run(cfg: SimpleNamespace, machine: dict) -> str | None:
     """Return the folder of a run that was finished with these very flags, by this code and on this device, or None."""
-    wanted = {k: v for k, v in flag_values(cfg).items() if k not in ("run_name", "out_dir")}
+    ignored = {"run_name", "out_dir"} | ({"batch_size"} if may_choose(cfg, "batch_size") else set())
+    wanted = {k: v for k, v in flag_values(cfg).items() if k not in ignored}
     wanted |= {k: machine[k] for k in ("device", "code")}
     for n in range(1, 100):
         folder = os.path.join(cfg.out_dir, cfg.run_name if n == 1 else f"{cfg.run_name}-{n}")

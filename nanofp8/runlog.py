@@ -311,12 +311,14 @@ def data_rows(cfg: SimpleNamespace, procs: Processes, loader: Any, val_ring: Any
 
 def print_table(run: Any, checkpoint: str | None) -> None:
     """Print what is about to run, on rank 0. checkpoint: that a resumed run continues from."""
-    precision, model = run.precision, run.model
+    precision, model, history = run.precision, run.model, run.cfg.FP8_AMAX_HISTORY
     unused = precision.flags_without_effect(run.cfg)
     rows = [
         ("device", f"{run.procs.world_size} x {run.machine['device']}, torch {run.machine['versions']['torch']}"),
         ("precision", f"{precision.name} {precision.reason}"),
         ("  ingredients", precision.details),
+        ("  amax history", f"{history:,} micro-batches = {history / run.loader.accumulation:,.4g} steps"
+         if precision.format.calibrated else ""),
         ("  head", "" if not precision.recipe else "FP8 (current scaling)" if model.fp8_head else "bf16"),
         ("  in bf16", ", ".join(run.in_bf16)),
         ("  without effect", ", ".join(unused)),
@@ -329,6 +331,7 @@ def print_table(run: Any, checkpoint: str | None) -> None:
         ("parameters", f"{run.parameters:,}"),
         *[(f"  {part}", f"{n:,} = {how}") for part, n, how in parameter_table(run.cfg)],
         *data_rows(run.cfg, run.procs, run.loader, run.val_ring),
+        ("  micro-batch", run.micro_batch.reason),
         ("run folder", run.folder),
         ("resumed from", f"{checkpoint}, after {run.first_step:,} steps" if checkpoint else ""),
     ]

@@ -56,7 +56,7 @@ def good_value(name):
         value = default / 2 + 0.25
     elif name == "window_pattern":
         value = "SSSL"
-    elif name == "total_batch_size":
+    elif name in ("total_batch_size", "batch_size"):
         value = 4096
     elif name == "skip_grad_zscore":
         value = 2.5
@@ -76,6 +76,8 @@ def bad_values(name):
         return ["much", "False", "", "nan", "inf", "-1e999"]
     if name == "skip_grad_zscore":
         return ["automatic", "-1", "", "nan", "True"]
+    if name in ("total_batch_size", "batch_size"):
+        return ["automatic", "0", "-1", "", "1.5", "True"]
     return []  # any text will do
 
 

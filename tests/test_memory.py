@@ -1,12 +1,16 @@
-"""memory.py: predictions against measured peaks and against the tensors that are really made."""
+"""memory.py: predictions against measured peaks and against the tensors that are really made; the choice."""
+
+from types import SimpleNamespace
 
 import allocations
 import pytest
 import torch
 
 import train
+from helpers import train_here
 from nanofp8 import memory
 from nanofp8 import te_emulation as te
+from nanofp8.config import UserError
 from nanofp8.memory import GB, Kind, predict
 from nanofp8.precision import Precision, choose_format
 from nanofp8.procs import Processes
@@ -143,3 +147,115 @@ def test_the_largest_share_is_that_of_the_divided_updates():
         shares = [sum(p.numel() for p, owner in zip(matrices, owners, strict=True) if owner == rank)
                   for rank in range(ranks)]
         assert memory.largest_share(layers, 8, ranks) == max(shares)
+
+
+# -----------------------------------------------------------------------------------------------------
+# The choice
+
+
+@pytest.mark.parametrize("flags,ranks,want", [
+    (dict(preset="d20"), 1, [16, 8, 4, 2, 1]), (dict(preset="d12"), 1, [32, 16, 8, 4, 2, 1]),
+    (dict(preset="classic"), 3, []), (dict(preset="d20", total_batch_size=2048 * 24), 2, [12, 6, 4, 3, 2, 1]),
+    (dict(preset="d20", total_batch_size=2048 * 7), 1, [7, 1]),
+    (dict(preset="d20", total_batch_size=2048 * 17), 1, [1]),
+    # 8 tokens a sequence: FP8 needs multiples of 16 tokens
+    (dict(preset="tiny", block_size=8, total_batch_size=96), 1, [6, 4, 2]),
+    (dict(preset="tiny", block_size=8, total_batch_size=96, USE_FP8=False), 1, [6, 4, 3, 2, 1]),
+    (dict(preset="tiny", block_size=8, total_batch_size=24), 1, [3, 1]),  # none fits the format: its own error follows
+])
+def test_micro_batches_divide_a_step(flags, ranks, want):
+    assert memory.batch_sizes(parse(**flags), ranks) == want
+
+
+def test_the_largest_micro_batch_of_each_preset():
+    assert {preset: parse(preset=preset).batch_size for preset in ("d20", "speedrun", "d12", "tiny", "classic")} == {
+        "d20": 16, "speedrun": 16, "d12": 32, "tiny": 8, "classic": 16}
+    assert parse(preset="d12", batch_size="auto").batch_size == 32
+    assert parse(preset="d12", batch_size=5).batch_size == 5
+
+
+class Gpu(Processes):
+    """A rank with a GPU whose ranks have this much memory for torch."""
+
+    memory = (79 * GB,)
+
+    def gather(self, value):
+        return list(self.memory)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """choose(memories, **flags): what a run takes on ranks with these GB of memory. Returns flags and Choice."""
+    monkeypatch.setattr(memory, "available", lambda procs: 0.0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(memory, "kernels_fit", lambda cfg, device: not cfg.USE_AC_ATTENTION)
+    precision = SimpleNamespace(name="fp8-delayed", fused=True, emulated=False, fp8_head=lambda cfg: True)
+
+    def choose(memories, wrapper="none", **flags):
+        cfg = parse(**dict(preset="d20") | flags)
+        procs = Gpu(0, 0, len(memories), torch.device("cuda", 0), None)
+        procs.memory = [gigabytes * GB for gigabytes in memories]
+        train.check_flags(cfg, procs.world_size)
+        return cfg, memory.choose(cfg, precision, wrapper, procs)
+
+    return choose
+
+
+def test_the_largest_micro_batch_that_fits_is_taken_and_explained(gpu):
+    want = {79: 16, 33: 8, 24.5: 8, 23: 4, 16: 2}
+    for gigabytes, size in want.items():
+        cfg, choice = gpu([gigabytes])
+        assert cfg.batch_size == size, choice.reason
+        assert choice.need <= choice.memory == gigabytes * GB
+        start = f"{size} (auto: predicted {choice.need / GB:.1f} of {gigabytes:.1f} GB"
+        assert choice.reason.startswith(start + (")" if size == 16 else f"; {2 * size} needs "))
+
+
+def test_all_ranks_take_the_smallest_of_their_answers(gpu):
+    cfg, choice = gpu([79, 17, 79, 33], wrapper="ddp")
+    assert cfg.batch_size == 4 and "of 17.0 GB; 8 needs" in choice.reason
+
+
+def test_a_micro_batch_that_was_given_is_only_checked(gpu):
+    cfg, choice = gpu([33], batch_size=16)
+    assert cfg.batch_size == 16 and choice.reason.startswith("16 (given: predicted 34")
+    assert choice.reason.endswith("of 33.0 GB, may not fit)")
+    assert gpu([79], batch_size=4)[1].reason.startswith("4 (given: predicted 17.")
+    assert gpu([33], batch_size="auto")[0].batch_size == 8
+
+
+def test_where_not_even_the_weights_fit(gpu):
+    with pytest.raises(UserError, match=r"take 8\.\d GB, and 6\.0 GB .* free; use --preset=d12$"):
+        gpu([6])
+    with pytest.raises(UserError, match=r"use a smaller model \(--n_layer, --n_embd\)"):
+        gpu([1], preset="d12", USE_AC_BLOCKS=True)
+
+
+def test_where_one_sequence_is_not_predicted_to_fit(gpu):
+    """It is taken all the same, and the table says so."""
+    cfg, choice = gpu([11])
+    assert cfg.batch_size == 1 and choice.reason.startswith("1 (auto: predicted 12.") and "may not fit" in choice.reason
+
+
+def test_the_memory_that_torch_can_get(monkeypatch):
+    """What is free, and what torch's pool holds without using it, less what CUDA and NCCL take; at most torch's
+    limit."""
+    state = dict(mem_get_info=(30 * GB, 80 * GB), memory_allocated=10 * GB, memory_reserved=14 * GB,
+                 get_per_process_memory_fraction=1.0)
+    for name in state:
+        monkeypatch.setattr(torch.cuda, name, lambda device, name=name: state[name], raising=False)
+    procs = Processes(0, 0, 1, torch.device("cuda", 0), None)
+    assert memory.available(procs) == pytest.approx(34 * GB - memory.CONTEXT)
+    procs.world_size = 2
+    assert memory.available(procs) == pytest.approx(34 * GB - memory.CONTEXT - memory.COMMUNICATION)
+    state["get_per_process_memory_fraction"] = 0.3
+    assert memory.available(procs) == pytest.approx(0.3 * 80 * GB - 10 * GB)
+
+
+def test_the_table_says_which_micro_batch_runs_and_how_long_the_amax_history_is(fresh, tmp_path, shards, capsys):
+    train_here(tmp_path, shards, max_iters=1, eval_tokens=64, batch_size="auto", total_batch_size=512)
+    printed = capsys.readouterr().out
+    assert "  micro-batch      8 (auto)\n" in printed and "  amax history     16 micro-batches = 8 steps\n" in printed
+    train_here(tmp_path, shards, max_iters=1, eval_tokens=64, batch_size=4, USE_FP8=False)
+    printed = capsys.readouterr().out
+    assert "  micro-batch      4 (given)\n" in printed and "amax history" not in printed
