@@ -1004,9 +1004,9 @@ def set_up(cfg: SimpleNamespace, procs: Processes, cleanup: contextlib.ExitStack
     runlog.print_table(run, resumed)
 
     start = time.perf_counter()
+    memory.fit(run, build)
     cleanup.callback(run.loader.close)
     calibrate(run)  # and compile, before training is timed
-    run.optimizers.warm_up(run.parallel)
     if resumed:
         run.guard = Guard(cfg, meta.get("guard"), run.precision.grad_zscore)
         if not checkpoint.restore(run, resumed, meta):  # scales missing: calibrate as often as a new run

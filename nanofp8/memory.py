@@ -1,4 +1,4 @@
-"""GPU memory: how much a run needs, and the micro-batch that fits (batch_size="auto").
+"""GPU memory: how much a run needs, the micro-batch that fits (batch_size="auto"), and a trial of it before training.
 
 predict() adds up the tensors that are alive when most memory is in use. There are three such moments:
 
@@ -12,17 +12,22 @@ Engine 2.20.2 (pytorch/module/*.py) and from Dion 0a059a4. tests/test_memory.py 
 and with the tensors that fused blocks really make.
 """
 
+import contextlib
 import fnmatch
+import gc
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 
+from nanofp8.checkpoint import random_state, set_random_state
 from nanofp8.config import UserError, may_choose
 from nanofp8.fp8_stats import HEAD_TOKENS, TOKENS
 from nanofp8.fused import kernels_fit
 from nanofp8.parts import GATE_CHANNELS, value_layers, windows
-from nanofp8.precision import Precision, choose_format
+from nanofp8.precision import Precision, choose_format, fp8_state
 from nanofp8.procs import Processes
 
 GB = 1e9
@@ -32,6 +37,8 @@ WORKSPACE = 0.25 * GB      # in torch's allocator: workspaces of cuBLAS, cuDNN a
 FRAGMENTATION = 0.03       # in torch's allocator: share of all that it holds and cannot use
 CONTEXT = 0.6 * GB         # outside of it: kernels that are loaded after the start
 COMMUNICATION = 0.6 * GB   # outside of it, with several ranks: NCCL's buffers
+
+TRIAL_ON_CPU = False  # for tests: run the trial on a CPU too
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The model of memory
@@ -311,3 +318,129 @@ def smaller_model(cfg: SimpleNamespace) -> str:
     """Return the model to take where this one does not fit."""
     model = "a smaller model (--n_layer, --n_embd)" if cfg.preset in ("d12", "tiny") else "--preset=d12"
     return model + (" (only a new run can)" if cfg.resume else "")
+
+
+def remedies(cfg: SimpleNamespace, choice: Choice) -> str:
+    """Return what to do where not even the smallest micro-batch fits."""
+    flags = [] if cfg.USE_AC_BLOCKS else ["--USE_AC_BLOCKS=True"]
+    if choice.without_graphs < choice.need and choice.without_graphs <= choice.memory:
+        flags.insert(0, "--USE_CUDA_GRAPHS=False")
+    return "use " + " or ".join([*flags, smaller_model(cfg)])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The trial
+
+
+def fit(run: Any, build: Callable[[SimpleNamespace, Processes, Any], Any]) -> None:
+    """Allocate a train.Run's optimizer state, and find by trial whether its micro-batch fits; lower it until it does.
+
+    On a GPU one forward and backward pass runs, with gradients and optimizer state allocated. It changes no weight,
+    scale, random state or data position. If memory runs out on any rank, all ranks take the next smaller micro-batch
+    that divides a step, at most half as large, and build everything anew: what an exception has left half done in
+    FSDP2 or Transformer Engine is gone, and the run is the one that this batch_size would have had from the start.
+
+    build: train.build(). Raises: UserError if no micro-batch fits, or if batch_size was given and does not.
+    """
+    cfg, procs = run.cfg, run.procs
+    while True:
+        run.optimizers.warm_up(run.parallel)
+        if procs.device.type != "cuda" and not TRIAL_ON_CPU:
+            return
+        failed = [rank for rank, fits in enumerate(procs.gather(fits_in_trial(run))) if not fits]
+        if not failed:
+            return
+        size, choice = cfg.batch_size, run.micro_batch
+        smaller = [n for n in batch_sizes(cfg, procs.world_size) if n <= size // 2]
+        if not smaller or not may_choose(cfg, "batch_size"):
+            known = f": it needs about {choice.need / GB:.1f} of {choice.memory / GB:.1f} GB" if choice.need else ""
+            remedy = f"leave out --batch_size, or use --batch_size={smaller[0]}" if smaller else remedies(cfg, choice)
+            raise UserError(f"rank {failed[0]} has too little memory for batch_size={size}{known}; {remedy}")
+        cfg.batch_size = smaller[0]
+        procs.print(f"micro-batch: {size} sequences ran out of memory on rank {failed[0]} in a trial; "
+                    f"{smaller[0]} are tried")
+        # Delayed scaling's list of layers: a rank that left its pass early has put fewer into it than the others
+        run.precision.te.quantization.FP8GlobalStateManager.reset()
+        # In place: nothing else may hold the old model while the new one is built
+        run.precision = run.parallel = run.optimizers = None
+        free_memory()
+        new = build(cfg, procs, run.loader)
+        for name in ("precision", "parallel", "optimizers", "loader", "guard", "in_bf16", "micro_batch"):
+            setattr(run, name, getattr(new, name))
+
+
+def fits_in_trial(run: Any) -> bool:
+    """Return whether a forward and backward pass of a train.Run fits into this rank's memory; leave all as it was."""
+    procs, te, device = run.procs, run.precision.te, run.procs.device
+    generators = random_state(procs, te)
+    scales = {name: tensor.clone() for name, tensor in fp8_state(run.model).items()}
+    fits = True
+    try:
+        with alone():
+            one_pass(run)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        fits = False
+    with torch.no_grad():  # state that the pass has made starts with scales of 1 and amaxes of 0
+        for name, tensor in fp8_state(run.model).items():
+            tensor.copy_(scales[name]) if name in scales else tensor.fill_(float(name.endswith("scale")))
+    run.parallel.zero_grad()
+    set_random_state(generators, procs, te)
+    if device.type == "cuda":
+        free_memory()
+        torch.cuda.reset_peak_memory_stats(device)  # the log's peaks are those of training
+    return fits
+
+
+def one_pass(run: Any) -> None:
+    """Run forward and backward on the next micro-batch of a train.Run, with as much memory in use as in training."""
+    parallel, loader, device = run.parallel, run.loader, run.procs.device
+    fsdp2 = parallel.wrapper == "fsdp2"
+    beside_graphs = 0
+    if device.type == "cuda":
+        kind = kind_of(run.cfg, run.precision, parallel.wrapper, run.procs)
+        beside_graphs = int(predict(run.cfg, kind, run.cfg.batch_size).beside_graphs)
+    held = torch.empty(beside_graphs, dtype=torch.uint8, device=device)  # noqa: F841 (what graphs leave no room for)
+    if not fsdp2:  # gradients are there from a step's second micro-batch on
+        for parameter in run.model.parameters():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+    # FSDP2 keeps whole gradients from one micro-batch to the next
+    for last in (False, True) if fsdp2 and loader.accumulation > 1 else (True,):
+        x, y = loader.peek()
+        with parallel.micro_batch(last=last):
+            with run.precision.autocast(run.procs):
+                loss = run.model(x, y, first=parallel.first_micro_batch(0)) * loader.loss_scale
+            loss.backward()
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Let this rank run a pass by itself: collectives return at once, and what others would send stays undefined.
+
+    A rank that runs out of memory leaves a pass early. The others would wait for it in their next collective.
+    """
+    names = ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "all_gather_single",
+             "reduce_scatter_single")  # the last two: torch 2.13
+    originals = {name: getattr(dist, name) for name in names if hasattr(dist, name)}
+    try:
+        for name in originals:
+            setattr(dist, name, lambda *_, **__: None)
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(dist, name, original)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception means too little memory: torch's own, or that of a library which allocates by itself."""
+    return isinstance(error, torch.OutOfMemoryError) or any(
+        text in str(error) for text in ("out of memory", "STATUS_ALLOC_FAILED", "can't allocate memory"))
+
+
+def free_memory() -> None:
+    """Return what nothing uses any more to the GPU."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -785,6 +785,7 @@ class FP8GlobalStateManager:
     """The part of TE's class of this name that train.py uses."""
 
     is_fp8_enabled = staticmethod(lambda: _state.enabled)
+    reset = staticmethod(lambda: _state.__init__())
 
 
 quantization = types.SimpleNamespace(FP8GlobalStateManager=FP8GlobalStateManager)  # a module in TE

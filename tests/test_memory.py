@@ -1,18 +1,24 @@
-"""memory.py: predictions against measured peaks and against the tensors that are really made; the choice."""
+"""memory.py: predictions against measured peaks and against the tensors that are really made; choice and trial."""
 
+import contextlib
+import json
+import textwrap
 from types import SimpleNamespace
 
 import allocations
+import numpy as np
 import pytest
 import torch
 
+import helpers
 import train
-from helpers import train_here
+from helpers import fails_in_one_line, make_cfg, one_process, records, train_here
 from nanofp8 import memory
 from nanofp8 import te_emulation as te
+from nanofp8.checkpoint_files import read_checkpoint
 from nanofp8.config import UserError
 from nanofp8.memory import GB, Kind, predict
-from nanofp8.precision import Precision, choose_format
+from nanofp8.precision import Precision, choose_format, fp8_state
 from nanofp8.procs import Processes
 
 # -----------------------------------------------------------------------------------------------------
@@ -232,9 +238,12 @@ def test_where_not_even_the_weights_fit(gpu):
 
 
 def test_where_one_sequence_is_not_predicted_to_fit(gpu):
-    """It is taken all the same, and the table says so."""
+    """The trial decides; if it fails too, the line names what would fit."""
     cfg, choice = gpu([11])
     assert cfg.batch_size == 1 and choice.reason.startswith("1 (auto: predicted 12.") and "may not fit" in choice.reason
+    assert memory.remedies(cfg, choice) == "use --USE_CUDA_GRAPHS=False or --USE_AC_BLOCKS=True or --preset=d12"
+    assert memory.remedies(*gpu([9])) == "use --USE_AC_BLOCKS=True or --preset=d12"
+    assert memory.remedies(*gpu([5], preset="d12", USE_AC_BLOCKS=True)) == "use a smaller model (--n_layer, --n_embd)"
 
 
 def test_the_memory_that_torch_can_get(monkeypatch):
@@ -252,6 +261,123 @@ def test_the_memory_that_torch_can_get(monkeypatch):
     assert memory.available(procs) == pytest.approx(0.3 * 80 * GB - 10 * GB)
 
 
+# -----------------------------------------------------------------------------------------------------
+# The trial
+
+
+@pytest.fixture
+def trial(monkeypatch, fresh):
+    monkeypatch.setattr(memory, "TRIAL_ON_CPU", True)
+
+
+@contextlib.contextmanager
+def too_large(*sizes, where="forward"):
+    """Let memory run out in passes with micro-batches of these sizes while gradients are computed: after the first
+    block's forward pass, or in its backward pass."""
+    forward = train.Block.forward
+
+    def limited(self, x, *args, **kwargs):
+        result = forward(self, x, *args, **kwargs)
+        if x.shape[0] in sizes and torch.is_grad_enabled():
+            if where == "forward":
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+            result.register_hook(run_out)
+        return result
+
+    def run_out(grad):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    train.Block.forward = limited
+    try:
+        yield
+    finally:
+        train.Block.forward = forward
+
+
+FORMATS = {"fp8": {}, "bf16": dict(USE_FP8=False), "nvfp4": dict(USE_NVFP4=True, n_embd=128),
+           "parts": helpers.PARTS, "recomputation": dict(USE_AC_BLOCKS=True)}
+
+
+def test_a_trial_leaves_everything_as_it_was(trial, shards):
+    """Weights, gradients, scales, amax history, random states and the data position: before any pass, and after
+    steps."""
+    cfg = make_cfg(data_dir=str(shards), batch_size=4)
+    procs, model = one_process(), helpers.make_model(cfg)
+    loader = train.DataLoader(train.TokenRing(str(shards), "synthetic", "train", 512, 1), cfg, procs)
+    run = helpers.make_run(cfg, procs, model, loader)
+
+    def state():
+        return dict(weights={n: p.detach().clone() for n, p in model.named_parameters()}, loader=loader.state_dict(),
+                    random=torch.get_rng_state().clone(), numpy=np.random.get_state()[1].copy(),
+                    stochastic=te.get_rng_state())
+
+    before = state()
+    assert memory.fits_in_trial(run) and not any(p.grad is not None for p in model.parameters())
+    assert str(before) == str(state())
+    scales = fp8_state(model)
+    assert scales and all((t == (1 if n.endswith("scale") else 0)).all() for n, t in scales.items())
+    train.calibrate(run)
+    train.train_step(run)
+    before, scales = state(), {n: t.clone() for n, t in fp8_state(model).items()}
+    with too_large(4, where="backward"):
+        assert not memory.fits_in_trial(run)
+    assert memory.fits_in_trial(run) and str(before) == str(state())
+    assert helpers.same_tensors(scales, fp8_state(model)) and any((t != 1).any() for t in scales.values())
+    loader.close()
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_run_with_a_trial_is_the_same_run(trial, tmp_path, shards, monkeypatch, name):
+    """Losses, gradient norms and val losses, bit for bit."""
+    flags = FORMATS[name] | dict(max_iters=2, eval_tokens=64, keep_checkpoints=0)
+    tried = train_here(tmp_path, shards, run_name="tried", **flags)
+    monkeypatch.setattr(memory, "TRIAL_ON_CPU", False)
+    assert helpers.learned(tried) == helpers.learned(train_here(tmp_path, shards, run_name="plain", **flags))
+
+
+@pytest.mark.parametrize("name,sizes,where", [("fp8", (8, 4), "forward"), ("fp8", (8,), "backward"),
+                                              ("nvfp4", (8,), "backward"), ("recomputation", (8,), "backward")])
+def test_a_micro_batch_that_runs_out_of_memory_is_halved(trial, tmp_path, shards, capsys, name, sizes, where):
+    """The run is the one that the smaller batch_size gives from the start, bit for bit; config.json and meta.json have
+    the number that was used."""
+    flags, used = FORMATS[name] | dict(max_iters=2, eval_tokens=64), sizes[-1] // 2
+    with too_large(*sizes, where=where):
+        halved = train_here(tmp_path, shards, run_name="halved", **flags | dict(batch_size="auto"))
+    printed = capsys.readouterr().out
+    for size in sizes:
+        assert f"micro-batch: {size} sequences ran out of memory on rank 0 in a trial; {size // 2} are tried" in printed
+    given = train_here(tmp_path, shards, run_name="given", **flags | dict(batch_size=used))
+    assert helpers.learned(halved) == helpers.learned(given)
+    assert json.loads((halved / "config.json").read_text())["batch_size"] == used
+    meta = read_checkpoint(str(halved / "ckpt" / "step_000002"))
+    assert meta["flags"]["batch_size"] == used and meta["loader"] == dict(step=2, micro_batch=0)
+
+
+def test_where_one_sequence_does_not_fit(trial, tmp_path, shards, capsys):
+    with too_large(8, 4, 2, 1):
+        fails_in_one_line(capsys, 1, "batch_size=1", "--USE_AC_BLOCKS=True or a smaller model", out_dir=tmp_path,
+                          data_dir=shards, batch_size="auto")
+
+
+def test_a_micro_batch_that_was_given_and_does_not_fit_is_an_error(trial, tmp_path, shards, capsys):
+    with too_large(8):
+        fails_in_one_line(capsys, 1, "batch_size=8", "leave out --batch_size, or use --batch_size=4", out_dir=tmp_path,
+                          data_dir=shards)
+
+
+def test_other_errors_of_a_trial_are_not_taken_for_too_little_memory(trial, tmp_path, shards, monkeypatch):
+    monkeypatch.setattr(memory, "one_pass", lambda run: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train_here(tmp_path, shards)
+
+
+def test_what_counts_as_too_little_memory():
+    assert memory.is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    assert memory.is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"))
+    assert memory.is_out_of_memory(RuntimeError("CUDA driver error: out of memory"))
+    assert not memory.is_out_of_memory(RuntimeError("a shape does not fit"))
+
+
 def test_the_table_says_which_micro_batch_runs_and_how_long_the_amax_history_is(fresh, tmp_path, shards, capsys):
     train_here(tmp_path, shards, max_iters=1, eval_tokens=64, batch_size="auto", total_batch_size=512)
     printed = capsys.readouterr().out
@@ -259,3 +385,55 @@ def test_the_table_says_which_micro_batch_runs_and_how_long_the_amax_history_is(
     train_here(tmp_path, shards, max_iters=1, eval_tokens=64, batch_size=4, USE_FP8=False)
     printed = capsys.readouterr().out
     assert "  micro-batch      4 (given)\n" in printed and "amax history" not in printed
+
+
+# -----------------------------------------------------------------------------------------------------
+# Two ranks
+
+TWO = dict(batch_size=2, max_iters=2, eval_tokens=64, keep_checkpoints=0)
+PAIRS = {  # each with a trial, and without
+    "ddp-fp8": dict(USE_DDP=True), "ddp-bf16": dict(USE_DDP=True, USE_FP8=False), "fsdp2-fp8": dict(USE_FSDP2=True),
+}
+HALVED = {"ddp-fp8": (), "fsdp2-fp8": ()}  # memory runs out at 4 sequences, on rank 1 alone: compared with PAIRS
+WORKER = textwrap.dedent("""
+    import contextlib, json, sys
+    sys.path[:0] = [{root!r}, {tests!r}]
+    import helpers, train, test_memory
+    import torch.distributed as dist
+    from nanofp8 import memory, te_emulation as te
+    from nanofp8.procs import start_processes
+    from nanofp8.runlog import RunLog
+    RunLog.plot = lambda self: None
+    procs, folders = start_processes(), {{}}
+    for name, flags in json.load(open(sys.argv[1])).items():
+        te._state.__init__()
+        memory.TRIAL_ON_CPU = not name.endswith("plain")
+        fails = name.endswith("halved") and procs.rank == 1
+        with test_memory.too_large(4) if fails else contextlib.nullcontext():
+            folders[name] = train.run(train.read_flags(helpers.flag_args(**flags), has_gpu=False), procs)
+    if procs.is_main:
+        json.dump(folders, open(sys.argv[1] + ".done", "w"))
+    dist.destroy_process_group()
+""")
+
+
+@pytest.mark.slow
+def test_trials_of_two_ranks(tmp_path, shards):
+    """Under each wrapper a run with a trial is the same run, bit for bit; and where memory runs out on one rank alone,
+    both take the smaller micro-batch and train as if it had been given."""
+    common = TWO | dict(out_dir=str(tmp_path / "out"), data_dir=str(shards))
+    cases = {f"{name}-{how}": common | flags | dict(run_name=f"{name}-{how}") for name, flags in PAIRS.items()
+             for how in ("tried", "plain")}
+    cases |= {f"{name}-halved": common | PAIRS[name] | dict(run_name=f"{name}-halved", batch_size="auto")
+              for name in HALVED}
+    (tmp_path / "cases.json").write_text(json.dumps(cases))
+    (tmp_path / "worker.py").write_text(WORKER.format(root=str(helpers.ROOT), tests=str(helpers.ROOT / "tests")))
+    result = helpers.finish(helpers.start_torchrun(2, tmp_path / "worker.py", tmp_path / "cases.json", cwd=tmp_path))
+    assert result.code == 0, result.err[-4000:]
+    folders = json.loads((tmp_path / "cases.json.done").read_text())
+    for name in PAIRS:
+        assert helpers.learned(folders[f"{name}-tried"]) == helpers.learned(folders[f"{name}-plain"]), name
+    for name in HALVED:
+        assert helpers.learned(folders[f"{name}-halved"]) == helpers.learned(folders[f"{name}-plain"]), name
+        assert len(records(folders[f"{name}-halved"], "train")) == 2
+    assert result.out.count("4 sequences ran out of memory on rank 1 in a trial; 2 are tried") == len(HALVED)
