@@ -988,6 +988,7 @@ def set_up(cfg: SimpleNamespace, procs: Processes, cleanup: contextlib.ExitStack
     resolve_length(cfg, checkpoint.adopt_flags(resumed, cfg, CLASSIC, procs) if resumed else {})
     if resumed:
         checkpoint.check_fixed_flags(resumed, cfg)  # before the remedies of other checks name a flag that cannot change
+        memory.adopt(resumed, cfg, procs)
     check_flags(cfg, procs.world_size, bool(resumed))
     value_layers(cfg.n_layer, cfg.n_value_embed)  # raises UserError
     torch.set_float32_matmul_precision("high")
@@ -1008,6 +1009,7 @@ def set_up(cfg: SimpleNamespace, procs: Processes, cleanup: contextlib.ExitStack
     cleanup.callback(run.loader.close)
     calibrate(run)  # and compile, before training is timed
     if resumed:
+        memory.compare(meta, cfg, procs)
         run.guard = Guard(cfg, meta.get("guard"), run.precision.grad_zscore)
         if not checkpoint.restore(run, resumed, meta):  # scales missing: calibrate as often as a new run
             for _ in range(run.precision.calibration_steps(cfg)):

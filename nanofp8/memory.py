@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 
 from nanofp8.checkpoint import random_state, set_random_state
+from nanofp8.checkpoint_files import read_checkpoint
 from nanofp8.config import UserError, may_choose
 from nanofp8.fp8_stats import HEAD_TOKENS, TOKENS
 from nanofp8.fused import kernels_fit
@@ -271,6 +272,25 @@ def batch_sizes(cfg: SimpleNamespace, ranks: int) -> list[int]:
     sequences, rest = divmod(cfg.total_batch_size, ranks * cfg.block_size)
     sizes = [] if rest or not sequences else [n for n in range(cfg.batch_size, 0, -1) if sequences % n == 0]
     return [n for n in sizes if n * cfg.block_size % choose_format(cfg).multiple == 0] or sizes
+
+
+def adopt(checkpoint: str, cfg: SimpleNamespace, procs: Processes) -> None:
+    """Take the micro-batch of a checkpoint that the same number of ranks saved, unless batch_size was given.
+
+    With another one, sums have another order and delayed scaling's amax history another length in steps.
+    """
+    meta = read_checkpoint(checkpoint)
+    saved = meta["flags"].get("batch_size")
+    if may_choose(cfg, "batch_size") and meta["world_size"] == procs.world_size and type(saved) is int and saved > 0:
+        cfg.batch_size = saved
+
+
+def compare(meta: dict, cfg: SimpleNamespace, procs: Processes) -> None:
+    """Print one line if a resumed run cannot repeat what its checkpoint's run would have done. meta: of meta.json."""
+    was, now = (meta["flags"].get("batch_size"), meta["world_size"]), (cfg.batch_size, procs.world_size)
+    if was != now:
+        procs.print("resume: the run is no longer bit-exact: it had batch_size={} on {} rank(s), and has {} on {}"
+                    .format(*was, *now))
 
 
 def available(procs: Processes) -> float:

@@ -713,7 +713,8 @@ def test_flags_that_can_change_are_printed(tmp_path, shards, capsys, one_rank):
     out = capsys.readouterr().out
     for name, was, now in (("learning_rate", 0.02, 0.01), ("batch_size", 8, 4), ("eval_interval", 3, 2)):
         assert f"resume: {name} was {was}, is now {now}\n" in out
-    assert out.count("resume: ") == 3
+    assert "resume: the run is no longer bit-exact: it had batch_size=8 on 1 rank(s), and has 4 on 1\n" in out
+    assert out.count("resume: ") == 4
     assert [r["step"] for r in records(folder, "train")] == list(range(6)) and np.isfinite(losses(folder)).all()
     assert [r["step"] for r in records(folder, "val")] == [2, 3, 5]
     assert json.loads((folder / "config.json").read_text())["learning_rate"] == 0.01

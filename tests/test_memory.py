@@ -12,7 +12,7 @@ import torch
 
 import helpers
 import train
-from helpers import fails_in_one_line, make_cfg, one_process, records, train_here
+from helpers import fails_in_one_line, losses, make_cfg, one_process, records, train_here
 from nanofp8 import memory
 from nanofp8 import te_emulation as te
 from nanofp8.checkpoint_files import read_checkpoint
@@ -385,6 +385,58 @@ def test_the_table_says_which_micro_batch_runs_and_how_long_the_amax_history_is(
     train_here(tmp_path, shards, max_iters=1, eval_tokens=64, batch_size=4, USE_FP8=False)
     printed = capsys.readouterr().out
     assert "  micro-batch      4 (given)\n" in printed and "amax history" not in printed
+
+
+# -----------------------------------------------------------------------------------------------------
+# Resuming
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory, shards):
+    """A run of 4 steps with micro-batches of 2 and a checkpoint after 2 of them, and how it went on."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        return train_here(tmp_path_factory.mktemp("stopped"), shards, max_iters=4, ckpt_interval=2, eval_tokens=64,
+                          batch_size=2)
+
+
+def resume(stopped, tmp_path, shards, **flags):
+    folder = helpers.copy_of_run(stopped, tmp_path / "run", 2)
+    return train_here(tmp_path, shards, resume=folder, max_iters=4, eval_tokens=64, **flags)
+
+
+def test_a_resume_takes_the_micro_batch_of_its_checkpoint(fresh, stopped, tmp_path, shards, capsys, monkeypatch):
+    """... and continues bit for bit, with a trial too; nothing is printed of it."""
+    monkeypatch.setattr(memory, "TRIAL_ON_CPU", True)
+    folder = resume(stopped, tmp_path, shards, batch_size="auto")
+    assert helpers.learned(folder, "train", "val") == helpers.learned(stopped, "train", "val")
+    assert "batch_size" not in capsys.readouterr().out
+    assert json.loads((folder / "config.json").read_text())["batch_size"] == 2
+
+
+@pytest.mark.parametrize("flags,sizes,now", [(dict(batch_size=4), (), 4), (dict(batch_size="auto"), (2,), 1)])
+def test_a_resume_with_another_micro_batch_says_so(trial, stopped, tmp_path, shards, capsys, flags, sizes, now):
+    """Given, or because the checkpoint's does not fit here: the run is not bit-exact. Losses agree within the rounding
+    of another order of sums."""
+    with too_large(*sizes):
+        folder = resume(stopped, tmp_path, shards, **flags)
+    printed = capsys.readouterr().out
+    assert printed.count("resume: the run is no longer bit-exact: it had batch_size=2 on 1 rank(s), and has "
+                         f"{now} on 1\n") == 1
+    assert np.abs(losses(folder) - losses(stopped)).max() < 5e-3
+
+
+def test_a_resume_on_another_number_of_ranks_chooses_anew(monkeypatch):
+    meta = dict(world_size=4, flags=dict(batch_size=2))
+    monkeypatch.setattr(memory, "read_checkpoint", lambda folder: meta)
+    for ranks, flags, want in ((4, {}, 2), (2, {}, 16), (4, dict(batch_size=8), 8), (4, dict(batch_size="auto"), 2)):
+        cfg = parse(preset="d20", **flags)
+        memory.adopt("folder", cfg, one_process(world_size=ranks))
+        assert cfg.batch_size == want
+    meta["flags"] = dict(batch_size="2")
+    cfg = parse(preset="d20")
+    memory.adopt("folder", cfg, one_process(world_size=4))
+    assert cfg.batch_size == 16
 
 
 # -----------------------------------------------------------------------------------------------------
