@@ -9,7 +9,7 @@ predict() adds up the tensors that are alive when most memory is in use. There a
 
 What the tensors are is read from fused.py, loss.py, zero.py and te_emulation.py of this project, from Transformer
 Engine 2.20.2 (pytorch/module/*.py) and from Dion 0a059a4. tests/test_memory.py compares the result with measured peaks,
-and with the tensors that fused blocks really make.
+and with the tensors that fused blocks really make. tools/memory_model.py measures it on a GPU.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ from nanofp8.procs import Processes
 
 GB = 1e9
 
-# Memory that no tensor of predict() takes, in bytes. Estimates
+# Memory that no tensor of predict() takes, in bytes. tools/memory_model.py measures these
 WORKSPACE = 0.25 * GB      # in torch's allocator: workspaces of cuBLAS, cuDNN and Transformer Engine, small tensors
 FRAGMENTATION = 0.03       # in torch's allocator: share of all that it holds and cannot use
 CONTEXT = 0.6 * GB         # outside of it: kernels that are loaded after the start

@@ -1,7 +1,9 @@
 """memory.py: predictions against measured peaks and against the tensors that are really made; choice and trial."""
 
 import contextlib
+import importlib.util
 import json
+import sys
 import textwrap
 from types import SimpleNamespace
 
@@ -489,3 +491,58 @@ def test_trials_of_two_ranks(tmp_path, shards):
         assert helpers.learned(folders[f"{name}-halved"]) == helpers.learned(folders[f"{name}-plain"]), name
         assert len(records(folders[f"{name}-halved"], "train")) == 2
     assert result.out.count("4 sequences ran out of memory on rank 1 in a trial; 2 are tried") == len(HALVED)
+
+
+# -----------------------------------------------------------------------------------------------------
+# tools/memory_model.py
+
+
+@pytest.fixture(scope="module")
+def tool():
+    spec = importlib.util.spec_from_file_location("memory_model", helpers.ROOT / "tools" / "memory_model.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["memory_model"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_has_the_predictions(tool):
+    """If not, run `python tools/memory_model.py --table --write`."""
+    page = (helpers.ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    assert tool.BEGIN + "\n".join(tool.predicted_table()) + "\n" + tool.END in page
+    assert f"{len(MEASURED)} peaks measured" in page
+
+
+def test_a_report_of_measurements_compares_and_calibrates(tool):
+    prediction = predicted({}, "fp8-delayed", "fused", {})
+    row = dict(case="d20", limit=0, batch_size=16, outcome="trained", tried=[], blocks="fused", peak=prediction.peak,
+               prediction=prediction._asdict(), need=prediction.need, allocated=prediction.peak + 0.1 * GB,
+               reserved=prediction.need + 0.335 * GB, context=0.7 * GB)
+    failed = dict(case="d20 bf16", limit=12.0, batch_size=1, outcome="too little", tried=["micro-batch: 2 ran out"])
+    config = dict(device="NVIDIA H100", versions=dict(torch="2.11.0"))
+    text = tool.report([row, failed], config, "python tools/memory_model.py")
+    assert "| d20 | all | 16 | fused | 31.82 | 31.92 | -0.3% |" in text
+    assert "| d20 bf16 | 12 | 1 |" in text and "too little; micro-batch: 2 ran out |" in text
+    assert "WORKSPACE 0.35 GB (now 0.25), FRAGMENTATION 0.040 (now 0.03), CONTEXT 0.70 GB (now 0.60" in text
+    assert tool.calibration([failed]) == []
+
+
+def test_the_cases_are_runs_that_can_be_made(tool, tmp_path):
+    """Their flags are known and divide a step, and the random data are shards."""
+    for name, (flags, batch_size) in tool.CASES.items():
+        cfg = parse(**flags, total_batch_size=tool.TOKENS, **(dict(batch_size=batch_size) if batch_size else {}))
+        train.check_flags(cfg, 1)
+        assert cfg.batch_size == (batch_size or cfg.batch_size), name
+    assert set(tool.UNDER_LIMITS) <= set(tool.CASES)
+    tool.random_data(str(tmp_path))
+    train.open_data(make_cfg(data_dir=str(tmp_path), dataset="random", vocab_size=50304), one_process())
+
+
+@pytest.mark.parametrize("arguments,words",
+                         [(["--cases=d21"], "not 'd21'"), (["--limits=a"], "got 'a'"), ([], "needs a GPU")])
+def test_wrong_arguments_of_the_tool_are_one_line(tool, monkeypatch, arguments, words):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["memory_model.py", *arguments])
+    with pytest.raises(UserError, match=words) as caught:
+        tool.main()
+    assert caught.value.status == 2 and "\n" not in str(caught.value)
