@@ -289,11 +289,13 @@ def test_the_same_flags_give_the_same_losses(tmp_path, shards, one_rank):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [1, 2, 4])
-def test_gradient_accumulation_equals_a_larger_batch(tmp_path, shards, one_rank, batch_size):
-    """bf16, the same tokens in more micro-batches. Sums in fp32 have another order, and Adam's and Muon's normalised
-    steps carry that into single bf16 roundings: 1e-3 nats after six steps, while the loss falls by more than 1."""
-    got = losses(train_here(tmp_path, shards, USE_FP8=False, batch_size=batch_size))
-    assert np.abs(got - losses(one_rank["bf16"])).max() < 1e-3
+@pytest.mark.parametrize("name,gap", [("bf16", 1e-3), ("fp8", 1e-2)])
+def test_gradient_accumulation_equals_a_larger_batch(tmp_path, shards, one_rank, name, gap, batch_size):
+    """The same tokens in more micro-batches. Sums in fp32 have another order, and Adam's and Muon's normalised steps
+    carry that into single bf16 roundings: 1e-3 nats after six steps, while the loss falls by more than 1. Delayed
+    scaling's amax history counts micro-batches, so scales move at other times: another FP8 rounding."""
+    got = losses(train_here(tmp_path, shards, USE_FP8=name == "fp8", batch_size=batch_size))
+    assert np.abs(got - losses(one_rank[name])).max() < gap
     assert got[0] - got[-1] > 1
 
 
