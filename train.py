@@ -95,6 +95,7 @@ from nanofp8.prefetch import Prefetcher  # items made ahead of time by a thread
 from nanofp8.procs import Processes, command_line  # rank, device, mesh; start and end of a script
 from nanofp8.schedule import Schedule  # learning rates, weight decay and momentum at each step
 from nanofp8.shards import ShardError, find_shards, open_shard  # the token shard format
+from nanofp8.sizes import parameter_table  # parameters of each part
 from nanofp8.zero import Shards  # what USE_DDP does
 
 # ======================================================================================================================
@@ -1035,7 +1036,7 @@ def build(cfg: SimpleNamespace, procs: Processes, loader: DataLoader) -> Run:
     np.random.seed(cfg.seed)
     random.seed(cfg.seed)
     precision = select_precision(cfg, procs.device)
-    parameters = sum(count for _, count, _ in runlog.parameter_table(cfg))
+    parameters = sum(count for _, count, _ in parameter_table(cfg))
     wrapper, reason = choose_wrapper(cfg, procs, parameters)
     micro_batch = memory.choose(cfg, precision, wrapper, procs)
     if cfg.batch_size != loader.batch_size:

@@ -25,8 +25,9 @@ import torch.distributed as dist
 from nanofp8.checkpoint import random_state, set_random_state
 from nanofp8.checkpoint_files import read_checkpoint
 from nanofp8.config import UserError, may_choose
+from nanofp8.epilogues import choose_quack
 from nanofp8.fp8_stats import HEAD_TOKENS, TOKENS
-from nanofp8.fused import kernels_fit
+from nanofp8.fused import kernels_fit, needs_transposes
 from nanofp8.parts import GATE_CHANNELS, value_layers, windows
 from nanofp8.precision import Precision, choose_format, fp8_state
 from nanofp8.procs import Processes
@@ -55,6 +56,8 @@ class Kind(NamedTuple):
     ranks: int = 1
     rope_in_place: bool = True  # RoPE and QK norm by our kernel; False: by torch.compile
     fp8_matmuls: bool = True    # the GPU has them; False: an FP8 head is computed in fp32
+    keeps_norms: bool = True    # fused blocks in FP8 keep the norms' outputs; False: they make them again
+    quack: bool = False         # fused blocks in FP8 keep relu^2's output in FP8 in place of fc1's in bf16
 
 
 class Block(NamedTuple):
@@ -104,6 +107,8 @@ def saved_bytes(cfg: SimpleNamespace, kind: Kind, block: Block, layer: int) -> f
     embedded = layer in value_layers(cfg.n_layer, cfg.n_value_embed)
     # Two residuals; q, k and v; attention's output; fc1's output in bf16
     values = 2 + 2 + 6 + 2 + 8 + block.qkv_input + block.proj_input + block.fc1_input + block.fc2_input
+    if block is BLOCKS["fused", "fp8-delayed"]:
+        values -= (0 if kind.keeps_norms else 2) + (4 if kind.quack else 0)
     if cfg.USE_AC_ATTENTION:  # q, k and v as the matmul returned them; bf16's proj still needs attention's output
         values -= 2 if block.proj_input else 0
     elif not kind.rope_in_place:
@@ -188,6 +193,8 @@ def predict(cfg: SimpleNamespace, kind: Kind, batch_size: int) -> Prediction:
         own = largest_share(layers, width, ranks)
         weights = gradients = 4 * (ranks * own + others)
         moments = 4 * own + (adam if cfg.USE_8BIT_ADAM or vocab % ranks else adam / ranks)
+        if not cfg.GATHER_FP32:  # masters of what this rank owns
+            weights += 4 * own + (0 if cfg.USE_8BIT_ADAM or vocab % ranks else 4 * others / ranks)
     if fsdp2:
         gathered = 2 * (table + 2 * 12 * width ** 2) if cfg.FSDP2_RESHARD else 2 * parameters
         weights, moments = 4 * parameters / ranks + gathered, moments / ranks
@@ -210,13 +217,16 @@ def predict(cfg: SimpleNamespace, kind: Kind, batch_size: int) -> Prediction:
     kept += tokens * ((2 * width if cfg.USE_X0 else 0) + (12 if kind.blocks == "fused" else 4 * width) + 16)
     kept += 8 * vocab if kind.blocks == "fused" else 0
     head = 6 * width * tokens + head_bytes(cfg, kind, tokens)  # the final norm's input, its output, that one's gradient
-    backward = (max(block.backward for block in blocks) * width + recomputed) * tokens
+    making = max(block.backward for block in blocks)
+    if not kind.keeps_norms and kind.format == "fp8-delayed" and kind.blocks == "fused":
+        making -= 7  # the peak is at another place then
+    backward = (making * width + recomputed) * tokens
     if kind.blocks != "fused":  # an embedding's gradient is a tensor of its own, of the table's size
         backward = max(backward, 4 * table + 4 * width * tokens)
 
     # Dion: updates, their stack, two iterates, in bf16. torch: a copy of all matrices, and some of one
     step = 4 * own + 4 * 16 * width ** 2
-    if kind.wrapper == "ddp" and not cfg.REDUCE_FP32:
+    if kind.wrapper == "ddp" and not (cfg.REDUCE_FP32 and cfg.GATHER_FP32):
         step = max(step, 2 * ranks * own, 2 * table)
     evaluation = max((50 if kind.blocks != "fused" else 39 if cfg.USE_X0 else 37) * width * tokens,
                      4 * width * tokens + 2 * min(cfg.loss_chunk_size, tokens) * vocab + 2 * table)
@@ -247,8 +257,10 @@ def kind_of(cfg: SimpleNamespace, precision: Precision, wrapper: str, procs: Pro
     kernels = kernels_fit(cfg, procs.device)
     fused = precision.fused and kernels and not (cfg.USE_AC_BLOCKS or cfg.USE_AC_ATTENTION)
     capable = procs.device.type == "cuda" and torch.cuda.get_device_capability(procs.device) >= (8, 9)
+    quack, _ = choose_quack(cfg, procs.device, fused and precision.recipe is not None)
     return Kind(precision.name, "fused" if fused else "emulated" if precision.emulated else "modules",
-                precision.fp8_head(cfg), wrapper, procs.world_size, kernels and not cfg.USE_AC_ATTENTION, capable)
+                precision.fp8_head(cfg), wrapper, procs.world_size, kernels and not cfg.USE_AC_ATTENTION, capable,
+                not needs_transposes(), quack)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -267,11 +279,13 @@ class Choice(NamedTuple):
 def batch_sizes(cfg: SimpleNamespace, ranks: int) -> list[int]:
     """Return the micro-batches up to cfg.batch_size that divide a step, largest first; [] if none does.
 
-    Those that the format's blocks of values do not divide are left out, if others are left.
+    Those that the format's blocks of values do not divide are left out, if others are left. cfg: flags of train.py, or
+    of train_orig.py, which has no formats.
     """
     sequences, rest = divmod(cfg.total_batch_size, ranks * cfg.block_size)
+    multiple = choose_format(cfg).multiple if hasattr(cfg, "USE_FP8") else 1
     sizes = [] if rest or not sequences else [n for n in range(cfg.batch_size, 0, -1) if sequences % n == 0]
-    return [n for n in sizes if n * cfg.block_size % choose_format(cfg).multiple == 0] or sizes
+    return [n for n in sizes if n * cfg.block_size % multiple == 0] or sizes
 
 
 def adopt(checkpoint: str, cfg: SimpleNamespace, procs: Processes) -> None:

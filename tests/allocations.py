@@ -98,7 +98,8 @@ def fake_gpu():
     transpose = SimpleNamespace(fp8_transpose=lambda data, *_, **__: torch.empty(data.shape[::-1], dtype=torch.uint8,
                                                                                 device=META))
     stubs = dict(te_gemm=lambda: True, te_types=lambda: ({torch.float8_e4m3fn: 0, torch.float8_e5m2: 1}, transpose),
-                 te_quantizer=te_quantizer, matmul=matmul, kernels=NoKernels())
+                 te_quantizer=te_quantizer, matmul=matmul, kernels=NoKernels(), needs_transposes=lambda: True,
+                 own_quantize=lambda: False)
     with contextlib.ExitStack() as stack:
         for module in (fused, loss, parts):
             for name in stubs.keys() & vars(module).keys():

@@ -105,8 +105,8 @@ def test_predictions_against_the_tensors_of_fused_blocks(changes):
     flags |= dict(n_value_embed=n_value_embed) if flags["preset"] in ("speedrun", "d12") else {}
     cfg = parse(**flags)
     peak, evaluation = allocations.count(cfg)
-    prediction = predict(cfg, Kind("fp8-delayed" if cfg.USE_FP8 else "bf16", "fused", cfg.USE_FP8 and cfg.USE_FP8_HEAD),
-                         cfg.batch_size)
+    kind = Kind("fp8-delayed" if cfg.USE_FP8 else "bf16", "fused", cfg.USE_FP8 and cfg.USE_FP8_HEAD, keeps_norms=False)
+    prediction = predict(cfg, kind, cfg.batch_size)
     of_a_pass = prediction.weights + prediction.gradients + prediction.copies + prediction.passing
     assert of_a_pass == pytest.approx(peak, rel=0.01)
     assert evaluation <= prediction.evaluation * 1.01
@@ -117,6 +117,9 @@ def test_what_takes_less_memory():
     def need(kind=None, batch_size=16, **flags):
         return predict(parse(preset="d20", **flags), kind or Kind("fp8-delayed", "fused", True), batch_size).need
 
+    lean = Kind("fp8-delayed", "fused", True, keeps_norms=False, quack=True)
+    tokens, width, blocks = 16 * 2048, 1280, 20
+    assert need() - need(lean) == pytest.approx(1.03 * (2 + 4) * tokens * width * blocks, rel=0.02)
     modules = Kind("fp8-delayed", "modules", True)
     sizes = [need(batch_size=n) for n in (1, 2, 4, 8, 16)]
     assert sizes == sorted(sizes)
@@ -197,7 +200,8 @@ def gpu(monkeypatch):
     monkeypatch.setattr(memory, "available", lambda procs: 0.0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(memory, "kernels_fit", lambda cfg, device: not cfg.USE_AC_ATTENTION)
-    precision = SimpleNamespace(name="fp8-delayed", fused=True, emulated=False, fp8_head=lambda cfg: True)
+    precision = SimpleNamespace(name="fp8-delayed", fused=True, emulated=False, recipe=None,
+                                fp8_head=lambda cfg: True)
 
     def choose(memories, wrapper="none", **flags):
         cfg = parse(**dict(preset="d20") | flags)
