@@ -42,7 +42,7 @@ from nanofp8.checkpoint_files import (
     steps_of,
 )
 from nanofp8.config import UserError, flag_values
-from nanofp8.files import error_line, sync_to_disk
+from nanofp8.files import error_line, is_seen, sync_to_disk
 from nanofp8.precision import fp8_state
 from nanofp8.procs import Processes, report_good_end
 from nanofp8.resuming import find_checkpoint, run_folder_of, was_restarted
@@ -408,6 +408,10 @@ class Checkpoints:
             return checksums(temporary, names)
 
         def write_meta() -> None:
+            for name in files:
+                if not is_seen(os.path.join(temporary, name)):
+                    raise RuntimeError(f"no {name} here, though another rank has written it; all machines need the "
+                                       f"same folder")
             path = os.path.join(temporary, "meta.json")
             with open(path, "w", encoding="utf-8") as f:
                 json.dump(meta | dict(files=files), f, indent=1)
@@ -499,6 +503,11 @@ class Checkpoints:
         self.procs.print(f"checkpoint at step {step} failed, training continues: {text}")
         if self.procs.is_main:
             shutil.rmtree(temporary, ignore_errors=True)
+        else:  # another machine may have a folder of its own
+            with contextlib.suppress(OSError):
+                for path in glob.glob(os.path.join(glob.escape(temporary), f"__{self.procs.rank}_*")):
+                    os.remove(path)
+                os.rmdir(temporary)
 
     def close(self) -> None:
         """Finish the last checkpoint. Ranks leave together, after rank 0 has given it its name."""

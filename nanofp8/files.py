@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import sys
+import time
 from typing import Callable
 
 
@@ -45,6 +46,19 @@ def sync_to_disk(path: str) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def is_seen(path: str, seconds: float = 10.0) -> bool:
+    """Whether a file or folder that another machine has just made exists here; wait for it for some seconds.
+
+    A network file system may show it late.
+    """
+    deadline = time.monotonic() + seconds
+    while not os.path.exists(path):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.2)
+    return True
 
 
 def console(*words: object) -> None:

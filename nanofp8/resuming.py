@@ -20,7 +20,7 @@ from nanofp8.checkpoint_files import (
     steps_of,
 )
 from nanofp8.config import UserError
-from nanofp8.files import console
+from nanofp8.files import console, is_seen
 from nanofp8.procs import Processes
 from nanofp8.runlog import FolderLock, saved_config
 
@@ -229,9 +229,8 @@ def check_whole(checkpoint: str, procs: Processes) -> str:
         if failure:
             raise UserError(*failure)
     fault = next((fault for fault, _ in outcomes if fault), "")
-    if fault.endswith("is missing") and not outcomes[0][0]:
-        raise UserError(f"rank 0 sees all files of {checkpoint}, but another rank does not: {fault}; all machines need "
-                        f"the same folder")
+    if fault:
+        check_same_files(checkpoint, procs)
     if not fault and procs.is_main:
         files = read_checkpoint(checkpoint).get("files")
         size = sum(of_file["bytes"] for of_file in files.values()) / 1e9 if files else 0
@@ -239,6 +238,19 @@ def check_whole(checkpoint: str, procs: Processes) -> str:
         console(f"checkpoint {checkpoint}: " + (f"{size:.2f} GB verified in {seconds:.1f} s" if files else
                 "older code wrote it, without checksums; only its weights were verified"))
     return fault
+
+
+def check_same_files(checkpoint: str, procs: Processes) -> None:
+    """Check that all ranks see the same files in a checkpoint: else it may be whole for one of them. Raises
+    UserError."""
+    try:
+        names = sorted(os.listdir(checkpoint))
+    except OSError:
+        names = []
+    for rank, others in enumerate(procs.gather(names)):
+        if differing := {*names} ^ {*others}:
+            raise UserError(f"rank {procs.rank} and rank {rank} do not see the same files in {checkpoint} (one lacks "
+                            f"{min(differing)}); all machines need the same folder")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -263,7 +275,12 @@ def open_run_folder(cfg: SimpleNamespace, procs: Processes, lock: FolderLock | N
         cleanup.callback(runlog.remove_if_empty, folder)
         lock = FolderLock(folder)
         cleanup.callback(lock.close)
-    return procs.broadcast(folder), lock
+    folder = procs.broadcast(folder)
+    blind = [rank for rank, sees in enumerate(procs.gather(is_seen(folder))) if not sees]
+    if blind and cfg.keep_checkpoints:
+        raise UserError(f"rank {blind[0]} does not see the run folder {folder}; choose an --out_dir that all machines "
+                        f"share, or --keep_checkpoints=0 to train without checkpoints")
+    return folder, lock
 
 
 def is_writable(folder: str) -> bool:

@@ -60,7 +60,7 @@ from nanofp8.checkpoint_files import (
 from nanofp8.config import UserError
 from nanofp8.muon import TorchMuon
 from nanofp8.precision import fp8_state
-from nanofp8.procs import start_processes
+from nanofp8.procs import Processes, start_processes
 from nanofp8.runlog import FolderLock
 
 pytestmark = pytest.mark.usefixtures("fresh")
@@ -408,6 +408,7 @@ RANKS = {
     "minutes": (FSDP2 | dict(ckpt_interval=0), None, 0), "one-fails": (FSDP2 | dict(ckpt_interval=2), None, 0),
     "stopped": (FSDP2 | dict(ckpt_interval=0), None, 0), "stopped-resumed": (FSDP2, "stopped", 2),
     "damaged": (DDP | dict(resume="auto"), "ddp-fp8", (3, 5)),
+    "unshared": (DDP | dict(ckpt_interval=2, max_iters=2), None, 0),
 }
 WORKER = textwrap.dedent("""
     import contextlib, gc, json, os, pathlib, signal, socket, sys
@@ -417,6 +418,7 @@ WORKER = textwrap.dedent("""
     import torch.distributed as dist
     from torch.distributed.checkpoint.staging import BlockingAsyncStager
     from nanofp8 import te_emulation as te
+    from nanofp8.checkpoint import Checkpoints
     from nanofp8.checkpoint_files import read_checkpoint
     from nanofp8.faults import Guard
     from nanofp8.procs import start_processes
@@ -458,6 +460,12 @@ WORKER = textwrap.dedent("""
                                  lambda path, read=read_checkpoint: read(path) | dict(world_size=2))
         if name == "minutes":  # clocks that do not agree
             cfg.ckpt_minutes = 1e-9 if procs.is_main else 1e9
+        if name == "unshared":  # rank 1 is a machine that has a folder of the same name on a disk of its own
+            def make(self, folder, *rest, make=Checkpoints.__init__):
+                make(self, folder if procs.is_main else str(out / "of_rank_1"), *rest)
+            stopper = contextlib.ExitStack()
+            stopper.enter_context(mock.patch.object(Checkpoints, "__init__", make))
+            stopper.enter_context(mock.patch("nanofp8.checkpoint.is_seen", os.path.exists))  # which waits for 10 s
         error = None
         with helpers.parameters_seen() as seen, stopper:
             try:
@@ -486,8 +494,9 @@ def two_ranks(tmp_path_factory, shards, one_rank):
     assert result.code == 0, result.err[-4000:]
     runs = {name: SimpleNamespace(folder=folder / "out" / name, **torch.load(folder / "out" / f"{name}.pt"))
             for name in RANKS}
-    assert not any(run.error for run in runs.values()), {name: run.error for name, run in runs.items()}
-    runs["one-fails"].output = result.out
+    errors = {name: run.error for name, run in runs.items() if run.error}
+    assert [*errors] == ["unshared"], errors
+    runs["one-fails"].output = runs["unshared"].output = result.out
     return runs
 
 
@@ -542,6 +551,14 @@ def test_two_ranks_agree_on_the_next_older_checkpoint(two_ranks):
     assert sorted(files) == [".metadata", "__0_0.distcp", "__1_0.distcp"]
 
 
+def test_files_that_a_machine_wrote_on_a_disk_of_its_own(two_ranks):
+    """No checkpoint counts whose files rank 0 does not see, the run says so, and neither machine keeps half of one."""
+    run, line = two_ranks["unshared"], "no __1_0.distcp here, though another rank has written it; all machines need the"
+    assert f"checkpoint at step 2 failed, training continues: {line}" in run.output
+    assert line in run.error and "Newest checkpoint: none" in run.error and records(run.folder, "done")
+    assert in_ckpt(run.folder) == [] == in_ckpt(run.folder.parent / "of_rank_1")
+
+
 def test_the_clock_of_rank_0_decides_for_all(two_ranks):
     run = two_ranks["minutes"]
     assert in_ckpt(run.folder) == [f"step_{s:06d}" for s in range(1, 7)]
@@ -551,7 +568,8 @@ def test_the_clock_of_rank_0_decides_for_all(two_ranks):
 def test_a_checkpoint_that_fails_on_one_rank_fails_on_all(two_ranks):
     """No rank waits for the other, and later checkpoints are complete."""
     run, whole = two_ranks["one-fails"], two_ranks["fsdp2-fp8"]
-    lines = [line for line in run.output.splitlines() if "checkpoint at step" in line and "failed" in line]
+    lines = [line for line in run.output.splitlines() if "checkpoint at step" in line and "failed" in line
+             and "all machines" not in line]  # of the run "unshared"
     assert len(lines) == 1, lines
     assert lines[0].startswith("checkpoint at step 2 failed, training continues: no memory (rank 1)"), lines
     assert in_ckpt(run.folder) == ["step_000004", "step_000006"] and learned(run.folder) == learned(whole.folder)
@@ -1487,13 +1505,36 @@ def test_no_other_checkpoint_is_tried_after_an_error_that_is_not_its_fault(tmp_p
     assert in_ckpt(folder) == ["step_000004", "step_000006"]
 
 
-def test_a_machine_that_does_not_see_the_files_is_no_damage(tmp_path, one_rank):
-    """Another rank misses what rank 0 sees: nothing is set aside."""
+@pytest.mark.parametrize("blind", [0, 1])
+def test_a_machine_that_does_not_see_the_files_is_no_damage(tmp_path, one_rank, blind):
+    """One rank misses what another sees: nothing is set aside, and no older checkpoint is tried."""
     folder = copy_of_run(one_rank["fp8"].folder, tmp_path / "r", 4, 6)
-    procs = helpers.one_process()
-    with mock.patch.object(type(procs), "gather", lambda self, value: [value, ("/x/meta.json is missing", None)]), \
-            pytest.raises(UserError, match="all machines need the same folder"):
-        resuming.check_whole(str(folder / "ckpt" / "step_000006"), procs)
+    newest = folder / "ckpt" / "step_000006"
+    names = os.listdir(newest)
+    if blind == 0:
+        (newest / "__0_0.distcp").unlink()
+        of_rank_1 = {tuple: ("", None), list: names}
+    else:
+        of_rank_1 = {tuple: (f"{newest}/meta.json is missing", None), list: []}
+    with mock.patch.object(Processes, "gather", lambda self, value: [value, of_rank_1[type(value)]]), \
+            pytest.raises(UserError, match="rank 0 and rank 1 do not see the same files.*all machines need the same"):
+        chosen(tmp_path, resume="auto")
+    assert in_ckpt(folder) == ["step_000004", "step_000006"]
+
+
+def test_a_machine_that_does_not_see_the_run_folder(tmp_path):
+    """It is said at the start, in one line, and the folder is removed again. Without checkpoints it does not matter."""
+    def gather(self, value):
+        return [value, False]
+
+    for keep in (2, 0):
+        cfg = helpers.make_cfg(out_dir=str(tmp_path), keep_checkpoints=keep)
+        with contextlib.ExitStack() as cleanup, mock.patch.object(Processes, "gather", gather), \
+                pytest.raises(UserError, match="rank 1 does not see .*--out_dir.*--keep_checkpoints=0") if keep else \
+                contextlib.nullcontext():
+            folder, _ = resuming.open_run_folder(cfg, helpers.one_process(), None, cleanup)
+            assert folder == str(tmp_path / "gpt")
+        assert not os.listdir(tmp_path)
 
 
 def test_a_run_continues_after_its_newest_checkpoint_was_damaged(tmp_path, shards, one_rank):

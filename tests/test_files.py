@@ -6,11 +6,12 @@ import os
 import subprocess
 import sys
 import textwrap
+import time
 
 import pytest
 
 import helpers
-from nanofp8.files import console, error_line, replace_file, sync_to_disk
+from nanofp8.files import console, error_line, is_seen, replace_file, sync_to_disk
 
 
 def write(text):
@@ -87,6 +88,11 @@ def test_a_folder_that_cannot_be_synced(tmp_path, monkeypatch, number, passes):
     (tmp_path / "a").write_text("a")
     with pytest.raises(OSError):
         sync_to_disk(str(tmp_path / "a"))
+
+
+def test_a_file_that_is_seen_late(tmp_path, monkeypatch):
+    monkeypatch.setattr(time, "sleep", lambda seconds: (tmp_path / "late").touch())
+    assert is_seen(str(tmp_path)) and is_seen(str(tmp_path / "late")) and not is_seen(str(tmp_path / "never"), 0)
 
 
 def test_a_console_that_works(capsys):
