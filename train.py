@@ -1045,6 +1045,7 @@ def build(cfg: SimpleNamespace, procs: Processes, loader: DataLoader) -> Run:
     compiled = functools.cache(lambda f: torch.compile(f, dynamic=False)) if use_compile else (lambda f: f)
     if precision.emulated:
         precision.te.compile_kernels(use_compile)
+        precision.te.forget_modules()  # of runs before this one in this process
         precision.te.manual_seed(cfg.seed + procs.rank)  # stochastic rounding
     model = GPT(cfg, precision, compiled, procs.device)
     in_bf16 = keep_high_precision(model, cfg.HIGH_PRECISION_LAYERS, precision.te)

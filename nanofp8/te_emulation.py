@@ -725,6 +725,8 @@ class _Global:
         members = self.registry.setdefault(key, (rcp, group, {}))[2]
         known = members.get(id(state))
         if known is None or known() is not state:
+            # All ranks need the same order. The id may be that of a deleted model's state, whose place is another.
+            members.pop(id(state), None)
             # A weak reference: a deleted model takes no part in the reduction.
             members[id(state)] = weakref.ref(state)
 
@@ -779,6 +781,14 @@ def update_amax_and_scale(
 
 
 _state = _Global()
+
+
+def forget_modules() -> None:
+    """Leave all modules that have run so far out of delayed scaling's reductions, until they run again.
+
+    For several models one after another: a deleted one may be collected later on one rank than on another.
+    """
+    _state.registry.clear()
 
 
 class FP8GlobalStateManager:

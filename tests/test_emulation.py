@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import weakref
 
 import ml_dtypes
 import numpy as np
@@ -994,6 +995,33 @@ WORKER = textwrap.dedent(
     print("fine")
     """
 )
+
+
+def test_amaxes_are_reduced_in_the_order_in_which_modules_ran():
+    """Ranks share amaxes by place. A new module may have the id of a deleted one, on one rank and not on another: its
+    place is the last all the same."""
+    class State:
+        pass
+
+    everything, (first, second, third) = te._Global(), (State() for _ in range(3))
+    for state in (first, second):
+        everything.register(state, True, te.recipe.DelayedScaling(), None)
+    (_, _, members), = everything.registry.values()
+    members[id(first)] = weakref.ref(State())  # deleted at once
+    for state in (first, second, third, first):
+        everything.register(state, True, te.recipe.DelayedScaling(), None)
+    assert [member() for member in members.values()] == [second, first, third]
+
+
+def test_modules_of_a_model_before_do_not_count():
+    layers = [te.Linear(16, 16) for _ in range(2)]
+    for layer in layers:
+        te.forget_modules()
+        with te.autocast(recipe=te.recipe.DelayedScaling()):
+            layer(bf16(16, 16).float())
+        for _, _, members in te._state.registry.values():
+            (member,) = members.values()
+            assert member() in (layer.fp8_meta["scaling_fwd"], layer.fp8_meta["scaling_bwd"])
 
 
 @pytest.mark.slow
