@@ -20,6 +20,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+import two_rank_faults
 
 import helpers
 import train
@@ -561,6 +562,7 @@ SLOW = """
 import os, sys, time
 sys.path.insert(0, {root!r})
 import train
+import two_rank_faults
 from nanofp8.runlog import Progress
 
 def slowly(function, rank):
@@ -660,3 +662,23 @@ def test_run_sh_with_two_processes(tmp_path, shards):
     log = records(out / "again-2")
     assert [r["step"] for r in log if r["kind"] == "train"] == [*range(0, 200, 10), 199] and log[-1]["kind"] == "done"
     assert len(records(done, "train")) == 4  # the other one was left alone
+
+
+# -----------------------------------------------------------------------------------------------------
+# What tests/gpu/test_faults_gpu.py does on two GPUs
+
+ALL_FAULTS = "ALL_FAULTS" in os.environ  # also the killed rank, of which test_run_sh_with_two_processes is enough here
+
+
+@pytest.fixture(scope="module")
+def faults(tmp_path_factory, shards):
+    return two_rank_faults.run_faults(tmp_path_factory.mktemp("faults"), flag_args(data_dir=shards, **QUICK),
+                                      kill=ALL_FAULTS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("check", [two_rank_faults.check_full_disk, two_rank_faults.check_damaged_checkpoint,
+                                   *[two_rank_faults.check_killed_rank] * ALL_FAULTS])
+def test_faults_of_two_ranks(faults, check):
+    """Afterwards, losses are those of the run that nothing happened to, bit for bit."""
+    check(faults, 0.0)
