@@ -461,8 +461,10 @@ def test_text_comes_piece_by_piece(out_dir, tokenizer, monkeypatch):
 
 def test_checkpoint_can_be_named_by_run_or_step_and_default_is_out(out_dir, tokenizer, capsys, monkeypatch, tmp_path):
     run = out_dir / "mine"
-    outs = {main_here(capsys, f"--ckpt={path}", "--max_new_tokens=6").out
-            for path in (out_dir, run, run / "ckpt", run / "ckpt" / "step_000007")}
+    results = [main_here(capsys, f"--ckpt={path}", "--max_new_tokens=6")
+               for path in (out_dir, run, run / "ckpt", run / "ckpt" / "step_000007")]
+    assert all(f"checkpoint: {run}/ckpt/step_000007, step 7" in result.err for result in results)  # the one chosen
+    outs = {result.out for result in results}
     (tmp_path / "out").symlink_to(out_dir)
     monkeypatch.chdir(tmp_path)
     outs.add(main_here(capsys, "--max_new_tokens=6").out)

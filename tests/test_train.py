@@ -238,10 +238,11 @@ def test_wrappers_that_contradict(fsdp2, ddp, world):
     dict(n_embd=72), dict(batch_size=1, block_size=8, total_batch_size=8),
 ])
 def test_shapes_that_the_format_cannot_take(changes):
-    """The error names the format's multiple. bf16 takes every shape."""
-    with pytest.raises(UserError, match="divisible by"):
+    """The error names the format's multiple, and the flags that lead to bf16, which takes every shape."""
+    with pytest.raises(UserError, match="divisible by") as error:
         train.select_precision(make_cfg(**changes), helpers.CPU)
-    train.select_precision(make_cfg(**changes | dict(USE_FP8=False, USE_NVFP4=False)), helpers.CPU)
+    remedy = dict.fromkeys(re.findall(r"--(\w+)=False", str(error.value)), False)
+    assert train.select_precision(make_cfg(**changes | remedy), helpers.CPU).name == "bf16"
 
 
 @pytest.mark.parametrize("code,changes,words", [

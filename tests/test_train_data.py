@@ -339,7 +339,7 @@ def test_a_token_beyond_the_vocabulary(tmp_path):
     path = write_shard(tmp_path / "n" / "n_train_000002.bin", [5, 65535, 6])
     assert ring_of(tmp_path, vocab=65536).read(100, 3).tolist() == [5, 65535, 6]
     line = bad_line(tmp_path, vocab=65535)
-    for word in (str(path), "65535", "vocab_size", "--vocab_size"):
+    for word in (str(path), "65535", "vocab_size", "--vocab_size (only a new run can)"):
         assert word in line
     assert str(path) in bad_line(tmp_path, vocab=512)
     with pytest.raises(UserError):  # id == vocab_size is one too many
