@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import socket
@@ -664,10 +665,24 @@ def test_run_sh_with_two_processes(tmp_path, shards):
     assert len(records(done, "train")) == 4  # the other one was left alone
 
 
+def test_the_table_of_faults_names_tests_that_exist():
+    """results/FAULTS.md: a letter for a file, then names of its tests."""
+    text = (ROOT / "results" / "FAULTS.md").read_text(encoding="utf-8")
+    files = dict(re.findall(r"^\| ([A-Z]) \| `(tests/\w+\.py)` \|$", text, re.M))
+    defined = {letter: set(re.findall(r"^def (test_\w+)", (ROOT / path).read_text(encoding="utf-8"), re.M))
+               for letter, path in files.items()}
+    named = []
+    for row in re.findall(r"^\|.*\|$", text, re.M):
+        for letter, names in re.findall(r"\b([A-Z]) ((?:`test_\w+`(?:, )?)+)", row.rstrip("| ").rpartition("|")[2]):
+            named += [(letter, name) for name in re.findall(r"test_\w+", names)]
+    assert len(named) == text.count("`test_") > 100
+    assert not [pair for pair in named if pair[1] not in defined[pair[0]]]
+
+
 # -----------------------------------------------------------------------------------------------------
 # What tests/gpu/test_faults_gpu.py does on two GPUs
 
-ALL_FAULTS = "ALL_FAULTS" in os.environ  # also the killed rank, of which test_run_sh_with_two_processes is enough here
+ALL_FAULTS = "ALL_FAULTS" in os.environ
 
 
 @pytest.fixture(scope="module")
@@ -678,7 +693,9 @@ def faults(tmp_path_factory, shards):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("check", [two_rank_faults.check_full_disk, two_rank_faults.check_damaged_checkpoint,
-                                   *[two_rank_faults.check_killed_rank] * ALL_FAULTS])
+                                   pytest.param(two_rank_faults.check_killed_rank, marks=pytest.mark.skipif(
+                                       not ALL_FAULTS, reason="takes 25 s, and is nearly "
+                                       "test_run_sh_with_two_processes; set ALL_FAULTS=1"))])
 def test_faults_of_two_ranks(faults, check):
     """Afterwards, losses are those of the run that nothing happened to, bit for bit."""
     check(faults, 0.0)
