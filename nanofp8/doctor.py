@@ -24,14 +24,15 @@ from types import ModuleType, SimpleNamespace
 from typing import Any, Callable, Iterator, NamedTuple, Sequence
 
 from nanofp8 import cards, host, sizes
-from nanofp8.config import UserError, parse_flags
+from nanofp8.config import UserError, may_choose, parse_flags
 from nanofp8.files import console, error_line
 
 OK, NOTE, WARN, FAIL = "ok", "-", "warn", "FAIL"  # FAIL: training would fail
 WIDTH, INDENT = 110, 25
 INSTALL = "`bash run.sh setup` makes an environment with it (docs/install.md)"
 # What train.py says of flags. They are taken from its source, because importing train.py needs torch
-DEFINITIONS = {"CLASSIC", "PARTS", "PRESETS", "auto_batch", "resolve_length", "check_flags", "choose_wrapper"}
+DEFINITIONS = {"CLASSIC", "PARTS", "PRESETS", "LARGEST_BATCH", "auto_batch", "resolve_length", "check_flags",
+               "choose_wrapper"}
 
 Verdict = tuple[str, str]  # a mark, and what was found; of WARN and FAIL also what to do
 
@@ -59,6 +60,7 @@ class Examination:
     train: SimpleNamespace | None = None           # DEFINITIONS of train.py
     version_of_te: str = ""                        # "": it cannot be imported
     precision: Any = None
+    wrapper: str = ""                              # "none", "ddp" or "fsdp2", once it is known
 
     @property
     def device(self) -> Any:
@@ -265,8 +267,14 @@ def definitions(path: str, **known: Any) -> SimpleNamespace:
 
 def check_flags(exam: Examination) -> Iterator[Verdict]:
     """Resolve the flags as train.py does, with those of a checkpoint that is resumed. Raises UserError."""
-    exam.train = definitions(exam.path, math=math, torch=exam.torch, UserError=UserError)
+    memory = sizes  # has a function of this name too, which does not know the formats' multiples
+    if exam.torch:
+        from nanofp8 import memory
+    exam.train = definitions(
+        exam.path, math=math, torch=exam.torch, memory=memory, may_choose=may_choose, UserError=UserError)
     cfg = parse_flags(exam.given, exam.path, exam.train.PRESETS, bool(exam.gpus))
+    if cfg.batch_size == "auto":
+        cfg.batch_size = exam.train.LARGEST_BATCH.get(cfg.preset, 16)
     saved = {}
     if not exam.gpus and "preset" in cfg.auto and exam.torch:
         from nanofp8.machine import check_gpus
@@ -281,6 +289,7 @@ def check_flags(exam: Examination) -> Iterator[Verdict]:
     exam.cfg = cfg
     if saved:
         checkpoint.check_fixed_flags(found, cfg)
+        memory.adopt(found, cfg, SimpleNamespace(world_size=exam.ranks))
     parameters = sum(n for _, n, _ in sizes.parameter_table(cfg))
     yield OK, (f"preset {cfg.preset}: {parameters:,} parameters ({cfg.n_layer} layers, width {cfg.n_embd}, vocabulary "
                f"{cfg.vocab_size:,}), {cfg.max_iters:,} steps")
@@ -288,15 +297,15 @@ def check_flags(exam: Examination) -> Iterator[Verdict]:
 
 def check_batch(exam: Examination) -> Iterator[Verdict]:
     """Check the flags' combinations as train.py does, which lowers the micro-batch. Raises UserError."""
-    cfg, wanted = exam.cfg, exam.cfg.batch_size
+    cfg = exam.cfg
     exam.train.check_flags(cfg, exam.ranks, bool(cfg.resume))
     if exam.torch:
         from nanofp8.parts import value_layers
         value_layers(cfg.n_layer, cfg.n_value_embed)  # raises UserError
     micro_batches = cfg.total_batch_size // (exam.ranks * cfg.batch_size * cfg.block_size)
-    lowered = f"; batch_size lowered from {wanted} to fit" if cfg.batch_size < wanted else ""
+    at_most = " at most" if may_choose(cfg, "batch_size") and exam.gpus else ""
     yield OK, (f"{cfg.total_batch_size:,} tokens a step = {exam.ranks} rank(s) x {micro_batches} micro-batch(es) x "
-               f"{cfg.batch_size} sequences x {cfg.block_size} tokens{lowered}")
+               f"{cfg.batch_size} sequences{at_most} x {cfg.block_size} tokens")
 
 
 def check_precision(exam: Examination) -> Iterator[Verdict]:
@@ -341,6 +350,16 @@ def check_optimizers(exam: Examination) -> Iterator[Verdict]:
         import_bitsandbytes(exam.device, wrapper == "fsdp2")
     dion, why = dion_muon(cfg.muon_impl, exam.device, cfg.USE_COMPILE is True)
     yield OK, f"{'Muon by Dion' if dion else f'Muon by torch ({why})'}; wrapper: {wrapper} ({reason})"
+    exam.wrapper = wrapper
+
+
+def check_memory(exam: Examination) -> Iterator[Verdict]:
+    """Choose the micro-batch as training does, by a prediction of memory. Raises UserError if not even weights fit."""
+    if exam.precision and exam.gpus and exam.wrapper:
+        from nanofp8 import memory
+        procs = SimpleNamespace(world_size=exam.ranks, device=exam.device, gather=lambda value: [value])
+        reason = memory.choose(exam.cfg, exam.precision, exam.wrapper, procs).reason
+        yield WARN if "may not fit" in reason else OK, f"micro-batch {reason}"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -397,9 +416,10 @@ CHECKS: tuple[tuple[str, Callable[[Examination], Iterator[Verdict]]], ...] = (
     ("driver", check_driver), ("GPU", check_gpus), ("formats", check_formats), ("packages", check_packages),
     ("compilers", check_compilers), ("flags", check_flags), ("batch", check_batch),
     ("Transformer Engine", check_transformer_engine), ("libraries", check_libraries), ("precision", check_precision),
-    ("kernels", check_kernels), ("optimizers", check_optimizers), ("data", check_data), ("disk", check_disk),
+    ("kernels", check_kernels), ("optimizers", check_optimizers), ("memory", check_memory), ("data", check_data),
+    ("disk", check_disk),
 )
-NEED_FLAGS = {"batch", "Transformer Engine", "precision", "kernels", "optimizers", "data", "disk"}
+NEED_FLAGS = {"batch", "Transformer Engine", "precision", "kernels", "optimizers", "memory", "data", "disk"}
 
 
 def examine(exam: Examination) -> Iterator[tuple[str, str, str]]:

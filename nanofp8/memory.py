@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+from nanofp8 import sizes
 from nanofp8.checkpoint import random_state, set_random_state
 from nanofp8.checkpoint_files import read_checkpoint
 from nanofp8.config import UserError, may_choose
@@ -282,10 +283,7 @@ def batch_sizes(cfg: SimpleNamespace, ranks: int) -> list[int]:
     Those that the format's blocks of values do not divide are left out, if others are left. cfg: flags of train.py, or
     of train_orig.py, which has no formats.
     """
-    sequences, rest = divmod(cfg.total_batch_size, ranks * cfg.block_size)
-    multiple = choose_format(cfg).multiple if hasattr(cfg, "USE_FP8") else 1
-    sizes = [] if rest or not sequences else [n for n in range(cfg.batch_size, 0, -1) if sequences % n == 0]
-    return [n for n in sizes if n * cfg.block_size % multiple == 0] or sizes
+    return sizes.batch_sizes(cfg, ranks, choose_format(cfg).multiple if hasattr(cfg, "USE_FP8") else 1)
 
 
 def adopt(checkpoint: str, cfg: SimpleNamespace, procs: Processes) -> None:
@@ -332,15 +330,15 @@ def choose(cfg: SimpleNamespace, precision: Precision, wrapper: str, procs: Proc
         return Choice(f"{cfg.batch_size} ({how})")
     memory = min(procs.gather(available(procs)))
     kind = kind_of(cfg, precision, wrapper, procs)
-    sizes = (batch_sizes(cfg, procs.world_size) if auto else []) or [cfg.batch_size]
-    predictions = {size: predict(cfg, kind, size) for size in sizes}
+    candidates = (batch_sizes(cfg, procs.world_size) if auto else []) or [cfg.batch_size]
+    predictions = {size: predict(cfg, kind, size) for size in candidates}
     needs = {size: prediction.need for size, prediction in predictions.items()}
-    size = next((size for size in sizes if needs[size] <= memory), sizes[-1])
+    size = next((size for size in candidates if needs[size] <= memory), candidates[-1])
     chosen = predictions[size]
     if chosen.resident > memory:
         raise UserError(f"weights, gradients and optimizer state take {chosen.resident / GB:.1f} GB, and "
                         f"{memory / GB:.1f} GB of GPU memory are free; use {smaller_model(cfg)}")
-    larger = sizes[:sizes.index(size)]
+    larger = candidates[:candidates.index(size)]
     reason = (f"{size} ({how}: predicted {needs[size] / GB:.1f} of {memory / GB:.1f} GB"
               + (f"; {larger[-1]} needs {needs[larger[-1]] / GB:.1f}" if larger else "")
               + (", may not fit" if needs[size] > memory else "") + ")")

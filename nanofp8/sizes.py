@@ -1,4 +1,4 @@
-"""Sizes that follow from the flags alone: parameters of each part of the model, bytes of a checkpoint. No torch."""
+"""Sizes that follow from the flags alone: parameters, bytes of a checkpoint, micro-batches. No torch."""
 
 from types import SimpleNamespace
 
@@ -33,3 +33,13 @@ def checkpoint_bytes(cfg: SimpleNamespace) -> int:
     moments = sum(n * (4 if part in ("attention", "MLP") else 2 + 8 / 256 if part in eight_bit else 8)
                   for part, n in parameters.items())
     return round(4 * sum(parameters.values()) + moments)
+
+
+def batch_sizes(cfg: SimpleNamespace, ranks: int, multiple: int = 1) -> list[int]:
+    """Return the micro-batches up to cfg.batch_size that divide a step, largest first; [] if none does.
+
+    Those that do not have a multiple of `multiple` tokens are left out, if others are left.
+    """
+    sequences, rest = divmod(cfg.total_batch_size, ranks * cfg.block_size)
+    sizes = [] if rest or not sequences else [n for n in range(cfg.batch_size, 0, -1) if sequences % n == 0]
+    return [n for n in sizes if n * cfg.block_size % multiple == 0] or sizes

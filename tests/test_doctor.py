@@ -12,7 +12,7 @@ import torch
 import helpers
 import train
 from helpers import TRAIN, flag_args, make_cfg, train_here
-from nanofp8 import cards, config, doctor, host, sizes
+from nanofp8 import cards, config, doctor, host, memory, sizes
 from nanofp8.config import UserError
 
 
@@ -29,7 +29,8 @@ def report(capsys, *flags):
     """Return the exit status, the lines and the whole text of a report."""
     status = doctor.run(TRAIN, list(flags))
     text = capsys.readouterr().out
-    assert len(text.splitlines()) <= 35 and max(map(len, text.splitlines())) <= doctor.WIDTH, text
+    _, below = text.split("machine:\n", 1)  # a command with many flags takes some lines
+    assert len(below.splitlines()) <= 30 and max(map(len, text.splitlines())) <= doctor.WIDTH, text
     return status, lines_of(text), text
 
 
@@ -68,9 +69,13 @@ def fake_gpus(monkeypatch, *names, capability=(9, 0), free=70e9, version="2.20.2
         monkeypatch.setitem(sys.modules, "transformer_engine", None)
     for name, value in dict(
             is_available=lambda: True, device_count=lambda: len(names), get_device_name=lambda i=0: names[i],
-            get_device_capability=lambda device=None: capability, mem_get_info=lambda i: (free - i * 1e9, 80e9),
+            get_device_capability=lambda device=None: capability,
+            mem_get_info=lambda i: (free - getattr(i, "index", i) * 1e9, 80e9),
+            memory_allocated=lambda device: 0, memory_reserved=lambda device: 0,
+            get_per_process_memory_fraction=lambda device: 1.0,
             get_device_properties=lambda device: SimpleNamespace(total_memory=80e9)).items():
         monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(memory, "needs_transposes", lambda: True)  # itself, it would remember this GPU
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: cudnn)
     monkeypatch.setattr(host, "compiler_fault", lambda: fault)
@@ -119,6 +124,7 @@ def test_what_the_flags_choose_on_each_card(shards, tmp_path, capsys, monkeypatc
     status, lines, text = report(capsys, *small(shards, tmp_path, n_embd=128, **changes))
     assert status == 0 and all(word in of(lines, "precision", mark) for word in words), lines
     assert ("read from source" in of(lines, "formats")) == (capability not in cards.HAS_RUN)
+    assert "given: predicted" in of(lines, "memory", doctor.OK)
     assert ("1 warning" in text.splitlines()[-1]) == (mark == doctor.WARN)
 
 
