@@ -26,6 +26,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+import two_rank_faults
 
 import helpers
 import sample
@@ -414,7 +415,7 @@ WORKER = textwrap.dedent("""
     import contextlib, gc, json, os, pathlib, signal, socket, sys
     sys.path[:0] = [{root!r}, {tests!r}]
     from unittest import mock
-    import helpers, torch, train
+    import helpers, torch, train, two_rank_faults
     import torch.distributed as dist
     from torch.distributed.checkpoint.staging import BlockingAsyncStager
     from nanofp8 import te_emulation as te
@@ -476,6 +477,8 @@ WORKER = textwrap.dedent("""
             torch.save(dict(saved=seen.saved, restored=seen.restored, error=error), out / (name + ".pt"))
         gc.unfreeze()
         gc.collect()
+    procs.print("faults of two ranks")
+    two_rank_faults.run_here(procs, out / "faults", helpers.flag_args(data_dir=spec["data"], batch_size=4))
     dist.destroy_process_group()
     if other:
         sys.exit(os.waitpid(other, 0)[1] >> 8)
@@ -486,7 +489,7 @@ WORKER = textwrap.dedent("""
 def two_ranks(tmp_path_factory, shards, one_rank):
     """Train the runs of RANKS: {name: folder, saved and restored parameters}."""
     folder = tmp_path_factory.mktemp("ranks")
-    (folder / "out").mkdir()
+    (folder / "out" / "faults").mkdir(parents=True)
     (folder / "spec.json").write_text(json.dumps(dict(
         runs=RANKS, out=str(folder / "out"), data=str(shards), one=str(one_rank["fp8"].folder))))
     (folder / "worker.py").write_text(WORKER.format(root=str(ROOT), tests=str(ROOT / "tests")))
@@ -496,7 +499,9 @@ def two_ranks(tmp_path_factory, shards, one_rank):
             for name in RANKS}
     errors = {name: run.error for name, run in runs.items() if run.error}
     assert [*errors] == ["unshared"], errors
-    runs["one-fails"].output = runs["unshared"].output = result.out
+    text, _, of_faults = result.out.partition("faults of two ranks\n")
+    runs["one-fails"].output = runs["unshared"].output = text
+    runs["faults"] = two_rank_faults.read_faults(folder / "out" / "faults", of_faults)
     return runs
 
 
@@ -557,6 +562,13 @@ def test_files_that_a_machine_wrote_on_a_disk_of_its_own(two_ranks):
     assert f"checkpoint at step 2 failed, training continues: {line}" in run.output
     assert line in run.error and "Newest checkpoint: none" in run.error and records(run.folder, "done")
     assert in_ckpt(run.folder) == [] == in_ckpt(run.folder.parent / "of_rank_1")
+
+
+@pytest.mark.parametrize("check", [two_rank_faults.check_full_disk, two_rank_faults.check_damaged_checkpoint])
+def test_faults_of_two_ranks(two_ranks, check):
+    """Afterwards, losses are those of the run that nothing happened to, bit for bit. tests/gpu does the same over
+    NCCL."""
+    check(two_ranks["faults"], 0.0)
 
 
 def test_the_clock_of_rank_0_decides_for_all(two_ranks):

@@ -682,20 +682,13 @@ def test_the_table_of_faults_names_tests_that_exist():
 # -----------------------------------------------------------------------------------------------------
 # What tests/gpu/test_faults_gpu.py does on two GPUs
 
-ALL_FAULTS = "ALL_FAULTS" in os.environ
-
-
-@pytest.fixture(scope="module")
-def faults(tmp_path_factory, shards):
-    return two_rank_faults.run_faults(tmp_path_factory.mktemp("faults"), flag_args(data_dir=shards, **QUICK),
-                                      kill=ALL_FAULTS)
-
 
 @pytest.mark.slow
-@pytest.mark.parametrize("check", [two_rank_faults.check_full_disk, two_rank_faults.check_damaged_checkpoint,
-                                   pytest.param(two_rank_faults.check_killed_rank, marks=pytest.mark.skipif(
-                                       not ALL_FAULTS, reason="takes 25 s, and is nearly "
-                                       "test_run_sh_with_two_processes; set ALL_FAULTS=1"))])
-def test_faults_of_two_ranks(faults, check):
+@pytest.mark.skipif("ALL_FAULTS" not in os.environ, reason="takes 25 s, and test_run_sh_with_two_processes and "
+                    "test_checkpoint.py test nearly the same; set ALL_FAULTS=1")
+def test_faults_of_two_ranks_in_processes_of_their_own(tmp_path, shards):
     """Afterwards, losses are those of the run that nothing happened to, bit for bit."""
-    check(faults, 0.0)
+    faults = two_rank_faults.run_faults(tmp_path, flag_args(data_dir=shards, **QUICK))
+    for check in (two_rank_faults.check_killed_rank, two_rank_faults.check_full_disk,
+                  two_rank_faults.check_damaged_checkpoint):
+        check(faults, 0.0)

@@ -1,74 +1,45 @@
 """Faults of two ranks, on CPUs or on two GPUs: a killed rank under torchrun, a full disk, a damaged checkpoint.
 
-tests/test_faults.py and tests/gpu/test_faults_gpu.py run them with flags of their own. All runs take STEPS steps with a
-checkpoint every second one, and are compared with one that nothing happens to ("whole").
+tests/test_checkpoint.py, tests/test_faults.py and tests/gpu/test_faults_gpu.py run them with flags of their own. All
+runs take STEPS steps with a checkpoint every second one, and are compared with one that nothing happens to ("whole").
 """
 
+import contextlib
+import gc
 import json
 import os
 import pathlib
+import resource
+import shutil
 import signal
 import socket
 import textwrap
 import time
 from types import SimpleNamespace
+from typing import Any, Callable
+from unittest import mock
 
 import pytest
+import torch.distributed.checkpoint as dcp
 
+import train
 from helpers import ROOT, copy_of_run, finish, in_ckpt, records, start
+from nanofp8.config import UserError
+from nanofp8.procs import Processes
+from nanofp8.runlog import RunLog
 
 STEPS = 8
 FLAGS = dict(max_iters=STEPS, ckpt_interval=2, eval_interval=0, rank_timeout=30)
 
-# In one pair of processes, one after another: a run of train.py and faults of others. Writes how each ended, as JSON
+# Does run_here() in processes of its own
 WORKER = """
-    import contextlib, gc, json, os, pathlib, resource, shutil, sys
+    import json, pathlib, sys
     sys.path[:0] = [{root!r}, {tests!r}]
-    from types import SimpleNamespace
-    from unittest import mock
-    import helpers, torch, train, two_rank_faults
+    import train, two_rank_faults
     import torch.distributed as dist
-    import torch.distributed.checkpoint as dcp
-    from nanofp8.config import UserError
     from nanofp8.procs import start_processes
-    from nanofp8.runlog import RunLog
-    RunLog.plot = lambda self: None
-    procs, spec, ends = start_processes(), json.load(open(sys.argv[1])), {{}}
-    out = pathlib.Path(spec["out"])
-
-    def save_on_a_full_disk(*args, checkpoint_id, save=dcp.save, **options):
-        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-        if int(checkpoint_id[-6:]) >= 6:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
-        try:
-            return save(*args, checkpoint_id=checkpoint_id, **options)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-
-    for name, run_name, more in (
-            ("whole", "whole", ["--keep_checkpoints=9"]), ("full", "full", []),
-            ("full, resumed", "full", ["--resume=auto"]), ("damaged", "damaged", ["--resume=auto"])):
-        argv = [*spec["arguments"], f"--out_dir={{out}}", f"--run_name={{run_name}}", *more]
-        patches = contextlib.ExitStack()
-        if name == "full":
-            patches.enter_context(mock.patch.object(dcp, "save", save_on_a_full_disk))
-            patches.enter_context(mock.patch.object(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000)))
-        if name == "damaged":
-            if procs.is_main:
-                two_rank_faults.damage_newest(out / "whole", out / "damaged")
-            procs.broadcast(None)
-        ends[name] = dict(error="", status=0)
-        try:
-            with patches:
-                train.run(train.read_flags(argv), procs)
-        except UserError as error:  # on both ranks alike
-            ends[name] = dict(error=str(error), status=error.status)
-        procs.print(f"end of {{name}}")
-        gc.enable()
-        gc.unfreeze()
-        gc.collect()
-    if procs.is_main:
-        (out / "ends.json").write_text(json.dumps(ends))
+    spec = json.load(open(sys.argv[1]))
+    two_rank_faults.run_here(start_processes(), pathlib.Path(spec["out"]), spec["arguments"])
     dist.destroy_process_group()
 """
 
@@ -105,6 +76,50 @@ def damage_newest(run: pathlib.Path, to: pathlib.Path) -> None:
         f.write(bytes([byte ^ 4]))
 
 
+def save_on_a_full_disk(*args: Any, checkpoint_id: str, save: Callable = dcp.save, **options: Any) -> Any:
+    """Stand for dcp.save() on a disk that has no room for the checkpoints after 6 and 8 steps."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if int(checkpoint_id[-6:]) >= 6:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        return save(*args, checkpoint_id=checkpoint_id, **options)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def run_here(procs: Processes, out: pathlib.Path, arguments: list[str]) -> None:
+    """Run all but the killed rank in this process, one of two, and write how each run ended to out/ends.json."""
+    ends = {}
+    for name, run_name, more in (("whole", "whole", ["--keep_checkpoints=9"]), ("full", "full", []),
+                                 ("full, resumed", "full", ["--resume=auto"]),
+                                 ("damaged", "damaged", ["--resume=auto"])):
+        argv = [*arguments, *flag_list(FLAGS), f"--out_dir={out}", f"--run_name={run_name}", *more]
+        if name == "damaged":
+            if procs.is_main:
+                damage_newest(out / "whole", out / "damaged")
+            procs.broadcast(None)
+        ends[name] = dict(error="", status=0)
+        with contextlib.ExitStack() as patches:
+            patches.enter_context(mock.patch.object(RunLog, "plot", lambda self: None))
+            if name == "full":
+                patches.enter_context(mock.patch.object(dcp, "save", save_on_a_full_disk))
+                patches.enter_context(mock.patch.object(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000)))
+            try:
+                train.run(train.read_flags(argv), procs)
+            except UserError as error:  # on both ranks alike
+                ends[name] = dict(error=str(error), status=error.status)
+        gc.enable()
+        gc.unfreeze()
+        gc.collect()
+    if procs.is_main:
+        (out / "ends.json").write_text(json.dumps(ends))
+
+
+def flag_list(flags: dict) -> list[str]:
+    """Return flags as a command line."""
+    return [f"--{name}={value}" for name, value in flags.items()]
+
+
 def start_faults(folder: pathlib.Path, arguments: list[str], **env: str) -> list:
     """Start WORKER on two ranks. arguments: of train.py. env: variables, such as CUDA_VISIBLE_DEVICES."""
     (folder / "spec.json").write_text(json.dumps(dict(out=str(folder / "out"), arguments=arguments)))
@@ -121,8 +136,8 @@ def kill_a_rank(folder: pathlib.Path, arguments: list[str], **env: str) -> Simpl
     pid = folder / "pid"
     (folder / "train.py").write_text(textwrap.dedent(WAITING).format(root=str(ROOT), pid=str(pid)))
     process = start("-u", "-m", "torch.distributed.run", "--standalone", "--local_addr=127.0.0.1", "--max_restarts=1",
-                    "--nproc_per_node=2", folder / "train.py", *arguments, f"--out_dir={folder / 'out'}",
-                    "--run_name=killed", cwd=folder, **env)
+                    "--nproc_per_node=2", folder / "train.py", *arguments, *flag_list(FLAGS),
+                    f"--out_dir={folder / 'out'}", "--run_name=killed", cwd=folder, **env)
     try:
         deadline = time.monotonic() + 180
         while not pid.exists():
@@ -136,28 +151,30 @@ def kill_a_rank(folder: pathlib.Path, arguments: list[str], **env: str) -> Simpl
         process.terminate()  # torchrun ends its workers
 
 
-def run_faults(folder: pathlib.Path, arguments: list[str], kill: bool = True, **env: str) -> SimpleNamespace:
-    """Run all faults in an empty folder.
+def run_faults(folder: pathlib.Path, arguments: list[str], **env: str) -> SimpleNamespace:
+    """Run all faults in an empty folder: the killed rank, and at the same time the others.
 
-    Args:
-        arguments: of train.py, beside FLAGS.
-        kill: whether to run the one of the killed rank too, at the same time.
-        env: variables, such as CUDA_VISIBLE_DEVICES.
-    Returns: out (folder of runs), ends ({name: error and status}), text (what their rank 0 printed), and killed (code,
-        out, err; None without `kill`).
+    Args: arguments: of train.py, beside FLAGS. env: variables, such as CUDA_VISIBLE_DEVICES.
+    Returns: what read_faults() returns, and killed (code, out, err).
     """
     (folder / "out").mkdir()
-    arguments = [*arguments, *(f"--{name}={value}" for name, value in FLAGS.items())]
     ranks = start_faults(folder, arguments, **env)
     try:
-        killed = kill_a_rank(folder, arguments, **env) if kill else None
+        killed = kill_a_rank(folder, arguments, **env)
         results = [finish(process, timeout=180) for process in ranks]
     finally:
         for process in ranks:
             process.kill()
     assert [result.code for result in results] == [0, 0], [r.out[-2000:] + r.err[-2000:] for r in results]
-    return SimpleNamespace(out=folder / "out", ends=json.loads((folder / "out" / "ends.json").read_text()),
-                           text=results[0].out, killed=killed)
+    return SimpleNamespace(killed=killed, **vars(read_faults(folder / "out", results[0].out)))
+
+
+def read_faults(out: pathlib.Path, text: str) -> SimpleNamespace:
+    """Return what the checks below need of run_here().
+
+    Returns: out (folder of runs), text (what rank 0 printed), ends ({name: error and status}).
+    """
+    return SimpleNamespace(out=out, text=text, ends=json.loads((out / "ends.json").read_text()))
 
 
 def check_same_losses(a: pathlib.Path, b: pathlib.Path, tolerance: float) -> None:
