@@ -27,7 +27,6 @@ from nanofp8.checkpoint import random_state, set_random_state
 from nanofp8.checkpoint_files import read_checkpoint
 from nanofp8.config import UserError, may_choose
 from nanofp8.epilogues import choose_quack
-from nanofp8.fp8_stats import HEAD_TOKENS, TOKENS
 from nanofp8.fused import kernels_fit, needs_transposes
 from nanofp8.parts import GATE_CHANNELS, value_layers, windows
 from nanofp8.precision import Precision, choose_format, fp8_state
@@ -232,6 +231,7 @@ def predict(cfg: SimpleNamespace, kind: Kind, batch_size: int) -> Prediction:
     evaluation = max((50 if kind.blocks != "fused" else 39 if cfg.USE_X0 else 37) * width * tokens,
                      4 * width * tokens + 2 * min(cfg.loss_chunk_size, tokens) * vocab + 2 * table)
     if cfg.FP8_STATS_INTERVAL:  # counted by running it
+        from nanofp8.fp8_stats import HEAD_TOKENS, TOKENS
         evaluation = max(evaluation, TOKENS * layers * 14 * width + vocab * (29 * HEAD_TOKENS + 10 * width))
     if kind.blocks == "emulated" and min(windows(cfg)) < cfg.block_size:
         kept += cfg.block_size ** 2  # the mask of a window

@@ -187,7 +187,8 @@ class Hub(ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_port}"
 
     def gets(self):
-        return [name for method, name, _ in self.requests if method == "GET"]
+        # huggingface_hub may also ask for a list of programs that it is used from
+        return [name for method, name, _ in self.requests if method == "GET" and not name.startswith("/api/agent")]
 
 
 class HubHandler(BaseHTTPRequestHandler):
