@@ -32,9 +32,7 @@ FLAGS = {
     False: dict(preset="tiny", n_layer=1, block_size=64, batch_size=2, total_batch_size=128, max_iters=12,
                 eval_tokens=64, lr_scaling="sqrt", eval_interval=0, keep_checkpoints=0),
 }
-SMALL_PRESET = dict(preset="d12", batch_size=8)  # for cards with less memory than d20's weights and moments need
-SMALL_MEMORY = 14e9
-BATCH_SIZES = ((44e9, 16), (26e9, 8), (16e9, 4), (0, 2))  # from this much memory; halved where it does not fit
+SMALL_PRESET, SMALL_MEMORY = "d12", 14e9  # for cards with less memory than this, which d20 hardly fits
 LAST = 10           # steps over which the loss is compared
 # On Hopper the mean train loss of steps 51 to 60 differs from bf16's by 0.23% at most, and no step's gradient norm is
 # more than 1.85 times bf16's (results/h100/25M.json, results/h200/25M.json and precision.json, of 65,536 and 131,072
@@ -102,11 +100,6 @@ def plan(capability: tuple[int, int] | None, version: str) -> list[Row]:
     return rows
 
 
-def first_batch_size(memory: float) -> int:
-    """Return the sequences per micro-batch of d20 to try first on a GPU with this memory, in bytes."""
-    return next(size for least, size in BATCH_SIZES if memory >= least)
-
-
 def faults(row: Row, base: Row) -> list[str]:
     """Return what is wrong with a row; nothing if it is as expected. base: the bf16 run of the same seed and tokens."""
     if row.run is None:
@@ -141,47 +134,36 @@ class Runner:
         self.script, self.path, self.stop = script, os.path.abspath(script.__file__), stop
         (self.gpu,) = visible_gpus(1)
         has_gpu = torch.cuda.is_available()
-        flags, self.may_lower = dict(FLAGS[has_gpu]), not any(a.startswith("--batch_size=") for a in given)
-        if has_gpu:
-            memory = torch.cuda.get_device_properties(0).total_memory
-            flags |= SMALL_PRESET if memory < SMALL_MEMORY else dict(batch_size=first_batch_size(memory))
+        flags = dict(FLAGS[has_gpu])
+        if has_gpu and torch.cuda.get_device_properties(0).total_memory < SMALL_MEMORY:
+            flags["preset"] = SMALL_PRESET
         self.arguments = [f"--{name}={value}" for name, value in flags.items()] + list(given)
         self.machine = describe_machine(torch.device("cuda", 0) if has_gpu else torch.device("cpu"))
 
-    def job(self, row: Row, batch_size: int | None) -> Job:
-        """Return a row's run. batch_size: None: as the flags say. Raises UserError."""
-        own = row.flags | dict(run_name=f"card-{slug(row.label)}") | (dict(batch_size=batch_size) if batch_size else {})
+    def job(self, row: Row) -> Job:
+        """Return a row's run. Raises UserError."""
+        own = row.flags | dict(run_name=f"card-{slug(row.label)}")
         arguments = self.arguments + [f"--{name}={value}" for name, value in own.items()]
         cfg = self.script.read_flags(arguments)
         self.script.check_flags(cfg, 1)
         return Job((row.label,), row.label, arguments, cfg)
 
     def train(self, row: Row) -> None:
-        """Train a row, or find its finished run again; with half the micro-batch as long as memory does not suffice.
-
-        Raises: UserError after a signal.
-        """
-        batch_size = None
-        while True:
-            try:
-                job = self.job(row, batch_size)
-                folder = finished_run(job.cfg, self.machine)
-                row.failed = "" if folder else self.train_once(row, job)
-                folder = folder or finished_run(job.cfg, self.machine)
-                if not folder and not row.failed:
-                    row.failed = f"{row.label}: no finished run is found; was the code edited meanwhile?"
-            except UserError as error:
-                if self.stop.requested:
-                    raise
-                row.failed = str(error)
-                return
-            if folder:
-                row.run = read_run(folder)
-                return
-            batch_size = job.cfg.batch_size // 2
-            if not (self.may_lower and batch_size and "too little GPU memory" in row.failed):
-                return
-            console(f"{row.label}: too little memory, trying micro-batches of {batch_size}")
+        """Train a row, or find its finished run again. Raises UserError after a signal."""
+        try:
+            job = self.job(row)
+            folder = finished_run(job.cfg, self.machine)
+            row.failed = "" if folder else self.train_once(row, job)
+            folder = folder or finished_run(job.cfg, self.machine)
+        except UserError as error:
+            if self.stop.requested:
+                raise
+            row.failed = str(error)
+            return
+        if folder:
+            row.run = read_run(folder)
+        elif not row.failed:
+            row.failed = f"{row.label}: no finished run is found; was the code edited meanwhile?"
 
     def train_once(self, row: Row, job: Job) -> str:
         """Train a row's run in a child process; return why it failed, or "". Raises UserError after a signal."""
@@ -327,7 +309,7 @@ def run(options: Mapping[str, str], given: Sequence[str], script: ModuleType, ou
         rows = [row for row in rows if row.label in wanted or row.label == "bf16"]
     with StopSignal() as stop:
         runner = Runner(given, script, stop)
-        runner.job(rows[0], None)  # a mistake in the flags is known before the first run
+        runner.job(rows[0])  # a mistake in the flags is known before the first run
         console("asking the doctor")
         doctor = runner.doctor()
         for i, row in enumerate(rows, 1):

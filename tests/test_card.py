@@ -12,7 +12,7 @@ import bench
 import train
 from helpers import flag_args
 from nanofp8 import card
-from nanofp8.card import Row, Runner, faults, first_batch_size, markdown, plan
+from nanofp8.card import Row, Runner, faults, markdown, plan
 from nanofp8.config import UserError
 from nanofp8.reports import RunData
 
@@ -35,17 +35,12 @@ def test_rows_of_each_card():
                                "FP8 block", *nvfp4]
     assert labels((12, 0), "2.18.0")[-2:] == ["NVFP4", "NVFP4 without 2-D weights"]
     assert labels((11, 0)) == ["bf16"]
-    for size in ({}, card.SMALL_PRESET, dict(batch_size=2)):
+    for size in ({}, dict(preset=card.SMALL_PRESET), dict(batch_size=2)):
         for row in plan((12, 0), "2.20.2"):
             flags = card.FLAGS[True] | size | row.flags
             cfg = train.read_flags([f"--{name}={value}" for name, value in flags.items()], has_gpu=True)
             train.check_flags(cfg, 1)
             assert (cfg.max_iters, cfg.total_batch_size, cfg.skip_grad_zscore) == (60, 32768, 0)
-
-
-@pytest.mark.parametrize("memory, size", [(80e9, 16), (34e9, 8), (25.7e9, 4), (12e9, 2)])
-def test_the_first_micro_batch_follows_the_memory(memory, size):
-    assert first_batch_size(memory) == size
 
 
 def finished(label="FP8 delayed", losses=(6.0, 5.0), norms=(1.0, 1.2), skipped=(), **config):
@@ -93,22 +88,21 @@ def runner(shards, tmp_path, **changes):
     return Runner(given, train, SimpleNamespace(requested=None))
 
 
-def test_a_row_that_does_not_fit_takes_half_the_micro_batch(fresh, shards, tmp_path, monkeypatch):
-    """Down to 1, and not if the micro-batch was given."""
-    tried = []
+def test_a_row_that_fails_and_one_that_is_not_found_again(fresh, shards, tmp_path, monkeypatch):
+    """The micro-batch is train.py's choice (batch_size=auto), unless the owner gives it."""
+    sizes, answers = [], ["", "rank 0 has too little memory for batch_size=4"]
 
-    def too_large(self, row, job):
-        tried.append(job.cfg.batch_size)
-        return "rank 0 has too little GPU memory for this model and micro-batch"
+    def train_once(self, row, job):
+        sizes.append((job.cfg.batch_size, "batch_size" in job.cfg.explicit))
+        return answers.pop(0)
 
-    monkeypatch.setattr(Runner, "train_once", too_large)
-    monkeypatch.setitem(card.FLAGS, False, dict(batch_size=8))
+    monkeypatch.setattr(Runner, "train_once", train_once)
+    monkeypatch.setitem(card.FLAGS, False, {})
     row = Row("bf16", dict(USE_FP8=False))
     runner(shards, tmp_path).train(row)
-    assert tried == [8, 4, 2, 1] and "too little" in row.failed and row.run is None
-    tried.clear()
+    assert "no finished run is found" in row.failed and row.run is None
     runner(shards, tmp_path, batch_size=4).train(row)
-    assert tried == [4]
+    assert "too little memory" in row.failed and sizes == [(8, False), (4, True)]
 
 
 def test_wrong_input_is_one_line(fresh, monkeypatch):
