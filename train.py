@@ -70,6 +70,7 @@ from nanofp8.fused import (  # Triton
     MicroBatchGraphs,
     RopeQKNorm,
     TokenEmbedding,
+    blocks_fit,
     kernels_fit,
 )
 from nanofp8.loss import LMHead  # output projection and softcapped cross-entropy, without all logits at once
@@ -503,8 +504,7 @@ class GPT(nn.Module):
         """Build the model on `device`. compiled: applied to plain functions; torch.compile or the identity."""
         super().__init__()
         self.cfg, self.te = cfg, precision.te
-        recompute = cfg.USE_AC_BLOCKS or cfg.USE_AC_ATTENTION  # only Transformer Engine's modules do it
-        fused = precision.fused and kernels_fit(cfg, device) and not recompute
+        fused = blocks_fit(cfg, precision, device)
         quack, self.kernels = choose_quack(cfg, device, fused and precision.recipe is not None)
         self.fused = FusedBlocks(self, quack) if fused else None
         self.fp8_head = precision.fp8_head(cfg)

@@ -328,9 +328,9 @@ def check_kernels(exam: Examination) -> Iterator[Verdict]:
         return
     from nanofp8.attention import WARNING, choose_attention
     from nanofp8.epilogues import choose_quack
-    from nanofp8.fused import kernels_fit
+    from nanofp8.fused import blocks_fit
     cfg, device, precision = exam.cfg, exam.device, exam.precision
-    fused = precision.fused and kernels_fit(cfg, device) and not (cfg.USE_AC_BLOCKS or cfg.USE_AC_ATTENTION)
+    fused = blocks_fit(cfg, precision, device)
     by = "our fused kernels" if fused else "the emulation" if precision.emulated else "Transformer Engine's modules"
     quack = choose_quack(cfg, device, fused and precision.recipe is not None)[1]
     attention, _, warning = choose_attention(cfg, device, precision.emulated)[1].partition(WARNING)

@@ -80,6 +80,11 @@ def kernels_fit(cfg: Any, device: torch.device) -> bool:
     return cfg.USE_TRITON and triton is not None and device.type == "cuda" and head & (head - 1) == 0
 
 
+def blocks_fit(cfg: Any, precision: Any, device: torch.device) -> bool:
+    """Return whether blocks run in our kernels: in bf16 or delayed FP8, without recomputation. precision: Precision."""
+    return precision.fused and kernels_fit(cfg, device) and not (cfg.USE_AC_BLOCKS or cfg.USE_AC_ATTENTION)
+
+
 def use_kernels(x: torch.Tensor) -> bool:
     """Return whether the kernels take this tensor, which is on a GPU except in tests (INTERPRET_ON_CPU)."""
     return triton is not None and (x.is_cuda or INTERPRET_ON_CPU)

@@ -27,7 +27,7 @@ from nanofp8.checkpoint import random_state, set_random_state
 from nanofp8.checkpoint_files import read_checkpoint
 from nanofp8.config import UserError, may_choose
 from nanofp8.epilogues import choose_quack
-from nanofp8.fused import kernels_fit, needs_transposes
+from nanofp8.fused import blocks_fit, kernels_fit, needs_transposes
 from nanofp8.parts import GATE_CHANNELS, value_layers, windows
 from nanofp8.precision import Precision, choose_format, fp8_state
 from nanofp8.procs import Processes
@@ -56,7 +56,7 @@ class Kind(NamedTuple):
     ranks: int = 1
     rope_in_place: bool = True  # RoPE and QK norm by our kernel; False: by torch.compile
     fp8_matmuls: bool = True    # the GPU has them; False: an FP8 head is computed in fp32
-    keeps_norms: bool = True    # fused blocks in FP8 keep the norms' outputs; False: they make them again
+    keeps_norms: bool = False   # fused blocks in FP8 keep the norms' outputs (where matmuls need no transposes)
     quack: bool = False         # fused blocks in FP8 keep relu^2's output in FP8 in place of fc1's in bf16
 
 
@@ -69,10 +69,11 @@ class Block(NamedTuple):
     fc1_input: float
     fc2_input: float  # 4 C values
     backward: float   # what its backward pass makes before it frees what was saved, at its peak
+    fc1_output: float = 8  # 4 C values in bf16
 
 
 # FP8 takes one byte, bf16 two, NVFP4 a half; a block scale of 32, 128 (4 bytes) or 16 values (1 byte) comes on top.
-# Fused blocks save inputs in one layout, and compute relu^2's output again in FP8. Transformer Engine saves fc1's
+# Fused blocks in FP8 compute the norms' and relu^2's outputs again. Transformer Engine saves fc1's
 # input in two layouts, and fc2's too where scales belong to blocks. The emulation holds the values in bf16.
 #
 # Compared with measured peaks: fused blocks, modules in delayed, current and block scaling, the emulation. Read from
@@ -80,7 +81,7 @@ class Block(NamedTuple):
 ROW, FOUR = 1 + 1 / 32, 1 / 2 + 1 / 16
 BLOCKS = {
     ("fused", "bf16"): Block(2, 2, 0, 2, 8, 16),
-    ("fused", "fp8-delayed"): Block(2, 1, 1, 1, 0, 31),
+    ("fused", "fp8-delayed"): Block(2, 0, 1, 0, 0, 24),
     ("modules", "bf16"): Block(2, 2, 0, 2, 8, 24),
     ("modules", "fp8-delayed"): Block(2, 1, 1, 2, 4, 36),
     ("modules", "fp8-current"): Block(2, 1, 1, 2, 4, 36),
@@ -98,17 +99,21 @@ def block_of(kind: Kind, in_bf16: bool = False) -> Block:
     name = "bf16" if in_bf16 else kind.format
     if kind.blocks == "emulated" and (kind.blocks, name) not in BLOCKS:
         name = "fp8"
-    return BLOCKS[kind.blocks, name]
+    block = BLOCKS[kind.blocks, name]
+    if block is BLOCKS["fused", "fp8-delayed"]:
+        if kind.keeps_norms:
+            block = block._replace(qkv_input=1, fc1_input=1, backward=31)
+        if kind.quack:
+            block = block._replace(fc1_output=0, fc2_input=4)
+    return block
 
 
 def saved_bytes(cfg: SimpleNamespace, kind: Kind, block: Block, layer: int) -> float:
     """Return the bytes per token that a block saves for its backward pass, without recomputation."""
     width, heads = cfg.n_embd, cfg.n_head
     embedded = layer in value_layers(cfg.n_layer, cfg.n_value_embed)
-    # Two residuals; q, k and v; attention's output; fc1's output in bf16
-    values = 2 + 2 + 6 + 2 + 8 + block.qkv_input + block.proj_input + block.fc1_input + block.fc2_input
-    if block is BLOCKS["fused", "fp8-delayed"]:
-        values -= (0 if kind.keeps_norms else 2) + (4 if kind.quack else 0)
+    # Two residuals; q, k and v; attention's output
+    values = 2 + 2 + 6 + 2 + block.qkv_input + block.proj_input + block.fc1_input + block.fc1_output + block.fc2_input
     if cfg.USE_AC_ATTENTION:  # q, k and v as the matmul returned them; bf16's proj still needs attention's output
         values -= 2 if block.proj_input else 0
     elif not kind.rope_in_place:
@@ -170,21 +175,16 @@ class Prediction(NamedTuple):
         return max(self.peak, self.resident + self.passing + self.beside_graphs) * (1 + FRAGMENTATION)
 
 
-def predict(cfg: SimpleNamespace, kind: Kind, batch_size: int) -> Prediction:
-    """Return what a run with these flags takes on each rank, with micro-batches of this many sequences.
+def state_bytes(cfg: SimpleNamespace, kind: Kind, accumulates: bool) -> tuple[float, float, float, float]:
+    """Return the bytes of weights, gradients and moments, and how many values of matrices a rank's Muon updates.
 
-    cfg: train.py's flags. Its batch_size is not read; total_batch_size must be a number.
+    accumulates: whether a step has several micro-batches.
     """
     width, layers, vocab, ranks = cfg.n_embd, cfg.n_layer, cfg.vocab_size, kind.ranks
-    tokens = batch_size * cfg.block_size
-    accumulates = cfg.total_batch_size > tokens * ranks
     matrices, table = layers * 12 * width ** 2, vocab * width
     others = (2 + cfg.n_value_embed) * table + (2 * layers + 1) * width  # embeddings, head, gains
     parameters, fsdp2 = matrices + others, kind.wrapper == "fsdp2"
-    in_bf16 = blocks_in_bf16(cfg)
-    blocks = [block_of(kind, here) for here in in_bf16]
-
-    # Weights, gradients, moments. An AdamW of 8 bits takes embedding and head
+    # An AdamW of 8 bits takes embedding and head
     own = matrices / ranks if fsdp2 else matrices
     weights = gradients = 4 * parameters
     adam = 8 * (others - 2 * table) + (2 if cfg.USE_8BIT_ADAM else 8) * 2 * table
@@ -200,6 +200,20 @@ def predict(cfg: SimpleNamespace, kind: Kind, batch_size: int) -> Prediction:
         weights, moments = 4 * parameters / ranks + gathered, moments / ranks
         # Whole gradients wait for a step's last micro-batch; then each rank gets its part
         gradients = (4 if cfg.REDUCE_FP32 else 2) * parameters if accumulates else 4 * parameters / ranks
+    return weights, gradients, moments, own
+
+
+def predict(cfg: SimpleNamespace, kind: Kind, batch_size: int) -> Prediction:
+    """Return what a run with these flags takes on each rank, with micro-batches of this many sequences.
+
+    cfg: train.py's flags. Its batch_size is not read; total_batch_size must be a number.
+    """
+    width, layers, vocab, ranks = cfg.n_embd, cfg.n_layer, cfg.vocab_size, kind.ranks
+    tokens = batch_size * cfg.block_size
+    table, fsdp2 = vocab * width, kind.wrapper == "fsdp2"
+    weights, gradients, moments, own = state_bytes(cfg, kind, cfg.total_batch_size > tokens * ranks)
+    in_bf16 = blocks_in_bf16(cfg)
+    blocks = [block_of(kind, here) for here in in_bf16]
 
     # Weights in low precision. FSDP2's are bf16 already, and Transformer Engine's modules quantize one at a time there
     copied = [12 * width ** 2 * block.weight for block, here in zip(blocks, in_bf16, strict=True)
@@ -217,10 +231,7 @@ def predict(cfg: SimpleNamespace, kind: Kind, batch_size: int) -> Prediction:
     kept += tokens * ((2 * width if cfg.USE_X0 else 0) + (12 if kind.blocks == "fused" else 4 * width) + 16)
     kept += 8 * vocab if kind.blocks == "fused" else 0
     head = 6 * width * tokens + head_bytes(cfg, kind, tokens)  # the final norm's input, its output, that one's gradient
-    making = max(block.backward for block in blocks)
-    if not kind.keeps_norms and kind.format == "fp8-delayed" and kind.blocks == "fused":
-        making -= 7  # the peak is at another place then
-    backward = (making * width + recomputed) * tokens
+    backward = (max(block.backward for block in blocks) * width + recomputed) * tokens
     if kind.blocks != "fused":  # an embedding's gradient is a tensor of its own, of the table's size
         backward = max(backward, 4 * table + 4 * width * tokens)
 
@@ -255,13 +266,13 @@ def head_bytes(cfg: SimpleNamespace, kind: Kind, tokens: int) -> float:
 
 def kind_of(cfg: SimpleNamespace, precision: Precision, wrapper: str, procs: Processes) -> Kind:
     """Return what decides which tensors a run makes. wrapper: "none", "ddp" or "fsdp2"."""
-    kernels = kernels_fit(cfg, procs.device)
-    fused = precision.fused and kernels and not (cfg.USE_AC_BLOCKS or cfg.USE_AC_ATTENTION)
+    fused = blocks_fit(cfg, precision, procs.device)
     capable = procs.device.type == "cuda" and torch.cuda.get_device_capability(procs.device) >= (8, 9)
     quack, _ = choose_quack(cfg, procs.device, fused and precision.recipe is not None)
     return Kind(precision.name, "fused" if fused else "emulated" if precision.emulated else "modules",
-                precision.fp8_head(cfg), wrapper, procs.world_size, kernels and not cfg.USE_AC_ATTENTION, capable,
-                not needs_transposes(), quack)
+                precision.fp8_head(cfg), wrapper, procs.world_size,
+                kernels_fit(cfg, procs.device) and not cfg.USE_AC_ATTENTION, capable,
+                fused and not needs_transposes(), quack)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

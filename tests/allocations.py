@@ -104,7 +104,8 @@ def fake_gpu():
         for module in (fused, loss, parts):
             for name in stubs.keys() & vars(module).keys():
                 stack.enter_context(mock.patch.object(module, name, stubs[name]))
-        stack.enter_context(mock.patch.object(train, "kernels_fit", lambda *_: True))
+        for module in (train, fused):
+            stack.enter_context(mock.patch.object(module, "kernels_fit", lambda *_: True))
         is_cuda, torch.Tensor.is_cuda = torch.Tensor.__dict__.get("is_cuda"), property(lambda tensor: True)
         try:
             yield

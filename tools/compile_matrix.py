@@ -160,7 +160,7 @@ def record(cases: list[str]) -> dict[Launch, None]:
     driver.set_active(NoDevice())
     patches = [mock.patch.object(jit.JITFunction, "run", run), mock.patch.object(fused, "INTERPRET_ON_CPU", True),
                mock.patch.object(fused, "te_quantizer", lambda *_: None),
-               mock.patch.object(train, "kernels_fit", lambda *_: True),
+               *(mock.patch.object(module, "kernels_fit", lambda *_: True) for module in (train, fused)),
                *(mock.patch.object(module, "matmul", matmul) for module in (fused, loss))]
     with contextlib.ExitStack() as stack:
         for patch in patches:
