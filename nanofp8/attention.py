@@ -8,7 +8,6 @@ the first use.
 """
 
 import functools
-import importlib.metadata
 import os
 from types import ModuleType, SimpleNamespace
 
@@ -17,9 +16,8 @@ import torch.nn.functional as F
 
 from nanofp8 import cards
 from nanofp8.config import UserError
-from nanofp8.files import error_line
+from nanofp8.host import optional
 
-WARNING = ". WARNING: "  # begins the second part of what choose_attention() says, if there is something to warn of
 TRIED = ()  # compute capabilities on which flash-attn-4 has trained; "auto" takes it there
 
 
@@ -28,14 +26,7 @@ def flash4() -> tuple[ModuleType | None, str]:
     """Return flash-attn-4's functions, or None and the reason why it cannot run."""
     # Keep compiled kernels on disk; read when flash-attn-4 is imported
     os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
-    try:
-        version = importlib.metadata.version("flash-attn-4")
-        from flash_attn.cute import interface
-    except importlib.metadata.PackageNotFoundError:
-        return None, "flash-attn-4 is not installed"
-    except Exception as error:
-        return None, f"flash-attn-4 cannot be imported: {error_line(error)}"
-    return interface, f"flash-attn-4 {version}"
+    return optional("flash-attn-4", "flash_attn.cute.interface", "flash-attn-4")
 
 
 def unfused(cfg: SimpleNamespace, device: torch.device) -> str:
@@ -53,8 +44,8 @@ def unfused(cfg: SimpleNamespace, device: torch.device) -> str:
     return f"unfused, slow and with memory for block_size^2, unless flash-attn steps in: {why}; {remedy}"
 
 
-def choose_attention(cfg: SimpleNamespace, device: torch.device, emulated: bool) -> tuple[str, str]:
-    """Return which attention runs, "te", "flash4" or "torch", and what the start-up table says about it.
+def choose_attention(cfg: SimpleNamespace, device: torch.device, emulated: bool) -> tuple[str, str, str]:
+    """Return which attention runs, "te", "flash4" or "torch", what the start-up table says about it, and a warning.
 
     emulated: whether Transformer Engine is emulated.
     Raises: UserError if the one that cfg.attention asks for cannot run.
@@ -63,12 +54,11 @@ def choose_attention(cfg: SimpleNamespace, device: torch.device, emulated: bool)
     if wanted == "torch":
         if "S" in cfg.window_pattern:
             raise UserError("attention='torch' has no windows; use --window_pattern=L, or another --attention", 2)
-        return "torch", "torch's scaled_dot_product_attention"
+        return "torch", "torch's scaled_dot_product_attention", ""
     by_te = "torch, by the emulation" if emulated else "Transformer Engine"
-    slow = unfused(cfg, device) if device.type == "cuda" and not emulated else ""
-    warning = WARNING + slow if slow else ""
+    warning = unfused(cfg, device) if device.type == "cuda" and not emulated else ""
     if wanted == "cudnn":
-        return "te", by_te + warning
+        return "te", by_te, warning
     if device.type != "cuda":
         missing = "it needs a GPU"
     elif (capability := torch.cuda.get_device_capability(device))[0] < 9 or head not in (64, 128):
@@ -78,10 +68,10 @@ def choose_attention(cfg: SimpleNamespace, device: torch.device, emulated: bool)
     else:
         missing = "" if flash4()[0] else flash4()[1]
     if not missing:
-        return "flash4", flash4()[1]
+        return "flash4", flash4()[1], ""
     if wanted == "flash4":
         raise UserError(f"attention='flash4' cannot run: {missing}; use --attention=auto", 2)
-    return "te", (by_te if device.type != "cuda" else f"{by_te} (flash-attn-4: {missing})") + warning
+    return "te", by_te if device.type != "cuda" else f"{by_te} (flash-attn-4: {missing})", warning
 
 
 class FlashAttention4(torch.autograd.Function):

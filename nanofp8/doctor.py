@@ -326,14 +326,14 @@ def check_kernels(exam: Examination) -> Iterator[Verdict]:
     """Choose blocks' kernels and attention as training does. Raises UserError."""
     if not exam.precision:
         return
-    from nanofp8.attention import WARNING, choose_attention
+    from nanofp8.attention import choose_attention
     from nanofp8.epilogues import choose_quack
     from nanofp8.fused import blocks_fit
     cfg, device, precision = exam.cfg, exam.device, exam.precision
     fused = blocks_fit(cfg, precision, device)
     by = "our fused kernels" if fused else "the emulation" if precision.emulated else "Transformer Engine's modules"
     quack = choose_quack(cfg, device, fused and precision.recipe is not None)[1]
-    attention, _, warning = choose_attention(cfg, device, precision.emulated)[1].partition(WARNING)
+    _, attention, warning = choose_attention(cfg, device, precision.emulated)
     yield OK, f"blocks: {by}{quack and f' ({quack})'}; attention: {attention}"
     if warning:
         yield WARN, f"attention is {warning}"

@@ -9,14 +9,13 @@ seconds, and keeps it in a cache on disk.
 """
 
 import functools
-import importlib.metadata
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
 
 from nanofp8.config import UserError
-from nanofp8.files import error_line
+from nanofp8.host import optional
 
 TRIED = ()  # compute capabilities on which QuACK has trained; "auto" takes it there
 
@@ -24,14 +23,7 @@ TRIED = ()  # compute capabilities on which QuACK has trained; "auto" takes it t
 @functools.cache
 def library() -> tuple[ModuleType | None, str]:
     """Return the module with our epilogues, or None and the reason why it cannot be imported."""
-    try:
-        version = importlib.metadata.version("quack-kernels")
-        from nanofp8 import epilogue_functions
-    except importlib.metadata.PackageNotFoundError:
-        return None, "QuACK is not installed"
-    except Exception as error:
-        return None, f"QuACK cannot be imported: {error_line(error)}"
-    return epilogue_functions, f"QuACK {version}"
+    return optional("quack-kernels", "nanofp8.epilogue_functions", "QuACK")
 
 
 def choose_quack(cfg: SimpleNamespace, device: torch.device, fp8: bool) -> tuple[bool, str]:

@@ -1,15 +1,32 @@
-"""What a machine says of itself before torch is there: nvidia-smi, C compiler, /dev/shm. Standard library alone."""
+"""What a machine says of itself, standard library alone: nvidia-smi, C compiler, /dev/shm, optional packages."""
 
 import functools
+import importlib.metadata
 import os
 import shutil
 import subprocess
 import sysconfig
+from types import ModuleType
 
 from nanofp8.files import error_line
 
 # Bytes of /dev/shm that NCCL's documentation asks of a container (user guide, troubleshooting: --shm-size=1g)
 SHARED_MEMORY = 2 ** 30
+
+
+def optional(package: str, module: str, name: str) -> tuple[ModuleType | None, str]:
+    """Import a package that may be missing or broken. Returns (module, name and version), or (None, why it cannot run).
+
+    package: as PyPI knows it. module: what to import of it, or a module of ours that needs it. name: as people say it.
+    """
+    try:
+        version = importlib.metadata.version(package)
+        found = importlib.import_module(module)
+    except importlib.metadata.PackageNotFoundError:
+        return None, f"{name} is not installed"
+    except Exception as error:  # a missing library is an OSError; extensions raise anything
+        return None, f"{name} cannot be imported: {error_line(error)}"
+    return found, f"{name} {version}"
 
 
 def ask_nvidia_smi(fields: str) -> tuple[list[list[str]], str]:

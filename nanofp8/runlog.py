@@ -323,7 +323,7 @@ def print_table(run: Any, checkpoint: str | None) -> None:
         ("  in bf16", ", ".join(run.in_bf16)),
         ("  without effect", ", ".join(unused)),
         ("kernels", model.kernels),
-        ("attention", model.attention),
+        ("attention", ". WARNING: ".join(filter(None, model.attention))),
         ("wrapper", f"{run.parallel.wrapper} ({run.wrapper_reason})"),
         ("optimizers", run.optimizers.description),
         ("  learning rates", run.optimizers.rates()),
