@@ -237,7 +237,8 @@ def warm_up(device: torch.device) -> None:
 def train_variants(mode: Mode, given: Sequence[str], labels: Sequence[str], procs: Processes) -> dict[tuple, str]:
     """Train these rows of a mode; return {(label, seed): run folder}."""
     folders = {}
-    warm_up(procs.device)
+    if mode is MODES["speed"]:
+        warm_up(procs.device)
     for label in labels:
         variant = mode.variants[label]
         cfg = resolve(mode, variant, given, "-".join(re.sub(r"[^\w .-]", "", label).split()).lower())

@@ -14,7 +14,6 @@ Muon (Microsoft's Dion library) trains the matrices in the blocks, AdamW trains 
 
 from typing import Literal
 
-from nanofp8 import doctor  # looks at the machine
 from nanofp8.config import (  # types of flags, and what reads them
     AutoBool,
     AutoNonNegativeFloat,
@@ -36,7 +35,7 @@ from nanofp8.config import (  # types of flags, and what reads them
 )
 
 if __name__ == "__main__":
-    check_command_line(__file__, doctor=doctor.run)  # answers --help, --doctor and wrong flags, without torch
+    check_command_line(__file__, doctor="nanofp8.doctor")  # answers --help, --doctor and wrong flags, without torch
 
 import contextlib
 import functools
@@ -510,7 +509,7 @@ class GPT(nn.Module):
         self.fp8_head = precision.fp8_head(cfg)
         self.in_place = ""  # backward adds ("add") or writes ("write") weight gradients to .grad; "": returns them
         self.embed = TokenEmbedding(cfg, compiled(rms_norm), device)
-        attention, self.attention = choose_attention(cfg, device, precision.emulated)
+        attention, *self.attention = choose_attention(cfg, device, precision.emulated)
         self.blocks = nn.ModuleList(Block(cfg, i, self.te, attention, compiled, device) for i in range(cfg.n_layer))
         self.scales = ResidualScalars(cfg.n_layer, device) if cfg.USE_X0 else None
         self.norm = self.te.RMSNorm(cfg.n_embd, eps=cfg.norm_eps, dtype=torch.float32, device=device)

@@ -16,6 +16,7 @@ import ast
 import contextlib
 import difflib
 import functools
+import importlib
 import math
 import operator
 import os
@@ -26,19 +27,7 @@ import time
 import types
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import (
-    Annotated,
-    Any,
-    Callable,
-    Literal,
-    Mapping,
-    NoReturn,
-    Sequence,
-    Union,
-    get_args,
-    get_origin,
-    get_type_hints,
-)
+from typing import Annotated, Any, Literal, Mapping, NoReturn, Sequence, Union, get_args, get_origin, get_type_hints
 
 GPU_PRESET, CPU_PRESET = "d20", "tiny"  # what preset "auto" stands for, with and without a GPU
 
@@ -319,8 +308,7 @@ def may_choose(cfg: SimpleNamespace, name: str) -> bool:
     return name in cfg.auto or name not in cfg.explicit
 
 
-def check_command_line(path: str, argv: Sequence[str] | None = None,
-                       doctor: Callable[[str, Sequence[str]], int] | None = None) -> None:
+def check_command_line(path: str, argv: Sequence[str] | None = None, doctor: str = "") -> None:
     """Answer --help, --doctor and wrong flags of a script that is being started: print and exit, or return if all is
     well.
 
@@ -329,7 +317,7 @@ def check_command_line(path: str, argv: Sequence[str] | None = None,
 
     Args:
         argv: of a test; None: the program's own.
-        doctor: prints a report for the script and its other arguments, and returns the exit status.
+        doctor: module that answers --doctor: run(path, other arguments) prints a report and returns the exit status.
     """
     if argv is None:
         argv = sys.argv[1:]
@@ -345,7 +333,7 @@ def check_command_line(path: str, argv: Sequence[str] | None = None,
         given = [argument for argument in argv if argument != "--doctor" or not doctor]
         parse_arguments(given, flags)
         if len(given) < len(argv):
-            raise SystemExit(doctor(path, given) if _is_main() else 0)
+            raise SystemExit(importlib.import_module(doctor).run(path, given) if _is_main() else 0)
     except UserError as error:
         exit_with(error, os.path.basename(path))
 

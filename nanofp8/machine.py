@@ -23,7 +23,7 @@ from nanofp8.files import console, error_line
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # the folder of train.py
 
 # Modules that do not train: an edit to a report must not make finished runs count as old
-REPORTS = ("card.py", "doctor.py", "race.py", "race_report.py", "reports.py")
+REPORTS = ("alternate.py", "breakdown.py", "card.py", "doctor.py", "race.py", "race_report.py", "reports.py")
 
 # Dense bf16 tensor-core peaks in FLOP/s, with sums in fp32; the first entry found in the device's name counts. Half of
 # what data sheets give "with sparsity"; where they give none, multiprocessors x FLOP per clock x boost clock

@@ -328,9 +328,11 @@ def test_doctor_is_answered_like_help(capsys, monkeypatch):
         asked.append(list(given))
         return 1
 
+    monkeypatch.setattr(doctor, "run", ask)
+
     def status_of(*argv):
         with pytest.raises(SystemExit) as caught:
-            config.check_command_line(TRAIN, argv, ask)
+            config.check_command_line(TRAIN, argv, "nanofp8.doctor")
         return caught.value.code
 
     assert status_of("--doctor", "--n_layer=3") == 1 and status_of("--n_layer=3", "--doctor", "--doctor") == 1
@@ -343,7 +345,7 @@ def test_doctor_is_answered_like_help(capsys, monkeypatch):
     with pytest.raises(SystemExit) as caught:  # a script that has none
         config.check_command_line(TRAIN, ["--doctor"])
     assert caught.value.code == 2 and "'--doctor'" in capsys.readouterr().err
-    assert config.check_command_line(TRAIN, ["--n_layer=3"], ask) is None
+    assert config.check_command_line(TRAIN, ["--n_layer=3"], "nanofp8.doctor") is None
 
 
 def test_colors_only_on_a_terminal(monkeypatch, capsys, shards, tmp_path):
