@@ -4,8 +4,6 @@ import itertools
 import json
 import os
 import statistics
-import subprocess
-import sys
 import time
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -17,7 +15,7 @@ from nanofp8.config import NonNegativeFloat, PositiveFloat, UserError, convert
 from nanofp8.faults import StopSignal
 from nanofp8.files import console
 from nanofp8.machine import describe_machine
-from nanofp8.race import Child, failure, parse_count, parse_variants, slug, stop_children, visible_gpus
+from nanofp8.race import Child, failure, parse_count, parse_variants, slug, spawn, stop_children, visible_gpus
 from nanofp8.reports import header, table, write_report
 from nanofp8.runlog import read_log
 
@@ -77,17 +75,13 @@ def start(variant: Variant, gpu: str | None, folder: str, given: Sequence[str]) 
 
     Raises: UserError if it cannot be started.
     """
-    os.makedirs(folder, exist_ok=True)
     log = os.path.join(folder, "output.log")
     flags = FLAGS | dict(out_dir=os.path.abspath(folder), run_name="run")
     launcher = [] if variant.ranks == 1 else [
         "-m", "torch.distributed.run", "--standalone", "--local_addr=127.0.0.1", f"--nproc_per_node={variant.ranks}"]
     arguments = [f"--{name}={value}" for name, value in flags.items()] + [*given, *variant.flags]
-    env = os.environ | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})
-    with open(log, "wb") as output:
-        process = subprocess.Popen(
-            [sys.executable, *launcher, os.path.join(variant.tree, "train.py"), *arguments], cwd=variant.tree, env=env,
-            stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+    script = os.path.join(variant.tree, "train.py")
+    process = spawn([*launcher, script, *arguments], log, variant.name, gpu, variant.tree)
     return Child(SimpleNamespace(label=variant.name, folder=os.path.join(folder, "run")), process, log)
 
 

@@ -254,6 +254,22 @@ class Child:
     log: str  # path of its output
 
 
+def spawn(arguments: Sequence[str], log: str, label: str, gpu: str | None, cwd: str | None = None) -> subprocess.Popen:
+    """Start `python arguments` with its output in the file `log`. Raises UserError.
+
+    gpu: the only one that it sees; None: leave that as it is. cwd: its working folder; None: this process's.
+    """
+    env = os.environ | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})
+    try:
+        os.makedirs(os.path.dirname(log), exist_ok=True)
+        with open(log, "wb") as output:
+            # A session of its own: Ctrl-C must reach the child once, from this process
+            return subprocess.Popen([sys.executable, *arguments], stdin=subprocess.DEVNULL, stdout=output,
+                                    stderr=subprocess.STDOUT, env=env, cwd=cwd, start_new_session=True)
+    except OSError as error:
+        raise UserError(f"cannot start {label} ({error.strerror}: {log}); choose another --out or --out_dir") from None
+
+
 def start_child(job: Job, gpu: str | None, script: str) -> Child:
     """Start `python script` for a job; its output goes to a file beside the run folder. Raises UserError.
 
@@ -262,15 +278,7 @@ def start_child(job: Job, gpu: str | None, script: str) -> Child:
     cfg = job.cfg
     folders = (os.path.join(cfg.out_dir, cfg.run_name + (f"-{n}" if n > 1 else "")) for n in itertools.count(1))
     log = next(folder for folder in folders if not os.path.exists(folder)) + ".log"
-    env = os.environ | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})
-    try:
-        os.makedirs(cfg.out_dir, exist_ok=True)
-        with open(log, "wb") as output:
-            # A session of its own: Ctrl-C must reach the child once, from this process
-            process = subprocess.Popen([sys.executable, script, *job.arguments], stdin=subprocess.DEVNULL,
-                                       stdout=output, stderr=subprocess.STDOUT, env=env, start_new_session=True)
-    except OSError as error:
-        raise UserError(f"cannot start {job.label} ({error.strerror}: {log}); choose another --out_dir") from None
+    process = spawn([script, *job.arguments], log, job.label, gpu)
     console(f"started {job.label}{'' if gpu is None else f' on GPU {gpu}'}: {log}")
     return Child(job, process, log)
 

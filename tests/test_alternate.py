@@ -78,6 +78,12 @@ def test_a_run_that_fails_is_one_line(toy):
         toy(variants="wrong: --broken=1", rounds="1")
 
 
+def test_output_that_cannot_be_written_is_one_line(toy):
+    (toy.folder / "out-runs").write_text("a file where the folder should be")
+    with pytest.raises(UserError, match="cannot start base.*--out"):
+        toy(variants="base")
+
+
 def test_a_signal_ends_the_runs(toy):
     def interrupt():
         while not list(toy.folder.glob("out-runs/*/*/run/log.jsonl")):
