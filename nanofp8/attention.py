@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from nanofp8 import cards
 from nanofp8.config import UserError
-from nanofp8.host import optional
+from nanofp8.host import cudnn_version, optional
 
 TRIED = ()  # compute capabilities on which flash-attn-4 has trained; "auto" takes it there
 
@@ -36,7 +36,7 @@ def unfused(cfg: SimpleNamespace, device: torch.device) -> str:
     grows with block_size^2.
     """
     why = cards.unfused_attention(torch.cuda.get_device_capability(device), cfg.n_embd // cfg.n_head,
-                                  torch.backends.cudnn.version() or 0)
+                                  cudnn_version(torch)[0])
     if not why:
         return ""
     windows = " with --window_pattern=L" if "S" in cfg.window_pattern else ""

@@ -151,12 +151,14 @@ def check_transformer_engine(exam: Examination) -> Iterator[Verdict]:
 def check_libraries(exam: Examination) -> Iterator[Verdict]:
     """Name the versions of cuDNN and cuBLASLt."""
     if exam.torch and exam.torch.version.cuda:
-        number = exam.torch.backends.cudnn.version()
+        number, fault = host.cudnn_version(exam.torch)
         found = [f"cuDNN {cards.version_name(number)}" if number else "no cuDNN"]
         if exam.version_of_te:
             number = load("transformer_engine_torch")[0].get_cublasLt_version()
             found.append(f"cuBLASLt {cards.version_name(number)}")
         yield OK, ", ".join(found)
+        if fault:
+            yield WARN, f"torch refuses this cuDNN: {fault}"
 
 
 def check_packages(exam: Examination) -> Iterator[Verdict]:

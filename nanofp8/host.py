@@ -29,6 +29,21 @@ def optional(package: str, module: str, name: str) -> tuple[ModuleType | None, s
     return found, f"{name} {version}"
 
 
+def cudnn_version(torch: ModuleType) -> tuple[int, str]:
+    """Return the version of the cuDNN that is loaded, as one number (0: unknown), and why torch refuses it, or "".
+
+    torch raises a RuntimeError if another cuDNN than its own was found, but only when first asked. Transformer Engine
+    works with it all the same.
+    """
+    fault = ""
+    for _ in range(2):
+        try:
+            return torch.backends.cudnn.version() or 0, fault
+        except RuntimeError as error:
+            fault = error_line(error)
+    return 0, fault
+
+
 def ask_nvidia_smi(fields: str) -> tuple[list[list[str]], str]:
     """Ask nvidia-smi for some fields of all GPUs.
 

@@ -149,6 +149,22 @@ def test_a_cublas_that_computes_nvfp4_wrongly(shards, tmp_path, capsys, monkeypa
     assert report(capsys, *small(shards, tmp_path, n_embd=128))[0] == 0
 
 
+def test_a_cudnn_that_torch_refuses(shards, tmp_path, capsys, monkeypatch):
+    """torch raises when first asked for its version, if LD_LIBRARY_PATH has another cuDNN than torch's own."""
+    answers = [RuntimeError("compiled against (9, 19, 0) but found runtime version (9, 14, 0)"), 91400]
+
+    def version():
+        if isinstance(answers[0], RuntimeError):
+            raise answers.pop(0)
+        return answers[0]
+
+    fake_gpus(monkeypatch, "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(torch.backends.cudnn, "version", version)
+    status, lines, _ = report(capsys, *small(shards, tmp_path, n_embd=128))
+    assert status == 0 and of(lines, "libraries", doctor.OK) == "cuDNN 9.14.0, cuBLASLt 13.1.0"
+    assert "(9, 19, 0)" in of(lines, "libraries", doctor.WARN)
+
+
 @pytest.mark.parametrize("changes, cudnn, warned", [
     (dict(), 91500, True), (dict(), 91900, False), (dict(n_head=1, n_embd=144, FP8_RECIPE="current"), 91900, True),
     (dict(attention="torch"), 91500, False), (dict(USE_EMULATION=True), 91500, False),

@@ -16,6 +16,7 @@ import support_vs_te  # noqa: E402
 from test_cards import ASKED, BY_CAPABILITY, choice  # noqa: E402
 
 from nanofp8 import cards  # noqa: E402
+from nanofp8.host import cudnn_version  # noqa: E402
 from nanofp8.precision import FORMATS  # noqa: E402
 
 
@@ -46,5 +47,5 @@ def test_fused_attention(te, head):
     q, k, v = (torch.randn(1, 256, 2, head, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
     core(q, k, v)
     fused = importlib.import_module(module)._attention_backends["use_fused_attention"]
-    why = cards.unfused_attention(torch.cuda.get_device_capability(), head, torch.backends.cudnn.version())
+    why = cards.unfused_attention(torch.cuda.get_device_capability(), head, cudnn_version(torch)[0])
     assert bool(fused) != bool(why), why
