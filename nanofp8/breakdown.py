@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import math
 import statistics
 import threading
 from types import ModuleType, SimpleNamespace
@@ -28,6 +29,7 @@ NAMES = {
     (epilogues, "relu2_backward_matmul"): "fc2's input gradient with relu^2's (QuACK)",
 }
 PREFIX = "step: "  # of our labels among the profiler's
+WARM_TOKENS = 7e6  # before the profiled step on a GPU: an H100 trains them in 30 s at d20, and is at its power limit then
 
 
 def size_of(operand: fused.Operand) -> tuple[torch.Size, str]:
@@ -185,12 +187,17 @@ def plot(found: dict[str, Any], path: str) -> None:
 
 def run(train: ModuleType, given: list[str], procs: Any, out: str, command: str) -> None:
     """Do what `bench.py profile` says. given: train.py's flags. Raises: UserError."""
-    at = 60 if procs.device.type == "cuda" else 3  # a GPU has reached its power limit by then
-    defaults = dict(max_iters=at + 20 if procs.device.type == "cuda" else at + 3, eval_interval=0, eval_tokens=1,
-                    keep_checkpoints=0, run_name="profile")
-    cfg = train.read_flags([f"--{name}={value}" for name, value in defaults.items()] + given)
-    if cfg.max_iters < at + 2:
-        raise UserError(f"profile takes step {at} apart; raise --max_iters to {at + 2} or more", 2)
+    def flags(max_iters: int) -> SimpleNamespace:
+        defaults = dict(max_iters=max_iters, eval_interval=0, eval_tokens=1, keep_checkpoints=0, run_name="profile")
+        return train.read_flags([f"--{name}={value}" for name, value in defaults.items()] + given)
+
+    steps = 6
+    if procs.device.type == "cuda":
+        steps = max(8, math.ceil(WARM_TOKENS / flags(steps).total_batch_size))
+    cfg = flags(steps)
+    if cfg.max_iters < 5:
+        raise UserError("profile takes the third step from the end apart; raise --max_iters to 5 or more", 2)
+    at = cfg.max_iters - 3
     found = measure(train, cfg, procs, at)
     if procs.is_main:
         data = read_run(found["folder"])
