@@ -615,7 +615,7 @@ def as_fp8(x, scale, dtype):
 def test_relu2_in_the_epilogue_of_a_matmul(monkeypatch):
     """Against float64. The outputs' memory holds NaN before: every element must be written."""
     use_quack(monkeypatch)
-    share = 0.06 if DEVICE == "cuda" else 0.01  # tensor cores cut products short (fast accumulation)
+    share, close = (0.06, 5e-3) if DEVICE == "cuda" else (0.01, 1e-3)  # fast accumulation cuts products short
     x, weight = as_fp8(randn(N, C), 90, E4M3), as_fp8(SIZE * randn(4 * C, C, seed=1), 400, E4M3)
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *shape, dtype, device: empty(
@@ -625,7 +625,7 @@ def test_relu2_in_the_epilogue_of_a_matmul(monkeypatch):
     expected = product.relu().square()
     activation = Fp8(epilogues.relu2_matmul(x, weight, scaling), scaling.inverse)
     assert near(activation.data, cast(expected, scaling), share) and (activation.data.float() == 448).any()
-    assert relative(scaling.amax, expected.max()) < 1e-3
+    assert relative(scaling.amax, expected.max()) < close
 
     grad, fc2 = as_fp8(randn(N, C, seed=2), 5000, E5M2), as_fp8(SIZE * randn(4 * C, C, seed=3), 400, E4M3)
     expected = (grad.data.double() * grad.inverse_scale) @ (fc2.data.double() * fc2.inverse_scale).t()
@@ -633,7 +633,7 @@ def test_relu2_in_the_epilogue_of_a_matmul(monkeypatch):
     rows, cols = epilogues.relu2_backward_matmul(grad, fc2, activation, d_scaling)
     assert near(rows.data, cast(expected, d_scaling), share) and torch.equal(rows.data.float(), cols.data.float().t())
     assert rows.inverse_scale is cols.inverse_scale is d_scaling.inverse
-    assert relative(d_scaling.amax, expected.abs().max()) < 1e-3
+    assert relative(d_scaling.amax, expected.abs().max()) < close
     assert not rows.data.float().isnan().any()
 
     amax = d_scaling.amax.clone()  # it is raised, never lowered
