@@ -9,6 +9,7 @@ the first use.
 
 import functools
 import os
+import warnings
 from types import ModuleType, SimpleNamespace
 
 import torch
@@ -18,14 +19,16 @@ from nanofp8 import cards
 from nanofp8.config import UserError
 from nanofp8.host import cudnn_version, optional
 
-TRIED = ()  # compute capabilities on which flash-attn-4 has trained; "auto" takes it there
+TRIED = ((9, 0),)  # compute capabilities on which flash-attn-4 has trained; "auto" takes it there
+
+# Keep compiled kernels on disk. Read when flash-attn-4 is imported, which Transformer Engine does in its own import
+os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
 
 
 @functools.cache
 def flash4() -> tuple[ModuleType | None, str]:
     """Return flash-attn-4's functions, or None and the reason why it cannot run."""
-    # Keep compiled kernels on disk; read when flash-attn-4 is imported
-    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
+    warnings.filterwarnings("ignore", "Argument aux_data", UserWarning)  # of the compiler, once a kernel
     return optional("flash-attn-4", "flash_attn.cute.interface", "flash-attn-4")
 
 
@@ -125,5 +128,7 @@ def make_attention(cfg: SimpleNamespace, name: str, window: int, te: ModuleType)
     scale = cfg.qk_scale ** 2 * head ** -0.5
     if name != "te":
         return CausalAttention(name, limit, scale)
+    # It asks for an argument that older versions do not have
+    warnings.filterwarnings("ignore", "Relying on pointer-based detection", DeprecationWarning)
     return te.DotProductAttention(cfg.n_head, head, attention_dropout=0.0, qkv_format="bshd", attn_mask_type="causal",
                                   window_size=None if limit is None else (limit - 1, 0), softmax_scale=scale)

@@ -17,7 +17,7 @@ import torch
 from nanofp8.config import UserError
 from nanofp8.host import optional
 
-TRIED = ()  # compute capabilities on which QuACK has trained; "auto" takes it there
+TRIED = ((9, 0),)  # compute capabilities on which QuACK has trained; "auto" takes it there
 
 
 @functools.cache
