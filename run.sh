@@ -145,6 +145,11 @@ make_venv() {
   die "found no Python 3.10 to 3.14 with venv and pip, and no uv; install one (Debian, Ubuntu: apt install python3-venv)"
 }
 
+# Whether there is a GPU of compute capability 9.0. Elsewhere Transformer Engine would find flash-attn-4 and take it.
+hopper() {
+  nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | grep -q '^9\.'
+}
+
 # Install the numbered parts of the requirements, in order. Part 1 pins torch; the later parts must keep that version.
 install() {
   local part title option driver cpu_index='https://download.pytorch.org/whl/cpu'
@@ -172,9 +177,10 @@ install() {
       say "PyTorch's CPU index does not respond; installing torch from pip's default index, perhaps with CUDA (several GB)"
     fi
   fi
-  for part in 1 2 3 4 5; do
+  for part in 1 2 3 4 5 6; do
     title=$(sed -n "s/^# $part\. //p" "$requirements")
     [ -n "$title" ] || break
+    [[ $title != *Hopper* ]] || hopper || continue
     awk -v head="# $part. " '/^# [1-9]\. / { on = index($0, head) == 1 } on' "$requirements" >".venv/part$part.txt"
     option=--no-input
     [[ $title != *'no build isolation'* ]] || option=--no-build-isolation

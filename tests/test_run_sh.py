@@ -68,6 +68,7 @@ def check_command_line(path, argv):
         sys.exit(2)
 """
 CPU_PARTS = 3  # of requirements-cpu.txt, each with its own pip call
+GPU_PARTS = 6  # of requirements.txt
 
 ALONE = "--standalone --local_addr=127.0.0.1"  # torchrun's options for one machine
 
@@ -100,9 +101,10 @@ class Host:
         path.chmod(0o755)
         return path
 
-    def gpus(self, n):
+    def gpus(self, n, capability="9.0"):
         lines = "".join(f"echo 'GPU {i}: NVIDIA H100 (UUID: GPU-{i})'\n" for i in range(n))
-        self.fake("nvidia-smi", f"#!/bin/bash\n{lines or 'echo No devices were found; exit 6'}\n")
+        asked = f"case $* in *compute_cap*) echo {capability}; exit ;; esac"
+        self.fake("nvidia-smi", f"#!/bin/bash\n{asked}\n{lines or 'echo No devices were found; exit 6'}\n")
         return self
 
     def has(self, *modules):
@@ -168,12 +170,12 @@ def test_cpu_index_is_used_if_it_answers(host, answers):
 
 def test_gpu_setup_in_order(host):
     host.gpus(8).run()
-    torch, tools, engine, rest, dion = host.pips()
+    torch, tools, engine, rest, dion, dsl = host.pips()
     assert torch.endswith(" : torch==2.11.0")
     assert "wheel" in tools and "ninja" in tools
     assert engine.endswith("NVTE=1 : transformer-engine[core-cu13,pytorch]==2.20.2")
-    assert ["--no-build-isolation" in line for line in host.pips()] == [False, False, True, False, False]
-    assert "bitsandbytes" in rest and "git+https" in dion
+    assert ["--no-build-isolation" in line for line in host.pips()] == [False, False, True, False, False, False]
+    assert "bitsandbytes" in rest and "git+https" in dion and "flash-attn-4" in dsl and "quack" in dsl
     assert all("-c .venv/part1.txt" in line for line in host.pips())  # nothing later moves torch
     assert not any("extra-index-url" in line for line in host.pips())
     assert host.did[-2] == ".venv data/cachedfineweb10b.py 9"
@@ -210,6 +212,11 @@ def test_changed_requirements_are_installed(host):
     assert not host.pips()
 
 
+def test_kernels_for_hopper_are_installed_on_hopper_only(host):
+    host.gpus(1, "12.0").run("--preset=tiny")
+    assert len(host.pips()) == GPU_PARTS - 1 and not any("flash-attn-4" in line for line in host.pips())
+
+
 def test_gpu_environment_serves_a_machine_without_gpu(host):
     host.gpus(2).run("--dataset=shakespeare")
     host.gpus(0).run()
@@ -219,7 +226,7 @@ def test_gpu_environment_serves_a_machine_without_gpu(host):
 def test_cpu_environment_does_not_serve_a_gpu(host):
     host.run()
     host.gpus(1).run("--preset=tiny")
-    assert len(host.pips()) == 5
+    assert len(host.pips()) == GPU_PARTS
 
 
 def test_dion_may_fail(host):
@@ -356,7 +363,7 @@ def test_existing_python_is_used_as_it_is(host):
 
 def test_existing_python_with_gpu_needs_transformer_engine(host):
     host.gpus(1).has("torch", "numpy").run("--preset=tiny")
-    assert len(host.pips()) == 5
+    assert len(host.pips()) == GPU_PARTS
     shutil.rmtree(host.repo / ".venv")
     host.has("transformer_engine.pytorch", "transformer_engine.__init__").run("--preset=tiny")
     assert host.did == ["fake train.py --preset=tiny RANK="]
@@ -585,7 +592,7 @@ def test_all_tests_in_two_processes(host, gpus, here, arguments):
 ])  # fmt: skip
 def test_setup_command(host, gpus, flags, fetched):
     out = host.gpus(gpus).run("setup", *flags, NPROC="1")
-    assert len(host.pips()) == (5 if gpus else CPU_PARTS)
+    assert len(host.pips()) == (GPU_PARTS if gpus else CPU_PARTS)
     assert ("data/cachedfineweb10b.py" in host.did[-1]) == fetched and not any("train.py" in line for line in host.did)
     assert f"{host.repo.resolve()}/.venv/bin/python" in out
     host.run("setup", *flags)
