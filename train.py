@@ -519,8 +519,9 @@ class GPT(nn.Module):
         # (T, D/2) each. Not buffers: so not saved, and never cast to bf16, where positions 2047 and 2048 are equal
         self.cos, self.sin = rope_tables(cfg.block_size, cfg.n_embd // cfg.n_head, cfg.rope_base, device)
 
-    def forward(self, idx: Tensor, targets: Tensor | None = None, first: bool | None = None) -> Tensor:
-        """Return the summed loss over the targets (scalar fp32), or logits (B, T, V) fp32 if there are none.
+    def forward(self, idx: Tensor, targets: Tensor | None = None, first: bool | None = None,
+                factor: float = 1.0) -> Tensor:
+        """Return factor x the summed loss over the targets (scalar fp32), or logits (B, T, V) fp32 if there are none.
 
         Args:
             idx: (B, T) int32 token ids.
@@ -541,7 +542,7 @@ class GPT(nn.Module):
                 else:
                     x = block(*arguments)
             h = self.norm(x)
-        return self.head(h, targets, first, fp8_head, self.in_place)
+        return self.head(h, targets, first, fp8_head, self.in_place, factor)
 
     def matrices(self) -> list[Tensor]:
         """Return the weights that Muon trains."""
@@ -858,7 +859,7 @@ def train_step(run: Run) -> StepResult:
             continue
         with parallel.micro_batch(last=m == loader.accumulation - 1):
             with run.precision.autocast(procs):
-                loss = parallel.model(x, y, first=parallel.first_micro_batch(m)) * loader.loss_scale
+                loss = parallel.model(x, y, first=parallel.first_micro_batch(m), factor=loader.loss_scale)
             loss.backward()
         loss_sum += loss.detach()
     square = parallel.reduce_gradients()
@@ -900,7 +901,7 @@ def calibrate(run: Run) -> None:
     x, y = run.loader.peek()
     with run.parallel.micro_batch(last=True):
         with run.precision.autocast(run.procs):
-            loss = run.model(x, y, first=run.parallel.first_micro_batch(0)) * run.loader.loss_scale
+            loss = run.model(x, y, first=run.parallel.first_micro_batch(0), factor=run.loader.loss_scale)
         loss.backward()
     if not math.isfinite(run.procs.sum(loss.detach() + gradient_norm(run.model.parameters()))):
         restore_scales()

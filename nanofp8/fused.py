@@ -260,6 +260,20 @@ def quantize_by_triton(x: torch.Tensor, scaling: Scaling, colwise: bool) -> Oper
     return as_operands(rows, cols, scaling) if colwise else (as_operand(rows, scaling), None)
 
 
+def columns(x: torch.Tensor, scaling: Scaling | None) -> Operand:
+    """Return the cols operand (K, M) of x (M, K): of bf16 values that quantize() took in the forward pass, by the same
+    scale, without recording the amax again; or of FP8 values, or of bf16 values that stay bf16 (scaling None)."""
+    if scaling is None or x.dtype == scaling.dtype:
+        return transposed(as_operand(x, scaling))
+    if not use_kernels(x):
+        return quantize(x, scaling._replace(amax=None, quantizer=None))[1]
+    M, K = x.shape
+    cols = torch.empty(K, M, dtype=scaling.dtype, device=x.device)
+    kernels.quantize_fp8[(triton.cdiv(M, 128), triton.cdiv(K, 64))](
+        x, None, as_int32(cols), scaling.scale, None, M, K, scaling.dtype == torch.float8_e5m2, 32, 64)
+    return as_operand(cols, scaling)
+
+
 def transposed(operand: Operand) -> Operand:
     """Return the cols operand (K, M) of a rows operand (M, K): a view, or in FP8 a matrix if needs_transposes()."""
     if not isinstance(operand, Fp8):
@@ -689,8 +703,9 @@ class FusedMLP(torch.autograd.Function):
             activation = relu2(pre_activation, scaling)
         mlp_out = matmul(as_operand(activation, scaling), fc2_rows, fast=True)
         ctx.layer, ctx.in_place, ctx.weight_cols = layer, layer.fused.in_place, (proj_cols, fc1_cols, fc2_cols)
-        ctx.save_for_backward(attention_out if layer.attention_out is None else attention_rows.data, residual, gain,
-                              rstd, pre_activation, proj, fc1, fc2, kept_for_backward(y, layer.input),
+        # Attention keeps its output for its own backward pass, so that this costs no memory
+        remade = layer.attention_out is None or needs_transposes()
+        ctx.save_for_backward(attention_out if remade else attention_rows.data, residual, gain, rstd, pre_activation, proj, fc1, fc2, kept_for_backward(y, layer.input),
                               activation if scaling is None or layer.quack else None)
         return residual.view(B, T, C), mlp_out.view(B, T, C)
 
@@ -714,7 +729,7 @@ class FusedMLP(torch.autograd.Function):
         d_fc1 = weight_gradient(d_pre_cols, y_cols, fc1, ctx.in_place)
         d_rows, d_cols = quantize(dx, layer.d_proj)
         d_attention_out = matmul(d_rows, proj_cols)
-        attention_cols = transposed(as_operand(attention_out, layer.attention_out))
+        attention_cols = columns(attention_out, layer.attention_out)
         d_proj = weight_gradient(d_cols, attention_cols, proj, ctx.in_place)
         return d_attention_out.view(shape), dx.view(shape), d_proj, dgain, d_fc1, d_fc2, None
 
@@ -852,6 +867,6 @@ class MicroBatchGraphs:
             if first:
                 torch._foreach_zero_(self.summed_gradients)
             with self.precision.autocast(self.procs):
-                loss = self.model(*self.batch, first=first) * self.loader.loss_scale
+                loss = self.model(*self.batch, first=first, factor=self.loader.loss_scale)
             loss.backward()
             self.loss.copy_(loss.detach())

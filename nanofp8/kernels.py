@@ -70,11 +70,12 @@ def raise_amax(amax_ptr, largest):
 # caller can pass four of them to pack_fp8().
 @triton.jit
 def quantize_rows(x_ptr, out_ptr, scale_ptr, rows, columns, M, K, E5M2: tl.constexpr):
-    """Store the given rows and columns of x in FP8; return them, fp32, before the scale."""
+    """Store the given rows and columns of x in FP8, if out is not None; return them, fp32, before the scale."""
     offsets, mask = rows.to(tl.int64)[:, None] * K + columns[None, :], (rows < M)[:, None] & (columns < K)[None, :]
     values = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    fp8 = as_fp8(values, tl.load(scale_ptr), out_ptr, 57344.0 if E5M2 else 448.0)
-    tl.store(out_ptr + offsets, fp8, mask=mask)
+    if out_ptr is not None:
+        fp8 = as_fp8(values, tl.load(scale_ptr), out_ptr, 57344.0 if E5M2 else 448.0)
+        tl.store(out_ptr + offsets, fp8, mask=mask)
     return values
 
 
@@ -83,7 +84,8 @@ def quantize_fp8(x_ptr, out_ptr, cols_ptr, scale_ptr, amax_ptr, M, K, E5M2: tl.c
                  BLOCK: tl.constexpr):
     """Compute out = x * scale in FP8 and cols = out.T, and raise amax to the largest |x|, without NaN.
 
-    x (M, K) bf16 or fp32; out (M, K) E5M2 or E4M3; cols (K, M / 4) words of the same, or None; amax None: not raised.
+    x (M, K) bf16 or fp32; out (M, K) E5M2 or E4M3, or None; cols (K, M / 4) words of the same, or None; amax None: not
+    raised.
     The results are those of Transformer Engine's kernel (common/transpose/rtc/cast_transpose.cu), bit for bit. A
     program takes 4 * QUADS rows and BLOCK columns.
     """
@@ -528,7 +530,7 @@ def cross_entropy_gradient_rows(logits_ptr, targets_ptr, lse_ptr, out_ptr, token
     if FP8:
         tl.store(out_ptr + offsets, as_fp8(grad, scale, out_ptr, 57344.0), mask=mask)
     else:
-        tl.store(out_ptr + offsets, grad.to(tl.bfloat16), mask=mask)
+        tl.store(out_ptr + offsets, (grad * scale).to(tl.bfloat16), mask=mask)
     return grad
 
 
@@ -538,8 +540,8 @@ def cross_entropy_gradient(logits_ptr, targets_ptr, lse_ptr, out_ptr, cols_ptr, 
     """Compute the gradient of the summed loss for the logits before the softcap.
 
     logits, targets, lse: as in cross_entropy_loss; out (N, V) bf16 (may be logits itself) or E5M2; cols (V, N / 4)
-    words of E5M2, or None. Here scale is a number: gradients of logits lie in [-1, 1], so that a constant serves. A
-    program takes 4 * QUADS tokens and BLOCK columns.
+    words of E5M2, or None. Here scale is a number, of bf16 too: gradients of logits lie in [-1, 1], so that a constant
+    serves. A program takes 4 * QUADS tokens and BLOCK columns.
     """
     quads, columns = tl.program_id(0) * QUADS + tl.arange(0, QUADS), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     grad0 = cross_entropy_gradient_rows(

@@ -48,11 +48,12 @@ def softcap_cross_entropy(logits: torch.Tensor, targets: torch.Tensor, softcap: 
 
 
 def softcap_cross_entropy_and_grad(logits: torch.Tensor, targets: torch.Tensor, softcap: float,
-                                   scaling: Scaling | None = None) -> tuple[torch.Tensor, Operands]:
+                                   scaling: Scaling | None = None,
+                                   factor: float = 1.0) -> tuple[torch.Tensor, Operands]:
     """Return softcap_cross_entropy(), and its gradient for the logits as matmul operands (N, V) and (V, N).
 
-    The gradient is FP8 by `scaling`, whose scale must be LOGIT_GRAD_SCALE; or, if that is None, in the logits' dtype.
-    The logits may be overwritten.
+    The gradient is FP8 by `scaling`, whose scale must be LOGIT_GRAD_SCALE; or, if that is None, in the logits' dtype
+    and multiplied by `factor`. The logits may be overwritten.
     """
     # A GPU without FP8 matmuls has no instructions to round to FP8 either
     if use_kernels(logits) and (scaling is None or te_gemm() or not logits.is_cuda):
@@ -60,8 +61,8 @@ def softcap_cross_entropy_and_grad(logits: torch.Tensor, targets: torch.Tensor, 
         N, V = logits.shape
         rows, cols = outputs(logits, scaling)
         kernels.cross_entropy_gradient[(triton.cdiv(N, 64), triton.cdiv(V, 64))](
-            logits, targets, lse, rows, as_int32(cols), N, V, softcap or 1.0, LOGIT_GRAD_SCALE,
-            softcap > 0, scaling is not None, 16, 64)
+            logits, targets, lse, rows, as_int32(cols), N, V, softcap or 1.0,
+            factor if scaling is None else LOGIT_GRAD_SCALE, softcap > 0, scaling is not None, 16, 64)
         return loss, as_operands(rows, cols, scaling)
     capped = logits.float()
     if softcap:
@@ -75,7 +76,8 @@ def softcap_cross_entropy_and_grad(logits: torch.Tensor, targets: torch.Tensor, 
     grad.scatter_add_(1, index, torch.full_like(index, -1, dtype=grad.dtype))
     if softcap:
         grad = grad.mul_(tanh.square_().neg_().add_(1))
-    return loss, quantize(grad.mul_(valid[:, None]).to(logits.dtype), scaling)
+    grad.mul_(valid[:, None] if scaling else valid[:, None] * factor)
+    return loss, quantize(grad.to(logits.dtype), scaling)
 
 
 def cross_entropy_kernels(logits: torch.Tensor, targets: torch.Tensor,
@@ -88,7 +90,7 @@ def cross_entropy_kernels(logits: torch.Tensor, targets: torch.Tensor,
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """Compute the summed cross-entropy of softcap(h @ weight.T) against targets, `chunk` tokens at a time.
+    """Compute `factor` times the summed cross-entropy of softcap(h @ weight.T), `chunk` tokens at a time.
 
     Args:
         h: (N, C) bf16, the head's input.
@@ -100,60 +102,65 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         chunk: tokens whose logits exist at once.
         recompute: False computes the gradients of h and weight in the forward pass, while each chunk's logits exist.
             True keeps nothing in the forward pass and computes the logits again in the backward pass.
-        in_place: as in fused.weight_gradient().
+        in_place: as in fused.weight_gradient(). Not "": backward() must start at this loss, whose gradient is then 1,
+            because without `recompute` the forward pass adds to weight.grad already.
+        factor: of the loss, and so of its gradients.
     Returns: the loss, a scalar fp32.
     """
 
     @staticmethod
     def forward(ctx, h: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, operand: Operands, softcap: float,
-                chunk: int, recompute: bool, in_place: str) -> torch.Tensor:
-        ctx.arguments, ctx.in_place = (operand, softcap, chunk), in_place
-        needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        if needs_grad and not recompute:
-            loss, *ctx.grads = ChunkedCrossEntropy.loss_and_grads(h, targets, operand, softcap, chunk)
-            ctx.save_for_backward(weight)
-            return loss
-        if needs_grad:
-            ctx.save_for_backward(weight, h, targets)
+                chunk: int, recompute: bool, in_place: str = "", factor: float = 1.0) -> torch.Tensor:
+        ctx.in_place, ctx.rest = in_place, None
+        if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
+            if not recompute:
+                loss, *ctx.grads = ChunkedCrossEntropy.loss_and_grads(
+                    h, weight, targets, operand, softcap, chunk, in_place, factor)
+                return loss
+            ctx.save_for_backward(h, weight, targets)
+            ctx.rest = operand, softcap, chunk, in_place, factor
         scaling = current_scaling(h, torch.float8_e4m3fn) if isinstance(operand[0], Fp8) else None
-        return sum(
+        return factor * sum(
             softcap_cross_entropy(
                 matmul(quantize(h_chunk, scaling, colwise=False)[0], operand[0]), target_chunk, softcap)
             for h_chunk, target_chunk in zip(h.split(chunk), targets.split(chunk), strict=True))
 
     @staticmethod
-    def loss_and_grads(h: torch.Tensor, targets: torch.Tensor, operand: Operands, softcap: float,
-                       chunk: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return the loss (scalar fp32), its gradient for h (N, C) bf16, and for the weight (V, C) fp32."""
+    def loss_and_grads(h: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, operand: Operands, softcap: float,
+                       chunk: int, in_place: str, factor: float) -> tuple[torch.Tensor, torch.Tensor,
+                                                                          torch.Tensor | None]:
+        """Return the loss (scalar fp32), its gradient for h (N, C) bf16, and for the weight (V, C) fp32.
+
+        The last is None if it went to weight.grad.
+        """
         scaling = current_scaling(h, torch.float8_e4m3fn) if isinstance(operand[0], Fp8) else None
         grad_scaling = scaling and Scaling(
-            torch.full_like(scaling.scale, LOGIT_GRAD_SCALE), torch.full_like(scaling.scale, 1 / LOGIT_GRAD_SCALE),
+            torch.full_like(scaling.scale, LOGIT_GRAD_SCALE), torch.full_like(scaling.scale, factor / LOGIT_GRAD_SCALE),
             None, torch.float8_e5m2)
-        loss, dh, dw = torch.zeros((), device=h.device), torch.empty_like(h), None
+        loss, dh = torch.zeros((), device=h.device), torch.empty_like(h)
+        given = weight.grad if in_place else None
+        dw, add = given, in_place == "add"
         for h_chunk, target_chunk, dh_chunk in zip(h.split(chunk), targets.split(chunk), dh.split(chunk), strict=True):
             h_rows, h_cols = quantize(h_chunk, scaling)
             chunk_loss, (grad_rows, grad_cols) = softcap_cross_entropy_and_grad(
-                matmul(h_rows, operand[0]), target_chunk, softcap, grad_scaling)
+                matmul(h_rows, operand[0]), target_chunk, softcap, grad_scaling, factor)
             loss += chunk_loss
             dh_chunk.copy_(matmul(grad_rows, operand[1]))
-            dw = matmul(grad_cols, h_cols, torch.float32) if dw is None else matmul(grad_cols, h_cols, out=dw)
-        return loss, dh, dw
+            if dw is None:
+                dw = matmul(grad_cols, h_cols, torch.float32)
+            else:
+                matmul(grad_cols, h_cols, out=dw, add=add)
+            add = True
+        return loss * factor, dh, None if dw is given else dw
 
     @staticmethod
     def backward(ctx, grad_loss: torch.Tensor) -> tuple:
-        weight, *rest = ctx.saved_tensors
-        dh, dw = ChunkedCrossEntropy.loss_and_grads(*rest, *ctx.arguments)[1:] if rest else ctx.grads
+        dh, dw = ChunkedCrossEntropy.loss_and_grads(*ctx.saved_tensors, *ctx.rest)[1:] if ctx.rest else ctx.grads
         ctx.grads = None
-        dh.mul_(grad_loss)
-        if ctx.in_place == "write":
-            torch.mul(dw, grad_loss, out=weight.grad)
-            dw = None
-        elif ctx.in_place and weight.grad is not None:
-            weight.grad.addcmul_(dw, grad_loss)
-            dw = None
-        else:
-            dw = dw.mul_(grad_loss).to(weight.dtype)
-        return dh, dw, None, None, None, None, None, None
+        if not ctx.in_place:
+            dh.mul_(grad_loss)
+            dw.mul_(grad_loss)
+        return dh, dw, None, None, None, None, None, None, None
 
 
 class LMHead(nn.Module):
@@ -167,15 +174,15 @@ class LMHead(nn.Module):
         self.cache = {}  # quantized weight of this step
 
     def forward(self, h: torch.Tensor, targets: torch.Tensor | None = None, first: bool | None = None,
-                fp8: bool = False, in_place: str = "") -> torch.Tensor:
-        """Return the summed loss, a scalar fp32; without targets, logits (B, T, V) fp32 after the softcap.
+                fp8: bool = False, in_place: str = "", factor: float = 1.0) -> torch.Tensor:
+        """Return factor x the summed loss, a scalar fp32; without targets, logits (B, T, V) fp32 after the softcap.
 
         Args:
             h: (B, T, C) bf16.
             targets: (B, T) int64, -1: no target.
             first: as in GPT.forward().
             fp8: matmuls in FP8, by current scaling.
-            in_place: as in fused.weight_gradient().
+            in_place: as in ChunkedCrossEntropy.
         """
         if targets is None:
             logits = matmul(h.flatten(0, 1), self.weight.to(h.dtype)).float()
@@ -185,4 +192,4 @@ class LMHead(nn.Module):
         operand = weight_operand(self.weight, lambda w: current_scaling(w, torch.float8_e4m3fn) if fp8 else None,
                                  first, self.cache)
         return ChunkedCrossEntropy.apply(h.flatten(0, 1), self.weight, targets.flatten(), operand, self.softcap,
-                                         self.chunk, self.recompute or not torch.is_grad_enabled(), in_place)
+                                         self.chunk, self.recompute or not torch.is_grad_enabled(), in_place, factor)

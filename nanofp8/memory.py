@@ -56,7 +56,7 @@ class Kind(NamedTuple):
     ranks: int = 1
     rope_in_place: bool = True  # RoPE and QK norm by our kernel; False: by torch.compile
     fp8_matmuls: bool = True    # the GPU has them; False: an FP8 head is computed in fp32
-    keeps_norms: bool = False   # fused blocks in FP8 keep the norms' outputs (where matmuls need no transposes)
+    keeps_inputs: bool = False  # fused blocks in FP8 keep the inputs of matmuls (which then need no transposes)
     quack: bool = False         # fused blocks in FP8 keep relu^2's output in FP8 in place of fc1's in bf16
 
 
@@ -73,15 +73,15 @@ class Block(NamedTuple):
 
 
 # FP8 takes one byte, bf16 two, NVFP4 a half; a block scale of 32, 128 (4 bytes) or 16 values (1 byte) comes on top.
-# Fused blocks in FP8 compute the norms' and relu^2's outputs again. Transformer Engine saves fc1's
-# input in two layouts, and fc2's too where scales belong to blocks. The emulation holds the values in bf16.
+# Fused blocks in FP8 make the inputs of their matmuls again. Transformer Engine saves fc1's input in two layouts, and
+# fc2's too where scales belong to blocks. The emulation holds the values in bf16.
 #
 # Compared with measured peaks: fused blocks, modules in delayed, current and block scaling, the emulation. Read from
 # the source alone: modules in bf16, MXFP8 and NVFP4, and `backward` of modules, on which recomputation depends.
 ROW, FOUR = 1 + 1 / 32, 1 / 2 + 1 / 16
 BLOCKS = {
     ("fused", "bf16"): Block(2, 2, 0, 2, 8, 16),
-    ("fused", "fp8-delayed"): Block(2, 0, 1, 0, 0, 24),
+    ("fused", "fp8-delayed"): Block(2, 0, 0, 0, 0, 24),
     ("modules", "bf16"): Block(2, 2, 0, 2, 8, 24),
     ("modules", "fp8-delayed"): Block(2, 1, 1, 2, 4, 36),
     ("modules", "fp8-current"): Block(2, 1, 1, 2, 4, 36),
@@ -101,8 +101,8 @@ def block_of(kind: Kind, in_bf16: bool = False) -> Block:
         name = "fp8"
     block = BLOCKS[kind.blocks, name]
     if block is BLOCKS["fused", "fp8-delayed"]:
-        if kind.keeps_norms:
-            block = block._replace(qkv_input=1, fc1_input=1, backward=31)
+        if kind.keeps_inputs:
+            block = block._replace(qkv_input=1, proj_input=1, fc1_input=1, backward=31)
         if kind.quack:
             block = block._replace(fc1_output=0, fc2_input=4)
     return block
@@ -252,16 +252,18 @@ def predict(cfg: SimpleNamespace, kind: Kind, batch_size: int) -> Prediction:
 
 
 def head_bytes(cfg: SimpleNamespace, kind: Kind, tokens: int) -> float:
-    """Return what the head makes at its peak in the forward pass: logits of a chunk, and the gradient of its weight."""
+    """Return what the head makes at its peak in the forward pass: logits of a chunk, their gradient, and under FSDP2
+    the gradient of its weight, which others add to .grad."""
     table, chunk = cfg.vocab_size * cfg.n_embd, min(cfg.loss_chunk_size, tokens)
     logits, several = chunk * cfg.vocab_size, tokens > chunk
+    d_weight = 4 * table if kind.wrapper == "fsdp2" else 0
     if not kind.fp8_head:  # bf16 logits, which their gradient overwrites; those of the chunk before are still there
-        return 4 * table + (4 if several else 2) * logits
+        return d_weight + (4 if several else 2) * logits
     if not kind.fp8_matmuls:
-        return 4 * table + 24 * logits
+        return d_weight + 24 * logits
     # Logits, then their gradient in two layouts; that of the chunk before is still there
     quantized_input = 2 * chunk * cfg.n_embd
-    return quantized_input + (4 * table + 6 * logits if several else max(4 * logits, 4 * table + 2 * logits))
+    return quantized_input + (d_weight + 6 * logits if several else max(4 * logits, d_weight + 2 * logits))
 
 
 def kind_of(cfg: SimpleNamespace, precision: Precision, wrapper: str, procs: Processes) -> Kind:
@@ -454,7 +456,7 @@ def one_pass(run: Any) -> None:
         x, y = loader.peek()
         with parallel.micro_batch(last=last):
             with run.precision.autocast(run.procs):
-                loss = run.model(x, y, first=parallel.first_micro_batch(0)) * loader.loss_scale
+                loss = run.model(x, y, first=parallel.first_micro_batch(0), factor=loader.loss_scale)
             loss.backward()
 
 

@@ -28,6 +28,7 @@ from nanofp8.fused import (
     Scaling,
     add_norm,
     add_norm_grad,
+    columns,
     current_scaling,
     norm_columns,
     quantize,
@@ -148,6 +149,18 @@ def test_the_norms_output_made_again():
     residual, y, rstd = add_norm(x, delta, gain, 1e-6, scaling)
     cols = norm_columns(None, residual, gain, rstd, scaling)
     assert torch.equal(cols.data.float(), y.data.float().t()) and cols.inverse_scale is scaling.inverse
+
+
+def test_columns_made_again():
+    """They have the same bits as the transpose of the forward pass's values, and leave the amax alone."""
+    x, scaling = randn(N, C), make_scaling(250.0, E4M3)
+    rows, _ = quantize(x, scaling, colwise=False)
+    scaling.amax.zero_()
+    cols = columns(x, scaling)
+    assert torch.equal(cols.data.float(), rows.data.float().t()) and cols.inverse_scale is scaling.inverse
+    assert scaling.amax == 0
+    assert torch.equal(columns(rows.data.to(E4M3), scaling).data.float(), cols.data.float())
+    assert torch.equal(columns(x, None), x.t())
 
 
 @pytest.mark.parametrize("in_place", ["", "add", "write"])

@@ -18,6 +18,29 @@ def chunked(h, weight, targets, softcap, chunk, recompute, scaling=None):
     return ChunkedCrossEntropy.apply(h, weight, targets, operand, softcap, chunk, recompute, "")
 
 
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("in_place", ["", "add", "write"])
+def test_a_factor_and_gradients_in_place(in_place, recompute, fp8):
+    """`factor` scales loss and gradients; in place, the weight's gradient is added to .grad or overwrites it."""
+    h, weight, targets = loss_case()
+    operand = weight_operand(weight, (lambda w: current_scaling(w, torch.float8_e4m3fn)) if fp8 else lambda w: None,
+                             None, {})
+    results = []
+    for factor, mode in ((1.0, ""), (0.3, in_place)):
+        leaves = h.clone().requires_grad_(), weight.clone().requires_grad_()
+        if mode:
+            leaves[1].grad = torch.ones_like(weight)
+        given = leaves[1].grad
+        value = ChunkedCrossEntropy.apply(*leaves, targets, operand, 15.0, 16, recompute, mode, factor)
+        value.backward()
+        assert given is None or leaves[1].grad is given
+        results.append((value.detach(), leaves[0].grad, leaves[1].grad - (1 if mode == "add" else 0)))
+    for plain, scaled in zip(*results, strict=True):
+        assert relative(scaled, 0.3 * plain) < 4e-3  # bf16 rounds 0.3 times a value elsewhere
+    assert results[1][0].item() == pytest.approx(0.3 * results[0][0].item(), rel=1e-6)
+
+
 def loss_case(N=50, C=32, V=97, ignored=True, seed=0):
     g = torch.Generator().manual_seed(seed)
     h = torch.randn(N, C, generator=g).bfloat16()
