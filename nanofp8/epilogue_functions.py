@@ -14,6 +14,11 @@ def relu2(acc, f, g, s):
     return {"D": v * s, "amax": v}
 
 
+@gemm_epilogue()
+def add(acc, c, f, g):
+    return {"D": acc * (f * g) + c}
+
+
 @gemm_epilogue(outputs=("cols",), reduces={"amax": ColVecReduce("amax", combine="max_abs")})
 def relu2_backward(acc, c, f, g, h, s):
     d = acc * (2.0 * f * g) * cute.math.sqrt(c * h, fastmath=True)

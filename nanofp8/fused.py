@@ -9,13 +9,14 @@ Block.forward in train.py without `fused` is the same mathematics in Transformer
     FusedMLP   residual = residual + attention_out @ proj.T; delta = relu(RMSNorm(residual) @ fc1.T)^2 @ fc2.T
 
 `delta` is not added to the residual here: the next block's FusedQKV (or the model's last AddNorm) adds it in the
-kernel that computes the norm, which saves one pass over memory.
+kernel that computes the norm, which saves one pass over memory. QuACK's matmuls (nanofp8/epilogues.py) can add the
+residual themselves: FusedMLP then returns the sum, and delta is None. Attention's projection has the same choice.
 
 **What is saved for backward.** The residual (bf16) and 1 / RMS of each row, from which the norm's output follows; q and
-k after RoPE and QK norm with the 1 / RMS of each head; relu^2's input (bf16); and attention's output, in FP8 as it was
-quantized. In bf16 the inputs of the other matmuls too. In FP8 backward computes and quantizes these once more, by the
-same scales: the norms' outputs and relu^2's. With QuACK (nanofp8/epilogues.py) it is the other way round for relu^2:
-its output is saved in FP8, and backward takes its root.
+k after RoPE and QK norm with the 1 / RMS of each head; relu^2's input; and attention's output, which attention saves
+anyway. All this is bf16. In bf16 the inputs of the other matmuls too. In FP8 backward quantizes all inputs once more, by
+the same scales, unless matmuls need no transposes: then those that a norm or attention made are saved in FP8. With
+QuACK it is the other way round for relu^2: its output is saved in FP8, and backward takes its root.
 
 **Delayed scaling.** Scales, amax histories and their update belong to TE's layers (`fp8_meta`), so that checkpoints,
 calibration and the reduction over ranks are TE's own. TE overwrites the scales in place when te.autocast ends after the
@@ -637,7 +638,7 @@ class MLPLayer(NamedTuple):
     activation: Scaling | None        # relu^2's output, fc2's input
     fc2: Scaling | None
     d_mlp_out: Scaling | None         # gradient of fc2's output
-    quack: bool = False               # relu^2 within QuACK's matmuls; backward needs the activation, not fc1's output
+    quack: frozenset[str] = frozenset()  # of epilogues.PARTS: what QuACK runs where layers are in FP8
 
 
 def relu2(pre_activation: torch.Tensor, scaling: Scaling | None) -> torch.Tensor:
@@ -672,6 +673,17 @@ def relu2_grad(d_activation: torch.Tensor, pre_activation: torch.Tensor, activat
     return *as_operands(rows, cols, scaling), as_cols(activation, activation_cols, activation_scaling)
 
 
+def sum_terms(x: torch.Tensor, a: Operand, b: Operand, quack: frozenset[str]) -> tuple[torch.Tensor,
+                                                                                       torch.Tensor | None]:
+    """Return x + a @ b.T (N, C) bf16 as two tensors to be added: x and the product, or the sum and None.
+
+    x (N, C) bf16; a (N, K), b (C, K). quack: as in MLPLayer.
+    """
+    if "residual" in quack and isinstance(a, Fp8):
+        return epilogues.residual_matmul(a, b, x), None
+    return x, matmul(a, b, fast=True)
+
+
 class FusedMLP(torch.autograd.Function):
     """Compute a block's second part: attention's output -> projection -> add -> RMSNorm -> MLP with relu^2.
 
@@ -681,40 +693,44 @@ class FusedMLP(torch.autograd.Function):
         proj, fc1, fc2: weights (C, C), (4C, C), (C, 4C), fp32.
         gain: (C,) fp32.
         layer: from FusedBlocks.register().
-    Returns: the residual x + attention_out @ proj.T, and the MLP's output, which the next part adds, (B, T, C) bf16.
-    relu^2: arXiv 2109.08668.
+    Returns: the residual x + attention_out @ proj.T, and the MLP's output, which the next part adds, (B, T, C) bf16; or
+    their sum and None, if QuACK has added them. relu^2: arXiv 2109.08668.
     """
 
     @staticmethod
     def forward(ctx, attention_out: torch.Tensor, x: torch.Tensor, proj: torch.Tensor, gain: torch.Tensor,
-                fc1: torch.Tensor, fc2: torch.Tensor, layer: MLPLayer) -> tuple[torch.Tensor, torch.Tensor]:
+                fc1: torch.Tensor, fc2: torch.Tensor, layer: MLPLayer) -> tuple[torch.Tensor, torch.Tensor | None]:
         B, T, C = x.shape
         attention_out = attention_out.view(B * T, C)
         proj_rows, proj_cols = layer.fused.operand(proj, layer.proj)
         fc1_rows, fc1_cols = layer.fused.operand(fc1, layer.fc1)
         fc2_rows, fc2_cols = layer.fused.operand(fc2, layer.fc2)
         attention_rows, _ = quantize(attention_out, layer.attention_out, colwise=False)
-        residual, y, rstd = add_norm(x, matmul(attention_rows, proj_rows, fast=True), gain, layer.eps, layer.input)
+        residual, y, rstd = add_norm(*sum_terms(x.flatten(0, 1), attention_rows, proj_rows, layer.quack), gain,
+                                     layer.eps, layer.input)
         pre_activation, scaling = None, layer.activation
-        if layer.quack:
+        if "relu2" in layer.quack and scaling is not None:
             activation = epilogues.relu2_matmul(y, fc1_rows, scaling)                  # (N, 4C)
         else:
             pre_activation = matmul(y, fc1_rows, fast=True)
             activation = relu2(pre_activation, scaling)
-        mlp_out = matmul(as_operand(activation, scaling), fc2_rows, fast=True)
+        out, delta = sum_terms(residual, as_operand(activation, scaling), fc2_rows, layer.quack)
         ctx.layer, ctx.in_place, ctx.weight_cols = layer, layer.fused.in_place, (proj_cols, fc1_cols, fc2_cols)
         # Attention keeps its output for its own backward pass, so that this costs no memory
         remade = layer.attention_out is None or needs_transposes()
-        ctx.save_for_backward(attention_out if remade else attention_rows.data, residual, gain, rstd, pre_activation, proj, fc1, fc2, kept_for_backward(y, layer.input),
-                              activation if scaling is None or layer.quack else None)
-        return residual.view(B, T, C), mlp_out.view(B, T, C)
+        ctx.save_for_backward(attention_out if remade else attention_rows.data, residual, gain, rstd, pre_activation,
+                              proj, fc1, fc2, kept_for_backward(y, layer.input),
+                              activation if scaling is None or pre_activation is None else None)
+        return out.view(B, T, C), None if delta is None else delta.view(B, T, C)
 
     @staticmethod
-    def backward(ctx, d_residual: torch.Tensor, d_mlp_out: torch.Tensor) -> tuple:
+    def backward(ctx, d_residual: torch.Tensor, d_mlp_out: torch.Tensor | None) -> tuple:
+        if d_mlp_out is None:  # the only output was residual + mlp_out
+            d_mlp_out = d_residual
         attention_out, residual, gain, rstd, pre_activation, proj, fc1, fc2, y, activation = ctx.saved_tensors
         layer, shape, (proj_cols, fc1_cols, fc2_cols) = ctx.layer, d_mlp_out.shape, ctx.weight_cols
         d_rows, d_cols = quantize(d_mlp_out.flatten(0, 1), layer.d_mlp_out)
-        if layer.quack:
+        if pre_activation is None:
             activation = Fp8(activation, layer.activation.inverse)
             d_pre_rows, d_pre_cols = epilogues.relu2_backward_matmul(
                 d_rows, fc2_cols, activation, layer.d_pre_activation)
@@ -742,9 +758,9 @@ class FusedBlocks:
     """
 
     def __init__(self, model: Any, quack: bool = False) -> None:
-        """model: train.GPT, whose blocks are made of TE's layers. quack: run relu^2 within QuACK's FP8 matmuls."""
+        """model: train.GPT, whose blocks are made of TE's layers. quack: run epilogues.PARTS by QuACK."""
         self.model, self.cache = model, {}
-        self.quack = quack
+        self.quack = epilogues.PARTS if quack else frozenset()
         self.formats = {}  # {whether FP8 is on: (blocks, TE's scales, buffer for their copy, buffer for its inverse)}
 
     def begin(self, x: torch.Tensor, first: bool | None, in_place: str, where: TokenOrder) -> None:
@@ -816,7 +832,7 @@ class FusedBlocks:
                     input=tensor_scaling(mlp, forward, 0), fc1=tensor_scaling(mlp, forward, 1),
                     d_pre_activation=tensor_scaling(mlp, backward, 0), activation=tensor_scaling(mlp, forward, 3),
                     fc2=tensor_scaling(mlp, forward, 4), d_mlp_out=tensor_scaling(mlp, backward, 2),
-                    quack=self.quack and (mlp, forward) in offsets)))
+                    quack=self.quack)))
         return blocks, [meta.scale for *_, meta in fp8_metas], scale, inverse
 
     def operand(self, weight: torch.nn.Parameter, scaling: Scaling | None) -> Operands:

@@ -581,12 +581,15 @@ def test_rope_and_qk_norm_in_place(packed):
 
 
 class PlainQuack:
-    """relu2 and relu2_backward of nanofp8/epilogue_functions.py in plain PyTorch, called as QuACK is."""
+    """The matmuls of nanofp8/epilogue_functions.py in plain PyTorch, called as QuACK is."""
 
     @staticmethod
     def matmul(a, b, out, epi_args, tile_M, tile_N, cluster_M, cluster_N, post_init_attrs, pingpong=False):
+        """Return a @ b.T (fp32), and check what QuACK would refuse or not survive."""
         assert all(factor.shape == (1,) for name, factor in epi_args.items() if name in "fghs")
-        assert epi_args["amax"].shape == (len(a), -(-len(b) // tile_N)) and out.shape == (len(a), len(b))
+        assert all(part.shape == (len(a), -(-len(b) // tile_N)) for name, part in epi_args.items() if name == "amax")
+        assert out.shape == (len(a), len(b)) and a.shape[1] == b.shape[1]
+        assert tile_N % 16 == 0 and tile_N <= (208 if pingpong else 256)
         return (a.float() @ b.float().t()) * epi_args["f"] * epi_args["g"]
 
     @staticmethod
@@ -609,6 +612,13 @@ class PlainQuack:
         def gemm(a, b, out, c, epi_args, tile_N, **options):
             values = PlainQuack.matmul(a, b, out, epi_args, tile_N=tile_N, **options)
             PlainQuack.store(values * 2 * (c.float() * epi_args["h"]).sqrt(), out, epi_args, tile_N)
+
+
+    class add:
+        @staticmethod
+        def gemm(a, b, out, c, epi_args, **options):
+            assert c.shape == out.shape and c.dtype == out.dtype == torch.bfloat16 and c.is_contiguous()
+            out.copy_(PlainQuack.matmul(a, b, out, epi_args, **options) + c)
 
 
 def use_quack(monkeypatch):
@@ -654,8 +664,27 @@ def test_relu2_in_the_epilogue_of_a_matmul(monkeypatch):
     assert torch.equal(d_scaling.amax, amax)
 
 
-@pytest.mark.parametrize("fp8, quack", [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize("rows, columns, sums", [(N, C, C), (N, C, 4 * C), (N - 16, C + 16, C)])
+def test_residual_added_in_a_matmul(rows, columns, sums, monkeypatch):
+    """Against float64, rounded to bf16 once. The output's memory holds NaN before."""
+    use_quack(monkeypatch)
+    x, weight = as_fp8(randn(rows, sums), 90, E4M3), as_fp8(SIZE * randn(columns, sums, seed=1), 400, E4M3)
+    residual = randn(rows, columns, seed=2)
+    kept, empty = residual.clone(), torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *shape, dtype, device: empty(
+        *shape, dtype=dtype, device=device).fill_(float("nan")))
+    expected = (x.data.double() * x.inverse_scale) @ (weight.data.double() * weight.inverse_scale).t() + residual
+    result = epilogues.residual_matmul(x, weight, residual)
+    assert result.dtype == torch.bfloat16 and torch.equal(residual, kept)
+    # 2^-8 is half a unit of bf16's last place; tensor cores cut products short (fast accumulation)
+    torch.testing.assert_close(result.double(), expected, rtol=2 ** -8, atol=1e-2 if DEVICE == "cuda" else 1e-5)
+    assert relative(result, expected) < 3e-3
+
+
+@pytest.mark.parametrize("fp8, quack", [
+    (False, {"relu2", "residual"}), (True, {}), (True, {"relu2"}), (True, {"residual"}), (True, {"relu2", "residual"})])
 def test_second_part_of_a_block(fp8, quack, monkeypatch):
+    """In bf16 (HIGH_PRECISION_LAYERS) QuACK runs nothing."""
     if quack:
         use_quack(monkeypatch)
     attention_out, x = randn(B, T, C), randn(B, T, C, seed=1)
@@ -668,21 +697,74 @@ def test_second_part_of_a_block(fp8, quack, monkeypatch):
         fused=FUSED, eps=1e-6, attention_out=make_scaling(90, E4M3, fp8), proj=make_scaling(400, E4M3, fp8),
         d_proj=make_scaling(1000, E5M2, fp8), input=make_scaling(90, E4M3, fp8), fc1=make_scaling(400, E4M3, fp8),
         d_pre_activation=make_scaling(500, E5M2, fp8), activation=make_scaling(8, E4M3, fp8),
-        fc2=make_scaling(400, E4M3, fp8), d_mlp_out=make_scaling(5000, E5M2, fp8), quack=quack)
+        fc2=make_scaling(400, E4M3, fp8), d_mlp_out=make_scaling(5000, E5M2, fp8),
+        quack=frozenset(quack))
     outputs = FusedMLP.apply(*leaves, layer)
-    torch.autograd.backward(outputs, [grad.to(output.dtype) for grad, output in zip(grads, outputs, strict=True)])
+    added = fp8 and "residual" in quack  # one output, the sum
+    if added:
+        assert outputs[1] is None
+        outputs, grads = outputs[:1], (grads[0], grads[0])
+    torch.autograd.backward(outputs, [grad.to(output.dtype) for grad, output in zip(grads, outputs, strict=False)])
     plain = [tensor.float().clone().requires_grad_() for tensor in (attention_out, x, proj, gain, fc1, fc2)]
     attention_out, x, proj, gain, fc1, fc2 = plain
     residual = x + attention_out @ proj.t()
     mlp_out = torch.relu(norm_reference(residual, gain) @ fc1.t()).square() @ fc2.t()
     torch.autograd.backward((residual, mlp_out), [grad.float() for grad in grads])
-    for ours, theirs in zip(outputs, (residual, mlp_out), strict=True):
+    for ours, theirs in zip(outputs, (residual + mlp_out,) if added else (residual, mlp_out), strict=True):
         assert relative(ours, theirs) < (0.08 if fp8 else 1e-2)
     for ours, theirs in zip(leaves, plain, strict=True):
         assert relative(ours.grad, theirs.grad) < (0.15 if fp8 else 1.5e-2)
     if fp8:
         quantized = "attention_out d_proj input d_pre_activation activation d_mlp_out"
         assert all(getattr(layer, name).amax > 0 for name in quantized.split())
+
+
+def test_two_blocks_with_sums_made_in_matmuls(monkeypatch):
+    """QuACK's sums in place of two tensors between the parts of two blocks, with Mix and the last AddNorm: the same
+    loss and gradients within FP8's noise, both near plain PyTorch's."""
+    use_quack(monkeypatch)
+    monkeypatch.setattr(fused, "add_norm", lambda *args: deltas.append(args[1] is not None) or add_norm(*args))
+    cos, sin = tables()
+    shapes = {"qkv": (3 * C, C), "proj": (C, C), "fc1": (4 * C, C), "fc2": (C, 4 * C)}
+    values = {name: SIZE * randn(*shape, seed=i, dtype=torch.float32) for i, (name, shape) in enumerate(shapes.items())}
+    values |= dict(x=randn(B, T, C, seed=8), gain=1 + 0.1 * randn(C, seed=9, dtype=torch.float32),
+                   x_scale=torch.tensor(1.1, device=DEVICE), x0_scale=torch.tensor(-0.3, device=DEVICE))
+    grad, results = randn(B, T, C, seed=10), []
+    for quack in ({"residual"}, {}, None):
+        leaves = SimpleNamespace(**{
+            name: value.clone().to(torch.float32 if quack is None else value.dtype).requires_grad_()
+            for name, value in values.items()})
+        x0, delta, deltas, e4m3 = leaves.x, None, [], make_scaling(90, E4M3)
+        x = x0 * 1
+        qkv_layer = QKVLayer(fused=FUSED, eps=1e-6, n_head=H, cos=cos, sin=sin, on_last_gradient=None, input=e4m3,
+                             weight=make_scaling(400, E4M3), d_qkv=make_scaling(2000, E5M2))
+        mlp_layer = MLPLayer(
+            fused=FUSED, eps=1e-6, attention_out=e4m3, proj=make_scaling(400, E4M3), d_proj=make_scaling(1000, E5M2),
+            input=e4m3, fc1=make_scaling(400, E4M3), d_pre_activation=make_scaling(500, E5M2),
+            activation=make_scaling(8, E4M3), fc2=make_scaling(400, E4M3), d_mlp_out=make_scaling(1000, E5M2),
+            quack=frozenset(quack or {}))
+        for _ in range(2):
+            if quack is None:
+                x, q, k, v = reference_qkv(leaves.x_scale * x + leaves.x0_scale * x0, 0, leaves.gain, leaves.qkv, cos,
+                                           sin)
+                x = x + (q + k + v).flatten(2) @ leaves.proj.t()
+                x = x + torch.relu(norm_reference(x, leaves.gain) @ leaves.fc1.t()).square() @ leaves.fc2.t()
+                continue
+            x, q, k, v, x0 = FusedQKV.apply(x, delta, leaves.gain, leaves.qkv, qkv_layer, x0, leaves.x_scale,
+                                            leaves.x0_scale)
+            x, delta = FusedMLP.apply((q + k + v).flatten(2), x, leaves.proj, leaves.gain, leaves.fc1, leaves.fc2,
+                                      mlp_layer)
+        if quack is None:
+            y = norm_reference(x, leaves.gain)
+        else:
+            y = fused.AddNorm.apply(x, delta, leaves.gain, 1e-6)
+            assert deltas == [False] * 5 if quack else deltas == [False, True, True, True, True]
+        y.backward(grad.to(y.dtype))
+        results.append({"y": y} | {name: leaf.grad for name, leaf in vars(leaves).items()})
+    for name, expected in results[2].items():
+        sums, terms = (relative(result[name], expected) for result in results[:2])
+        # The scalars' gradients are sums of terms that cancel, so that FP8's noise is large in them
+        assert sums < (0.6 if expected.ndim == 0 else 0.2) and sums < 1.2 * terms + 0.01, (name, sums, terms)
 
 
 def test_weight_gradients_in_place():
