@@ -498,7 +498,7 @@ def weight_gradient(dy_cols: Operand, x_cols: Operand, weight: torch.Tensor, in_
 
 
 class QKVLayer(NamedTuple):
-    """What one block's FusedQKV needs besides tensors. The last three: how these tensors are quantized; None: bf16."""
+    """What one block's FusedQKV needs besides tensors. `input` to `d_qkv`: how they are quantized; None: bf16."""
 
     fused: "FusedBlocks"
     eps: float                         # RMSNorm's
@@ -509,6 +509,7 @@ class QKVLayer(NamedTuple):
     input: Scaling | None              # RMSNorm's output, the matmul's input
     weight: Scaling | None
     d_qkv: Scaling | None              # gradient of the matmul's output
+    quack: frozenset[str] = frozenset()  # as in MLPLayer
 
 
 class FusedQKV(torch.autograd.Function):
@@ -535,7 +536,8 @@ class FusedQKV(torch.autograd.Function):
         mix = None if x0 is None else Mix(x0, x_scale, x0_scale)
         residual, y, rstd = add_norm(x, delta, gain, layer.eps, layer.input, mix)
         weight_rows, ctx.weight_cols = layer.fused.operand(weight, layer.weight)
-        qkv = matmul(y, weight_rows, fast=True)                                        # (N, 3C)
+        by_quack = "qkv" in layer.quack and layer.input is not None
+        qkv = epilogues.plain_matmul(y, weight_rows) if by_quack else matmul(y, weight_rows, fast=True)  # (N, 3C)
         rope_rstd = rope_qk_norm_in_place(qkv, layer.cos, layer.sin, T, layer.n_head, layer.eps)
         gate_inputs, gates = None, None
         if table is not None:
@@ -825,7 +827,7 @@ class FusedBlocks:
                 QKVLayer(
                     fused=self, eps=attn.eps, n_head=attn.n_head, cos=self.model.cos, sin=self.model.sin,
                     on_last_gradient=on_last_gradient, input=tensor_scaling(qkv, forward, 0),
-                    weight=tensor_scaling(qkv, forward, 1), d_qkv=tensor_scaling(qkv, backward, 0)),
+                    weight=tensor_scaling(qkv, forward, 1), d_qkv=tensor_scaling(qkv, backward, 0), quack=self.quack),
                 MLPLayer(
                     fused=self, eps=attn.eps, attention_out=tensor_scaling(proj, forward, 0, colwise=False),
                     proj=tensor_scaling(proj, forward, 1), d_proj=tensor_scaling(proj, backward, 0),
