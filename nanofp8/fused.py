@@ -349,7 +349,7 @@ class AddNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy: torch.Tensor) -> tuple:
         residual, gain, rstd = ctx.saved_tensors
-        dx, dgain, _ = add_norm_grad(dy.flatten(0, -2), residual, gain, rstd, None)
+        dx, _, dgain, _ = add_norm_grad(dy.flatten(0, -2), residual, gain, rstd, None)
         dx = dx.view(dy.shape)
         return dx, dx if ctx.add else None, dgain, None
 
@@ -379,7 +379,7 @@ class EmbedNorm(torch.autograd.Function):
         table, y, rstd = ctx.saved_tensors
         ones = torch.ones(max(y.shape), device=dy.device)
         # Of normalized rows the norm's gradient lacks the factor rstd, which table_gradient() multiplies by
-        d_rows, _, _ = add_norm_grad(dy, y, ones[:y.shape[1]], ones[:len(y)], None)
+        d_rows, *_ = add_norm_grad(dy, y, ones[:y.shape[1]], ones[:len(y)], None)
         return table_gradient(table, d_rows, y.shape[1], rstd, ctx.where, ctx.in_place), None, None, None
 
 
@@ -449,8 +449,9 @@ def norm_columns(y: torch.Tensor | None, residual: torch.Tensor, gain: torch.Ten
 
 def add_norm_grad(dy: torch.Tensor, residual: torch.Tensor, gain: torch.Tensor, rstd: torch.Tensor,
                   d_residual: torch.Tensor | None, mix: Mix | None = None, d_x0: torch.Tensor | None = None,
-                  ) -> tuple[torch.Tensor, torch.Tensor, Mix | None]:
-    """Return the gradients of add_norm's x (N, C), which delta shares, of gain (C,), and of mix.
+                  scaling: Scaling | None = None) -> tuple[torch.Tensor, Operand, torch.Tensor, Mix | None]:
+    """Return the gradient of add_norm's x (N, C), which delta shares; the same in E5M2 by `scaling` as a matmul operand
+    (itself if that is None); and the gradients of gain (C,) and of mix.
 
     dy (N, C): gradient of y. d_residual (N, C): gradient that reaches the residual past the norm; None: there is none.
     d_x0, of x0's shape: gradient of x0 from later blocks, to which this one's is added; used with mix only.
@@ -458,6 +459,7 @@ def add_norm_grad(dy: torch.Tensor, residual: torch.Tensor, gain: torch.Tensor, 
     N, C = residual.shape
     rows_per_program = 16
     dx = torch.empty_like(residual)
+    rows = None if scaling is None else torch.empty(N, C, dtype=scaling.dtype, device=dx.device)
     programs = triton.cdiv(N, rows_per_program)
     dgain_parts = torch.empty(programs, C, dtype=torch.float32, device=dy.device)
     d_x0_out, dots = dx if mix is None else torch.empty_like(mix.x0), dgain_parts
@@ -465,7 +467,7 @@ def add_norm_grad(dy: torch.Tensor, residual: torch.Tensor, gain: torch.Tensor, 
         dots = torch.empty(2, programs, dtype=torch.float32, device=dy.device)
     kernels.add_norm_backward[(programs,)](
         dy, residual, gain, rstd, dx if d_residual is None else d_residual, *(mix or (dx, dx, dx)),
-        dx if d_x0 is None else d_x0, dx, dgain_parts, d_x0_out, dots, N, C, d_residual is not None, mix is not None,
+        dx if d_x0 is None else d_x0, dx, rows, *scale_and_amax(scaling), dgain_parts, d_x0_out, dots, N, C, d_residual is not None, mix is not None,
         rows_per_program, triton.next_power_of_2(C), num_warps=8)
     d_mix = None
     if mix is not None:
@@ -474,7 +476,7 @@ def add_norm_grad(dy: torch.Tensor, residual: torch.Tensor, gain: torch.Tensor, 
         d_x_scale = (residual_dot - mix.x0_scale * x0_dot) / mix.x_scale
         d_x_scale = torch.where(mix.x_scale.abs() > 1e-3, d_x_scale, 0)  # the quotient says nothing any more
         d_mix = Mix(d_x0_out, d_x_scale.to(mix.x_scale.dtype), x0_dot.to(mix.x0_scale.dtype))
-    return dx, dgain_parts.sum(0).to(gain.dtype), d_mix
+    return dx, as_operand(dx if rows is None else rows, scaling), dgain_parts.sum(0).to(gain.dtype), d_mix
 
 
 def as_int32(cols: torch.Tensor | None) -> torch.Tensor | None:
@@ -497,6 +499,23 @@ def weight_gradient(dy_cols: Operand, x_cols: Operand, weight: torch.Tensor, in_
     return matmul(dy_cols, x_cols, weight.dtype)
 
 
+class Passed:
+    """A gradient in FP8, which the kernel that computes it writes for the part before, whose matmuls need it."""
+
+    def __init__(self, scaling: Scaling) -> None:
+        """scaling: how the gradient is quantized."""
+        self.scaling, self.kept = scaling, None
+
+    def put(self, gradient: torch.Tensor, rows: Operand) -> None:
+        """Keep the rows operand of a gradient (N, C)."""
+        self.kept = gradient, rows
+
+    def take(self, gradient: torch.Tensor) -> Operand | None:
+        """Return what was kept, or None if autograd has changed the gradient on its way."""
+        kept, self.kept = self.kept, None
+        return kept[1] if kept is not None and kept[0].data_ptr() == gradient.data_ptr() else None
+
+
 class QKVLayer(NamedTuple):
     """What one block's FusedQKV needs besides tensors. `input` to `d_qkv`: how they are quantized; None: bf16."""
 
@@ -509,6 +528,7 @@ class QKVLayer(NamedTuple):
     input: Scaling | None              # RMSNorm's output, the matmul's input
     weight: Scaling | None
     d_qkv: Scaling | None              # gradient of the matmul's output
+    d_before: Passed | None = None     # gradient of x, for the MLPLayer of the block before; None: not in FP8
     quack: frozenset[str] = frozenset()  # as in MLPLayer
 
 
@@ -560,7 +580,11 @@ class FusedQKV(torch.autograd.Function):
         if table is not None:
             d_table, d_gate = value_embedding_grad(dv, dy, table, gate, ctx.where, gate_inputs, gates, ctx.in_place)
         mix = None if x0 is None else Mix(x0, x_scale, x0_scale)
-        dx, dgain, d_mix = add_norm_grad(dy, residual, gain, rstd, d_residual, mix, d_x0)
+        before = layer.d_before
+        dx, dx_rows, dgain, d_mix = add_norm_grad(
+            dy, residual, gain, rstd, d_residual, mix, d_x0, None if before is None else before.scaling)
+        if before is not None:
+            before.put(dx, dx_rows)
         y_cols = norm_columns(y, residual, gain, rstd, layer.input)
         d_weight = weight_gradient(d_cols, y_cols, weight, ctx.in_place)
         if layer.on_last_gradient:
@@ -640,6 +664,7 @@ class MLPLayer(NamedTuple):
     activation: Scaling | None        # relu^2's output, fc2's input
     fc2: Scaling | None
     d_mlp_out: Scaling | None         # gradient of fc2's output
+    d_passed: Passed | None = None    # the same, if the next block's FusedQKV has quantized it
     quack: frozenset[str] = frozenset()  # of epilogues.PARTS: what QuACK runs where layers are in FP8
 
 
@@ -731,7 +756,9 @@ class FusedMLP(torch.autograd.Function):
             d_mlp_out = d_residual
         attention_out, residual, gain, rstd, pre_activation, proj, fc1, fc2, y, activation = ctx.saved_tensors
         layer, shape, (proj_cols, fc1_cols, fc2_cols) = ctx.layer, d_mlp_out.shape, ctx.weight_cols
-        d_rows, d_cols = quantize(d_mlp_out.flatten(0, 1), layer.d_mlp_out)
+        d_mlp_out = d_mlp_out.flatten(0, 1)
+        d_rows = None if layer.d_passed is None else layer.d_passed.take(d_mlp_out)
+        d_rows, d_cols = quantize(d_mlp_out, layer.d_mlp_out) if d_rows is None else (d_rows, transposed(d_rows))
         if pre_activation is None:
             activation = Fp8(activation, layer.activation.inverse)
             d_pre_rows, d_pre_cols = epilogues.relu2_backward_matmul(
@@ -742,10 +769,10 @@ class FusedMLP(torch.autograd.Function):
                 matmul(d_rows, fc2_cols), pre_activation, activation, layer.d_pre_activation, layer.activation)
         d_fc2 = weight_gradient(d_cols, activation_cols, fc2, ctx.in_place)
         dy = matmul(d_pre_rows, fc1_cols)
-        dx, dgain, _ = add_norm_grad(dy, residual, gain, rstd, d_residual.flatten(0, 1))
+        dx, d_rows, dgain, _ = add_norm_grad(dy, residual, gain, rstd, d_residual.flatten(0, 1), scaling=layer.d_proj)
         y_cols = norm_columns(y, residual, gain, rstd, layer.input)
         d_fc1 = weight_gradient(d_pre_cols, y_cols, fc1, ctx.in_place)
-        d_rows, d_cols = quantize(dx, layer.d_proj)
+        d_cols = transposed(d_rows)
         d_attention_out = matmul(d_rows, proj_cols)
         attention_cols = columns(attention_out, layer.attention_out)
         d_proj = weight_gradient(d_cols, attention_cols, proj, ctx.in_place)
@@ -816,25 +843,29 @@ class FusedBlocks:
             scaling = Scaling(scale[offset:offset + 1], inverse[offset, :1], amax, dtype)
             return scaling._replace(quantizer=te_quantizer(scaling, colwise))
 
-        blocks, forward, backward = [], "scaling_fwd", "scaling_bwd"
+        blocks, forward, backward, before = [], "scaling_fwd", "scaling_bwd", None
         for i, block in enumerate(self.model.blocks):
             attn, qkv, proj, mlp = block.attn, block.attn.qkv, block.attn.proj, block.mlp
             # The first block is the last in backward: TE's own modules update the gradients' scales there too
             on_last_gradient = None
             if i == 0 and fp8_metas:
                 on_last_gradient = functools.partial(state.reduce_and_update_fp8_tensors, forward=False)
+            d_mlp_out = tensor_scaling(mlp, backward, 2)
+            passed = None if d_mlp_out is None else Passed(d_mlp_out)
             blocks.append((
                 QKVLayer(
                     fused=self, eps=attn.eps, n_head=attn.n_head, cos=self.model.cos, sin=self.model.sin,
                     on_last_gradient=on_last_gradient, input=tensor_scaling(qkv, forward, 0),
-                    weight=tensor_scaling(qkv, forward, 1), d_qkv=tensor_scaling(qkv, backward, 0), quack=self.quack),
+                    weight=tensor_scaling(qkv, forward, 1), d_qkv=tensor_scaling(qkv, backward, 0), d_before=before,
+                    quack=self.quack),
                 MLPLayer(
                     fused=self, eps=attn.eps, attention_out=tensor_scaling(proj, forward, 0, colwise=False),
                     proj=tensor_scaling(proj, forward, 1), d_proj=tensor_scaling(proj, backward, 0),
                     input=tensor_scaling(mlp, forward, 0), fc1=tensor_scaling(mlp, forward, 1),
                     d_pre_activation=tensor_scaling(mlp, backward, 0), activation=tensor_scaling(mlp, forward, 3),
-                    fc2=tensor_scaling(mlp, forward, 4), d_mlp_out=tensor_scaling(mlp, backward, 2),
+                    fc2=tensor_scaling(mlp, forward, 4), d_mlp_out=d_mlp_out, d_passed=passed,
                     quack=self.quack)))
+            before = passed
         return blocks, [meta.scale for *_, meta in fp8_metas], scale, inverse
 
     def operand(self, weight: torch.nn.Parameter, scaling: Scaling | None) -> Operands:

@@ -205,11 +205,12 @@ def embed_norm_forward(table_ptr, tokens_ptr, y_ptr, rstd_ptr, C, eps, BLOCK: tl
 
 @triton.jit
 def add_norm_backward(dy_ptr, residual_ptr, gain_ptr, rstd_ptr, d_residual_ptr, x0_ptr, x_scale_ptr, x0_scale_ptr,
-                      d_x0_ptr, dx_ptr, dgain_ptr, d_x0_out_ptr, dots_ptr, N, C, ADD: tl.constexpr, MIX: tl.constexpr,
-                      ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """Compute dx = gradient through RMSNorm (+ d_residual, if ADD) and each program's share of dgain.
+                      d_x0_ptr, dx_ptr, rows_ptr, scale_ptr, amax_ptr, dgain_ptr, d_x0_out_ptr, dots_ptr, N, C,
+                      ADD: tl.constexpr, MIX: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Compute dx = gradient through RMSNorm (+ d_residual, if ADD), rows = dx in E5M2, and each program's share of
+    dgain.
 
-    dy, residual, dx (N, C); d_residual (N, C): gradient that reaches the residual past the norm; rstd (N,) fp32 from
+    dy, residual, dx, rows (N, C); rows, scale, amax: None if not wanted; d_residual (N, C): gradient that reaches the residual past the norm; rstd (N,) fp32 from
     add_norm_forward; dgain (programs, C) fp32, which the caller sums over programs.
     With MIX, that sum g is the gradient of x_scale * x + x0_scale * x0. Then dx = x_scale * g,
     d_x0_out = d_x0 + x0_scale * g, and dots (2, programs) fp32 are each program's sums of g * residual and of g * x0.
@@ -218,6 +219,7 @@ def add_norm_backward(dy_ptr, residual_ptr, gain_ptr, rstd_ptr, d_residual_ptr, 
     gain = tl.load(gain_ptr + columns, mask=columns < C, other=0.0).to(tl.float32)
     dgain = tl.zeros((BLOCK,), tl.float32)
     residual_dot, x0_dot = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+    largest = 0.0
     for i in tl.range(ROWS, num_stages=3):  # loads the next rows meanwhile
         row = tl.program_id(0) * ROWS + i
         offsets, mask = row.to(tl.int64) * C + columns, (columns < C) & (row < N)
@@ -237,7 +239,13 @@ def add_norm_backward(dy_ptr, residual_ptr, gain_ptr, rstd_ptr, d_residual_ptr, 
             tl.store(d_x0_out_ptr + offsets, d_x0.to(tl.bfloat16), mask=mask)
             dx *= tl.load(x_scale_ptr).to(tl.float32)
         tl.store(dx_ptr + offsets, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+        if rows_ptr is not None:
+            dx = dx.to(tl.bfloat16).to(tl.float32)  # as if dx were quantized
+            tl.store(rows_ptr + offsets, as_fp8(dx, tl.load(scale_ptr), rows_ptr, 57344.0), mask=mask)
+            largest = tl.maximum(largest, tl.max(tl.abs(dx), axis=0))
         dgain += dy * normed
+    if rows_ptr is not None:
+        raise_amax(amax_ptr, largest)
     tl.store(dgain_ptr + tl.program_id(0) * C + columns, dgain, mask=columns < C)
     if MIX:
         tl.store(dots_ptr + tl.program_id(0), tl.sum(residual_dot, axis=0))

@@ -23,6 +23,7 @@ from nanofp8.fused import (
     FusedMLP,
     FusedQKV,
     MLPLayer,
+    Passed,
     QKVLayer,
     RopeQKNorm,
     Scaling,
@@ -134,10 +135,16 @@ def test_add_norm_and_its_gradient(add, fp8):
         assert (y.data.float() == 448).any()  # the scale is large enough that some values saturate
     else:
         assert relative(y, expected) < 3e-3
-    dx, dgain, _ = add_norm_grad(dy, residual, gain, rstd, d_residual if add else None)
+    d_scaling = make_scaling(30000.0, E5M2) if fp8 else None  # some values saturate
+    dx, dx_rows, dgain, _ = add_norm_grad(dy, residual, gain, rstd, d_residual if add else None, scaling=d_scaling)
     expected.backward(dy.float())
     assert relative(dx, leaf.grad + (d_residual.float() if add else 0)) < 4e-3
     assert relative(dgain, gain_leaf.grad) < 1e-4
+    if fp8:  # as if dx were quantized afterwards
+        assert torch.equal(dx_rows.data.float(), cast(dx, d_scaling).float()) and d_scaling.amax == dx.abs().max()
+        assert (dx_rows.data.float().abs() == 57344).any() and dx_rows.inverse_scale is d_scaling.inverse
+    else:
+        assert dx_rows is dx
     y_cols = transposed(y)
     assert torch.equal((y_cols.data if fp8 else y_cols).t().float(), (y.data if fp8 else y).float())
 
@@ -691,6 +698,41 @@ def test_bf16_from_a_matmul(rows, columns, sums, add, monkeypatch):
     # 2^-8 is half a unit of bf16's last place; tensor cores cut products short (fast accumulation)
     torch.testing.assert_close(result.double(), expected, rtol=2 ** -8, atol=1e-2 if DEVICE == "cuda" else 1e-5)
     assert relative(result, expected) < 3e-3
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_a_gradient_that_is_quantized_where_it_is_computed(changed, monkeypatch):
+    """The next block's first part hands it on to this block's second part: same bits, one quantization less. If
+    autograd has changed it on its way, it is quantized as without. With QuACK, because on a CPU other matmuls return
+    fp32, so that autograd rounds their gradients."""
+    use_quack(monkeypatch)
+    cos, sin = tables()
+    gain = 1 + 0.1 * randn(C, seed=7, dtype=torch.float32)
+    counted, plain = [], fused.quantize
+    monkeypatch.setattr(fused, "quantize", lambda x, *args, **options: counted.append(x) or plain(x, *args, **options))
+
+    def run(handed_on):
+        """Return the gradients, the amax of the gradient in question, and how often backward quantizes."""
+        d_mlp_out, e4m3, e5m2 = make_scaling(5000, E5M2), make_scaling(90, E4M3), make_scaling(2000, E5M2)
+        passed = Passed(d_mlp_out) if handed_on else None
+        mlp = MLPLayer(fused=FUSED, eps=1e-6, attention_out=e4m3, proj=e4m3, d_proj=e5m2, input=e4m3, fc1=e4m3,
+                       d_pre_activation=e5m2, activation=e4m3, fc2=e4m3, d_mlp_out=d_mlp_out, d_passed=passed,
+                       quack={"residual"})
+        qkv = QKVLayer(fused=FUSED, eps=1e-6, n_head=H, cos=cos, sin=sin, on_last_gradient=None, input=e4m3,
+                       weight=e4m3, d_qkv=e5m2, d_before=passed)
+        leaves = [randn(B, T, C, seed=i).requires_grad_() for i in range(2)]
+        weights = [(SIZE * randn(*shape, seed=2 + i, dtype=torch.float32)).requires_grad_()
+                   for i, shape in enumerate([(C, C), (4 * C, C), (C, 4 * C), (3 * C, C)])]
+        x, _ = FusedMLP.apply(*leaves, weights[0], gain, *weights[1:3], mlp)
+        outputs = FusedQKV.apply(x * 2 if changed else x, None, gain, weights[3], qkv)[:4]
+        counted.clear()
+        torch.autograd.backward(outputs, [randn(*output.shape, seed=9 + i) for i, output in enumerate(outputs)])
+        assert passed is None or passed.kept is None
+        return [leaf.grad for leaf in leaves + weights], d_mlp_out.amax, len(counted)
+
+    (grads, amax, count), (same, same_amax, plain_count) = run(True), run(False)
+    assert all(torch.equal(a, b) for a, b in zip(grads, same, strict=True))
+    assert count == plain_count - (not changed) and (changed or torch.equal(amax, same_amax))
 
 
 @pytest.mark.parametrize("fp8, quack", [
