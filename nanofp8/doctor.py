@@ -163,7 +163,7 @@ def check_libraries(exam: Examination) -> Iterator[Verdict]:
 
 def check_packages(exam: Examination) -> Iterator[Verdict]:
     """Triton and Dion are imported; flash-attn-4 and QuACK only where the flags want them, because that takes long."""
-    found, missing = [], []
+    found, missing, broken = [], [], {}  # broken: packages by the reason
     for name, package, module in (("Triton", "triton", "triton"), ("Dion", "dion", "dion"),
                                   ("flash-attn-4", "flash-attn-4", ""), ("QuACK", "quack-kernels", "")):
         version, why = version_of(package), ""
@@ -171,9 +171,12 @@ def check_packages(exam: Examination) -> Iterator[Verdict]:
             loaded, why = load(module)
             version = version or "of unknown version" * (loaded is not None)
         if why.startswith("cannot"):
-            yield WARN, f"{name} {why}; install it anew (requirements.txt), or remove it: pip uninstall {package}"
+            broken.setdefault(why, []).append((name, package))
         else:
             (found if version else missing).append(f"{name} {version}".strip())
+    for why, packages in broken.items():  # Dion imports Triton and fails as Triton does: one cause, one line
+        (name, package), names = packages[0], " and ".join(name for name, _ in packages)
+        yield WARN, f"{names} {why}; install {name} anew (requirements.txt), or remove it: pip uninstall {package}"
     yield NOTE, "; ".join(", ".join(names) if names is found else f"not installed: {', '.join(names)} (all optional)"
                           for names in (found, missing) if names)
 

@@ -252,6 +252,24 @@ def test_a_broken_import_is_a_line_that_names_the_exception(shards, tmp_path, ca
     assert "cannot be imported" in line and ";" in line
 
 
+@pytest.mark.parametrize("dion, begins", [
+    ("import triton", ["Triton and Dion cannot be imported (ValueError: no driver); install Triton anew"]),
+    ("raise OSError(2)", ["Triton cannot be imported (ValueError: no driver); install Triton anew",
+                          "Dion cannot be imported (OSError: 2); install Dion anew"]),
+    ("", ["Triton cannot be imported (ValueError: no driver); install Triton anew"]),
+])
+def test_packages_that_fail_alike_share_a_line(shards, tmp_path, capsys, monkeypatch, dion, begins):
+    """Dion fails where Triton does, unless this process has imported it already."""
+    for module, code in (("triton", 'raise ValueError("no driver")'), ("dion", dion)):
+        (tmp_path / f"{module}.py").write_text(code)
+        monkeypatch.setitem(sys.modules, module, None)  # so that what is imported here does not stay
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.syspath_prepend(tmp_path)
+    status, lines, _ = report(capsys, *small(shards, tmp_path, muon_impl="auto"))
+    texts = [text for mark, name, text in lines if mark == doctor.WARN and name == "packages"]
+    assert status == 0 and [text[:len(begin)] for text, begin in zip(texts, begins, strict=True)] == begins
+
+
 def test_a_check_that_fails_is_a_line(shards, tmp_path, capsys, monkeypatch):
     def broken(exam):
         yield doctor.OK, "so far"
