@@ -278,10 +278,13 @@ class OptimizerSet:
     shards: Any
 
     def step(self) -> None:
-        """Update all parameters."""
+        """Update all parameters. The others come before Muon, so that ranks can send what they updated meanwhile."""
         with torch.compiler.set_stance("default" if self.compiled else "force_eager"):
-            for optimizer in self.all:
+            for optimizer in self.all[1:]:
                 optimizer.step()
+            if self.shards is not None:
+                self.shards.send_rows()
+            self.muon.step()
 
     def parameters(self) -> list[torch.Tensor]:
         """Return what this rank updates."""
@@ -337,6 +340,7 @@ class OptimizerSet:
         for p in self.parameters():
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad.zero_()
         self.step()
+        parallel.gather_weights()
         parallel.zero_grad()
         for optimizer in self.all:  # the moments are still zero: only the step counts must go back
             for group in optimizer.param_groups:

@@ -10,6 +10,8 @@ A parameter is divided in one of three ways:
 - Embeddings and head are divided by rows.
 - All others are small and are updated by every rank alike.
 
+Rows are sent while Muon still computes.
+
 If updated weights are sent in bf16, owners keep fp32 copies of theirs (masters), which the optimizers update. All ranks
 then compute with the rounded weights, owners too, so that all compute the same.
 """
@@ -70,6 +72,7 @@ class Shards:
         place(self.small, None, self.small_gradients)
         for p in self.rows:
             p.grad = torch.zeros_like(p)
+        self.sending = []  # of gather(): (work, what is received, weights that it is for)
         # What this rank's optimizers update: of a divided parameter its own rows, or their master; of a matrix itself,
         # or its master
         self.has_masters = gather_dtype != torch.float32
@@ -155,19 +158,33 @@ class Shards:
         norms = torch.stack(torch._foreach_norm([*own, self.small_gradients]))
         return norms[:-1].square().sum() + norms[-1].square() / self.procs.world_size
 
+    def send_rows(self) -> None:
+        """Begin to send this rank's updated rows to all others; gather() ends it."""
+        for p, part in self.own_rows.items():
+            self.send(p.data, part.data)
+
     def gather(self) -> None:
-        """Send each rank's updated weights to all others."""
-        divided = [(p.data, part.data) for p, part in self.own_rows.items()]
-        for weights, masters in ((self.weights, self.masters), *divided):
-            if weights.numel():
-                sent = torch.empty_like(weights, dtype=self.gather_dtype) if self.has_masters else weights
-                own = self.piece(sent)
-                if self.has_masters:
-                    own.copy_(masters.view(own.shape))
-                # NCCL takes the piece in its place; gloo does not
-                all_gather(sent.view(-1), (own if own.is_cuda else own.clone()).view(-1))
-                if self.has_masters:
-                    weights.copy_(sent)
+        """Send each rank's updated weights to all others, and receive theirs."""
+        if not self.sending:
+            self.send_rows()
+        self.send(self.weights, self.masters)
+        for work, sent, weights in self.sending:
+            work.wait()
+            if self.has_masters:
+                weights.copy_(sent)
+        self.sending.clear()
+
+    def send(self, weights: Tensor, masters: Tensor) -> None:
+        """Begin an all-gather of weights, which all ranks hold, from each rank's piece of them, or its masters."""
+        if not weights.numel():
+            return
+        sent = torch.empty_like(weights, dtype=self.gather_dtype) if self.has_masters else weights
+        own = self.piece(sent)
+        if self.has_masters:
+            own.copy_(masters.view(own.shape))
+        # NCCL takes the piece in its place; gloo does not
+        work = all_gather(sent.view(-1), (own if own.is_cuda else own.clone()).view(-1), async_op=True)
+        self.sending.append((work, sent, weights))
 
 
 def with_grad(values: Tensor, grad: Tensor) -> torch.nn.Parameter:
