@@ -513,7 +513,7 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(cfg, i, self.te, attention, compiled, device) for i in range(cfg.n_layer))
         self.scales = ResidualScalars(cfg.n_layer, device) if cfg.USE_X0 else None
         self.norm = self.te.RMSNorm(cfg.n_embd, eps=cfg.norm_eps, dtype=torch.float32, device=device)
-        self.head = LMHead(cfg, device)
+        self.head = LMHead(cfg, device, quack)
         # arXiv 2310.17813 for one-hot inputs: entries of order 1 (the RMSNorm after it takes any scale)
         nn.init.normal_(self.embed.weight, std=1.0)
         # (T, D/2) each. Not buffers: so not saved, and never cast to bf16, where positions 2047 and 2048 are equal

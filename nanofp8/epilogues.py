@@ -7,12 +7,15 @@
 "residual"  the residual is added to the outputs of proj and fc2. It is rounded to bf16 once, after the sum; otherwise
             the matmul's output is rounded too.
 "qkv"       nothing more: QuACK's matmuls of 1,280 products are faster than cuBLAS's, 1,203 and 1,085 TFLOP/s at fc1.
+"head"      the sums of exp() over the softcapped logits of each token, so that the loss is known without reading the
+            logits once more. Sums stay in the tensor cores, unlike with cuBLAS here. A head in FP8 with a softcap only.
 
 QuACK (https://github.com/Dao-AILab/quack, PyPI: quack-kernels) compiles a kernel at its first use, which takes 4 to 10
 seconds, and keeps it in a cache on disk.
 """
 
 import functools
+import math
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -21,7 +24,7 @@ import torch
 from nanofp8.config import UserError
 from nanofp8.host import optional
 
-PARTS = frozenset({"relu2", "residual", "qkv"})  # what QuACK runs; leave names out to measure the others
+PARTS = frozenset({"relu2", "residual", "qkv", "head"})  # what QuACK runs; leave names out to measure the others
 TRIED = ((9, 0),)  # compute capabilities on which QuACK has trained; "auto" takes it there
 
 
@@ -78,6 +81,19 @@ def plain_matmul(x: Any, weight: Any) -> torch.Tensor:
 def residual_matmul(x: Any, weight: Any, residual: torch.Tensor) -> torch.Tensor:
     """Return residual + x @ weight.T (N, K) bf16. x (N, C), weight (K, C): fused.Fp8; residual (N, K) bf16."""
     return bf16_matmul("add", x, weight, residual, tile_N=160)  # 160 divides 1,280
+
+
+def logits_matmul(h: Any, weight: Any, softcap: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the logits h @ weight.T (N, V) bf16, and sums (N, tiles) fp32.
+
+    The sums of a row add up to that of exp(softcap * tanh(logit / softcap) - softcap) over its V logits, as they are
+    rounded to bf16. h (N, C), weight (V, C): fused.Fp8; softcap > 0.
+    """
+    N, V, tile_N = len(h.data), len(weight.data), 192
+    sums = torch.empty(N, -(-V // tile_N), dtype=torch.float32, device=h.data.device)
+    # With tanh(x) = 1 - 2 / (exp(2 x) + 1) a term is 2 ** (depth / (2 ** (rate * logit) + 1))
+    rate, depth = 2 / softcap / math.log(2), -2 * softcap / math.log(2)
+    return bf16_matmul("logits", h, weight, None, tile_N, rate=rate, depth=depth, sums=sums), sums
 
 
 def amax_of(parts: torch.Tensor, amax: torch.Tensor) -> None:
