@@ -32,7 +32,7 @@ NAMES = {
     (epilogues, "relu2_backward_matmul"): "fc2's input gradient with relu^2's (QuACK)",
 }
 PREFIX = "step: "  # of our labels among the profiler's
-WARM_TOKENS = 7e6  # before the profiled step on a GPU: an H100 trains them in 30 s at d20, and is at its power limit then
+WARM_TOKENS = 7e6  # before the profiled step on a GPU: 30 s of d20 on an H100, which is at its power limit then
 
 
 def size_of(operand: fused.Operand) -> tuple[torch.Size, str]:

@@ -24,7 +24,7 @@ import torch
 from nanofp8.config import UserError
 from nanofp8.host import optional
 
-PARTS = frozenset({"relu2", "residual", "qkv", "head"})  # what QuACK runs; leave names out to measure the others
+PARTS = frozenset({"relu2"})  # what QuACK runs; the others have not been measured yet
 TRIED = ((9, 0),)  # compute capabilities on which QuACK has trained; "auto" takes it there
 
 

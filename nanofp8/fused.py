@@ -14,7 +14,7 @@ residual themselves: FusedMLP then returns the sum, and delta is None. Attention
 
 **What is saved for backward.** The residual (bf16) and 1 / RMS of each row, from which the norm's output follows; q and
 k after RoPE and QK norm with the 1 / RMS of each head; relu^2's input; and attention's output, which attention saves
-anyway. All this is bf16. In bf16 the inputs of the other matmuls too. In FP8 backward quantizes all inputs once more, by
+anyway. All this is bf16. In bf16 the inputs of the other matmuls too. In FP8 backward quantizes all inputs again, by
 the same scales, unless matmuls need no transposes: then those that a norm or attention made are saved in FP8. With
 QuACK it is the other way round for relu^2: its output is saved in FP8, and backward takes its root.
 
@@ -467,8 +467,8 @@ def add_norm_grad(dy: torch.Tensor, residual: torch.Tensor, gain: torch.Tensor, 
         dots = torch.empty(2, programs, dtype=torch.float32, device=dy.device)
     kernels.add_norm_backward[(programs,)](
         dy, residual, gain, rstd, dx if d_residual is None else d_residual, *(mix or (dx, dx, dx)),
-        dx if d_x0 is None else d_x0, dx, rows, *scale_and_amax(scaling), dgain_parts, d_x0_out, dots, N, C, d_residual is not None, mix is not None,
-        rows_per_program, triton.next_power_of_2(C), num_warps=8)
+        dx if d_x0 is None else d_x0, dx, rows, *scale_and_amax(scaling), dgain_parts, d_x0_out, dots, N, C,
+        d_residual is not None, mix is not None, rows_per_program, triton.next_power_of_2(C), num_warps=8)
     d_mix = None
     if mix is not None:
         # residual = x_scale * (x + delta) + x0_scale * x0, and x + delta was not kept

@@ -210,8 +210,9 @@ def add_norm_backward(dy_ptr, residual_ptr, gain_ptr, rstd_ptr, d_residual_ptr, 
     """Compute dx = gradient through RMSNorm (+ d_residual, if ADD), rows = dx in E5M2, and each program's share of
     dgain.
 
-    dy, residual, dx, rows (N, C); rows, scale, amax: None if not wanted; d_residual (N, C): gradient that reaches the residual past the norm; rstd (N,) fp32 from
-    add_norm_forward; dgain (programs, C) fp32, which the caller sums over programs.
+    dy, residual, dx, rows (N, C); rows, scale, amax: None if not wanted; d_residual (N, C): gradient that reaches the
+    residual past the norm; rstd (N,) fp32 from add_norm_forward; dgain (programs, C) fp32, which the caller sums over
+    programs.
     With MIX, that sum g is the gradient of x_scale * x + x0_scale * x0. Then dx = x_scale * g,
     d_x0_out = d_x0 + x0_scale * g, and dots (2, programs) fp32 are each program's sums of g * residual and of g * x0.
     """

@@ -42,10 +42,10 @@ BF16_HEAD = dict(fp8_head=False)
 # h200/speed.json, h200/speed_all.json, h200/emulation.json, h200/race_four_gpus.json; the last two rows from NOTES.md
 # ("Parts of the model at d20").
 #
-# All are older than changes that take less memory. predicted() counts two of them: matmuls' inputs were kept in FP8, and
-# the gradient of the head's weight was a tensor of its own. The other two: token embeddings in one kernel keep no fp32 rows, which are
-# 0.08 GB for each 8 sequences of a micro-batch in fused blocks. Muon's elementwise work in one kernel is not at any
-# row's peak.
+# All are older than changes that take less memory. predicted() counts two of them: matmuls' inputs were kept in FP8,
+# and the gradient of the head's weight was a tensor of its own. The other two: token embeddings in one kernel keep no
+# fp32 rows, which are 0.08 GB for each 8 sequences of a micro-batch in fused blocks. Muon's elementwise work in one
+# kernel is not at any row's peak.
 MEASURED = [
     ("FP8 delayed", 31.808, {}, "fp8-delayed", "fused", {}),
     ("FP8 delayed, half the micro-batch", 22.009, dict(batch_size=8), "fp8-delayed", "fused", {}),
