@@ -40,6 +40,7 @@ class Variant:
     steps: list[float] = field(default_factory=list)    # tokens/s of all measured steps
     peak_gb: float = 0.0
     start_seconds: float = 0.0           # from the start of the process to the end of the first step, shortest
+    failed: str = ""                     # why a run of it failed; it is not started again
 
 
 def read_variants(text: str, gpus: int, tree: str) -> list[Variant]:
@@ -129,7 +130,7 @@ def time_once(variant: Variant, gpus: Sequence[str | None], folder: str, given: 
     variant.start_seconds = min(variant.start_seconds or first_step, first_step)
 
 
-def markdown(variants: Sequence[Variant], first: str, warm: float, measure: float) -> str:
+def markdown(variants: Sequence[Variant], failed: Sequence[Variant], first: str, warm: float, measure: float) -> str:
     """Return the report's text. first: its header."""
     base = variants[0]
 
@@ -151,7 +152,8 @@ def markdown(variants: Sequence[Variant], first: str, warm: float, measure: floa
     ]
     return first + "\n".join([*table(list(variants), columns), "", (
         f"The variants ran in turn. Each run was measured for {measure:g} s after {warm:g} s of training. Start to "
-        f"first step is the shortest of the rounds, so caches may be warm.")]) + "\n"
+        f"first step is the shortest of the rounds, so caches may be warm."), *(
+        f"\nWithout {variant.failed}" for variant in failed)]) + "\n"
 
 
 def plot(variants: Sequence[Variant], path: str) -> None:
@@ -190,11 +192,25 @@ def run(options: Mapping[str, str], given: Sequence[str], tree: str, out: str, c
     with StopSignal() as stop:
         for i in range(rounds):
             for variant in variants:
+                if variant.failed:
+                    continue
                 folder = f"{out}-runs/{slug(variant.name)}-round-{i + 1}-{int(time.time())}"
-                time_once(variant, gpus, folder, given, warm, measure, stop)
+                try:
+                    time_once(variant, gpus, folder, given, warm, measure, stop)
+                except UserError as error:
+                    if stop.requested:
+                        raise
+                    variant.failed = str(error)
+                    console(f"round {i + 1} of {rounds}, {variant.failed}")
+                    continue
                 console(f"round {i + 1} of {rounds}, {variant.name}: {variant.medians[-1]:,.0f} tokens/s, "
                         f"{variant.peak_gb:.1f} GB")
+    complete, failed = [v for v in variants if not v.failed], [v for v in variants if v.failed]
+    if not complete:
+        raise UserError(failed[0].failed)
     data = dict(warm=warm, measure=measure, device=machine["device"], versions=machine["versions"],
                 variants=[vars(variant) for variant in variants])
-    text = markdown(variants, "\n".join(header(machine, command)) + "\n", warm, measure)
-    write_report(out, command, json.loads(json.dumps(data)), text, lambda path: plot(variants, path))
+    text = markdown(complete, failed, "\n".join(header(machine, command)) + "\n", warm, measure)
+    write_report(out, command, json.loads(json.dumps(data)), text, lambda path: plot(complete, path))
+    if failed:
+        raise UserError("; ".join(variant.failed for variant in failed))

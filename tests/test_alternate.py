@@ -78,6 +78,16 @@ def test_a_run_that_fails_is_one_line(toy):
         toy(variants="wrong: --broken=1", rounds="1")
 
 
+def test_a_variant_that_fails_does_not_take_the_others_along(toy, capsys):
+    with pytest.raises(UserError, match="^wrong failed.*--broken"):
+        toy(variants="wrong: --broken=1; base; fast: --speed=200")
+    wrong, base, fast = json.loads((toy.folder / "out.json").read_text())["variants"]
+    assert len(base["medians"]) == len(fast["medians"]) == 2 and not wrong["medians"] and "--broken" in wrong["failed"]
+    table = (toy.folder / "out.md").read_text()
+    assert "| fast |" in table and "| wrong |" not in table and "Without wrong failed" in table
+    assert capsys.readouterr().out.count("wrong failed") == 2  # when it failed, and below the table
+
+
 def test_output_that_cannot_be_written_is_one_line(toy):
     (toy.folder / "out-runs").write_text("a file where the folder should be")
     with pytest.raises(UserError, match="cannot start base.*--out"):
