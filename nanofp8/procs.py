@@ -103,7 +103,7 @@ def start_processes() -> Processes:
         try:
             store = dist.HashStore() if world_size == 1 else dist.PrefixStore("ranks", connect_store(rank))
             dist.init_process_group(backend, rank=rank, world_size=world_size, store=store,
-                                    device_id=device if use_cuda else None)
+                                    device_id=device if use_cuda and world_size > 1 else None)  # it starts NCCL now
         except (dist.DistNetworkError, dist.DistStoreError) as error:
             where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             raise UserError(f"rank {rank} cannot connect to the others at {where} ({error_line(error)}); "
