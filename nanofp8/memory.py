@@ -237,8 +237,11 @@ def predict(cfg: SimpleNamespace, kind: Kind, batch_size: int) -> Prediction:
 
     # Dion: updates, their stack, two iterates, in bf16. torch: a copy of all matrices, and some of one
     step = 4 * own + 4 * 16 * width ** 2
-    if kind.wrapper == "ddp" and not (cfg.REDUCE_FP32 and cfg.GATHER_FP32):
+    if kind.wrapper == "ddp" and not cfg.REDUCE_FP32:
         step = max(step, 2 * ranks * own, 2 * table)
+    if kind.wrapper == "ddp" and not cfg.GATHER_FP32:  # copies of all rows in bf16 wait for the end of Muon's step
+        rows = 0 if cfg.USE_8BIT_ADAM or vocab % ranks else 2 * (2 + cfg.n_value_embed) * table
+        step = max(step + rows, 2 * ranks * own + rows)
     evaluation = max((50 if kind.blocks != "fused" else 39 if cfg.USE_X0 else 37) * width * tokens,
                      4 * width * tokens + 2 * min(cfg.loss_chunk_size, tokens) * vocab + 2 * table)
     if cfg.FP8_STATS_INTERVAL:  # counted by running it

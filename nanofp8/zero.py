@@ -168,11 +168,11 @@ class Shards:
         if not self.sending:
             self.send_rows()
         self.send(self.weights, self.masters)
-        for work, sent, weights in self.sending:
+        while self.sending:
+            work, sent, weights = self.sending.pop(0)
             work.wait()
             if self.has_masters:
                 weights.copy_(sent)
-        self.sending.clear()
 
     def send(self, weights: Tensor, masters: Tensor) -> None:
         """Begin an all-gather of weights, which all ranks hold, from each rank's piece of them, or its masters."""

@@ -1611,7 +1611,7 @@ def test_normuons_state_goes_from_one_implementation_to_the_other(tmp_path, sour
         cfg = helpers.make_cfg(muon_impl=impl, USE_FP8=False, **NORMUON_PARTS)
         loader = SimpleNamespace(load_state_dict=lambda state: None)
         run = helpers.make_run(cfg, helpers.one_process(), helpers.make_model(cfg), loader)
-        run.optimizers.warm_up(run.model)
+        run.optimizers.warm_up(run.parallel)
         return run
 
     def step(run, number):

@@ -128,6 +128,8 @@ def test_what_takes_less_memory():
     for changes, values in ((dict(keeps_inputs=True), 3), (dict(quack=True), -4)):
         changed = need(Kind("fp8-delayed", "fused", True, **changes))
         assert changed - need() == pytest.approx(1.03 * values * tokens * width * blocks, rel=0.02)
+    ddp = Kind("fp8-delayed", "fused", True, **DDP4)
+    assert need(ddp, 1, GATHER_FP32=False, n_value_embed=5) > need(ddp, 1, n_value_embed=5)
     modules = Kind("fp8-delayed", "modules", True)
     sizes = [need(batch_size=n) for n in (1, 2, 4, 8, 16)]
     assert sizes == sorted(sizes)
