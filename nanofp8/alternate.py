@@ -145,7 +145,7 @@ def markdown(variants: Sequence[Variant], failed: Sequence[Variant], first: str,
         ("tokens/s (median)", lambda v: f"{statistics.median(v.steps):,.0f}"),
         ("slowest to fastest step", lambda v: f"{min(v.steps):,.0f} to {max(v.steps):,.0f}"),
         ("each round", lambda v: ", ".join(f"{m:,.0f}" for m in v.medians) if len(v.medians) > 1 else ""),
-        ("ratio to the first", lambda v: "" if v is base else f"{ratio(v):.4f}"),
+        (f"ratio to {base.name}", lambda v: "" if v is base else f"{ratio(v):.4f}"),
         ("each round's ratio", lambda v: "" if v is base or len(v.medians) == 1 else ", ".join(
             f"{a / b:.4f}" for a, b in zip(v.medians, base.medians, strict=True))),
         ("peak GB", lambda v: f"{v.peak_gb:.1f}"), ("start to first step, s", lambda v: f"{v.start_seconds:.0f}"),
@@ -153,7 +153,7 @@ def markdown(variants: Sequence[Variant], failed: Sequence[Variant], first: str,
     return first + "\n".join([*table(list(variants), columns), "", (
         f"The variants ran in turn. Each run was measured for {measure:g} s after {warm:g} s of training. Start to "
         f"first step is the shortest of the rounds, so caches may be warm."), *(
-        f"\nWithout {variant.failed}" for variant in failed)]) + "\n"
+        f"\nLeft out: {variant.failed}" for variant in failed)]) + "\n"
 
 
 def plot(variants: Sequence[Variant], path: str) -> None:

@@ -32,7 +32,7 @@ NAMES = {
     (epilogues, "relu2_backward_matmul"): "fc2's input gradient with relu^2's (QuACK)",
 }
 PREFIX = "step: "  # of our labels among the profiler's
-WARM_TOKENS = 7e6  # before the profiled step on a GPU: 30 s of d20 on an H100, which is at its power limit then
+WARM_TOKENS = 7e6  # before the profiled step on a GPU: 30 s of d20 on one H100, which is at its power limit then
 
 
 def size_of(operand: fused.Operand) -> tuple[torch.Size, str]:
@@ -199,7 +199,7 @@ def run(train: ModuleType, given: list[str], procs: Any, out: str, command: str)
         steps = max(8, math.ceil(WARM_TOKENS / flags(steps).total_batch_size))
     cfg = flags(steps)
     if cfg.max_iters < 5:
-        raise UserError("profile takes the third step from the end apart; raise --max_iters to 5 or more", 2)
+        raise UserError("profile needs at least 5 steps; use --max_iters=5 or more", 2)
     at = cfg.max_iters - 3
     found = measure(train, cfg, procs, at)
     if procs.is_main:

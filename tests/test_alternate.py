@@ -84,7 +84,8 @@ def test_a_variant_that_fails_does_not_take_the_others_along(toy, capsys):
     wrong, base, fast = json.loads((toy.folder / "out.json").read_text())["variants"]
     assert len(base["medians"]) == len(fast["medians"]) == 2 and not wrong["medians"] and "--broken" in wrong["failed"]
     table = (toy.folder / "out.md").read_text()
-    assert "| fast |" in table and "| wrong |" not in table and "Without wrong failed" in table
+    assert "| fast |" in table and "| wrong |" not in table and "ratio to base" in table
+    assert "Left out: wrong failed" in table
     assert capsys.readouterr().out.count("wrong failed") == 2  # when it failed, and below the table
 
 

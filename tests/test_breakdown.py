@@ -65,5 +65,5 @@ def test_profile_of_a_small_run(fresh, shards, tmp_path, capsys):
 
 
 def test_too_few_steps(fresh):
-    with pytest.raises(UserError, match="--max_iters to 5"):
+    with pytest.raises(UserError, match="--max_iters=5"):
         bench.main(["profile", "--max_iters=4", "--preset=tiny"])
