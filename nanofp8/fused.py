@@ -264,7 +264,7 @@ def quantize_by_triton(x: torch.Tensor, scaling: Scaling, colwise: bool) -> Oper
 def columns(x: torch.Tensor, scaling: Scaling | None) -> Operand:
     """Return the cols operand (K, M) of x (M, K): of bf16 values that quantize() took in the forward pass, by the same
     scale, without recording the amax again; or of FP8 values, or of bf16 values that stay bf16 (scaling None)."""
-    if scaling is None or x.dtype == scaling.dtype:
+    if scaling is None or x.dtype != torch.bfloat16:
         return transposed(as_operand(x, scaling))
     if not use_kernels(x):
         return quantize(x, scaling._replace(amax=None, quantizer=None))[1]
@@ -651,7 +651,8 @@ class RopeQKNorm(torch.autograd.Function):
 
 
 class MLPLayer(NamedTuple):
-    """What one block's FusedMLP needs besides tensors. From the third: how these tensors are quantized; None: bf16."""
+    """What one block's FusedMLP needs besides tensors. `attention_out` to `d_mlp_out`: how these tensors are quantized;
+    None: bf16."""
 
     fused: "FusedBlocks"
     eps: float                        # RMSNorm's

@@ -786,12 +786,18 @@ def test_head_by_quack(recompute, monkeypatch):
     assert run(cfg, True)[-1] == 0
 
 
+@pytest.mark.parametrize("quack", [set(), {"residual"}])
 @pytest.mark.parametrize("changed", [False, True])
-def test_a_gradient_that_is_quantized_where_it_is_computed(changed, monkeypatch):
+def test_a_gradient_that_is_quantized_where_it_is_computed(changed, quack, monkeypatch):
     """The next block's first part hands it on to this block's second part: same bits, one quantization less. If
-    autograd has changed it on its way, it is quantized as without. With QuACK, because on a CPU other matmuls return
-    fp32, so that autograd rounds their gradients."""
+    autograd has changed it on its way, it is quantized as without."""
     use_quack(monkeypatch)
+    sum_terms = fused.sum_terms
+
+    def in_bf16(*args):  # as on a GPU; a CPU's matmuls return fp32, so that autograd rounds their gradients
+        return tuple(term if term is None else term.bfloat16() for term in sum_terms(*args))
+
+    monkeypatch.setattr(fused, "sum_terms", in_bf16)
     cos, sin = tables()
     gain = 1 + 0.1 * randn(C, seed=7, dtype=torch.float32)
     counted, plain = [], fused.quantize
@@ -803,14 +809,16 @@ def test_a_gradient_that_is_quantized_where_it_is_computed(changed, monkeypatch)
         passed = Passed(d_mlp_out) if handed_on else None
         mlp = MLPLayer(fused=FUSED, eps=1e-6, attention_out=e4m3, proj=e4m3, d_proj=e5m2, input=e4m3, fc1=e4m3,
                        d_pre_activation=e5m2, activation=e4m3, fc2=e4m3, d_mlp_out=d_mlp_out, d_passed=passed,
-                       quack={"residual"})
+                       quack=quack)
         qkv = QKVLayer(fused=FUSED, eps=1e-6, n_head=H, cos=cos, sin=sin, on_last_gradient=None, input=e4m3,
                        weight=e4m3, d_qkv=e5m2, d_before=passed)
         leaves = [randn(B, T, C, seed=i).requires_grad_() for i in range(2)]
         weights = [(SIZE * randn(*shape, seed=2 + i, dtype=torch.float32)).requires_grad_()
                    for i, shape in enumerate([(C, C), (4 * C, C), (C, 4 * C), (3 * C, C)])]
-        x, _ = FusedMLP.apply(*leaves, weights[0], gain, *weights[1:3], mlp)
-        outputs = FusedQKV.apply(x * 2 if changed else x, None, gain, weights[3], qkv)[:4]
+        x, delta = FusedMLP.apply(*leaves, weights[0], gain, *weights[1:3], mlp)
+        if changed:
+            x, delta = (x * 2, delta) if delta is None else (x, delta * 2)
+        outputs = FusedQKV.apply(x, delta, gain, weights[3], qkv)[:4]
         counted.clear()
         torch.autograd.backward(outputs, [randn(*output.shape, seed=9 + i) for i, output in enumerate(outputs)])
         assert passed is None or passed.kept is None
