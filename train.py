@@ -194,7 +194,7 @@ GATHER_FP32: bool = True                      # USE_DDP: send updated weights to
 
 # Speed and memory
 USE_TRITON: bool = True                       # Triton: blocks in bf16 and delayed FP8; RoPE and QK norm in all formats
-USE_QUACK: AutoBool = "auto"                  # FP8 on Hopper: relu^2 and more in QuACK's matmuls; "auto": where tried
+USE_QUACK: AutoBool = "auto"                  # FP8 on Hopper: relu^2 within QuACK's matmuls; "auto": where it was tried
 attention: Literal["auto", "cudnn", "flash4", "torch"] = "auto"  # "auto": flash-attn-4 where it was tried, else cuDNN
 USE_CUDA_GRAPHS: bool = True                  # launch fused micro-batches as CUDA graphs from step 4 on; not in FSDP2
 USE_COMPILE: AutoBool = "auto"                # torch.compile what is not fused; "auto": on a GPU; True: also Dion

@@ -201,8 +201,8 @@ def collect(
 ) -> Statistics:
     """Compute the statistics of one micro-batch. All ranks must call this if the parameters are sharded.
 
-    Gradients are those of a step's mean loss. That holds for the head as well, although training multiplies its
-    gradients by loss_scale only after its matmuls.
+    Gradients are those of a step's mean loss. That holds for the head as well, although training quantizes its
+    gradients without loss_scale, which is a factor of their inverse scale.
 
     Args:
         model: train.py's GPT, not wrapped, or sharded by FSDP2.

@@ -568,8 +568,8 @@ def cross_entropy_gradient(logits_ptr, targets_ptr, lse_ptr, out_ptr, cols_ptr, 
     """Compute the gradient of the summed loss for the logits before the softcap.
 
     logits, targets, lse: as in cross_entropy_loss; out (N, V) bf16 (may be logits itself) or E5M2; cols (V, N / 4)
-    words of E5M2, or None. Here scale is a number, of bf16 too: gradients of logits lie in [-1, 1], so that a constant
-    serves. A program takes 4 * QUADS tokens and BLOCK columns.
+    words of E5M2, or None. scale is a number: in FP8 a constant, which serves because gradients of logits lie in
+    [-1, 1]; in bf16 the factor of the loss. A program takes 4 * QUADS tokens and BLOCK columns.
     """
     quads, columns = tl.program_id(0) * QUADS + tl.arange(0, QUADS), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     grad0 = cross_entropy_gradient_rows(
