@@ -22,6 +22,8 @@ NAMES = {
     (fused, "relu2"): "relu^2 with quantization, forward",
     (fused, "relu2_grad"): "relu^2 with quantization, backward",
     (fused, "quantize"): "quantization", (fused, "transposed"): "transposes of FP8",
+    (fused, "norm_columns"): "inputs of matmuls, quantized again",
+    (fused, "columns"): "inputs of matmuls, quantized again",
     (parts, "add_value_embedding"): "value embeddings", (parts, "value_embedding_grad"): "value embeddings",
     (parts, "table_gradient"): "gradients of embeddings",
     (loss, "softcap_cross_entropy"): "cross-entropy", (loss, "softcap_cross_entropy_and_grad"): "cross-entropy",
