@@ -1,21 +1,14 @@
-"""FP8 matmuls by QuACK, on Hopper, whose epilogues also do what separate kernels would do after them. PARTS:
+"""FP8 matmuls whose epilogue computes relu^2 or its gradient, records the amax and quantizes; by QuACK, on Hopper.
 
-"relu2"     relu^2 or its gradient, the amax, and quantization. The two wide tensors of the MLP then never exist in
-            bf16: fc1's output goes to memory once, as E4M3 after relu^2, and its gradient once, as E5M2. Measured on an
-            H100 for 32,768 tokens, 1,280 wide: forward 0.357 ms, not 0.560; backward 0.668 ms (0.125 of it for a
-            transpose), not 0.934.
-"residual"  the residual is added to the outputs of proj and fc2. It is rounded to bf16 once, after the sum; otherwise
-            the matmul's output is rounded too.
-"qkv"       nothing is added. At fc1's shape QuACK reaches 1,203 TFLOP/s, cuBLAS 1,085.
-"head"      the sums of exp() over the softcapped logits of each token, so that the loss is known without reading the
-            logits once more; for a head in FP8 with a softcap. cuBLAS promotes the head's sums to fp32, QuACK does not.
+The two wide tensors of the MLP then never exist in bf16: fc1's output goes to memory once, as E4M3 after relu^2, and
+its gradient once, as E5M2. Measured on an H100 for 32,768 tokens, 1,280 wide: forward 0.357 ms, not 0.560; backward
+0.668 ms (0.125 of it for a transpose), not 0.934.
 
 QuACK (https://github.com/Dao-AILab/quack, PyPI: quack-kernels) compiles a kernel at its first use, which takes 4 to 10
 seconds, and keeps it in a cache on disk.
 """
 
 import functools
-import math
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -24,7 +17,6 @@ import torch
 from nanofp8.config import UserError
 from nanofp8.host import optional
 
-PARTS = frozenset({"relu2"})  # what QuACK runs; the others have not been measured yet
 TRIED = ((9, 0),)  # compute capabilities on which QuACK has trained; "auto" takes it there
 
 
@@ -52,48 +44,10 @@ def choose_quack(cfg: SimpleNamespace, device: torch.device, fp8: bool) -> tuple
         missing = "" if library()[0] else library()[1]
     if missing and cfg.USE_QUACK is True:
         raise UserError(f"USE_QUACK=True cannot run: {missing}; use --USE_QUACK=auto", 2)
-    if missing:
-        return False, f"no QuACK: {missing}"
-    return True, f"{', '.join(sorted(PARTS))} in matmuls by {library()[1]}"
+    return not missing, f"no QuACK: {missing}" if missing else f"relu^2 in the matmuls by {library()[1]}"
 
 
 FAST = (("fp8_slow_accum", False),)  # sums stay in the tensor cores, as with cuBLAS's fast accumulation
-
-
-def bf16_matmul(epilogue: str, a: Any, b: Any, c: torch.Tensor | None, tile_N: int, **arguments: Any) -> torch.Tensor:
-    """Return a matmul's result (N, K) bf16 after an epilogue of epilogue_functions.py.
-
-    a (N, C), b (K, C): fused.Fp8. c: the epilogue's third operand, if it has one. tile_N: columns that a thread block
-    computes at once. Two of them take turns ("pingpong"): one multiplies while the other runs its epilogue.
-    """
-    out = torch.empty(len(a.data), len(b.data), dtype=torch.bfloat16, device=a.data.device)
-    getattr(library()[0], epilogue).gemm(
-        a.data, b.data, out, c, tile_M=128, tile_N=tile_N, cluster_M=2, cluster_N=1, pingpong=True,
-        epi_args=dict(f=a.inverse_scale.view(1), g=b.inverse_scale.view(1), **arguments), post_init_attrs=FAST)
-    return out
-
-
-def plain_matmul(x: Any, weight: Any) -> torch.Tensor:
-    """Return x @ weight.T (N, K) bf16. x (N, C), weight (K, C): fused.Fp8."""
-    return bf16_matmul("plain", x, weight, None, tile_N=192)
-
-
-def residual_matmul(x: Any, weight: Any, residual: torch.Tensor) -> torch.Tensor:
-    """Return residual + x @ weight.T (N, K) bf16. x (N, C), weight (K, C): fused.Fp8; residual (N, K) bf16."""
-    return bf16_matmul("add", x, weight, residual, tile_N=160)  # 160 divides 1,280
-
-
-def logits_matmul(h: Any, weight: Any, softcap: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the logits h @ weight.T (N, V) bf16, and sums (N, tiles) fp32.
-
-    The sums of a row add up to that of exp(softcap * tanh(logit / softcap) - softcap) over its V logits, as they are
-    rounded to bf16. h (N, C), weight (V, C): fused.Fp8; softcap > 0.
-    """
-    N, V, tile_N = len(h.data), len(weight.data), 192
-    sums = torch.empty(N, -(-V // tile_N), dtype=torch.float32, device=h.data.device)
-    # With tanh(x) = 1 - 2 / (exp(2 x) + 1) a term is 2 ** (depth / (2 ** (rate * logit) + 1))
-    rate, depth = 2 / softcap / math.log(2), -2 * softcap / math.log(2)
-    return bf16_matmul("logits", h, weight, None, tile_N, rate=rate, depth=depth, sums=sums), sums
 
 
 def amax_of(parts: torch.Tensor, amax: torch.Tensor) -> None:

@@ -9,14 +9,14 @@ Block.forward in train.py without `fused` is the same mathematics in Transformer
     FusedMLP   residual = residual + attention_out @ proj.T; delta = relu(RMSNorm(residual) @ fc1.T)^2 @ fc2.T
 
 `delta` is not added to the residual here: the next block's FusedQKV (or the model's last AddNorm) adds it in the
-kernel that computes the norm, which saves one pass over memory. QuACK's matmuls (nanofp8/epilogues.py) can add the
-residual themselves: FusedMLP then returns the sum, and delta is None. Attention's projection has the same choice.
+kernel that computes the norm, which saves one pass over memory.
 
 **What is saved for backward.** The residual (bf16) and 1 / RMS of each row, from which the norm's output follows; q and
 k after RoPE and QK norm with the 1 / RMS of each head; relu^2's input; and attention's output, which attention saves
 anyway. All this is bf16. In bf16 the inputs of the other matmuls too. In FP8 backward quantizes all inputs again, by
 the same scales, unless matmuls need no transposes: then those that a norm or attention made are saved in FP8. With
-QuACK it is the other way round for relu^2: its output is saved in FP8, and backward takes its root.
+QuACK (nanofp8/epilogues.py) it is the other way round for relu^2: its output is saved in FP8, and backward takes its
+root.
 
 **Delayed scaling.** Scales, amax histories and their update belong to TE's layers (`fp8_meta`), so that checkpoints,
 calibration and the reduction over ranks are TE's own. TE overwrites the scales in place when te.autocast ends after the
@@ -529,7 +529,6 @@ class QKVLayer(NamedTuple):
     weight: Scaling | None
     d_qkv: Scaling | None              # gradient of the matmul's output
     d_before: Passed | None = None     # gradient of x, for the MLPLayer of the block before; None: not in FP8
-    quack: frozenset[str] = frozenset()  # as in MLPLayer
 
 
 class FusedQKV(torch.autograd.Function):
@@ -556,8 +555,7 @@ class FusedQKV(torch.autograd.Function):
         mix = None if x0 is None else Mix(x0, x_scale, x0_scale)
         residual, y, rstd = add_norm(x, delta, gain, layer.eps, layer.input, mix)
         weight_rows, ctx.weight_cols = layer.fused.operand(weight, layer.weight)
-        by_quack = "qkv" in layer.quack and layer.input is not None
-        qkv = epilogues.plain_matmul(y, weight_rows) if by_quack else matmul(y, weight_rows, fast=True)  # (N, 3C)
+        qkv = matmul(y, weight_rows, fast=True)                                        # (N, 3C)
         rope_rstd = rope_qk_norm_in_place(qkv, layer.cos, layer.sin, T, layer.n_head, layer.eps)
         gate_inputs, gates = None, None
         if table is not None:
@@ -666,7 +664,7 @@ class MLPLayer(NamedTuple):
     fc2: Scaling | None
     d_mlp_out: Scaling | None         # gradient of fc2's output
     d_passed: Passed | None = None    # the same, if the next block's FusedQKV has quantized it
-    quack: frozenset[str] = frozenset()  # of epilogues.PARTS: what QuACK runs where layers are in FP8
+    quack: bool = False               # relu^2 within QuACK's matmuls; backward needs the activation, not fc1's output
 
 
 def relu2(pre_activation: torch.Tensor, scaling: Scaling | None) -> torch.Tensor:
@@ -701,17 +699,6 @@ def relu2_grad(d_activation: torch.Tensor, pre_activation: torch.Tensor, activat
     return *as_operands(rows, cols, scaling), as_cols(activation, activation_cols, activation_scaling)
 
 
-def sum_terms(x: torch.Tensor, a: Operand, b: Operand, quack: frozenset[str]) -> tuple[torch.Tensor,
-                                                                                       torch.Tensor | None]:
-    """Return x + a @ b.T (N, C) bf16 as two tensors to be added: x and the product, or the sum and None.
-
-    x (N, C) bf16; a (N, K), b (C, K). quack: as in MLPLayer.
-    """
-    if "residual" in quack and isinstance(a, Fp8):
-        return epilogues.residual_matmul(a, b, x), None
-    return x, matmul(a, b, fast=True)
-
-
 class FusedMLP(torch.autograd.Function):
     """Compute a block's second part: attention's output -> projection -> add -> RMSNorm -> MLP with relu^2.
 
@@ -721,46 +708,43 @@ class FusedMLP(torch.autograd.Function):
         proj, fc1, fc2: weights (C, C), (4C, C), (C, 4C), fp32.
         gain: (C,) fp32.
         layer: from FusedBlocks.register().
-    Returns: the residual x + attention_out @ proj.T, and the MLP's output, which the next part adds, (B, T, C) bf16; or
-    their sum and None, if QuACK has added them. relu^2: arXiv 2109.08668.
+    Returns: the residual x + attention_out @ proj.T, and the MLP's output, which the next part adds, (B, T, C) bf16.
+    relu^2: arXiv 2109.08668.
     """
 
     @staticmethod
     def forward(ctx, attention_out: torch.Tensor, x: torch.Tensor, proj: torch.Tensor, gain: torch.Tensor,
-                fc1: torch.Tensor, fc2: torch.Tensor, layer: MLPLayer) -> tuple[torch.Tensor, torch.Tensor | None]:
+                fc1: torch.Tensor, fc2: torch.Tensor, layer: MLPLayer) -> tuple[torch.Tensor, torch.Tensor]:
         B, T, C = x.shape
         attention_out = attention_out.view(B * T, C)
         proj_rows, proj_cols = layer.fused.operand(proj, layer.proj)
         fc1_rows, fc1_cols = layer.fused.operand(fc1, layer.fc1)
         fc2_rows, fc2_cols = layer.fused.operand(fc2, layer.fc2)
         attention_rows, _ = quantize(attention_out, layer.attention_out, colwise=False)
-        residual, y, rstd = add_norm(*sum_terms(x.flatten(0, 1), attention_rows, proj_rows, layer.quack), gain,
-                                     layer.eps, layer.input)
+        residual, y, rstd = add_norm(x, matmul(attention_rows, proj_rows, fast=True), gain, layer.eps, layer.input)
         pre_activation, scaling = None, layer.activation
-        if "relu2" in layer.quack and scaling is not None:
+        if layer.quack:
             activation = epilogues.relu2_matmul(y, fc1_rows, scaling)                  # (N, 4C)
         else:
             pre_activation = matmul(y, fc1_rows, fast=True)
             activation = relu2(pre_activation, scaling)
-        out, delta = sum_terms(residual, as_operand(activation, scaling), fc2_rows, layer.quack)
+        mlp_out = matmul(as_operand(activation, scaling), fc2_rows, fast=True)
         ctx.layer, ctx.in_place, ctx.weight_cols = layer, layer.fused.in_place, (proj_cols, fc1_cols, fc2_cols)
         # Attention keeps its output for its own backward pass, so that this costs no memory
         remade = layer.attention_out is None or needs_transposes()
         ctx.save_for_backward(attention_out if remade else attention_rows.data, residual, gain, rstd, pre_activation,
                               proj, fc1, fc2, kept_for_backward(y, layer.input),
-                              activation if scaling is None or pre_activation is None else None)
-        return out.view(B, T, C), None if delta is None else delta.view(B, T, C)
+                              activation if scaling is None or layer.quack else None)
+        return residual.view(B, T, C), mlp_out.view(B, T, C)
 
     @staticmethod
-    def backward(ctx, d_residual: torch.Tensor, d_mlp_out: torch.Tensor | None) -> tuple:
-        if d_mlp_out is None:  # the only output was residual + mlp_out
-            d_mlp_out = d_residual
+    def backward(ctx, d_residual: torch.Tensor, d_mlp_out: torch.Tensor) -> tuple:
         attention_out, residual, gain, rstd, pre_activation, proj, fc1, fc2, y, activation = ctx.saved_tensors
         layer, shape, (proj_cols, fc1_cols, fc2_cols) = ctx.layer, d_mlp_out.shape, ctx.weight_cols
         d_mlp_out = d_mlp_out.flatten(0, 1)
         d_rows = None if layer.d_passed is None else layer.d_passed.take(d_mlp_out)
         d_rows, d_cols = quantize(d_mlp_out, layer.d_mlp_out) if d_rows is None else (d_rows, transposed(d_rows))
-        if pre_activation is None:
+        if layer.quack:
             activation = Fp8(activation, layer.activation.inverse)
             d_pre_rows, d_pre_cols = epilogues.relu2_backward_matmul(
                 d_rows, fc2_cols, activation, layer.d_pre_activation)
@@ -788,9 +772,9 @@ class FusedBlocks:
     """
 
     def __init__(self, model: Any, quack: bool = False) -> None:
-        """model: train.GPT, whose blocks are made of TE's layers. quack: run epilogues.PARTS by QuACK."""
+        """model: train.GPT, whose blocks are made of TE's layers. quack: run relu^2 within QuACK's FP8 matmuls."""
         self.model, self.cache = model, {}
-        self.quack = epilogues.PARTS if quack else frozenset()
+        self.quack = quack
         self.formats = {}  # {whether FP8 is on: (blocks, TE's scales, buffer for their copy, buffer for its inverse)}
 
     def begin(self, x: torch.Tensor, first: bool | None, in_place: str, where: TokenOrder) -> None:
@@ -857,15 +841,14 @@ class FusedBlocks:
                 QKVLayer(
                     fused=self, eps=attn.eps, n_head=attn.n_head, cos=self.model.cos, sin=self.model.sin,
                     on_last_gradient=on_last_gradient, input=tensor_scaling(qkv, forward, 0),
-                    weight=tensor_scaling(qkv, forward, 1), d_qkv=tensor_scaling(qkv, backward, 0), d_before=before,
-                    quack=self.quack),
+                    weight=tensor_scaling(qkv, forward, 1), d_qkv=tensor_scaling(qkv, backward, 0), d_before=before),
                 MLPLayer(
                     fused=self, eps=attn.eps, attention_out=tensor_scaling(proj, forward, 0, colwise=False),
                     proj=tensor_scaling(proj, forward, 1), d_proj=tensor_scaling(proj, backward, 0),
                     input=tensor_scaling(mlp, forward, 0), fc1=tensor_scaling(mlp, forward, 1),
                     d_pre_activation=tensor_scaling(mlp, backward, 0), activation=tensor_scaling(mlp, forward, 3),
                     fc2=tensor_scaling(mlp, forward, 4), d_mlp_out=d_mlp_out, d_passed=passed,
-                    quack=self.quack)))
+                    quack=self.quack and (mlp, forward) in offsets)))
             before = passed
         return blocks, [meta.scale for *_, meta in fp8_metas], scale, inverse
 

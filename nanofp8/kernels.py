@@ -85,9 +85,8 @@ def quantize_fp8(x_ptr, out_ptr, cols_ptr, scale_ptr, amax_ptr, M, K, E5M2: tl.c
     """Compute out = x * scale in FP8 and cols = out.T, and raise amax to the largest |x|, without NaN.
 
     x (M, K) bf16 or fp32; out (M, K) E5M2 or E4M3, or None; cols (K, M / 4) words of the same, or None; amax None: not
-    raised.
-    The results are those of Transformer Engine's kernel (common/transpose/rtc/cast_transpose.cu), bit for bit. A
-    program takes 4 * QUADS rows and BLOCK columns.
+    raised. The results are those of Transformer Engine's kernel (common/transpose/rtc/cast_transpose.cu), bit for bit.
+    A program takes 4 * QUADS rows and BLOCK columns.
     """
     quads, columns = tl.program_id(0) * QUADS + tl.arange(0, QUADS), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     values0 = quantize_rows(x_ptr, out_ptr, scale_ptr, 4 * quads, columns, M, K, E5M2)
@@ -518,29 +517,10 @@ def cross_entropy_loss(logits_ptr, targets_ptr, loss_ptr, lse_ptr, V, softcap, C
         sums += tl.where(columns < V, tl.exp(capped - maximum), 0.0)
     row_maximum = tl.max(maximum, axis=0)
     lse = row_maximum + tl.log(tl.sum(sums * tl.exp(maximum - row_maximum), axis=0))
-    store_row_loss(row, row_ptr, targets_ptr, loss_ptr, lse_ptr, lse, softcap, CAP)
-
-
-@triton.jit
-def store_row_loss(row, row_ptr, targets_ptr, loss_ptr, lse_ptr, lse, softcap, CAP: tl.constexpr):
-    """Store a row's loss and log-sum-exp. row_ptr: its logits; the rest as in cross_entropy_loss."""
     target = tl.load(targets_ptr + row)
     capped, _ = softcapped(tl.load(row_ptr + tl.maximum(target, 0)).to(tl.float32), softcap, CAP)
     tl.store(lse_ptr + row, lse)
     tl.store(loss_ptr + row, tl.where(target >= 0, lse - capped, 0.0))
-
-
-@triton.jit
-def cross_entropy_of_sums(logits_ptr, targets_ptr, sums_ptr, loss_ptr, lse_ptr, V, parts, softcap, BLOCK: tl.constexpr):
-    """Compute what cross_entropy_loss computes, from sums of exp(softcapped logit - softcap), one row a program.
-
-    sums (N, parts) fp32: those of a row add up to the sum over its V logits. BLOCK is at least `parts`.
-    """
-    row = tl.program_id(0)
-    columns = tl.arange(0, BLOCK)
-    sums = tl.load(sums_ptr + row.to(tl.int64) * parts + columns, mask=columns < parts, other=0.0)
-    lse = softcap + tl.log(tl.sum(sums, axis=0))
-    store_row_loss(row, logits_ptr + row.to(tl.int64) * V, targets_ptr, loss_ptr, lse_ptr, lse, softcap, True)
 
 
 @triton.jit

@@ -26,7 +26,7 @@ from nanofp8 import sizes
 from nanofp8.checkpoint import random_state, set_random_state
 from nanofp8.checkpoint_files import read_checkpoint
 from nanofp8.config import UserError, may_choose
-from nanofp8.epilogues import PARTS, choose_quack
+from nanofp8.epilogues import choose_quack
 from nanofp8.fused import blocks_fit, kernels_fit, needs_transposes
 from nanofp8.parts import GATE_CHANNELS, value_layers, windows
 from nanofp8.precision import Precision, choose_format, fp8_state
@@ -273,7 +273,7 @@ def kind_of(cfg: SimpleNamespace, precision: Precision, wrapper: str, procs: Pro
     """Return what decides which tensors a run makes. wrapper: "none", "ddp" or "fsdp2"."""
     fused = blocks_fit(cfg, precision, procs.device)
     capable = procs.device.type == "cuda" and torch.cuda.get_device_capability(procs.device) >= (8, 9)
-    quack = choose_quack(cfg, procs.device, fused and precision.recipe is not None)[0] and "relu2" in PARTS
+    quack, _ = choose_quack(cfg, procs.device, fused and precision.recipe is not None)
     return Kind(precision.name, "fused" if fused else "emulated" if precision.emulated else "modules",
                 precision.fp8_head(cfg), wrapper, procs.world_size,
                 kernels_fit(cfg, procs.device) and not cfg.USE_AC_ATTENTION, capable,
