@@ -269,11 +269,13 @@ def auto_batch(train_tokens: int) -> int:
 
 
 def resolve_length(cfg: SimpleNamespace, saved: dict | None = None) -> None:
-    """Set total_batch_size if it is "auto", and max_iters by train_tokens, in place.
+    """Set batch_size and total_batch_size if they are "auto", and max_iters by train_tokens, in place.
 
     saved: flags of the checkpoint that is resumed, whose total_batch_size stays if the flag is "auto"; {}: there is
     none; None: not known yet.
     """
+    if cfg.batch_size == "auto":  # memory.choose() lowers it
+        cfg.batch_size = LARGEST_BATCH.get(cfg.preset, 16)
     if "max_iters" in cfg.explicit and "train_tokens" in cfg.explicit and cfg.train_tokens:
         raise UserError("train_tokens and max_iters both set the length; give only one of them", 2)
     if "total_batch_size" in cfg.auto:
@@ -1075,8 +1077,6 @@ def read_flags(argv: Sequence[str], has_gpu: bool | None = None) -> SimpleNamesp
     cfg = parse_flags(argv, os.path.abspath(__file__), PRESETS, has_gpu)
     if not known and not has_gpu and "preset" in cfg.auto:
         check_gpus()  # rather than train a tiny model on the CPU by surprise
-    if cfg.batch_size == "auto":
-        cfg.batch_size = LARGEST_BATCH.get(cfg.preset, 16)
     resolve_length(cfg)
     return cfg
 

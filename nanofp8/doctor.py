@@ -278,8 +278,6 @@ def check_flags(exam: Examination) -> Iterator[Verdict]:
     exam.train = definitions(
         exam.path, math=math, torch=exam.torch, memory=memory, may_choose=may_choose, UserError=UserError)
     cfg = parse_flags(exam.given, exam.path, exam.train.PRESETS, bool(exam.gpus))
-    if cfg.batch_size == "auto":
-        cfg.batch_size = exam.train.LARGEST_BATCH.get(cfg.preset, 16)
     saved = {}
     if not exam.gpus and "preset" in cfg.auto and exam.torch:
         from nanofp8.machine import check_gpus
