@@ -142,6 +142,19 @@ def script_env(**extra):
     return env | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo", **extra}
 
 
+def marked_processes(mark):
+    """Yield (pid, environment, command line), bytes, of the living processes that have `mark`, "NAME=value", in their
+    environment. Reads /proc."""
+    for path in pathlib.Path("/proc").glob("[0-9]*"):
+        try:
+            entries = (path / "environ").read_bytes().split(b"\0")
+            if mark.encode() in entries:
+                environment = dict(entry.split(b"=", 1) for entry in entries if b"=" in entry)
+                yield int(path.name), environment, (path / "cmdline").read_bytes()
+        except OSError:  # it has just ended, or is another user's
+            continue
+
+
 def start(*command, cwd, **env):
     """Start `python command...` and return the process. finish() waits for its end. Several can run side by side."""
     return subprocess.Popen([sys.executable, *map(str, command)], cwd=cwd, env=script_env(**env), text=True,

@@ -4,7 +4,6 @@ import gc
 import io
 import json
 import os
-import pathlib
 import re
 import shutil
 import signal
@@ -36,6 +35,7 @@ from helpers import (
     in_ckpt,
     learned,
     losses,
+    marked_processes,
     poisoned,
     records,
     script_env,
@@ -596,18 +596,9 @@ def run_sh(cwd, *args, **env):
 
 def workers(process):
     """Return {rank: pid} of the processes that run train.py below a run.sh."""
-    found = {}
-    for path in pathlib.Path("/proc").glob("[0-9]*"):
-        try:
-            environment = (path / "environ").read_bytes().split(b"\0")
-            if f"OF_RUN_SH={os.getpid()}.{process.args[2]}".encode() not in environment:
-                continue
-            variables = dict(v.split(b"=", 1) for v in environment if b"=" in v)
-            if b"RANK" in variables and b"train.py" in (path / "cmdline").read_bytes():
-                found[int(variables[b"RANK"])] = int(path.name)
-        except OSError:
-            continue
-    return found
+    mark = f"OF_RUN_SH={os.getpid()}.{process.args[2]}"
+    return {int(environment[b"RANK"]): pid for pid, environment, command in marked_processes(mark)
+            if b"RANK" in environment and b"train.py" in command}
 
 
 needs_proc = pytest.mark.skipif(not os.path.exists("/proc/self/environ"), reason="no /proc")

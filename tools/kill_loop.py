@@ -31,7 +31,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch
 
-from helpers import learned, script_env
+from helpers import learned, marked_processes, script_env
 from nanofp8.checkpoint_files import complete_checkpoints, load_tensors, read_checkpoint, read_index
 from nanofp8.config import OneLineParser, UserError, exit_with
 from nanofp8.resuming import find_checkpoint
@@ -77,23 +77,15 @@ class Attempt:
 
 
 def processes(marker: str) -> dict[str, int]:
-    """Return the living processes of an attempt: {"torchrun", "worker 0", ... or "process <pid>": pid}. Reads /proc."""
+    """Return the living processes of an attempt: {"torchrun", "worker 0", ... or "process <pid>": pid}."""
     found = {}
-    for path in pathlib.Path("/proc").glob("[0-9]*"):
-        try:
-            environment = (path / "environ").read_bytes().split(b"\0")
-            if f"KILL_LOOP={marker}".encode() not in environment:
-                continue
-            command = (path / "cmdline").read_bytes()
-        except OSError:  # it has just ended, or is another user's
-            continue
-        variables = dict(entry.split(b"=", 1) for entry in environment if b"=" in entry)
-        if b"train.py\0" in command and b"RANK" in variables:
-            found[f"worker {int(variables[b'RANK'])}"] = int(path.name)
+    for pid, environment, command in marked_processes(f"KILL_LOOP={marker}"):
+        if b"train.py\0" in command and b"RANK" in environment:
+            found[f"worker {int(environment[b'RANK'])}"] = pid
         elif b"torch.distributed.run" in command:
-            found["torchrun"] = int(path.name)
+            found["torchrun"] = pid
         else:
-            found[f"process {path.name}"] = int(path.name)
+            found[f"process {pid}"] = pid
     return found
 
 
