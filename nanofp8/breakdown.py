@@ -1,14 +1,18 @@
 """Breakdown: where a training step's time goes, by part of the model and by matmul, from torch's profiler."""
 
+import bisect
+import collections
 import contextlib
 import functools
 import math
+import re
 import statistics
 import threading
 from types import ModuleType, SimpleNamespace
-from typing import Any, Callable, Iterator
+from typing import Any, Callable, Iterable, Iterator
 
 import torch
+from torch.autograd import DeviceType
 
 from nanofp8 import epilogues, fused, loss, parts
 from nanofp8.config import UserError
@@ -31,6 +35,10 @@ NAMES = {
     (epilogues, "relu2_backward_matmul"): "fc2's input gradient with relu^2's (QuACK)",
 }
 PREFIX = "step: "  # of our labels among the profiler's
+AUTOGRAD = "autograd::engine::evaluate_function: "  # before a backward function's name, in the profiler's range of it
+ATTENTION = ("FusedAttnFunc", "FlashAttention4", "ScaledDotProduct")  # parts of the names of attention's functions
+API_CALL = re.compile("cu(da)?[A-Z]")  # start of CUDA's functions: cudaLaunchKernel, cuLaunchKernelEx, cudaMemcpyAsync
+OTHERS, LEAST_SHARE, NAME_LENGTH = 5, 0.003, 60  # rows of kernels without a label: most rows, least share, length
 WARM_TOKENS = 7e6  # before the profiled step on a GPU: 30 s of d20 on one H100, which is at its power limit then
 
 
@@ -97,28 +105,107 @@ class Labels:
             yield
 
 
+def label_of(name: str) -> str | None:
+    """Return the label for which the profiler recorded a range of this name, or None."""
+    if name.startswith(PREFIX):
+        return name[len(PREFIX):]
+    # Attention's backward pass is a function of autograd, which has a label of its own
+    if name.startswith(AUTOGRAD) and any(part in name for part in ATTENTION):
+        return "attention, backward"
+    return None
+
+
+class Ranges:
+    """The labelled ranges of time of one thread. They can be nested, but do not overlap otherwise."""
+
+    def __init__(self, ranges: list[tuple[int, int, str]]) -> None:
+        """ranges: (start, end, label)."""
+        self.ranges = sorted(ranges, key=lambda r: (r[0], -r[1]))
+        self.starts = [start for start, _, _ in self.ranges]
+        self.outer = []  # of each: index of the range that contains it, or -1
+        for i, start in enumerate(self.starts):
+            self.outer.append(self.containing(start, i - 1))
+
+    def containing(self, time: int, last: int) -> int:
+        """Return the index of the innermost range that contains `time`, or -1. last: the last that starts by then."""
+        while last >= 0 and self.ranges[last][1] <= time:
+            last = self.outer[last]
+        return last
+
+    def label(self, time: int) -> str | None:
+        """Return the label of the innermost range that contains `time`, or None."""
+        found = self.containing(time, bisect.bisect_right(self.starts, time) - 1)
+        return self.ranges[found][2] if found >= 0 else None
+
+
+def short_name(kernel: str) -> str:
+    """Return a kernel's name without namespaces, numbers and arguments, as words: Markdown would read <> as HTML."""
+    name = re.sub(r"\(anonymous namespace\)::|\w+::", "", kernel.removeprefix("void "))
+    name = re.split(r"(?<=[\w>])\(", name)[0]  # arguments follow a name or its template
+    return " ".join(re.findall(r"\b[A-Za-z_]\w*", name))[:NAME_LENGTH]
+
+
+def gpu_rows(events: Iterable[Any]) -> list[dict[str, Any]]:
+    """Return dict(label, calls, ms) of each label, of the largest kernels without a label, and of everything else.
+
+    A kernel, copy or fill of memory belongs to the label within which its thread launched it. The profiler's own sums
+    leave out kernels that are not launched by PyTorch's operators: those of Triton, QuACK and Transformer Engine.
+    events: the profiler's raw ones (torch._C._autograd._KinetoEvent).
+    """
+    kernels, launches, operators, ranges = [], {}, {}, collections.defaultdict(list)
+    for event in events:
+        name = event.name()
+        if event.device_type() == DeviceType.CUDA:
+            if not event.is_user_annotation():  # the profiler repeats labels on the GPU
+                kernels.append(event)
+        elif API_CALL.match(name):
+            launches[event.correlation_id()] = event
+        else:
+            operators[event.correlation_id()] = event  # numbered separately: a launch can have the same number
+            if label := label_of(name):
+                # Not start_thread_id(): for a launch outside of operators it is that of the profiler's thread
+                ranges[event.device_resource_id()].append((event.start_ns(), event.end_ns(), label))
+    operators.pop(0, None)  # number of what is no operator; as a link it means none
+    threads = {thread: Ranges(found) for thread, found in ranges.items()}
+    calls = collections.Counter(label for found in ranges.values() for _, _, label in found)
+    ms, others, other_calls = dict.fromkeys(calls, 0.0), collections.Counter(), collections.Counter()
+    for kernel in kernels:
+        # The profiler does not record all of CUDA's functions: cuLaunchCooperativeKernel is missing
+        launch = launches.get(kernel.correlation_id()) or operators.get(kernel.linked_correlation_id())
+        thread = threads.get(launch.device_resource_id()) if launch else None
+        label = thread.label(launch.start_ns()) if thread else None
+        if label:
+            ms[label] += kernel.duration_ns() / 1e6
+        else:
+            name = short_name(kernel.name())
+            others[name] += kernel.duration_ns() / 1e6
+            other_calls[name] += 1
+    rows = [dict(label=label, calls=calls[label], ms=ms[label]) for label in calls]
+    least = LEAST_SHARE * (sum(ms.values()) + sum(others.values()))
+    named = [name for name, time in others.most_common(OTHERS) if time > least]
+    rows += [dict(label=f"other: {name}", calls=other_calls[name], ms=others.pop(name)) for name in named]
+    return rows + [dict(label="everything else", calls=None, ms=float(sum(others.values())))]
+
+
 def collect(profile: torch.profiler.profile, cuda: bool, flops: dict[str, int]) -> dict[str, Any]:
     """Return {"total": ms of all kernels, "rows": one dict(label, calls, ms, flops) each, largest first}.
 
     On a GPU the time of a label is that of the kernels launched within it, on a CPU its own.
     """
-    def took(event: Any) -> float:
-        return (event.device_time_total if cuda else event.cpu_time_total) / 1000
-
-    averages = profile.key_averages()
-    kind = torch.autograd.DeviceType.CUDA if cuda else torch.autograd.DeviceType.CPU
-    ours = [e for e in averages if e.key.startswith(PREFIX) and e.device_type == torch.autograd.DeviceType.CPU]
-    rows = [dict(label=e.key[len(PREFIX):], calls=e.count, ms=took(e)) for e in ours]
-    # Attention's backward pass is a function of autograd, which has a label of its own
-    names = ("FusedAttnFunc", "FlashAttention4", "ScaledDotProduct")
-    backward = [e for e in averages if e.key.startswith("autograd::engine::evaluate_function: ")
-                and any(name in e.key for name in names)]
-    if backward:
-        calls, ms = sum(e.count for e in backward), sum(took(e) for e in backward)
-        rows.append(dict(label="attention, backward", calls=calls, ms=ms))
-    kernels = [e for e in averages if e.device_type == kind and "#" not in e.key and not e.key.startswith(PREFIX)]
-    total = sum(e.self_device_time_total if cuda else e.self_cpu_time_total for e in kernels) / 1000
-    rows.append(dict(label="everything else", calls=None, ms=max(0.0, total - sum(row["ms"] for row in rows))))
+    if cuda:
+        rows = gpu_rows(profile.profiler.kineto_results.events())
+        total = sum(row["ms"] for row in rows)
+    else:
+        averages, calls, ms = profile.key_averages(), collections.Counter(), collections.Counter()
+        for event in averages:
+            if label := label_of(event.key):
+                calls[label] += event.count
+                ms[label] += event.cpu_time_total / 1000
+        # Ranges that optimizers put around their operators have "#" in the name
+        operators = [e for e in averages if "#" not in e.key and not e.key.startswith(PREFIX)]
+        total = sum(e.self_cpu_time_total for e in operators) / 1000
+        rows = [dict(label=label, calls=calls[label], ms=ms[label]) for label in calls]
+        rows.append(dict(label="everything else", calls=None, ms=max(0.0, total - sum(ms.values()))))
     rows = [row | dict(flops=flops.get(row["label"], 0)) for row in rows]
     return dict(total=total, rows=sorted(rows, key=lambda row: -row["ms"]))
 
