@@ -231,7 +231,8 @@ def measure(train: ModuleType, cfg: SimpleNamespace, procs: Any, at: int) -> dic
                     (core, "forward", labels.named(core.forward, "attention, forward")) for core in cores]:
                 setattr(owner, name, value)
                 stack.callback(delattr, owner, name)
-            with torch.profiler.profile(activities=activities) as profile:
+            # acc_events: without it torch 2.11 warns of events that later profiles would clear
+            with torch.profiler.profile(activities=activities, acc_events=True) as profile:
                 result = train_step(run)
                 if cuda:
                     torch.cuda.synchronize()

@@ -205,7 +205,8 @@ def profiling(folder: str, procs: Any, enabled: bool = True) -> Iterator[None]:
     activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * cuda
     if cuda:
         torch.cuda.memory._record_memory_history(max_entries=200_000)
-    with torch.profiler.profile(activities=activities) as profile:
+    # acc_events: without it torch 2.11 warns of events that later profiles would clear
+    with torch.profiler.profile(activities=activities, acc_events=True) as profile:
         yield
         if cuda:
             torch.cuda.synchronize()
