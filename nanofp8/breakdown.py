@@ -32,6 +32,8 @@ NAMES = {
     (parts, "table_gradient"): "gradients of embeddings",
     (loss, "softcap_cross_entropy"): "cross-entropy", (loss, "softcap_cross_entropy_and_grad"): "cross-entropy",
     (epilogues, "relu2_matmul"): "fc1 with relu^2 (QuACK)",
+    (epilogues, "plain_matmul"): "q, k and v (QuACK)",
+    (epilogues, "logits_matmul"): "logits and the sums of their exponentials (QuACK)",
     (epilogues, "relu2_backward_matmul"): "fc2's input gradient with relu^2's (QuACK)",
 }
 PREFIX = "step: "  # of our labels among the profiler's

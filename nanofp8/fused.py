@@ -529,6 +529,7 @@ class QKVLayer(NamedTuple):
     weight: Scaling | None
     d_qkv: Scaling | None              # gradient of the matmul's output
     d_before: Passed | None = None     # gradient of x, for the MLPLayer of the block before; None: not in FP8
+    quack: bool = False                # QuACK multiplies, which is faster here than cuBLAS
 
 
 class FusedQKV(torch.autograd.Function):
@@ -555,7 +556,7 @@ class FusedQKV(torch.autograd.Function):
         mix = None if x0 is None else Mix(x0, x_scale, x0_scale)
         residual, y, rstd = add_norm(x, delta, gain, layer.eps, layer.input, mix)
         weight_rows, ctx.weight_cols = layer.fused.operand(weight, layer.weight)
-        qkv = matmul(y, weight_rows, fast=True)                                        # (N, 3C)
+        qkv = epilogues.plain_matmul(y, weight_rows) if layer.quack else matmul(y, weight_rows, fast=True)  # (N, 3C)
         rope_rstd = rope_qk_norm_in_place(qkv, layer.cos, layer.sin, T, layer.n_head, layer.eps)
         gate_inputs, gates = None, None
         if table is not None:
@@ -772,7 +773,7 @@ class FusedBlocks:
     """
 
     def __init__(self, model: Any, quack: bool = False) -> None:
-        """model: train.GPT, whose blocks are made of TE's layers. quack: run relu^2 within QuACK's FP8 matmuls."""
+        """model: train.GPT, whose blocks are made of TE's layers. quack: let QuACK multiply where it is faster."""
         self.model, self.cache = model, {}
         self.quack = quack
         self.formats = {}  # {whether FP8 is on: (blocks, TE's scales, buffer for their copy, buffer for its inverse)}
@@ -841,7 +842,8 @@ class FusedBlocks:
                 QKVLayer(
                     fused=self, eps=attn.eps, n_head=attn.n_head, cos=self.model.cos, sin=self.model.sin,
                     on_last_gradient=on_last_gradient, input=tensor_scaling(qkv, forward, 0),
-                    weight=tensor_scaling(qkv, forward, 1), d_qkv=tensor_scaling(qkv, backward, 0), d_before=before),
+                    weight=tensor_scaling(qkv, forward, 1), d_qkv=tensor_scaling(qkv, backward, 0), d_before=before,
+                    quack=self.quack and (qkv, forward) in offsets),
                 MLPLayer(
                     fused=self, eps=attn.eps, attention_out=tensor_scaling(proj, forward, 0, colwise=False),
                     proj=tensor_scaling(proj, forward, 1), d_proj=tensor_scaling(proj, backward, 0),

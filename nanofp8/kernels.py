@@ -517,10 +517,29 @@ def cross_entropy_loss(logits_ptr, targets_ptr, loss_ptr, lse_ptr, V, softcap, C
         sums += tl.where(columns < V, tl.exp(capped - maximum), 0.0)
     row_maximum = tl.max(maximum, axis=0)
     lse = row_maximum + tl.log(tl.sum(sums * tl.exp(maximum - row_maximum), axis=0))
+    store_row_loss(row, row_ptr, targets_ptr, loss_ptr, lse_ptr, lse, softcap, CAP)
+
+
+@triton.jit
+def store_row_loss(row, row_ptr, targets_ptr, loss_ptr, lse_ptr, lse, softcap, CAP: tl.constexpr):
+    """Store a row's loss and log-sum-exp. row_ptr: its logits; the rest as in cross_entropy_loss."""
     target = tl.load(targets_ptr + row)
     capped, _ = softcapped(tl.load(row_ptr + tl.maximum(target, 0)).to(tl.float32), softcap, CAP)
     tl.store(lse_ptr + row, lse)
     tl.store(loss_ptr + row, tl.where(target >= 0, lse - capped, 0.0))
+
+
+@triton.jit
+def cross_entropy_of_sums(logits_ptr, targets_ptr, sums_ptr, loss_ptr, lse_ptr, V, parts, softcap, BLOCK: tl.constexpr):
+    """Compute what cross_entropy_loss computes, from sums of exp(softcapped logit - softcap), one row a program.
+
+    sums (N, parts) fp32: those of a row add up to the sum over its V logits. BLOCK is at least `parts`.
+    """
+    row = tl.program_id(0)
+    columns = tl.arange(0, BLOCK)
+    sums = tl.load(sums_ptr + row.to(tl.int64) * parts + columns, mask=columns < parts, other=0.0)
+    lse = softcap + tl.log(tl.sum(sums, axis=0))
+    store_row_loss(row, logits_ptr + row.to(tl.int64) * V, targets_ptr, loss_ptr, lse_ptr, lse, softcap, True)
 
 
 @triton.jit

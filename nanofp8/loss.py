@@ -8,8 +8,10 @@ from types import SimpleNamespace
 import torch
 import torch.nn as nn
 
+from nanofp8 import epilogues
 from nanofp8.fused import (
     Fp8,
+    Operand,
     Operands,
     Scaling,
     as_int32,
@@ -33,13 +35,24 @@ else:
 LOGIT_GRAD_SCALE = 2.0 ** 15  # gradients of logits lie in [-1, 1]: this constant maps them into E5M2's range
 
 
-def softcap_cross_entropy(logits: torch.Tensor, targets: torch.Tensor, softcap: float) -> torch.Tensor:
+def logits_and_sums(h: Operand, weight: Operand, softcap: float,
+                    quack: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return the logits h @ weight.T (N, V), and with `quack` the sums from epilogues.logits_matmul(), else None.
+
+    h (N, C), weight (V, C).
+    """
+    return epilogues.logits_matmul(h, weight, softcap) if quack else (matmul(h, weight), None)
+
+
+def softcap_cross_entropy(logits: torch.Tensor, targets: torch.Tensor, softcap: float,
+                          sums: torch.Tensor | None = None) -> torch.Tensor:
     """Return the summed cross-entropy of softcap * tanh(logits / softcap), a scalar fp32.
 
-    logits (N, V); targets (N,) int64, -1: ignored; softcap 0: none. Softcap: arXiv 2408.00118.
+    logits (N, V); targets (N,) int64, -1: ignored; softcap 0: none; sums: from logits_and_sums(). Softcap: arXiv
+    2408.00118.
     """
     if use_kernels(logits):
-        return cross_entropy_kernels(logits, targets, softcap)[0]
+        return cross_entropy_kernels(logits, targets, softcap, sums)[0]
     capped = logits.float()
     if softcap:
         capped = torch.tanh(capped / softcap) * softcap
@@ -49,15 +62,16 @@ def softcap_cross_entropy(logits: torch.Tensor, targets: torch.Tensor, softcap: 
 
 def softcap_cross_entropy_and_grad(logits: torch.Tensor, targets: torch.Tensor, softcap: float,
                                    scaling: Scaling | None = None,
-                                   factor: float = 1.0) -> tuple[torch.Tensor, Operands]:
+                                   factor: float = 1.0,
+                                   sums: torch.Tensor | None = None) -> tuple[torch.Tensor, Operands]:
     """Return softcap_cross_entropy(), and its gradient for the logits as matmul operands (N, V) and (V, N).
 
     The gradient is FP8 by `scaling`, whose scale must be LOGIT_GRAD_SCALE; or, if that is None, in the logits' dtype
-    and multiplied by `factor`. The logits may be overwritten.
+    and multiplied by `factor`. The logits may be overwritten. sums: from logits_and_sums().
     """
     # A GPU without FP8 matmuls has no instructions to round to FP8 either
     if use_kernels(logits) and (scaling is None or te_gemm() or not logits.is_cuda):
-        loss, lse = cross_entropy_kernels(logits, targets, softcap)
+        loss, lse = cross_entropy_kernels(logits, targets, softcap, sums)
         N, V = logits.shape
         rows, cols = outputs(logits, scaling)
         kernels.cross_entropy_gradient[(triton.cdiv(N, 64), triton.cdiv(V, 64))](
@@ -80,11 +94,19 @@ def softcap_cross_entropy_and_grad(logits: torch.Tensor, targets: torch.Tensor, 
     return loss, quantize(grad.to(logits.dtype), scaling)
 
 
-def cross_entropy_kernels(logits: torch.Tensor, targets: torch.Tensor,
-                          softcap: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the summed loss (scalar fp32) and the log-sum-exp of each row (N,) fp32, by Triton."""
+def cross_entropy_kernels(logits: torch.Tensor, targets: torch.Tensor, softcap: float,
+                          sums: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the summed loss (scalar fp32) and the log-sum-exp of each row (N,) fp32, by Triton.
+
+    With sums, from logits_and_sums(), only the targets' logits are read.
+    """
     N, V = logits.shape
     loss, lse = torch.empty(2, N, dtype=torch.float32, device=logits.device)
+    if sums is not None:
+        parts = sums.shape[1]
+        kernels.cross_entropy_of_sums[(N,)](
+            logits, targets, sums, loss, lse, V, parts, softcap, triton.next_power_of_2(parts))
+        return loss.sum(), lse
     kernels.cross_entropy_loss[(N,)](logits, targets, loss, lse, V, softcap or 1.0, softcap > 0, 2048, num_warps=8)
     return loss.sum(), lse
 
@@ -105,30 +127,35 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         in_place: as in fused.weight_gradient(). Not "": backward() must start at this loss, whose gradient is then 1,
             because without `recompute` the forward pass adds to weight.grad already.
         factor: of the loss, and so of its gradients.
+        quack: compute the logits by QuACK; needs Fp8 and a softcap.
     Returns: the loss, a scalar fp32.
     """
 
     @staticmethod
     def forward(ctx, h: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, operand: Operands, softcap: float,
-                chunk: int, recompute: bool, in_place: str = "", factor: float = 1.0) -> torch.Tensor:
+                chunk: int, recompute: bool, in_place: str = "", factor: float = 1.0,
+                quack: bool = False) -> torch.Tensor:
         ctx.in_place, ctx.rest = in_place, None
         if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
             if not recompute:
                 loss, *ctx.grads = ChunkedCrossEntropy.loss_and_grads(
-                    h, weight, targets, operand, softcap, chunk, in_place, factor)
+                    h, weight, targets, operand, softcap, chunk, in_place, factor, quack)
                 return loss
             ctx.save_for_backward(h, weight, targets)
-            ctx.rest = operand, softcap, chunk, in_place, factor
+            ctx.rest = operand, softcap, chunk, in_place, factor, quack
         scaling = current_scaling(h, torch.float8_e4m3fn) if isinstance(operand[0], Fp8) else None
-        return factor * sum(
-            softcap_cross_entropy(
-                matmul(quantize(h_chunk, scaling, colwise=False)[0], operand[0]), target_chunk, softcap)
-            for h_chunk, target_chunk in zip(h.split(chunk), targets.split(chunk), strict=True))
+        loss = torch.zeros((), device=h.device)
+        for h_chunk, target_chunk in zip(h.split(chunk), targets.split(chunk), strict=True):
+            h_rows, _ = quantize(h_chunk, scaling, colwise=False)
+            logits, sums = logits_and_sums(h_rows, operand[0], softcap, quack)
+            loss += softcap_cross_entropy(logits, target_chunk, softcap, sums)
+            del logits  # before the next chunk's are made
+        return loss * factor
 
     @staticmethod
     def loss_and_grads(h: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, operand: Operands, softcap: float,
-                       chunk: int, in_place: str, factor: float) -> tuple[torch.Tensor, torch.Tensor,
-                                                                          torch.Tensor | None]:
+                       chunk: int, in_place: str, factor: float,
+                       quack: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Return the loss (scalar fp32), its gradient for h (N, C) bf16, and for the weight (V, C) fp32.
 
         The last is None if it went to weight.grad.
@@ -142,8 +169,10 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         dw, add = given, in_place == "add"
         for h_chunk, target_chunk, dh_chunk in zip(h.split(chunk), targets.split(chunk), dh.split(chunk), strict=True):
             h_rows, h_cols = quantize(h_chunk, scaling)
+            logits, sums = logits_and_sums(h_rows, operand[0], softcap, quack)
             chunk_loss, (grad_rows, grad_cols) = softcap_cross_entropy_and_grad(
-                matmul(h_rows, operand[0]), target_chunk, softcap, grad_scaling, factor)
+                logits, target_chunk, softcap, grad_scaling, factor, sums)
+            del logits  # before the next chunk's are made
             loss += chunk_loss
             dh_chunk.copy_(matmul(grad_rows, operand[1]))
             if dw is None:
@@ -160,17 +189,21 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         if not ctx.in_place:
             dh.mul_(grad_loss)
             dw.mul_(grad_loss)
-        return dh, dw, None, None, None, None, None, None, None
+        return dh, dw, None, None, None, None, None, None, None, None
 
 
 class LMHead(nn.Module):
     """Output projection with logit softcap, and the loss over it in chunks of tokens."""
 
-    def __init__(self, cfg: SimpleNamespace, device: torch.device):
-        """Start with zeros: (V, C) fp32. cfg: vocab_size, n_embd, logit_softcap, loss_chunk_size, USE_AC_LM_HEAD."""
+    def __init__(self, cfg: SimpleNamespace, device: torch.device, quack: bool = False):
+        """Start with zeros: (V, C) fp32. cfg: vocab_size, n_embd, logit_softcap, loss_chunk_size, USE_AC_LM_HEAD.
+
+        quack: let QuACK compute the logits of an FP8 head with softcap.
+        """
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(cfg.vocab_size, cfg.n_embd, device=device))
         self.softcap, self.chunk, self.recompute = cfg.logit_softcap, cfg.loss_chunk_size, cfg.USE_AC_LM_HEAD
+        self.quack = quack and self.softcap > 0
         self.cache = {}  # quantized weight of this step
 
     def forward(self, h: torch.Tensor, targets: torch.Tensor | None = None, first: bool | None = None,
@@ -192,4 +225,5 @@ class LMHead(nn.Module):
         operand = weight_operand(self.weight, lambda w: current_scaling(w, torch.float8_e4m3fn) if fp8 else None,
                                  first, self.cache)
         return ChunkedCrossEntropy.apply(h.flatten(0, 1), self.weight, targets.flatten(), operand, self.softcap,
-                                         self.chunk, self.recompute or not torch.is_grad_enabled(), in_place, factor)
+                                         self.chunk, self.recompute or not torch.is_grad_enabled(), in_place, factor,
+                                         self.quack and fp8)

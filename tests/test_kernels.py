@@ -488,9 +488,11 @@ FUSED = SimpleNamespace(
     in_place="", where=None, operand=lambda weight, scaling: weight_operand(weight, lambda _: scaling, None, {}))
 
 
-@pytest.mark.parametrize("fp8", [False, True])
-def test_first_part_of_a_block(fp8):
+@pytest.mark.parametrize("fp8, quack", [(False, False), (True, False), (True, True)])
+def test_first_part_of_a_block(fp8, quack, monkeypatch):
     """Within the format's rounding: E4M3 has 3 bits of mantissa and E5M2 has 2, products are off by 4% and 7%."""
+    if quack:
+        use_quack(monkeypatch)
     cos, sin = tables()
     x, delta = randn(B, T, C), randn(B, T, C, seed=1)
     gain, weight = 1 + 0.1 * randn(C, seed=2, dtype=torch.float32), SIZE * randn(3 * C, C, seed=3, dtype=torch.float32)
@@ -499,7 +501,8 @@ def test_first_part_of_a_block(fp8):
     updates = []
     layer = QKVLayer(
         fused=FUSED, eps=1e-6, n_head=H, cos=cos, sin=sin, on_last_gradient=lambda: updates.append(1),
-        input=make_scaling(90, E4M3, fp8), weight=make_scaling(400, E4M3, fp8), d_qkv=make_scaling(2000, E5M2, fp8))
+        input=make_scaling(90, E4M3, fp8), weight=make_scaling(400, E4M3, fp8), d_qkv=make_scaling(2000, E5M2, fp8),
+        quack=quack)
     *outputs, x0 = FusedQKV.apply(*leaves, layer)
     assert x0 is None
     torch.autograd.backward(outputs, [grad.to(output.dtype) for grad, output in zip(grads, outputs, strict=True)])
@@ -593,14 +596,15 @@ def test_rope_and_qk_norm_in_place(packed):
 
 
 class PlainQuack:
-    """relu2 and relu2_backward of nanofp8/epilogue_functions.py in plain PyTorch, called as QuACK is."""
+    """The matmuls of nanofp8/epilogue_functions.py in plain PyTorch, called as QuACK is."""
 
     @staticmethod
     def matmul(a, b, out, epi_args, tile_M, tile_N, cluster_M, cluster_N, post_init_attrs, pingpong=False):
         """Return a @ b.T (fp32), and check what QuACK would refuse or not survive."""
         assert all(factor.shape == (1,) for name, factor in epi_args.items() if name in "fghs")
         shape = len(a), -(-len(b) // tile_N)
-        assert epi_args["amax"].shape == shape and out.shape == (len(a), len(b)) and a.shape[1] == b.shape[1]
+        assert all(parts.shape == shape for name, parts in epi_args.items() if name in ("amax", "sums"))
+        assert out.shape == (len(a), len(b)) and a.shape[1] == b.shape[1]
         assert tile_N % 16 == 0 and tile_N <= (208 if pingpong else 256)
         return (a.float() @ b.float().t()) * epi_args["f"] * epi_args["g"]
 
@@ -624,6 +628,21 @@ class PlainQuack:
         def gemm(a, b, out, c, epi_args, tile_N, **options):
             values = PlainQuack.matmul(a, b, out, epi_args, tile_N=tile_N, **options)
             PlainQuack.store(values * 2 * (c.float() * epi_args["h"]).sqrt(), out, epi_args, tile_N)
+
+    class plain:
+        @staticmethod
+        def gemm(a, b, out, c, epi_args, **options):
+            assert c is None and out.dtype == torch.bfloat16
+            out.copy_(PlainQuack.matmul(a, b, out, epi_args, **options))
+
+    class logits:
+        @staticmethod
+        def gemm(a, b, out, c, epi_args, tile_N, **options):
+            rate, depth = epi_args["rate"], epi_args["depth"]
+            assert c is None and isinstance(rate, float) and isinstance(depth, float)
+            out.copy_(PlainQuack.matmul(a, b, out, epi_args, tile_N=tile_N, **options))
+            terms = (depth / ((rate * out.float()).exp2() + 1)).exp2()
+            epi_args["sums"].copy_(torch.stack([part.sum(1) for part in terms.split(tile_N, 1)], 1))
 
 
 def use_quack(monkeypatch):
@@ -667,6 +686,89 @@ def test_relu2_in_the_epilogue_of_a_matmul(monkeypatch):
     amax = d_scaling.amax.clone()  # it is raised, never lowered
     epilogues.relu2_backward_matmul(grad._replace(inverse_scale=grad.inverse_scale / 4), fc2, activation, d_scaling)
     assert torch.equal(d_scaling.amax, amax)
+
+
+@pytest.mark.parametrize("rows, columns, sums", [(N, C, C), (N, 3 * C, C), (N, C, 4 * C), (N - 16, C + 16, C)])
+def test_bf16_from_a_matmul(rows, columns, sums, monkeypatch):
+    """Against float64. The output's memory holds NaN before."""
+    use_quack(monkeypatch)
+    x, weight = as_fp8(randn(rows, sums), 90, E4M3), as_fp8(SIZE * randn(columns, sums, seed=1), 400, E4M3)
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *shape, dtype, device: empty(
+        *shape, dtype=dtype, device=device).fill_(float("nan")))
+    expected = (x.data.double() * x.inverse_scale) @ (weight.data.double() * weight.inverse_scale).t()
+    result = epilogues.plain_matmul(x, weight)
+    assert result.dtype == torch.bfloat16
+    # 2^-8 is half a unit of bf16's last place; tensor cores cut products short (fast accumulation)
+    torch.testing.assert_close(result.double(), expected, rtol=2 ** -8, atol=0.1 if DEVICE == "cuda" else 1e-5)
+    assert relative(result, expected) < (8e-3 if DEVICE == "cuda" else 3e-3)
+
+
+def targets_of(rows, V):
+    """(rows,) int64 targets, every seventh of which is ignored; the first and the last column are among them."""
+    targets = torch.randint(V, (rows,), generator=torch.Generator().manual_seed(1))
+    targets[1], targets[2], targets[::7] = 0, V - 1, -1
+    return targets.to(DEVICE)
+
+
+@pytest.mark.parametrize("V", [384, 208, 400])  # two full tiles; a tile and a part of one, of two
+@pytest.mark.parametrize("size, softcap", [(1.0, 15.0), (40.0, 15.0), (0.0, 15.0), (4.0, 30.0)])
+def test_logits_and_the_sums_of_their_exponentials(V, size, softcap, monkeypatch):
+    """Sums, loss and gradient against float64 of the same bf16 logits; memory holds NaN before. Logits far beyond the
+    softcap, and zeros, for which columns beyond the last one would count as much as those that exist."""
+    use_quack(monkeypatch)
+    h, weight = as_fp8(randn(N, C), 90, E4M3), as_fp8(size * randn(V, C, seed=1) / C ** 0.5, 11, E4M3)
+    targets, empty = targets_of(N, V), torch.empty
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty", lambda *shape, dtype, device: empty(
+            *shape, dtype=dtype, device=device).fill_(float("nan")))
+        logits, sums = epilogues.logits_matmul(h, weight, softcap)
+    expected = (h.data.double() * h.inverse_scale) @ (weight.data.double() * weight.inverse_scale).t()
+    cut = 0.01 * max(1, size) if DEVICE == "cuda" else 1e-5  # fast accumulation
+    torch.testing.assert_close(logits.double(), expected, rtol=2 ** -8, atol=cut)
+    leaf = logits.double().requires_grad_()
+    capped = softcap * torch.tanh(leaf / softcap)
+    assert sums.shape == (N, -(-V // 192)) and relative(sums.sum(1), (capped - softcap).exp().sum(1)) < 2e-5
+    terms = (capped - softcap).exp().split(192, 1)
+    assert relative(sums, torch.stack([part.sum(1) for part in terms], 1)) < 2e-5
+    value = torch.nn.functional.cross_entropy(capped, targets, ignore_index=-1, reduction="sum")
+    value.backward()
+    assert relative(softcap_cross_entropy(logits, targets, softcap, sums), value) < 1e-5
+    scaling = make_scaling(LOGIT_GRAD_SCALE, E5M2)
+    ours, (rows, cols) = softcap_cross_entropy_and_grad(logits, targets, softcap, scaling, sums=sums)
+    assert relative(ours, value) < 1e-5
+    assert near(rows.data, cast(leaf.grad, scaling), 0.02) and torch.equal(cols.data.t().float(), rows.data.float())
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_head_by_quack(recompute, monkeypatch):
+    """Loss and gradients in chunks, those of training and of evaluation, as without QuACK. A head without softcap
+    does not use it."""
+    use_quack(monkeypatch)
+    V, h, targets = 400, randn(N, C), targets_of(N, 400)
+    weight = 3 * randn(V, C, seed=1, dtype=torch.float32) / C ** 0.5
+    calls, logits_matmul = [], epilogues.logits_matmul
+    monkeypatch.setattr(epilogues, "logits_matmul", lambda *args: calls.append(1) or logits_matmul(*args))
+    cfg = SimpleNamespace(vocab_size=V, n_embd=C, logit_softcap=15.0, loss_chunk_size=N // 2, USE_AC_LM_HEAD=recompute)
+
+    def run(cfg, quack):
+        """Return the losses of training and evaluation, the gradients, and how often QuACK ran."""
+        head, leaf = loss.LMHead(cfg, torch.device(DEVICE), quack), h.clone().requires_grad_()
+        head.weight.data = weight.clone()
+        calls.clear()
+        with torch.no_grad():
+            evaluated = head(leaf.view(B, T, C), targets.view(B, T), fp8=True)
+        value = head(leaf.view(B, T, C), targets.view(B, T), fp8=True)
+        value.backward()
+        return evaluated, value, leaf.grad, head.weight.grad, len(calls)
+
+    *plain, none = run(cfg, False)
+    *quack, several = run(cfg, True)
+    assert none == 0 and several == (6 if recompute else 4)
+    value, gradient = (1e-3, 0.05) if DEVICE == "cuda" else (1e-4, 0.02)
+    for a, b, tolerance in zip(quack, plain, (value, value, gradient, gradient), strict=True):
+        assert relative(a, b) < tolerance
+    assert run(SimpleNamespace(**vars(cfg) | dict(logit_softcap=0.0)), True)[-1] == 0
 
 
 @pytest.mark.parametrize("changed", [False, True])
