@@ -417,7 +417,9 @@ class Checkpoints:
                 json.dump(meta | dict(files=files), f, indent=1)
             sync_to_disk(path)
 
-        dcp.save(state, checkpoint_id=temporary, process_group=self.group)
+        # With a writer given, DCP does not import fsspec to look for one, which would hold up training
+        dcp.save(state, checkpoint_id=temporary, storage_writer=dcp.FileSystemWriter(temporary),
+                 process_group=self.group)
         files = {name: of_file for of_rank in self.together(own_checksums) for name, of_file in of_rank.items()}
         self.on_rank_0(write_meta)
 
