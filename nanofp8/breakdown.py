@@ -31,8 +31,9 @@ NAMES = {
     (parts, "add_value_embedding"): "value embeddings", (parts, "value_embedding_grad"): "value embeddings",
     (parts, "table_gradient"): "gradients of embeddings",
     (loss, "softcap_cross_entropy"): "cross-entropy", (loss, "softcap_cross_entropy_and_grad"): "cross-entropy",
-    (epilogues, "relu2_matmul"): "fc1 with relu^2 (QuACK)",
-    (epilogues, "plain_matmul"): "q, k and v (QuACK)",
+}
+QUACK = {
+    (epilogues, "relu2_matmul"): "fc1 with relu^2 (QuACK)", (epilogues, "plain_matmul"): "q, k and v (QuACK)",
     (epilogues, "logits_matmul"): "logits and the sums of their exponentials (QuACK)",
     (epilogues, "relu2_backward_matmul"): "fc2's input gradient with relu^2's (QuACK)",
 }
@@ -71,13 +72,13 @@ class Labels:
         finally:
             self.current.label = None
 
-    def matmul(self, function: Callable) -> Callable:
-        """Return `function`, fused.matmul, with a label for each shape and format."""
+    def matmul(self, function: Callable, name: str = "") -> Callable:
+        """Return `function`, a matmul of two operands, with the label `name`, or else one for each shape and format."""
         @functools.wraps(function)
         def labelled(a: fused.Operand, b: fused.Operand, *args: Any, **options: Any) -> torch.Tensor:
             (shape_a, name_a), (shape_b, name_b) = size_of(a), size_of(b)
             formats = name_a if name_a == name_b else f"{name_a} x {name_b}"
-            label = f"matmul {shape_a[0]:,} x {shape_b[0]:,}, sums of {shape_a[1]:,}, {formats}"
+            label = name or f"matmul {shape_a[0]:,} x {shape_b[0]:,}, sums of {shape_a[1]:,}, {formats}"
             label += ", added to fp32" if options.get("out") is not None else ""
             self.flops[label] = 2 * shape_a[0] * shape_b[0] * shape_a[1]
             with self.label(label):
@@ -98,6 +99,8 @@ class Labels:
         replaced = {id(fused.matmul): self.matmul(fused.matmul)}
         replaced |= {id(getattr(module, name)): self.named(getattr(module, name), label)
                      for (module, name), label in NAMES.items()}
+        replaced |= {id(getattr(module, name)): self.matmul(getattr(module, name), label)
+                     for (module, name), label in QUACK.items()}
         with contextlib.ExitStack() as stack:
             for module in (fused, loss, parts, epilogues):
                 for name, value in list(vars(module).items()):
@@ -251,15 +254,22 @@ def measure(train: ModuleType, cfg: SimpleNamespace, procs: Any, at: int) -> dic
 
 def markdown(found: dict[str, Any], step_ms: float, first: str) -> str:
     """Return the report's text. step_ms: median of the steps that were not profiled. first: its header."""
+    def rate(flops: float, ms: float) -> str:
+        tflops = flops / ms / 1e9
+        return f"{tflops:,.0f}" if tflops >= 100 else f"{tflops:.3g}"
+
     columns = [
         ("what", lambda r: r["label"]), ("calls", lambda r: "" if r["calls"] is None else f"{r['calls']:,}"),
         ("ms", lambda r: f"{r['ms']:.2f}"), ("share", lambda r: f"{100 * r['ms'] / found['total']:.1f}%"),
         ("ms a call", lambda r: f"{r['ms'] / r['calls']:.3f}" if r["calls"] else ""),
-        ("TFLOP/s", lambda r: f"{r['flops'] * r['calls'] / r['ms'] / 1e9:.3g}" if r["flops"] and r["ms"] else ""),
+        ("TFLOP/s", lambda r: rate(r["flops"] * r["calls"], r["ms"]) if r["flops"] else ""),
     ]
+    rows = [row for row in found["rows"] if row["ms"]]
+    matmuls = [row for row in rows if row["flops"]]
+    ms, flops = sum(row["ms"] for row in matmuls), sum(row["flops"] * row["calls"] for row in matmuls)
     return first + "\n".join([
         f"The operations of the profiled step take {found['total']:.1f} ms. Other steps take {step_ms:.1f} ms. No CUDA "
-        f"graphs.", "", *table(found["rows"], columns)]) + "\n"
+        f"graphs. All matmuls: {ms:.1f} ms, {rate(flops, ms)} TFLOP/s.", "", *table(rows, columns)]) + "\n"
 
 
 def plot(found: dict[str, Any], path: str) -> None:
@@ -267,11 +277,13 @@ def plot(found: dict[str, Any], path: str) -> None:
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    rows = found["rows"][::-1]
+    rows = [row for row in found["rows"][::-1] if row["ms"]]
     figure, axes = plt.subplots(figsize=(9, 1 + 0.25 * len(rows)), layout="constrained")
-    axes.barh([r["label"] for r in rows], [r["ms"] for r in rows],
-              color=["tab:blue" if r["flops"] else "tab:orange" for r in rows])
+    bars = axes.barh([r["label"] for r in rows], [r["ms"] for r in rows],
+                     color=["tab:blue" if r["flops"] else "tab:orange" for r in rows])
+    axes.bar_label(bars, fmt="%.1f", padding=3, fontsize=8)
     axes.set(xlabel="ms of one step (blue: matmuls)")
+    axes.margins(x=0.08, y=0.01)
     axes.grid(axis="x", alpha=0.3)
     figure.savefig(path, dpi=120)
     plt.close(figure)
