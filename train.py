@@ -72,6 +72,7 @@ from nanofp8.fused import (  # Triton
     blocks_fit,
     kernels_fit,
 )
+from nanofp8.host import compiled_at_first_call  # torch.compile, but later
 from nanofp8.loss import LMHead  # output projection and softcapped cross-entropy, without all logits at once
 from nanofp8.machine import Clock, check_gpus, describe_machine, pause_garbage_collection, profiling
 from nanofp8.muon import OptimizerSet, import_bitsandbytes, make_muon, muon_groups  # Dion's Muon, or torch's
@@ -1044,7 +1045,7 @@ def build(cfg: SimpleNamespace, procs: Processes, loader: DataLoader) -> Run:
     if cfg.batch_size != loader.batch_size:
         loader = DataLoader(loader.ring, cfg, procs)
     use_compile = procs.device.type == "cuda" if cfg.USE_COMPILE == "auto" else cfg.USE_COMPILE
-    compiled = functools.cache(lambda f: torch.compile(f, dynamic=False)) if use_compile else (lambda f: f)
+    compiled = functools.cache(lambda f: compiled_at_first_call(f, dynamic=False)) if use_compile else (lambda f: f)
     if precision.emulated:
         precision.te.compile_kernels(use_compile)
         precision.te.forget_modules()  # of runs before this one in this process

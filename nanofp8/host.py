@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sysconfig
 from types import ModuleType
+from typing import Any, Callable
 
 from nanofp8.files import error_line
 
@@ -27,6 +28,25 @@ def optional(package: str, module: str, name: str) -> tuple[ModuleType | None, s
     except Exception as error:  # a missing library is an OSError; extensions raise anything
         return None, f"{name} cannot be imported: {error_line(error)}"
     return found, f"{name} {version}"
+
+
+def compiled_at_first_call(function: Callable | None = None, **options: Any) -> Callable:
+    """Do what torch.compile does with `function`, also as a decorator with options, but only when it is first called.
+
+    torch.compile imports Inductor at once, which takes 2 s. Functions that are never called need not wait for it.
+    """
+    if function is None:
+        return functools.partial(compiled_at_first_call, **options)
+
+    @functools.cache
+    def compiled() -> Callable:
+        import torch
+        return torch.compile(function, **options)
+
+    @functools.wraps(function)
+    def call(*args: Any, **named: Any) -> Any:
+        return compiled()(*args, **named)
+    return call
 
 
 def cudnn_version(torch: ModuleType) -> tuple[int, str]:

@@ -1,16 +1,19 @@
 """Muon: Dion's, or torch.optim.Muon made to follow the same rules; and bitsandbytes' AdamW."""
 
+import contextlib
 import math
 import os
 import shutil
 from types import ModuleType
 from typing import Any, Sequence
+from unittest import mock
 
 import torch
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from nanofp8.config import UserError
 from nanofp8.files import error_line
+from nanofp8.host import compiled_at_first_call
 
 try:
     import triton
@@ -208,7 +211,8 @@ def dion_muon(choice: str, device: torch.device, compiled: bool = True, why: str
     if choice == "torch":
         return None, "muon_impl=torch"
     try:
-        from dion import Muon
+        with contextlib.nullcontext() if compiled else mock.patch.object(torch, "compile", compiled_at_first_call):
+            from dion import Muon
     except Exception as error:  # a broken installation fails with more than ImportError
         why = why or f"Dion cannot be imported ({error_line(error)})"
     compilers = filter(None, (os.environ.get("CXX"), "g++", "clang++"))

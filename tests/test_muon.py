@@ -2,6 +2,7 @@
 
 import copy
 import math
+import textwrap
 
 import pytest
 import torch
@@ -417,6 +418,40 @@ def test_the_choice_of_muon(monkeypatch):
     optimizers = make_optimizers(make_model(), muon_impl="auto")
     assert isinstance(optimizers.muon, TorchMuon)
     assert "torch.optim.Muon" in optimizers.description and why in optimizers.description
+
+
+def test_dion_is_imported_without_compiling(tmp_path, monkeypatch):
+    """torch.compile takes 2 s to import Inductor: not compiled, Dion's functions ask for it when they are first called.
+    To be compiled, they ask at once, as they are written."""
+    import sys
+    (tmp_path / "dion.py").write_text(textwrap.dedent("""
+        import torch
+
+        class Muon:
+            pass
+
+        @torch.compile(fullgraph=True)
+        def double(x):
+            "Twice x."
+            return 2 * x
+
+        @torch.compile
+        def half(x):
+            return x / 2
+    """))
+    seen = []
+    monkeypatch.setattr(torch, "compile", lambda f=None, **options: (
+        lambda g: torch.compile(g, **options)) if f is None else seen.append((f.__name__, options)) or f)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "dion", raising=False)
+    replaced = torch.compile
+    assert dion_muon("auto", CPU, compiled=False)[1] == "" and not seen and torch.compile is replaced
+    dion = sys.modules["dion"]
+    assert dion.double(3) == dion.double(x=3) == 6 and dion.half(3) == 1.5 and dion.double.__doc__ == "Twice x."
+    assert seen == [("double", dict(fullgraph=True)), ("half", {})]
+    monkeypatch.delitem(sys.modules, "dion")
+    monkeypatch.setenv("CXX", sys.executable)
+    assert dion_muon("auto", CPU, compiled=True)[1] == "" and len(seen) == 4
 
 
 def test_8_bit_adam_is_refused_where_it_cannot_run():
