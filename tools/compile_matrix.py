@@ -140,7 +140,7 @@ def record(cases: list[str]) -> dict[Launch, None]:
     from triton.runtime.driver import driver
 
     import train
-    from nanofp8 import fused, loss
+    from nanofp8 import epilogues, fused, loss
 
     launches: dict[Launch, None] = {}
 
@@ -157,11 +157,24 @@ def record(cases: list[str]) -> dict[Launch, None]:
         a, b = (x.data if isinstance(x, fused.Fp8) else x for x in (a, b))
         return torch.zeros(a.shape[0], b.shape[0], dtype=dtype) if out is None else out
 
+    def relu2_backward_matmul(grad, weight, activation, scaling):
+        """Take the place of QuACK's; logits_matmul and the others too."""
+        rows = torch.zeros(len(grad.data), len(weight.data)).to(scaling.dtype)
+        return tuple(fused.Fp8(x, scaling.inverse) for x in (rows, rows.t().contiguous()))
+
+    def logits_matmul(h, weight, softcap):
+        return matmul(h, weight), torch.zeros(len(h.data), -(-len(weight.data) // epilogues.TILE_N))
+
     driver.set_active(NoDevice())
     patches = [mock.patch.object(jit.JITFunction, "run", run), mock.patch.object(fused, "INTERPRET_ON_CPU", True),
                mock.patch.object(fused, "te_quantizer", lambda *_: None),
                *(mock.patch.object(module, "kernels_fit", lambda *_: True) for module in (train, fused)),
-               *(mock.patch.object(module, "matmul", matmul) for module in (fused, loss))]
+               *(mock.patch.object(module, "matmul", matmul) for module in (fused, loss)),
+               mock.patch.object(epilogues, "plain_matmul", matmul),
+               mock.patch.object(epilogues, "relu2_matmul",
+                                 lambda x, weight, scaling: matmul(x, weight).to(scaling.dtype)),
+               mock.patch.object(epilogues, "relu2_backward_matmul", relu2_backward_matmul),
+               mock.patch.object(epilogues, "logits_matmul", logits_matmul)]
     with contextlib.ExitStack() as stack:
         for patch in patches:
             stack.enter_context(patch)
@@ -171,11 +184,16 @@ def record(cases: list[str]) -> dict[Launch, None]:
                 for changes in FP8_KERNELS:
                     with mock.patch.multiple(fused, **{name: lambda v=value: v for name, value in changes.items()}):
                         one_pass(CASES[case], True, fsdp2)
+                with mock.patch.multiple(fused, **{name: lambda v=v: v for name, v in FP8_KERNELS[0].items()}):
+                    one_pass(CASES[case], True, fsdp2, quack=True)
     return launches
 
 
-def one_pass(changes: dict[str, Any], fp8: bool, fsdp2: bool) -> None:
-    """Run forward, backward and evaluation of a small model with fused blocks, and of RopeQKNorm for other blocks."""
+def one_pass(changes: dict[str, Any], fp8: bool, fsdp2: bool, quack: bool = False) -> None:
+    """Run forward, backward and evaluation of a small model with fused blocks, and of RopeQKNorm for other blocks.
+
+    quack: as where QuACK multiplies.
+    """
     import torch
 
     import train
@@ -199,7 +217,8 @@ def one_pass(changes: dict[str, Any], fp8: bool, fsdp2: bool) -> None:
             layer.fp8_meta = {key: SimpleNamespace(scale=torch.ones(count * gemms),
                                                    amax_history=torch.zeros(4, count * gemms))
                               for key, count in (("scaling_fwd", 3), ("scaling_bwd", 2))}
-    model.fused = FusedBlocks(model)
+    model.fused = FusedBlocks(model, quack)
+    model.head.quack = quack and model.head.softcap > 0
     if fsdp2:  # its policy casts all parameters but the residual scalars
         for name, module in model.named_children():
             if name != "scales":
