@@ -542,7 +542,7 @@ def read_seeds(text: str) -> tuple[int, int]:
 def main(argv: Sequence[str]) -> None:
     """Do what the arguments say. Raises UserError."""
     name, arguments = (argv[0], argv[1:]) if argv else ("", [])
-    if name in ("", "--help", "-h"):
+    if not name or {"--help", "-h"} & set(argv):
         print(__doc__)
         return
     ranks = os.environ.get("LOCAL_WORLD_SIZE")

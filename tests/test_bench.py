@@ -181,6 +181,13 @@ def test_wrong_input_is_one_line(fresh, arguments, text):
     assert error.value.status == 2 and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"], ["race", "--help"], ["speed", "--rows=bf16", "-h"]])
+def test_help(arguments, capsys):
+    bench.main(arguments)
+    out = capsys.readouterr().out
+    assert all(f"bench.py {mode}" in out for mode in ("speed", "race", "alternate", "card", "profile", "report"))
+
+
 @pytest.mark.slow
 def test_command_line(tmp_path):
     result = finish(start(ROOT / "bench.py", "report", "nowhere", cwd=tmp_path))
