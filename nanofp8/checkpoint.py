@@ -417,7 +417,7 @@ class Checkpoints:
                 json.dump(meta | dict(files=files), f, indent=1)
             sync_to_disk(path)
 
-        # With a writer given, DCP does not import fsspec to look for one, which would hold up training
+        # With a writer given, DCP need not import fsspec, beside training, to look for one
         dcp.save(state, checkpoint_id=temporary, storage_writer=dcp.FileSystemWriter(temporary),
                  process_group=self.group)
         files = {name: of_file for of_rank in self.together(own_checksums) for name, of_file in of_rank.items()}

@@ -54,8 +54,6 @@ def choose_quack(cfg: SimpleNamespace, device: torch.device, fp8: bool) -> tuple
 
 
 FAST = (("fp8_slow_accum", False),)  # sums stay in the tensor cores, as with cuBLAS's fast accumulation
-
-
 TILE_N = 192  # columns that a warp group of bf16_matmul() computes at once
 
 
