@@ -622,8 +622,9 @@ def rope_qk_norm_grad(dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor, qkv:
     grad = dq.as_strided(packed.shape, packed.stride()) if is_packed else torch.stack((dq, dk, dv), dim=2)
     grad, fp8 = grad.view(N, C3), scaling is not None
     rows, cols = outputs(grad, scaling)
-    kernels.rope_qk_norm_backward[(triton.cdiv(N, 128), (3 if fp8 else 2) * H)](
-        grad, qkv, cos, sin, rstd, rows, as_int32(cols), *scale_and_amax(scaling), N, T, 2 * H, C3, fp8, D // 2, 32)
+    kernels.rope_qk_norm_backward[(triton.cdiv(N, 64), (3 if fp8 else 2) * H)](
+        grad, qkv, cos, sin, rstd, rows, as_int32(cols), *scale_and_amax(scaling), N, T, 2 * H, C3, fp8, D // 2, 16,
+        num_warps=max(4, D // 16))
     return as_operands(rows, cols, scaling)
 
 

@@ -420,29 +420,33 @@ def rope_qk_norm_forward(qkv_ptr, cos_ptr, sin_ptr, rstd_ptr, n_rows, T, heads, 
 
 
 @triton.jit
-def rope_qk_norm_backward_rows(grad_ptr, qkv_ptr, cos_ptr, sin_ptr, rstd_ptr, out_ptr, scale_ptr, tokens, head,
-                               N, T, heads, C3, FP8: tl.constexpr, HALF: tl.constexpr):
-    """Store the gradient of one head of the given tokens; return its two halves, fp32."""
-    dims, mask = tl.arange(0, HALF), (tokens < N)[:, None]
-    offsets = tokens.to(tl.int64)[:, None] * C3 + head * (2 * HALF) + dims[None, :]
-    grad1 = tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    grad2 = tl.load(grad_ptr + offsets + HALF, mask=mask, other=0.0).to(tl.float32)
-    if head < heads:
-        angles = (tokens % T)[:, None] * HALF + dims[None, :]
-        cos, sin = tl.load(cos_ptr + angles, mask=mask, other=0.0), tl.load(sin_ptr + angles, mask=mask, other=0.0)
-        y1 = tl.load(qkv_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        y2 = tl.load(qkv_ptr + offsets + HALF, mask=mask, other=0.0).to(tl.float32)
-        rstd = tl.load(rstd_ptr + tokens * heads + head, mask=tokens < N, other=0.0)[:, None]
-        dot = (tl.sum(grad1 * y1 + grad2 * y2, axis=1) / (2 * HALF))[:, None]
-        rotated_grad1, rotated_grad2 = rstd * (grad1 - y1 * dot), rstd * (grad2 - y2 * dot)
-        grad1, grad2 = rotated_grad1 * cos + rotated_grad2 * sin, rotated_grad2 * cos - rotated_grad1 * sin
+def load_halves(ptr, offsets, HALF: tl.constexpr):
+    """Return the first and the second HALF values of the heads that begin at `offsets`."""
+    return tl.load(ptr + offsets), tl.load(ptr + offsets + HALF)
+
+
+@triton.jit
+def rope_qk_norm_gradient(grad1, grad2, y1, y2, cos_ptr, sin_ptr, rstd_ptr, tokens, head, T, heads,
+                          HALF: tl.constexpr):
+    """Return the gradient through QK norm and RoPE of one head of the given tokens: its two halves, fp32."""
+    angles = (tokens % T)[:, None] * HALF + tl.arange(0, HALF)[None, :]
+    cos, sin = tl.load(cos_ptr + angles), tl.load(sin_ptr + angles)
+    rstd = tl.load(rstd_ptr + tokens * heads + head)[:, None]
+    grad1, grad2, y1, y2 = grad1.to(tl.float32), grad2.to(tl.float32), y1.to(tl.float32), y2.to(tl.float32)
+    dot = (tl.sum(grad1 * y1 + grad2 * y2, axis=1) / (2 * HALF))[:, None]
+    rotated_grad1, rotated_grad2 = rstd * (grad1 - y1 * dot), rstd * (grad2 - y2 * dot)
+    return rotated_grad1 * cos + rotated_grad2 * sin, rotated_grad2 * cos - rotated_grad1 * sin
+
+
+@triton.jit
+def store_halves(out_ptr, offsets, mask, values1, values2, scale_ptr, FP8: tl.constexpr, HALF: tl.constexpr):
+    """Store what load_halves() would return, in E5M2 or bf16."""
     if FP8:
-        tl.store(out_ptr + offsets, as_fp8(grad1, tl.load(scale_ptr), out_ptr, 57344.0), mask=mask)
-        tl.store(out_ptr + offsets + HALF, as_fp8(grad2, tl.load(scale_ptr), out_ptr, 57344.0), mask=mask)
+        tl.store(out_ptr + offsets, as_fp8(values1, tl.load(scale_ptr), out_ptr, 57344.0), mask=mask)
+        tl.store(out_ptr + offsets + HALF, as_fp8(values2, tl.load(scale_ptr), out_ptr, 57344.0), mask=mask)
     else:
-        tl.store(out_ptr + offsets, grad1.to(tl.bfloat16), mask=mask)
-        tl.store(out_ptr + offsets + HALF, grad2.to(tl.bfloat16), mask=mask)
-    return grad1, grad2
+        tl.store(out_ptr + offsets, values1.to(tl.bfloat16), mask=mask)
+        tl.store(out_ptr + offsets + HALF, values2.to(tl.bfloat16), mask=mask)
 
 
 @triton.jit
@@ -454,32 +458,60 @@ def rope_qk_norm_backward(grad_ptr, qkv_ptr, cos_ptr, sin_ptr, rstd_ptr, out_ptr
     grad, qkv (N, C3) bf16; out (N, C3) bf16 (grad itself) or E5M2; cols (C3, N / 4) words of E5M2, or None; rstd
     (N * heads,) fp32 from rope_qk_norm_forward. A program takes one head of q, k or v of 4 * QUADS tokens: the grid's
     second dimension is 3 * n_head, or `heads` = 2 * n_head in bf16, where v's gradient is in place already.
+
+    All of grad and qkv is loaded before anything is stored: compilers move no load before a store, so that a later load
+    would be waited for anew. In place of tokens past the end the last one is loaded: a masked load would first set its
+    registers to zero.
     """
-    quads, head = tl.program_id(0) * QUADS + tl.arange(0, QUADS), tl.program_id(1)
-    grad1_0, grad2_0 = rope_qk_norm_backward_rows(
-        grad_ptr, qkv_ptr, cos_ptr, sin_ptr, rstd_ptr, out_ptr, scale_ptr, 4 * quads, head,
-        N, T, heads, C3, FP8, HALF)
-    grad1_1, grad2_1 = rope_qk_norm_backward_rows(
-        grad_ptr, qkv_ptr, cos_ptr, sin_ptr, rstd_ptr, out_ptr, scale_ptr, 4 * quads + 1, head,
-        N, T, heads, C3, FP8, HALF)
-    grad1_2, grad2_2 = rope_qk_norm_backward_rows(
-        grad_ptr, qkv_ptr, cos_ptr, sin_ptr, rstd_ptr, out_ptr, scale_ptr, 4 * quads + 2, head,
-        N, T, heads, C3, FP8, HALF)
-    grad1_3, grad2_3 = rope_qk_norm_backward_rows(
-        grad_ptr, qkv_ptr, cos_ptr, sin_ptr, rstd_ptr, out_ptr, scale_ptr, 4 * quads + 3, head,
-        N, T, heads, C3, FP8, HALF)
+    quads, head, dims = tl.arange(0, QUADS), tl.program_id(1), tl.arange(0, HALF)
+    start = tl.program_id(0) * (4 * QUADS)
+    left = N - start  # tokens from this program's first one on
+    first = start.to(tl.int64) * C3 + head * (2 * HALF)
+    grad_ptr, qkv_ptr, out_ptr = grad_ptr + first, qkv_ptr + first, out_ptr + first
+    tokens0, tokens1 = tl.minimum(4 * quads, left - 1), tl.minimum(4 * quads + 1, left - 1)
+    tokens2, tokens3 = tl.minimum(4 * quads + 2, left - 1), tl.minimum(4 * quads + 3, left - 1)
+    offsets0, offsets1 = tokens0[:, None] * C3 + dims[None, :], tokens1[:, None] * C3 + dims[None, :]
+    offsets2, offsets3 = tokens2[:, None] * C3 + dims[None, :], tokens3[:, None] * C3 + dims[None, :]
+    grad1_0, grad2_0 = load_halves(grad_ptr, offsets0, HALF)
+    grad1_1, grad2_1 = load_halves(grad_ptr, offsets1, HALF)
+    grad1_2, grad2_2 = load_halves(grad_ptr, offsets2, HALF)
+    grad1_3, grad2_3 = load_halves(grad_ptr, offsets3, HALF)
+    if head < heads:
+        y1_0, y2_0 = load_halves(qkv_ptr, offsets0, HALF)
+        y1_1, y2_1 = load_halves(qkv_ptr, offsets1, HALF)
+        y1_2, y2_2 = load_halves(qkv_ptr, offsets2, HALF)
+        y1_3, y2_3 = load_halves(qkv_ptr, offsets3, HALF)
+        values1_0, values2_0 = rope_qk_norm_gradient(
+            grad1_0, grad2_0, y1_0, y2_0, cos_ptr, sin_ptr, rstd_ptr, start + tokens0, head, T, heads, HALF)
+        values1_1, values2_1 = rope_qk_norm_gradient(
+            grad1_1, grad2_1, y1_1, y2_1, cos_ptr, sin_ptr, rstd_ptr, start + tokens1, head, T, heads, HALF)
+        values1_2, values2_2 = rope_qk_norm_gradient(
+            grad1_2, grad2_2, y1_2, y2_2, cos_ptr, sin_ptr, rstd_ptr, start + tokens2, head, T, heads, HALF)
+        values1_3, values2_3 = rope_qk_norm_gradient(
+            grad1_3, grad2_3, y1_3, y2_3, cos_ptr, sin_ptr, rstd_ptr, start + tokens3, head, T, heads, HALF)
+    else:
+        values1_0, values2_0 = grad1_0.to(tl.float32), grad2_0.to(tl.float32)
+        values1_1, values2_1 = grad1_1.to(tl.float32), grad2_1.to(tl.float32)
+        values1_2, values2_2 = grad1_2.to(tl.float32), grad2_2.to(tl.float32)
+        values1_3, values2_3 = grad1_3.to(tl.float32), grad2_3.to(tl.float32)
+    store_halves(out_ptr, offsets0, (4 * quads < left)[:, None], values1_0, values2_0, scale_ptr, FP8, HALF)
+    store_halves(out_ptr, offsets1, (4 * quads + 1 < left)[:, None], values1_1, values2_1, scale_ptr, FP8, HALF)
+    store_halves(out_ptr, offsets2, (4 * quads + 2 < left)[:, None], values1_2, values2_2, scale_ptr, FP8, HALF)
+    store_halves(out_ptr, offsets3, (4 * quads + 3 < left)[:, None], values1_3, values2_3, scale_ptr, FP8, HALF)
     if FP8:
         if cols_ptr is not None:
-            cols_offsets = (head * (2 * HALF) + tl.arange(0, HALF)).to(tl.int64)[:, None] * (N // 4) + quads[None, :]
-            mask = (quads < N // 4)[None, :]
+            cols_ptr += (head * (2 * HALF)).to(tl.int64) * (N // 4) + tl.program_id(0) * QUADS
+            cols_offsets, mask = dims[:, None] * (N // 4) + quads[None, :], (quads < left // 4)[None, :]
             tl.store(cols_ptr + cols_offsets,
-                     tl.trans(pack_fp8(grad1_0, grad1_1, grad1_2, grad1_3, tl.load(scale_ptr), True)), mask=mask)
+                     tl.trans(pack_fp8(values1_0, values1_1, values1_2, values1_3, tl.load(scale_ptr), True)),
+                     mask=mask)
             tl.store(cols_ptr + cols_offsets + HALF * (N // 4),
-                     tl.trans(pack_fp8(grad2_0, grad2_1, grad2_2, grad2_3, tl.load(scale_ptr), True)), mask=mask)
-        largest1 = tl.maximum(tl.maximum(tl.abs(grad1_0), tl.abs(grad1_1)),
-                              tl.maximum(tl.abs(grad1_2), tl.abs(grad1_3)))
-        largest2 = tl.maximum(tl.maximum(tl.abs(grad2_0), tl.abs(grad2_1)),
-                              tl.maximum(tl.abs(grad2_2), tl.abs(grad2_3)))
+                     tl.trans(pack_fp8(values2_0, values2_1, values2_2, values2_3, tl.load(scale_ptr), True)),
+                     mask=mask)
+        largest1 = tl.maximum(tl.maximum(tl.abs(values1_0), tl.abs(values1_1)),
+                              tl.maximum(tl.abs(values1_2), tl.abs(values1_3)))
+        largest2 = tl.maximum(tl.maximum(tl.abs(values2_0), tl.abs(values2_1)),
+                              tl.maximum(tl.abs(values2_2), tl.abs(values2_3)))
         raise_amax(amax_ptr, tl.max(tl.maximum(largest1, largest2)))
 
 
