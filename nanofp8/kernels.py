@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")  # the interpreter cannot run PTX
+LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -515,16 +516,21 @@ def rope_qk_norm_backward(grad_ptr, qkv_ptr, cos_ptr, sin_ptr, rstd_ptr, out_ptr
         raise_amax(amax_ptr, tl.max(tl.maximum(largest1, largest2)))
 
 
+# The kernels of the cross-entropy take few instructions a logit, because GPUs would otherwise need as long for them as
+# for the memory: tl.exp and a division take five each, to handle subnormal and huge values, which do not matter here;
+# tl.exp2 and PTX's approximate reciprocal take one.
 @triton.jit
-def softcapped(logits, softcap, CAP: tl.constexpr):
-    """Return softcap * tanh(logits / softcap) (the logits themselves without CAP), and tanh.
+def softcap_tail(logits, softcap):
+    """Return tail = 1 / (exp(2 * logits / softcap) + 1).
 
-    tanh is computed from exp, for which GPUs have an instruction.
+    tanh(logits / softcap) is 1 - 2 * tail. So the softcapped logits are softcap * (1 - 2 * tail), and their derivative
+    is 4 * (tail - tail^2).
     """
-    tanh = 1.0 - 2.0 / (tl.exp(logits * (2.0 / softcap)) + 1.0)
-    if CAP:
-        logits = tanh * softcap
-    return logits, tanh
+    divisor = tl.exp2(logits * (2.0 * LOG2_E / softcap)) + 1.0
+    if INTERPRETED:
+        return 1.0 / divisor
+    return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [divisor], dtype=tl.float32, is_pure=True,
+                                     pack=1)
 
 
 @triton.jit
@@ -541,12 +547,15 @@ def cross_entropy_loss(logits_ptr, targets_ptr, loss_ptr, lse_ptr, V, softcap, C
     sums = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, V, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        capped, _ = softcapped(tl.load(row_ptr + columns, mask=columns < V, other=0.0).to(tl.float32), softcap, CAP)
-        if not CAP:
-            new_maximum = tl.maximum(maximum, tl.where(columns < V, capped, -1e30))
-            sums *= tl.exp(maximum - new_maximum)
+        logits = tl.load(row_ptr + columns, mask=columns < V, other=0.0).to(tl.float32)
+        if CAP:
+            exp = tl.exp2(softcap_tail(logits, softcap) * (-2.0 * LOG2_E * softcap))  # of softcapped logits - softcap
+        else:
+            new_maximum = tl.maximum(maximum, tl.where(columns < V, logits, -1e30))
+            sums *= tl.exp2((maximum - new_maximum) * LOG2_E)
             maximum = new_maximum
-        sums += tl.where(columns < V, tl.exp(capped - maximum), 0.0)
+            exp = tl.exp2((logits - maximum) * LOG2_E)
+        sums += tl.where(columns < V, exp, 0.0)
     row_maximum = tl.max(maximum, axis=0)
     lse = row_maximum + tl.log(tl.sum(sums * tl.exp(maximum - row_maximum), axis=0))
     store_row_loss(row, row_ptr, targets_ptr, loss_ptr, lse_ptr, lse, softcap, CAP)
@@ -556,9 +565,11 @@ def cross_entropy_loss(logits_ptr, targets_ptr, loss_ptr, lse_ptr, V, softcap, C
 def store_row_loss(row, row_ptr, targets_ptr, loss_ptr, lse_ptr, lse, softcap, CAP: tl.constexpr):
     """Store a row's loss and log-sum-exp. row_ptr: its logits; the rest as in cross_entropy_loss."""
     target = tl.load(targets_ptr + row)
-    capped, _ = softcapped(tl.load(row_ptr + tl.maximum(target, 0)).to(tl.float32), softcap, CAP)
+    logit = tl.load(row_ptr + tl.maximum(target, 0)).to(tl.float32)
+    if CAP:
+        logit = softcap * (1.0 - 2.0 * softcap_tail(logit, softcap))
     tl.store(lse_ptr + row, lse)
-    tl.store(loss_ptr + row, tl.where(target >= 0, lse - capped, 0.0))
+    tl.store(loss_ptr + row, tl.where(target >= 0, lse - logit, 0.0))
 
 
 @triton.jit
@@ -575,22 +586,18 @@ def cross_entropy_of_sums(logits_ptr, targets_ptr, sums_ptr, loss_ptr, lse_ptr, 
 
 
 @triton.jit
-def cross_entropy_gradient_rows(logits_ptr, targets_ptr, lse_ptr, out_ptr, tokens, columns, N, V, softcap, scale,
-                                CAP: tl.constexpr, FP8: tl.constexpr):
-    """Store the gradient of the given tokens and columns; return it, fp32."""
-    offsets, mask = tokens.to(tl.int64)[:, None] * V + columns[None, :], (tokens < N)[:, None] & (columns < V)[None, :]
-    capped, tanh = softcapped(tl.load(logits_ptr + offsets, mask=mask, other=0.0).to(tl.float32), softcap, CAP)
-    target = tl.load(targets_ptr + tokens, mask=tokens < N, other=-1)[:, None]
+def cross_entropy_gradient_rows(logits, targets_ptr, lse_ptr, tokens, columns, N, softcap, scale, CAP: tl.constexpr):
+    """Return `scale` times the gradient for the logits of the given tokens and columns, fp32."""
+    target = tl.load(targets_ptr + tokens, mask=tokens < N, other=-1).to(tl.int32)[:, None]
     lse = tl.load(lse_ptr + tokens, mask=tokens < N, other=0.0)[:, None]
-    grad = tl.exp(capped - lse) - tl.where(columns[None, :] == target, 1.0, 0.0)
+    lse = tl.where(target >= 0, lse, float("inf"))  # without a target all probabilities are 0, and so is the gradient
+    onehot = tl.where(columns[None, :] == target, 1.0, 0.0)
+    logits = logits.to(tl.float32)
     if CAP:
-        grad *= 1.0 - tanh * tanh
-    grad = tl.where(target >= 0, grad, 0.0)
-    if FP8:
-        tl.store(out_ptr + offsets, as_fp8(grad, scale, out_ptr, 57344.0), mask=mask)
-    else:
-        tl.store(out_ptr + offsets, (grad * scale).to(tl.bfloat16), mask=mask)
-    return grad
+        tail = softcap_tail(logits, softcap)
+        probability = tl.exp2((softcap - lse) * LOG2_E - tail * (2.0 * LOG2_E * softcap))
+        return (probability - onehot) * ((tail - tail * tail) * (4.0 * scale))
+    return (tl.exp2((logits - lse) * LOG2_E) - onehot) * scale
 
 
 @triton.jit
@@ -600,21 +607,33 @@ def cross_entropy_gradient(logits_ptr, targets_ptr, lse_ptr, out_ptr, cols_ptr, 
 
     logits, targets, lse: as in cross_entropy_loss; out (N, V) bf16 (may be logits itself) or E5M2; cols (V, N / 4)
     words of E5M2, or None. scale is a number: in FP8 a constant, which serves because gradients of logits lie in
-    [-1, 1]; in bf16 the factor of the loss. A program takes 4 * QUADS tokens and BLOCK columns.
+    [-1, 1], and by which none saturates; in bf16 the factor of the loss. A program takes 4 * QUADS tokens and BLOCK
+    columns. It loads all its logits before it stores anything, because compilers move no load before a store.
     """
-    quads, columns = tl.program_id(0) * QUADS + tl.arange(0, QUADS), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    grad0 = cross_entropy_gradient_rows(
-        logits_ptr, targets_ptr, lse_ptr, out_ptr, 4 * quads, columns, N, V, softcap, scale, CAP, FP8)
-    grad1 = cross_entropy_gradient_rows(
-        logits_ptr, targets_ptr, lse_ptr, out_ptr, 4 * quads + 1, columns, N, V, softcap, scale, CAP, FP8)
-    grad2 = cross_entropy_gradient_rows(
-        logits_ptr, targets_ptr, lse_ptr, out_ptr, 4 * quads + 2, columns, N, V, softcap, scale, CAP, FP8)
-    grad3 = cross_entropy_gradient_rows(
-        logits_ptr, targets_ptr, lse_ptr, out_ptr, 4 * quads + 3, columns, N, V, softcap, scale, CAP, FP8)
+    quads, lanes = tl.arange(0, QUADS), tl.arange(0, BLOCK)
+    tokens, columns = tl.program_id(0) * (4 * QUADS) + 4 * quads, tl.program_id(1) * BLOCK + lanes
+    first = (tl.program_id(0) * (4 * QUADS)).to(tl.int64) * V + tl.program_id(1) * BLOCK
+    offsets, used = (4 * quads)[:, None] * V + lanes[None, :], (columns < V)[None, :]
+    mask0, mask1 = (tokens < N)[:, None] & used, (tokens + 1 < N)[:, None] & used
+    mask2, mask3 = (tokens + 2 < N)[:, None] & used, (tokens + 3 < N)[:, None] & used
+    logits_ptr, out_ptr = logits_ptr + first, out_ptr + first
+    logits0 = tl.load(logits_ptr + offsets, mask=mask0)
+    logits1 = tl.load(logits_ptr + V + offsets, mask=mask1)
+    logits2 = tl.load(logits_ptr + 2 * V + offsets, mask=mask2)
+    logits3 = tl.load(logits_ptr + 3 * V + offsets, mask=mask3)
+    grad0 = cross_entropy_gradient_rows(logits0, targets_ptr, lse_ptr, tokens, columns, N, softcap, scale, CAP)
+    grad1 = cross_entropy_gradient_rows(logits1, targets_ptr, lse_ptr, tokens + 1, columns, N, softcap, scale, CAP)
+    grad2 = cross_entropy_gradient_rows(logits2, targets_ptr, lse_ptr, tokens + 2, columns, N, softcap, scale, CAP)
+    grad3 = cross_entropy_gradient_rows(logits3, targets_ptr, lse_ptr, tokens + 3, columns, N, softcap, scale, CAP)
+    tl.store(out_ptr + offsets, grad0.to(out_ptr.dtype.element_ty), mask=mask0)
+    tl.store(out_ptr + V + offsets, grad1.to(out_ptr.dtype.element_ty), mask=mask1)
+    tl.store(out_ptr + 2 * V + offsets, grad2.to(out_ptr.dtype.element_ty), mask=mask2)
+    tl.store(out_ptr + 3 * V + offsets, grad3.to(out_ptr.dtype.element_ty), mask=mask3)
     if FP8 and cols_ptr is not None:
-        cols_offsets = columns.to(tl.int64)[:, None] * (N // 4) + quads[None, :]
-        mask = (columns < V)[:, None] & (quads < N // 4)[None, :]
-        tl.store(cols_ptr + cols_offsets, tl.trans(pack_fp8(grad0, grad1, grad2, grad3, scale, True)), mask=mask)
+        cols_ptr += (tl.program_id(1) * BLOCK).to(tl.int64) * (N // 4) + tl.program_id(0) * QUADS
+        mask = (columns < V)[:, None] & (tl.program_id(0) * QUADS + quads < N // 4)[None, :]
+        tl.store(cols_ptr + lanes[:, None] * (N // 4) + quads[None, :],
+                 tl.trans(pack_fp8(grad0, grad1, grad2, grad3, 1.0, True)), mask=mask)
 
 
 @triton.jit
