@@ -19,6 +19,16 @@ def relu2(acc, f, g, s):
 
 
 @gemm_epilogue()
+def relu2_bf16(acc):
+    return {"D": relu_sq(acc)}
+
+
+@gemm_epilogue()
+def relu2_backward_bf16(acc, c):
+    return {"D": acc * (2.0 * cute.math.sqrt(c, fastmath=True))}
+
+
+@gemm_epilogue()
 def plain(acc, f, g):
     return {"D": acc * (f * g)}
 

@@ -15,8 +15,8 @@ kernel that computes the norm, which saves one pass over memory.
 k after RoPE and QK norm with the 1 / RMS of each head; relu^2's input; and attention's output, which attention saves
 anyway. All this is bf16. In bf16 the inputs of the other matmuls too. In FP8 backward quantizes all inputs again, by
 the same scales, unless matmuls need no transposes: then those that a norm or attention made are saved in FP8. With
-QuACK (nanofp8/epilogues.py) it is the other way round for relu^2: its output is saved in FP8, and backward takes its
-root.
+QuACK (nanofp8/epilogues.py) relu^2's input does not exist: only its output is saved, in FP8 or bf16, and backward takes
+its root.
 
 **Delayed scaling.** Scales, amax histories and their update belong to TE's layers (`fp8_meta`), so that checkpoints,
 calibration and the reduction over ranks are TE's own. TE overwrites the scales in place when te.autocast ends after the
@@ -747,7 +747,7 @@ class FusedMLP(torch.autograd.Function):
         d_rows = None if layer.d_passed is None else layer.d_passed.take(d_mlp_out)
         d_rows, d_cols = quantize(d_mlp_out, layer.d_mlp_out) if d_rows is None else (d_rows, transposed(d_rows))
         if layer.quack:
-            activation = Fp8(activation, layer.activation.inverse)
+            activation = as_operand(activation, layer.activation)
             d_pre_rows, d_pre_cols = epilogues.relu2_backward_matmul(
                 d_rows, fc2_cols, activation, layer.d_pre_activation)
             activation_cols = transposed(activation)
