@@ -59,7 +59,7 @@ from torch.distributed.tensor import DTensor
 
 from nanofp8 import checkpoint, memory, resuming, runlog  # save, restore; batch_size; choose and lock; log.jsonl, wandb
 from nanofp8.attention import choose_attention, make_attention  # Transformer Engine's, flash-attn-4's or torch's
-from nanofp8.epilogues import choose_quack  # FP8 matmuls by QuACK
+from nanofp8.epilogues import choose_quack  # matmuls by QuACK
 from nanofp8.faults import Guard, StopSignal  # bad steps; SIGTERM and SIGINT
 from nanofp8.fused import (  # Triton
     AddNorm,
@@ -195,7 +195,7 @@ GATHER_FP32: bool = True                      # USE_DDP: send updated weights to
 
 # Speed and memory
 USE_TRITON: bool = True                       # Triton: blocks in bf16 and delayed FP8; RoPE and QK norm in all formats
-USE_QUACK: AutoBool = "auto"                  # FP8 on Hopper: QuACK for some matmuls; "auto": where it was tried
+USE_QUACK: AutoBool = "auto"                  # Hopper: QuACK for some matmuls; "auto": where it was tried (so far FP8)
 attention: Literal["auto", "cudnn", "flash4", "torch"] = "auto"  # "auto": flash-attn-4 where it was tried, else cuDNN
 USE_CUDA_GRAPHS: bool = True                  # launch fused micro-batches as CUDA graphs from step 4 on; not in FSDP2
 USE_COMPILE: AutoBool = "auto"                # torch.compile what is not fused; "auto": on a GPU; True: also Dion
@@ -507,7 +507,7 @@ class GPT(nn.Module):
         super().__init__()
         self.cfg, self.te = cfg, precision.te
         fused = blocks_fit(cfg, precision, device)
-        quack, self.kernels = choose_quack(cfg, device, fused and precision.recipe is not None)
+        quack, self.kernels = choose_quack(cfg, device, precision.name if fused else "")
         self.fused = FusedBlocks(self, quack) if fused else None
         self.fp8_head = precision.fp8_head(cfg)
         self.in_place = ""  # backward adds ("add") or writes ("write") weight gradients to .grad; "": returns them
@@ -516,7 +516,7 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(cfg, i, self.te, attention, compiled, device) for i in range(cfg.n_layer))
         self.scales = ResidualScalars(cfg.n_layer, device) if cfg.USE_X0 else None
         self.norm = self.te.RMSNorm(cfg.n_embd, eps=cfg.norm_eps, dtype=torch.float32, device=device)
-        self.head = LMHead(cfg, device, quack)
+        self.head = LMHead(cfg, device, quack.fp8)
         # arXiv 2310.17813 for one-hot inputs: entries of order 1 (the RMSNorm after it takes any scale)
         nn.init.normal_(self.embed.weight, std=1.0)
         # (T, D/2) each. Not buffers: so not saved, and never cast to bf16, where positions 2047 and 2048 are equal

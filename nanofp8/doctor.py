@@ -335,7 +335,7 @@ def check_kernels(exam: Examination) -> Iterator[Verdict]:
     cfg, device, precision = exam.cfg, exam.device, exam.precision
     fused = blocks_fit(cfg, precision, device)
     by = "our fused kernels" if fused else "the emulation" if precision.emulated else "Transformer Engine's modules"
-    quack = choose_quack(cfg, device, fused and precision.recipe is not None)[1]
+    quack = choose_quack(cfg, device, precision.name if fused else "")[1]
     _, attention, warning = choose_attention(cfg, device, precision.emulated)
     yield OK, f"blocks: {by}{quack and f' ({quack})'}; attention: {attention}"
     if warning:

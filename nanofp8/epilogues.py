@@ -1,13 +1,12 @@
-"""FP8 matmuls by QuACK, on Hopper, whose epilogues also do what separate kernels would do after them.
+"""Matmuls by QuACK, on Hopper, whose epilogues also do what separate kernels would do after them.
 
-MLP     relu^2 or its gradient, the amax, and quantization. The two wide tensors of the MLP then never exist in bf16:
-        fc1's output goes to memory once, as E4M3 after relu^2, and its gradient once, as E5M2. Measured on an H100 for
-        32,768 tokens, 1,280 wide: forward 0.357 ms, not 0.560; backward 0.668 ms (0.125 of it for a transpose), not
-        0.934.
+MLP     relu^2 or its gradient, and in FP8 the amax and quantization. fc1's output goes to memory once, after relu^2,
+        and its gradient once, as E4M3 and E5M2, or as bf16. Measured on an H100 in FP8 for 32,768 tokens, 1,280 wide:
+        forward 0.357 ms, not 0.560; backward 0.668 ms (0.125 of it for a transpose), not 0.934. bf16: not measured.
 head    the sums of exp() over the softcapped logits of each token, so that the loss is known without reading the logits
         once more; for a head in FP8 with a softcap. cuBLAS promotes the head's sums to fp32, QuACK does not. +1.0%
         tokens/s (preset classic).
-q, k, v nothing is added; QuACK is faster than cuBLAS at this shape. +0.3% tokens/s.
+q, k, v in FP8 nothing is added; QuACK is faster than cuBLAS at this shape. +0.3% tokens/s.
 
 QuACK (https://github.com/Dao-AILab/quack, PyPI: quack-kernels) compiles a kernel at its first use, which takes 4 to 10
 seconds, and keeps it in a cache on disk.
@@ -16,14 +15,25 @@ seconds, and keeps it in a cache on disk.
 import functools
 import math
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from nanofp8.config import UserError
 from nanofp8.host import optional
 
-TRIED = ((9, 0),)  # compute capabilities on which QuACK has trained; "auto" takes it there
+# Compute capabilities on which QuACK has trained, by the blocks' format; "auto" takes it there
+TRIED = {"fp8-delayed": ((9, 0),), "bf16": ()}
+
+
+class Quack(NamedTuple):
+    """Where QuACK multiplies."""
+
+    fp8: bool = False   # in blocks in FP8, and in an FP8 head
+    bf16: bool = False  # in MLPs in bf16: those of evaluations and of HIGH_PRECISION_LAYERS too
+
+
+NO_QUACK = Quack()
 
 
 @functools.cache
@@ -32,25 +42,29 @@ def library() -> tuple[ModuleType | None, str]:
     return optional("quack-kernels", "nanofp8.epilogue_functions", "QuACK")
 
 
-def choose_quack(cfg: SimpleNamespace, device: torch.device, fp8: bool) -> tuple[bool, str]:
-    """Return whether QuACK's matmuls run, and what the start-up table says about it.
+def choose_quack(cfg: SimpleNamespace, device: torch.device, blocks: str) -> tuple[Quack, str]:
+    """Return where QuACK multiplies, and what the start-up table says about it.
 
-    fp8: whether blocks run in FP8 by our kernels.
+    blocks: format of the blocks, of precision.FORMATS, if our kernels run them; else "".
     Raises: UserError if USE_QUACK is True but QuACK cannot run.
     """
-    if cfg.USE_QUACK is False or not fp8 and cfg.USE_QUACK == "auto":
-        return False, ""
-    if not fp8:
-        missing = "it needs FP8 with delayed scaling in our kernels"
-    elif torch.cuda.get_device_capability(device)[0] != 9:
+    if cfg.USE_QUACK is False or not blocks and cfg.USE_QUACK == "auto":
+        return NO_QUACK, ""
+    capability = torch.cuda.get_device_capability(device) if blocks else None
+    wanted = {name: cfg.USE_QUACK is True or capability in tried for name, tried in TRIED.items()}
+    if not blocks:
+        missing = "it needs our kernels, in bf16 or in FP8 with delayed scaling"
+    elif capability[0] != 9:
         missing = "only on Hopper"
-    elif cfg.USE_QUACK == "auto" and torch.cuda.get_device_capability(device) not in TRIED:
-        missing = "not tried on this GPU; --USE_QUACK=True"
+    elif not wanted[blocks]:
+        missing = f"not tried in {blocks} on this GPU; --USE_QUACK=True"
     else:
         missing = "" if library()[0] else library()[1]
     if missing and cfg.USE_QUACK is True:
         raise UserError(f"USE_QUACK=True cannot run: {missing}; use --USE_QUACK=auto", 2)
-    return not missing, f"no QuACK: {missing}" if missing else f"matmuls by {library()[1]}"
+    if missing:
+        return NO_QUACK, f"no QuACK: {missing}"
+    return Quack(blocks != "bf16", wanted["bf16"]), f"matmuls by {library()[1]}"
 
 
 FAST = (("fp8_slow_accum", False),)  # sums stay in the tensor cores, as with cuBLAS's fast accumulation

@@ -773,8 +773,8 @@ class FusedBlocks:
     a backward pass must end before the next forward pass begins, because begin() overwrites the scales.
     """
 
-    def __init__(self, model: Any, quack: bool = False) -> None:
-        """model: train.GPT, whose blocks are made of TE's layers. quack: let QuACK multiply where it is faster."""
+    def __init__(self, model: Any, quack: epilogues.Quack = epilogues.NO_QUACK) -> None:
+        """model: train.GPT, whose blocks are made of TE's layers. quack: where QuACK multiplies."""
         self.model, self.cache = model, {}
         self.quack = quack
         self.formats = {}  # {whether FP8 is on: (blocks, TE's scales, buffer for their copy, buffer for its inverse)}
@@ -844,14 +844,14 @@ class FusedBlocks:
                     fused=self, eps=attn.eps, n_head=attn.n_head, cos=self.model.cos, sin=self.model.sin,
                     on_last_gradient=on_last_gradient, input=tensor_scaling(qkv, forward, 0),
                     weight=tensor_scaling(qkv, forward, 1), d_qkv=tensor_scaling(qkv, backward, 0), d_before=before,
-                    quack=self.quack and (qkv, forward) in offsets),
+                    quack=self.quack.fp8 and (qkv, forward) in offsets),
                 MLPLayer(
                     fused=self, eps=attn.eps, attention_out=tensor_scaling(proj, forward, 0, colwise=False),
                     proj=tensor_scaling(proj, forward, 1), d_proj=tensor_scaling(proj, backward, 0),
                     input=tensor_scaling(mlp, forward, 0), fc1=tensor_scaling(mlp, forward, 1),
                     d_pre_activation=tensor_scaling(mlp, backward, 0), activation=tensor_scaling(mlp, forward, 3),
                     fc2=tensor_scaling(mlp, forward, 4), d_mlp_out=d_mlp_out, d_passed=passed,
-                    quack=self.quack and (mlp, forward) in offsets)))
+                    quack=self.quack.fp8 if (mlp, forward) in offsets else self.quack.bf16)))
             before = passed
         return blocks, [meta.scale for *_, meta in fp8_metas], scale, inverse
 

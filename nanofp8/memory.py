@@ -26,7 +26,7 @@ from nanofp8 import sizes
 from nanofp8.checkpoint import random_state, set_random_state
 from nanofp8.checkpoint_files import read_checkpoint
 from nanofp8.config import UserError, may_choose
-from nanofp8.epilogues import choose_quack
+from nanofp8.epilogues import NO_QUACK, Quack, choose_quack
 from nanofp8.fused import blocks_fit, kernels_fit, needs_transposes
 from nanofp8.parts import GATE_CHANNELS, value_layers, windows
 from nanofp8.precision import Precision, choose_format, fp8_state
@@ -57,7 +57,7 @@ class Kind(NamedTuple):
     rope_in_place: bool = True  # RoPE and QK norm by our kernel; False: by torch.compile
     fp8_matmuls: bool = True    # the GPU has them; False: an FP8 head is computed in fp32
     keeps_inputs: bool = False  # fused blocks in FP8 keep the inputs of matmuls (which then need no transposes)
-    quack: bool = False         # fused blocks in FP8 keep relu^2's output in FP8 in place of fc1's in bf16
+    quack: Quack = NO_QUACK     # fused blocks in which QuACK multiplies keep relu^2's output only, not fc1's in bf16
 
 
 class Block(NamedTuple):
@@ -103,8 +103,10 @@ def block_of(kind: Kind, in_bf16: bool = False) -> Block:
     if block is BLOCKS["fused", "fp8-delayed"]:
         if kind.keeps_inputs:
             block = block._replace(qkv_input=1, proj_input=1, fc1_input=1, backward=31)
-        if kind.quack:
+        if kind.quack.fp8:
             block = block._replace(fc1_output=0, fc2_input=4)
+    if block is BLOCKS["fused", "bf16"] and kind.quack.bf16:
+        block = block._replace(fc1_output=0)
     return block
 
 
@@ -273,7 +275,7 @@ def kind_of(cfg: SimpleNamespace, precision: Precision, wrapper: str, procs: Pro
     """Return what decides which tensors a run makes. wrapper: "none", "ddp" or "fsdp2"."""
     fused = blocks_fit(cfg, precision, procs.device)
     capable = procs.device.type == "cuda" and torch.cuda.get_device_capability(procs.device) >= (8, 9)
-    quack, _ = choose_quack(cfg, procs.device, fused and precision.recipe is not None)
+    quack, _ = choose_quack(cfg, procs.device, precision.name if fused else "")
     return Kind(precision.name, "fused" if fused else "emulated" if precision.emulated else "modules",
                 precision.fp8_head(cfg), wrapper, procs.world_size,
                 kernels_fit(cfg, procs.device) and not cfg.USE_AC_ATTENTION, capable,

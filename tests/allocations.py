@@ -14,7 +14,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
-from nanofp8 import fused, loss, parts
+from nanofp8 import epilogues, fused, loss, parts
 from nanofp8 import te_emulation as te
 from nanofp8.precision import FORMATS, Precision
 
@@ -70,13 +70,16 @@ class Core(torch.nn.Module):
 
 
 class NoKernels:
-    """Stands for a module of Triton kernels: kernel[grid](...) does nothing."""
+    """Stands for a module of Triton kernels or of QuACK's: kernel[grid](...) and kernel.gemm(...) do nothing."""
 
     def __getattr__(self, name):
         return self
 
     def __getitem__(self, grid):
-        return lambda *args, **options: None
+        return self
+
+    def __call__(self, *args, **options):
+        pass
 
 
 def matmul(a, b, dtype=torch.bfloat16, out=None, **_):
@@ -93,8 +96,8 @@ def te_quantizer(scaling, colwise=True):
 
 
 @contextlib.contextmanager
-def fake_gpu():
-    """Let train.py's fused blocks and head run on the meta device as on a GPU with FP8."""
+def fake_gpu(quack):
+    """Let train.py's fused blocks and head run on the meta device as on a GPU with FP8. quack: epilogues.Quack."""
     transpose = SimpleNamespace(fp8_transpose=lambda data, *_, **__: torch.empty(data.shape[::-1], dtype=torch.uint8,
                                                                                 device=META))
     stubs = dict(te_gemm=lambda: True, te_types=lambda: ({torch.float8_e4m3fn: 0, torch.float8_e5m2: 1}, transpose),
@@ -106,6 +109,8 @@ def fake_gpu():
                 stack.enter_context(mock.patch.object(module, name, stubs[name]))
         for module in (train, fused):
             stack.enter_context(mock.patch.object(module, "kernels_fit", lambda *_: True))
+        stack.enter_context(mock.patch.object(epilogues, "library", lambda: (NoKernels(), "")))
+        stack.enter_context(mock.patch.object(train, "choose_quack", lambda *_: (quack, "")))
         is_cuda, torch.Tensor.is_cuda = torch.Tensor.__dict__.get("is_cuda"), property(lambda tensor: True)
         try:
             yield
@@ -129,15 +134,14 @@ def build(cfg):
             layer.fp8_meta = {key: SimpleNamespace(scale=torch.ones(count * gemms, device=META),
                                                    amax_history=torch.zeros(4, count * gemms, device=META))
                               for key, count in (("scaling_fwd", 3), ("scaling_bwd", 2))}
-    model.fused = fused.FusedBlocks(model)
     return model
 
 
-def count(cfg):
+def count(cfg, quack=epilogues.NO_QUACK):
     """Return the bytes of weights, gradients, copies and activations at the peak of a step's second micro-batch, and
     what an evaluation takes besides weights, gradients and copies."""
     gc.collect()
-    with fake_gpu(), Counter() as counter:
+    with fake_gpu(quack), Counter() as counter:
         model = build(cfg)
         model.in_place = "add"
         x = torch.zeros(cfg.batch_size, cfg.block_size, dtype=torch.int32, device=META)

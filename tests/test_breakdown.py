@@ -11,7 +11,7 @@ from torch.autograd import DeviceType
 
 import bench
 from helpers import flag_args
-from nanofp8 import fused, loss
+from nanofp8 import epilogues, fused, loss
 from nanofp8.breakdown import AUTOGRAD, PREFIX, Labels, collect, gpu_rows, short_name
 from nanofp8.config import UserError
 from nanofp8.fused import Fp8
@@ -36,6 +36,19 @@ def test_labels_of_matmuls_and_their_flops():
     assert loss.matmul is fused.matmul is before
     assert labels.flops == {f"matmul 6 x 4, sums of 8, {name}": 2 * 6 * 4 * 8
                             for name in ("bf16", "E5M2 x E4M3", "E5M2 x E4M3, added to fp32")}
+
+
+def test_labels_of_matmuls_by_quack(monkeypatch):
+    """The MLP's in bf16."""
+    labels, kernel = Labels(), SimpleNamespace(gemm=lambda *_, **__: None)
+    quack = SimpleNamespace(relu2_bf16=kernel, relu2_backward_bf16=kernel)
+    monkeypatch.setattr(epilogues, "library", lambda: (quack, ""))
+    x, weight, grad = (torch.zeros(shape, dtype=torch.bfloat16) for shape in ((6, 8), (32, 8), (6, 8)))
+    with labels.applied():
+        activation = epilogues.relu2_matmul(x, weight, None)
+        epilogues.relu2_backward_matmul(grad, weight, activation, None)
+    assert labels.flops == {label: 2 * 6 * 32 * 8 for label in (
+        "fc1 with relu^2 (QuACK)", "fc2's input gradient with relu^2's (QuACK)")}
 
 
 def test_a_label_within_another_does_not_count_twice():

@@ -7,26 +7,47 @@ import torch
 
 from nanofp8 import epilogues
 from nanofp8.config import UserError
-from nanofp8.epilogues import choose_quack
+from nanofp8.epilogues import NO_QUACK, Quack, choose_quack
+
+FP8, FP8_AUTO, BF16, NONE = Quack(True, True), Quack(True, False), Quack(False, True), NO_QUACK
+ERROR = None
 
 
-@pytest.mark.parametrize("wanted, fp8, capability, installed, runs", [
-    ("auto", True, (9, 0), True, True), (True, True, (9, 0), True, True), (False, True, (9, 0), True, False),
-    ("auto", True, (9, 0), False, False), (True, True, (9, 0), False, None), ("auto", True, (12, 0), True, False),
-    (True, True, (12, 0), True, None), ("auto", False, (9, 0), True, False), (True, False, (9, 0), True, None),
+@pytest.mark.parametrize("wanted, blocks, capability, installed, where, says", [
+    ("auto", "fp8-delayed", (9, 0), True, FP8_AUTO, "matmuls by QuACK 0.6"),
+    (True, "fp8-delayed", (9, 0), True, FP8, "matmuls by QuACK 0.6"),
+    (False, "fp8-delayed", (9, 0), True, NONE, ""),
+    ("auto", "fp8-delayed", (9, 0), False, NONE, "no QuACK: gone"),
+    (True, "fp8-delayed", (9, 0), False, ERROR, "gone"),
+    ("auto", "fp8-delayed", (12, 0), True, NONE, "no QuACK: only on Hopper"),
+    (True, "fp8-delayed", (12, 0), True, ERROR, "only on Hopper"),
+    ("auto", "bf16", (9, 0), True, NONE, "no QuACK: not tried in bf16 on this GPU; --USE_QUACK=True"),
+    (True, "bf16", (9, 0), True, BF16, "matmuls by QuACK 0.6"),
+    (False, "bf16", (9, 0), True, NONE, ""),
+    (True, "bf16", (9, 0), False, ERROR, "gone"),
+    ("auto", "bf16", (8, 0), True, NONE, "no QuACK: only on Hopper"),
+    ("auto", "", (9, 0), True, NONE, ""),
+    (True, "", (9, 0), True, ERROR, "it needs our kernels"),
 ])
-def test_choice(wanted, fp8, capability, installed, runs, monkeypatch):
+def test_choice(wanted, blocks, capability, installed, where, says, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(epilogues, "library", lambda: (epilogues, "QuACK 0.6") if installed else (None, "gone"))
-    monkeypatch.setattr(epilogues, "TRIED", ((9, 0),))
+    monkeypatch.setattr(epilogues, "TRIED", {"fp8-delayed": ((9, 0),), "bf16": ()})
     cfg, device = SimpleNamespace(USE_QUACK=wanted), torch.device("cuda")
-    if runs is None:
-        with pytest.raises(UserError, match="USE_QUACK=True.*--USE_QUACK=auto"):
-            choose_quack(cfg, device, fp8)
-        return
-    chosen, text = choose_quack(cfg, device, fp8)
-    assert chosen == runs and bool(text) == (wanted is not False and fp8)
-    assert ("gone" in text) == (fp8 and not installed)
+    if where is ERROR:
+        with pytest.raises(UserError, match=f"USE_QUACK=True.*{says}.*--USE_QUACK=auto"):
+            choose_quack(cfg, device, blocks)
+    else:
+        assert choose_quack(cfg, device, blocks) == (where, says)
+
+
+def test_bf16_where_it_was_tried(monkeypatch):
+    """Then "auto" takes it in bf16, and in the bf16 layers of a run in FP8."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(epilogues, "library", lambda: (epilogues, "QuACK 0.6"))
+    monkeypatch.setattr(epilogues, "TRIED", {"fp8-delayed": ((9, 0),), "bf16": ((9, 0),)})
+    cfg, device = SimpleNamespace(USE_QUACK="auto"), torch.device("cuda")
+    assert choose_quack(cfg, device, "bf16")[0] == BF16 and choose_quack(cfg, device, "fp8-delayed")[0] == FP8
 
 
 def test_a_machine_without_it():

@@ -930,12 +930,13 @@ def test_fused_blocks_share_delayed_scaling_with_te(monkeypatch):
     blocks = [SimpleNamespace(attn=SimpleNamespace(qkv=LayerStub(1), proj=LayerStub(1), n_head=H, eps=1e-6),
                               mlp=LayerStub(2, fp8=block == 0)) for block in range(2)]
     cos, sin = tables()
-    shared = FusedBlocks(SimpleNamespace(te=te, blocks=blocks, cos=cos, sin=sin))
+    shared = FusedBlocks(SimpleNamespace(te=te, blocks=blocks, cos=cos, sin=sin), epilogues.Quack(bf16=True))
     x = randn(B, T, C)
     blocks[0].mlp.fp8_meta["scaling_fwd"].scale[3] = 8.0
     shared.begin(x, True, "", None)
     (first_qkv, first_mlp), (last_qkv, last_mlp) = shared.blocks
     assert last_mlp.input is last_mlp.activation is last_mlp.d_mlp_out is None  # runs in bf16
+    assert last_mlp.quack and not first_mlp.quack and not first_qkv.quack and not last_qkv.quack
     assert last_qkv.on_last_gradient is None and last_qkv.input.dtype == E4M3 and last_qkv.d_qkv.dtype == E5M2
     assert first_mlp.activation.scale.item() == 8 and first_mlp.activation.inverse.item() == 1 / 8
     addresses = [part.data_ptr() for part in first_mlp.activation[:3]]

@@ -16,10 +16,11 @@ import torch
 import helpers
 import train
 from helpers import fails_in_one_line, losses, make_cfg, one_process, records, train_here
-from nanofp8 import fused, memory
+from nanofp8 import epilogues, fused, memory
 from nanofp8 import te_emulation as te
 from nanofp8.checkpoint_files import read_checkpoint
 from nanofp8.config import UserError
+from nanofp8.epilogues import NO_QUACK, Quack
 from nanofp8.memory import GB, Kind, predict
 from nanofp8.precision import Precision, choose_format, fp8_state
 from nanofp8.procs import Processes
@@ -101,18 +102,22 @@ COUNTED = [
     dict(batch_size=16, loss_chunk_size=1024), dict(batch_size=16, loss_chunk_size=1024, USE_FP8=False),
     dict(batch_size=32, preset="d12"), dict(preset="tiny"),
 ]
+QUACK = Quack(fp8=True, bf16=True)
 
 
-@pytest.mark.parametrize("changes", COUNTED, ids=str)
-def test_predictions_against_the_tensors_of_fused_blocks(changes):
+@pytest.mark.parametrize("changes, quack", [(changes, NO_QUACK) for changes in COUNTED] + [
+    (dict(batch_size=8), QUACK), (dict(batch_size=8, USE_FP8=False), QUACK),
+    (dict(batch_size=16, preset="speedrun", USE_FP8=False), QUACK),
+], ids=str)
+def test_predictions_against_the_tensors_of_fused_blocks(changes, quack):
     """The model of four blocks runs on the meta device, and every tensor counts as long as it is alive. 1%: small
     tensors are left out, and the backward pass of the last block frees the final norm's input first."""
     n_value_embed = changes.get("n_value_embed", 1)
     flags = dict(preset="d20", n_layer=4, train_tokens=0, total_batch_size=2 ** 17, max_iters=1) | changes
     flags |= dict(n_value_embed=n_value_embed) if flags["preset"] in ("speedrun", "d12") else {}
     cfg = parse(**flags)
-    peak, evaluation = allocations.count(cfg)
-    kind = Kind("fp8-delayed" if cfg.USE_FP8 else "bf16", "fused", cfg.USE_FP8 and cfg.USE_FP8_HEAD)
+    peak, evaluation = allocations.count(cfg, quack)
+    kind = Kind("fp8-delayed" if cfg.USE_FP8 else "bf16", "fused", cfg.USE_FP8 and cfg.USE_FP8_HEAD, quack=quack)
     prediction = predict(cfg, kind, cfg.batch_size)
     of_a_pass = prediction.weights + prediction.gradients + prediction.copies + prediction.passing
     assert of_a_pass == pytest.approx(peak, rel=0.01)
@@ -125,9 +130,14 @@ def test_what_takes_less_memory():
         return predict(parse(preset="d20", **flags), kind or Kind("fp8-delayed", "fused", True), batch_size).need
 
     tokens, width, blocks = 16 * 2048, 1280, 20
-    for changes, values in ((dict(keeps_inputs=True), 3), (dict(quack=True), -4)):
-        changed = need(Kind("fp8-delayed", "fused", True, **changes))
-        assert changed - need() == pytest.approx(1.03 * values * tokens * width * blocks, rel=0.02)
+    fp8, bf16 = Kind("fp8-delayed", "fused", True), Kind("bf16", "fused", False)
+    for kind, changes, values in ((fp8, dict(keeps_inputs=True), 3), (fp8, dict(quack=QUACK), -4),
+                                  (bf16, dict(quack=QUACK), -8)):
+        changed = need(kind._replace(**changes))
+        assert changed - need(kind) == pytest.approx(1.03 * values * tokens * width * blocks, rel=0.02)
+    high = dict(HIGH_PRECISION_LAYERS="blocks.19")
+    some, all_by_quack = fp8._replace(quack=Quack(fp8=True)), fp8._replace(quack=QUACK)
+    assert need(some, **high) - need(all_by_quack, **high) == pytest.approx(1.03 * 8 * tokens * width, rel=0.02)
     ddp = Kind("fp8-delayed", "fused", True, **DDP4)
     assert need(ddp, 1, GATHER_FP32=False, n_value_embed=5) > need(ddp, 1, n_value_embed=5)
     modules = Kind("fp8-delayed", "modules", True)
@@ -149,6 +159,8 @@ def test_what_takes_less_memory():
     (False, dict(USE_AC_ATTENTION=True), Kind("fp8-delayed", "modules", True, "ddp", 2, rope_in_place=False)),
     (False, dict(FP8_RECIPE="block", USE_FP8_HEAD=False), Kind("fp8-block", "modules", False, "ddp", 2)),
     (False, dict(USE_FP8=False), Kind("bf16", "fused", False, "ddp", 2)),
+    (False, dict(USE_FP8=False, USE_QUACK=True), Kind("bf16", "fused", False, "ddp", 2, quack=Quack(bf16=True))),
+    (False, dict(USE_QUACK=True), Kind("fp8-delayed", "fused", True, "ddp", 2, quack=QUACK)),
     (True, dict(USE_NVFP4=True), Kind("nvfp4", "emulated", False, "ddp", 2)),
 ])
 def test_which_tensors_a_run_makes(monkeypatch, emulated, changes, want):
@@ -156,6 +168,8 @@ def test_which_tensors_a_run_makes(monkeypatch, emulated, changes, want):
     for module in (memory, fused):
         monkeypatch.setattr(module, "kernels_fit", lambda cfg, device: cfg.USE_TRITON)
     monkeypatch.setattr(memory, "needs_transposes", lambda: True)  # a Hopper GPU
+    found = (epilogues, "QuACK") if "USE_QUACK" in changes else (None, "not installed")
+    monkeypatch.setattr(epilogues, "library", lambda: found)
     cfg = parse(preset="d20", **changes)
     precision = Precision(te, choose_format(cfg), None, emulated, "")
     assert memory.kind_of(cfg, precision, "ddp", Processes(0, 0, 2, torch.device("cuda", 0), None)) == want
@@ -214,6 +228,7 @@ def gpu(monkeypatch):
     for module in (memory, fused):
         monkeypatch.setattr(module, "kernels_fit", lambda cfg, device: not cfg.USE_AC_ATTENTION)
     monkeypatch.setattr(memory, "needs_transposes", lambda: True)  # a Hopper GPU
+    monkeypatch.setattr(epilogues, "library", lambda: (None, "not installed"))
     precision = SimpleNamespace(name="fp8-delayed", fused=True, emulated=False, recipe=None,
                                 fp8_head=lambda cfg: True)
 
