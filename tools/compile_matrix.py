@@ -195,7 +195,7 @@ def one_pass(changes: dict[str, Any], fp8: bool, fsdp2: bool, quack: bool = Fals
     import torch
 
     import train
-    from nanofp8 import te_emulation
+    from nanofp8 import epilogues, te_emulation
     from nanofp8.fused import FusedBlocks, RopeQKNorm
     from nanofp8.muon import apply_update, momentum_update
     from nanofp8.precision import FORMATS, Precision
@@ -215,7 +215,7 @@ def one_pass(changes: dict[str, Any], fp8: bool, fsdp2: bool, quack: bool = Fals
             layer.fp8_meta = {key: SimpleNamespace(scale=torch.ones(count * gemms),
                                                    amax_history=torch.zeros(4, count * gemms))
                               for key, count in (("scaling_fwd", 3), ("scaling_bwd", 2))}
-    model.fused = FusedBlocks(model, quack)
+    model.fused = FusedBlocks(model, epilogues.Quack(fp8=quack))
     model.head.quack = quack and model.head.softcap > 0
     if fsdp2:  # its policy casts all parameters but the residual scalars
         for name, module in model.named_children():
