@@ -79,6 +79,7 @@ from nanofp8.muon import OptimizerSet, import_bitsandbytes, make_muon, muon_grou
 from nanofp8.parts import (  # what preset "speedrun" adds
     ResidualScalars,
     ValueEmbedding,
+    gradient_of,
     mix_residual,
     token_order,
     value_layers,
@@ -97,7 +98,7 @@ from nanofp8.procs import Processes, command_line  # rank, device, mesh; start a
 from nanofp8.schedule import Schedule  # learning rates, weight decay and momentum at each step
 from nanofp8.shards import ShardError, find_shards, open_shard  # the token shard format
 from nanofp8.sizes import parameter_table  # parameters of each part
-from nanofp8.zero import Shards  # what USE_DDP does
+from nanofp8.zero import Gathered, Shards  # what USE_FSDP2 and USE_DDP do
 
 # ======================================================================================================================
 # Flags. Edit a value here, or give --name=value. The values below are those of preset "d20".
@@ -197,7 +198,7 @@ GATHER_FP32: bool = True                      # USE_DDP: send updated weights to
 USE_TRITON: bool = True                       # Triton: blocks in bf16 and delayed FP8; RoPE and QK norm in all formats
 USE_QUACK: AutoBool = "auto"                  # Hopper: QuACK for some matmuls; "auto": where it was tried (so far FP8)
 attention: Literal["auto", "cudnn", "flash4", "torch"] = "auto"  # "auto": flash-attn-4 where it was tried, else cuDNN
-USE_CUDA_GRAPHS: bool = True                  # launch fused micro-batches as CUDA graphs from step 4 on; not in FSDP2
+USE_CUDA_GRAPHS: bool = True                  # launch fused micro-batches as CUDA graphs from step 4 on; not if RESHARD
 USE_COMPILE: AutoBool = "auto"                # torch.compile what is not fused; "auto": on a GPU; True: also Dion
 USE_AC_LM_HEAD: bool = False                  # recompute logits in the backward pass instead of keeping gradients
 USE_AC_BLOCKS: bool = False                   # recompute each block in the backward pass
@@ -583,7 +584,7 @@ class Optimizers(OptimizerSet):
 
     def __init__(self, model: GPT, cfg: SimpleNamespace, procs: Processes, parallel: "Parallel"):
         """Sort the parameters into groups. Raises: UserError if an optimizer cannot run here."""
-        sharded, self.shards = parallel.wrapper == "fsdp2", parallel.shards
+        sharded, self.shards, self.buffers = parallel.wrapper == "fsdp2", parallel.shards, parallel.buffers
         blocks = list(model.blocks.named_parameters())
         muon = dict(lr=cfg.learning_rate, weight_decay=cfg.weight_decay, mu=cfg.muon_momentum_start,
                     cautious_wd=cfg.USE_CAUTIOUS_WD)
@@ -692,12 +693,14 @@ class Parallel:
 
     def __init__(self, model: GPT, wrapper: str, cfg: SimpleNamespace, procs: Processes):
         """Prepare the model in place. wrapper: "none", "ddp" (every rank holds all weights) or "fsdp2"."""
-        self.model, self.wrapper, self.reshard, self.shards = model, wrapper, cfg.FSDP2_RESHARD, None
-        self.world_size = procs.world_size
+        self.model, self.wrapper, self.world_size, self.shards = model, wrapper, procs.world_size, None
+        self.by_hooks = wrapper == "fsdp2" and cfg.FSDP2_RESHARD  # FSDP2 gathers weights and reduces gradients itself
+        self.buffers = None  # where gradients stay in place; None: autograd makes them
         reduce_dtype = torch.float32 if cfg.REDUCE_FP32 else torch.bfloat16
         if wrapper == "ddp":
             gather_dtype = torch.float32 if cfg.GATHER_FP32 else torch.bfloat16
-            self.shards = Shards(model, model.matrices(), procs, reduce_dtype, gather_dtype, not cfg.USE_8BIT_ADAM)
+            self.buffers = Shards(model, model.matrices(), procs, reduce_dtype, gather_dtype, not cfg.USE_8BIT_ADAM)
+            self.shards = self.buffers
         elif wrapper == "fsdp2":
             # Inputs are not cast: RoPE's tables must stay fp32; the rest is bf16 or integers
             policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, cast_forward_inputs=False,
@@ -705,8 +708,10 @@ class Parallel:
             if model.scales:  # in fp32: a few learned scalars, which bf16 would move in steps of 1%
                 fully_shard(model.scales, mesh=procs.mesh, reshard_after_forward=False)
             for part in (model.embed, *model.blocks, model.head):
-                fully_shard(part, mesh=procs.mesh, mp_policy=policy, reshard_after_forward=cfg.FSDP2_RESHARD)
+                fully_shard(part, mesh=procs.mesh, mp_policy=policy, reshard_after_forward=True)
             fully_shard(model, mesh=procs.mesh, mp_policy=policy, reshard_after_forward=False)
+            if not self.by_hooks:
+                self.buffers = Gathered(model, model.matrices(), procs, reduce_dtype, exact=model.scales)
 
     def first_micro_batch(self, m: int) -> bool | None:
         """Return True for a step's first micro-batch, which quantizes the weights; False for the others, which reuse
@@ -715,32 +720,35 @@ class Parallel:
 
     @contextlib.contextmanager
     def micro_batch(self, last: bool) -> Iterator[None]:
-        """Enter the context of one micro-batch. FSDP2 reduces gradients over the ranks in a step's last one."""
-        if self.wrapper == "fsdp2":
+        """Enter the context of one micro-batch. FSDP2's hooks reduce gradients over the ranks in a step's last one."""
+        if self.by_hooks:
             self.model.set_requires_gradient_sync(last)
             self.model.set_is_last_backward(last)
-            # Gathered weights serve all micro-batches of a step
-            self.model.set_reshard_after_backward(last or self.reshard)
-        self.model.in_place = "" if self.wrapper == "fsdp2" else "add"  # FSDP2 must see the gradients
-        yield
+        self.model.in_place = "" if self.by_hooks else "add"  # hooks must see the gradients
+        with self.whole_weights():
+            yield
+
+    def whole_weights(self) -> contextlib.AbstractContextManager:
+        """Return a context in which the model has whole weights, unless FSDP2's hooks gather them."""
+        return self.buffers.in_model() if isinstance(self.buffers, Gathered) else contextlib.nullcontext()
 
     def reduce_gradients(self) -> Tensor:
         """Average the gradients over the ranks; return this rank's share of their squared norm, on the device. The
         shares add up over the ranks."""
-        if self.shards is not None:
-            self.shards.reduce()
-            return self.shards.squared_norm()
+        if self.buffers is not None:
+            self.buffers.reduce()
+            return self.buffers.squared_norm()
         return gradient_norm(self.model.parameters()).square() / self.world_size
 
     def gather_weights(self) -> None:
-        """Get the weights that other ranks have updated. FSDP2 does it when they are needed."""
-        if self.shards is not None:
-            self.shards.gather()
+        """Get the weights that other ranks have updated. FSDP2's hooks do it when they are needed."""
+        if self.buffers is not None:
+            self.buffers.gather()
 
     def zero_grad(self) -> None:
         """Drop all gradients, or set them to zero where they must stay in place."""
-        if self.shards is not None:
-            self.shards.zero_grad()
+        if self.buffers is not None:
+            self.buffers.zero_grad()
         else:
             for p in self.model.parameters():
                 p.grad = None
@@ -748,7 +756,8 @@ class Parallel:
 
 def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
     """Return the global norm of the gradients over all ranks, a scalar on the device."""
-    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True)
+    gradients = [gradient for p in parameters if (gradient := gradient_of(p)) is not None]
+    norm = nn.utils.get_total_norm(gradients, foreach=True)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
@@ -906,7 +915,8 @@ def calibrate(run: Run) -> None:
         with run.precision.autocast(run.procs):
             loss = run.model(x, y, first=run.parallel.first_micro_batch(0), factor=run.loader.loss_scale)
         loss.backward()
-    if not math.isfinite(run.procs.sum(loss.detach() + gradient_norm(run.model.parameters()))):
+        norm = gradient_norm(run.model.parameters())
+    if not math.isfinite(run.procs.sum(loss.detach() + norm)):
         restore_scales()
     run.parallel.zero_grad()
 
@@ -958,7 +968,7 @@ def prepare_step(run: Run, step: int) -> None:
     if 0 < step < calibrations:
         # Head and output projections start at zero: layers below them get their first gradients later
         calibrate(run)
-    use_graphs = run.cfg.USE_CUDA_GRAPHS and run.model.fused is not None and run.parallel.wrapper != "fsdp2"
+    use_graphs = run.cfg.USE_CUDA_GRAPHS and run.model.fused is not None and not run.parallel.by_hooks
     if use_graphs and step == max(run.first_step + 3, calibrations):
         run.graphs = MicroBatchGraphs(run.parallel, run.loader, run.precision, run.procs)
 
@@ -966,7 +976,7 @@ def prepare_step(run: Run, step: int) -> None:
 def evaluate_and_log(run: Run, step: int) -> None:
     """Evaluate in one format (after the last step: in both) and log it; delayed scaling's state is kept."""
     formats = run.precision.evaluation_formats(run.cfg)[:None if step == run.cfg.max_iters - 1 else 1]
-    with preserved_scales(run.model):
+    with preserved_scales(run.model), run.parallel.whole_weights():
         val_losses = {
             name: evaluate(run.model, run.val_ring, run.cfg, run.procs,
                            functools.partial(run.precision.autocast, run.procs, quantized=name != "bf16"),

@@ -42,7 +42,7 @@ from typing import Any, NamedTuple
 import torch
 
 from nanofp8 import cards, epilogues
-from nanofp8.parts import TokenOrder, add_value_embedding, table_gradient, value_embedding_grad
+from nanofp8.parts import TokenOrder, add_value_embedding, gradient_of, table_gradient, value_embedding_grad
 
 try:
     import triton
@@ -490,11 +490,12 @@ def as_int32(cols: torch.Tensor | None) -> torch.Tensor | None:
 def weight_gradient(dy_cols: Operand, x_cols: Operand, weight: torch.Tensor, in_place: str) -> torch.Tensor | None:
     """Compute a weight's gradient dy.T @ x (M, K) from dy_cols (M, N) and x_cols (K, N).
 
-    in_place: "" returns it in the weight's dtype. "add" adds it to weight.grad, "write" overwrites weight.grad; both
-    return None, or the gradient if weight.grad does not exist yet.
+    in_place: "" returns it in the weight's dtype. "add" adds it to gradient_of(weight), "write" overwrites that; both
+    return None, or the gradient if gradient_of(weight) does not exist yet.
     """
-    if in_place and weight.grad is not None:
-        matmul(dy_cols, x_cols, out=weight.grad, add=in_place == "add")
+    given = gradient_of(weight) if in_place else None
+    if given is not None:
+        matmul(dy_cols, x_cols, out=given, add=in_place == "add")
         return None
     return matmul(dy_cols, x_cols, weight.dtype)
 
@@ -875,14 +876,15 @@ class MicroBatchGraphs:
         self.model, self.loader, self.precision, self.procs = parallel.model, loader, precision, procs
         self.graphs, self.pool = {}, torch.cuda.graph_pool_handle()
         self.batch, self.loss = list(loader.peek()), torch.zeros((), device=procs.device)
-        for parameter in self.model.parameters():
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        # Autograd accumulates these gradients, so that they start from zero; matmuls write the weights' own
-        self.summed_gradients = [parameter.grad for name, parameter in self.model.named_parameters()
-                       if parameter.ndim == 1 or name.startswith("embed") or "value_embed" in name]
-        for first in (True, False)[:loader.accumulation]:
-            self.capture(first)
+        with parallel.whole_weights():
+            for parameter in self.model.parameters():
+                if gradient_of(parameter) is None:
+                    parameter.grad = torch.zeros_like(parameter)
+            # Autograd accumulates these gradients, so that they start from zero; matmuls write the weights' own
+            self.summed_gradients = [gradient_of(parameter) for name, parameter in self.model.named_parameters()
+                                     if parameter.ndim == 1 or name.startswith("embed") or "value_embed" in name]
+            for first in (True, False)[:loader.accumulation]:
+                self.capture(first)
 
     def __call__(self, x: torch.Tensor, y: torch.Tensor, first: bool) -> torch.Tensor:
         """Run one micro-batch and return its share of the step's loss, a scalar that the next call overwrites.

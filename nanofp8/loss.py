@@ -24,6 +24,7 @@ from nanofp8.fused import (
     use_kernels,
     weight_operand,
 )
+from nanofp8.parts import gradient_of
 
 try:
     import triton
@@ -125,7 +126,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         recompute: False computes the gradients of h and weight in the forward pass, while each chunk's logits exist.
             True keeps nothing in the forward pass and computes the logits again in the backward pass.
         in_place: as in fused.weight_gradient(). Not "": backward() must start at this loss, whose gradient is then 1,
-            because without `recompute` the forward pass adds to weight.grad already.
+            because without `recompute` the forward pass adds to gradient_of(weight) already.
         factor: of the loss, and so of its gradients.
         quack: compute the logits by QuACK; needs Fp8 and a softcap.
     Returns: the loss, a scalar fp32.
@@ -158,14 +159,14 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                        quack: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Return the loss (scalar fp32), its gradient for h (N, C) bf16, and for the weight (V, C) fp32.
 
-        The last is None if it went to weight.grad.
+        The last is None if it went to gradient_of(weight).
         """
         scaling = current_scaling(h, torch.float8_e4m3fn) if isinstance(operand[0], Fp8) else None
         grad_scaling = scaling and Scaling(
             torch.full_like(scaling.scale, LOGIT_GRAD_SCALE), torch.full_like(scaling.scale, factor / LOGIT_GRAD_SCALE),
             None, torch.float8_e5m2)
         loss, dh = torch.zeros((), device=h.device), torch.empty_like(h)
-        given = weight.grad if in_place else None
+        given = gradient_of(weight) if in_place else None
         dw, add = given, in_place == "add"
         for h_chunk, target_chunk, dh_chunk in zip(h.split(chunk), targets.split(chunk), dh.split(chunk), strict=True):
             h_rows, h_cols = quantize(h_chunk, scaling)

@@ -200,8 +200,8 @@ def state_bytes(cfg: SimpleNamespace, kind: Kind, accumulates: bool) -> tuple[fl
     if fsdp2:
         gathered = 2 * (table + 2 * 12 * width ** 2) if cfg.FSDP2_RESHARD else 2 * parameters
         weights, moments = 4 * parameters / ranks + gathered, moments / ranks
-        # Whole gradients wait for a step's last micro-batch; then each rank gets its part
-        gradients = (4 if cfg.REDUCE_FP32 else 2) * parameters if accumulates else 4 * parameters / ranks
+        if cfg.FSDP2_RESHARD:  # whole gradients wait for a step's last micro-batch; then each rank gets its part
+            gradients = (4 if cfg.REDUCE_FP32 else 2) * parameters if accumulates else 4 * parameters / ranks
     return weights, gradients, moments, own
 
 
@@ -241,6 +241,8 @@ def predict(cfg: SimpleNamespace, kind: Kind, batch_size: int) -> Prediction:
     step = 4 * own + 4 * 16 * width ** 2
     if kind.wrapper == "ddp" and not cfg.REDUCE_FP32:
         step = max(step, 2 * ranks * own, 2 * table)
+    if fsdp2 and not cfg.FSDP2_RESHARD and not cfg.REDUCE_FP32:  # a copy of one parameter's gradient
+        step = max(step, 2 * table, 2 * 4 * width ** 2)
     if kind.wrapper == "ddp" and not cfg.GATHER_FP32:  # copies of all rows in bf16 wait for the end of Muon's step
         rows = 0 if cfg.USE_8BIT_ADAM or vocab % ranks else 2 * (2 + cfg.n_value_embed) * table
         step = max(step + rows, 2 * ranks * own + rows)
@@ -251,17 +253,17 @@ def predict(cfg: SimpleNamespace, kind: Kind, batch_size: int) -> Prediction:
         evaluation = max(evaluation, TOKENS * layers * 14 * width + vocab * (29 * HEAD_TOKENS + 10 * width))
     if kind.blocks == "emulated" and min(windows(cfg)) < cfg.block_size:
         kept += cfg.block_size ** 2  # the mask of a window
-    graphs = cfg.USE_CUDA_GRAPHS and kind.blocks == "fused" and not fsdp2
+    graphs = cfg.USE_CUDA_GRAPHS and kind.blocks == "fused" and not (fsdp2 and cfg.FSDP2_RESHARD)
     return Prediction(weights, gradients, moments, copies, WORKSPACE, kept + max(head, backward), step, evaluation,
                       graphs)
 
 
 def head_bytes(cfg: SimpleNamespace, kind: Kind, tokens: int) -> float:
-    """Return what the head makes at its peak in the forward pass: logits of a chunk, their gradient, and under FSDP2
-    the gradient of its weight, which others add to .grad."""
+    """Return what the head makes at its peak in the forward pass: logits of a chunk, their gradient, and with
+    FSDP2_RESHARD the gradient of its weight, which otherwise is added in place."""
     table, chunk = cfg.vocab_size * cfg.n_embd, min(cfg.loss_chunk_size, tokens)
     logits, several = chunk * cfg.vocab_size, tokens > chunk
-    d_weight = 4 * table if kind.wrapper == "fsdp2" else 0
+    d_weight = 4 * table if kind.wrapper == "fsdp2" and cfg.FSDP2_RESHARD else 0
     if not kind.fp8_head:  # bf16 logits, which their gradient overwrites; those of the chunk before are still there
         return d_weight + (4 if several else 2) * logits
     if not kind.fp8_matmuls:
@@ -446,18 +448,17 @@ def fits_in_trial(run: Any) -> bool:
 def one_pass(run: Any) -> None:
     """Run forward and backward on the next micro-batch of a train.Run, with as much memory in use as in training."""
     parallel, loader, device = run.parallel, run.loader, run.procs.device
-    fsdp2 = parallel.wrapper == "fsdp2"
     beside_graphs = 0
     if device.type == "cuda":
         kind = kind_of(run.cfg, run.precision, parallel.wrapper, run.procs)
         beside_graphs = int(predict(run.cfg, kind, run.cfg.batch_size).beside_graphs)
     held = torch.empty(beside_graphs, dtype=torch.uint8, device=device)  # noqa: F841 (what graphs leave no room for)
-    if not fsdp2:  # gradients are there from a step's second micro-batch on
+    if not parallel.by_hooks:  # gradients are there from a step's second micro-batch on
         for parameter in run.model.parameters():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-    # FSDP2 keeps whole gradients from one micro-batch to the next
-    for last in (False, True) if fsdp2 and loader.accumulation > 1 else (True,):
+    # FSDP2's hooks keep whole gradients from one micro-batch to the next
+    for last in (False, True) if parallel.by_hooks and loader.accumulation > 1 else (True,):
         x, y = loader.peek()
         with parallel.micro_batch(last=last):
             with run.precision.autocast(run.procs):

@@ -271,8 +271,8 @@ def muon_groups(muon: torch.optim.Optimizer) -> list[dict]:
 class OptimizerSet:
     """Several optimizers stepped as one: what does not depend on who optimizes what.
 
-    A subclass sets `muon`, `all` (muon first), `groups` ({name: parameter group}), `compiled` (Dion's update) and
-    `shards` (zero.Shards, or None).
+    A subclass sets `muon`, `all` (muon first), `groups` ({name: parameter group}), `compiled` (Dion's update),
+    `shards` (zero.Shards, or None) and `buffers` (the same, or zero.Gathered).
     """
 
     muon: torch.optim.Optimizer
@@ -280,14 +280,15 @@ class OptimizerSet:
     groups: dict[str, dict]
     compiled: bool
     shards: Any
+    buffers: Any
 
     def step(self) -> None:
         """Update all parameters. The others come before Muon, so that ranks can send what they updated meanwhile."""
         with torch.compiler.set_stance("default" if self.compiled else "force_eager"):
             for optimizer in self.all[1:]:
                 optimizer.step()
-            if self.shards is not None:
-                self.shards.send_rows()
+            if self.buffers is not None:
+                self.buffers.send_rows()
             self.muon.step()
 
     def parameters(self) -> list[torch.Tensor]:

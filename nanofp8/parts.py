@@ -142,11 +142,16 @@ def table_gradient(table: Tensor, d_rows: Tensor, stride: int, factors: Tensor, 
     Args:
         d_rows: (N, C) bf16, `stride` values between rows: gradient of each row that was looked up ...
         factors: (N, H) fp32 ... to be multiplied by these; each counts for C / H columns.
-        in_place: if it is not "" and table.grad exists, the gradient is added to it, and None returned.
+        in_place: if it is not "" and gradient_of(table) exists, the gradient is added to it, and None returned.
     """
     C, heads, columns = table.shape[1], factors.shape[1], 128
-    add = bool(in_place) and table.grad is not None
-    grad = table.grad if add else torch.zeros_like(table)
+    given = gradient_of(table) if in_place else None
+    grad = torch.zeros_like(table) if given is None else given
     kernels.embedding_gradient[(min(len(grad), 4096), triton.cdiv(C, columns))](
         grad, d_rows, factors, where.order, where.starts, len(grad), stride, C, heads, C // heads, 32, columns)
-    return None if add else grad
+    return grad if given is None else None
+
+
+def gradient_of(weight: Tensor) -> Tensor | None:
+    """Return where the gradients of a weight are summed: its main_grad (zero.Gathered), else its grad."""
+    return getattr(weight, "main_grad", weight.grad)

@@ -1,9 +1,10 @@
-"""Divide gradients, optimizer state and updates among ranks that all hold the whole model: ZeRO-2 (arXiv 1910.02054).
+"""Divide gradients, optimizer state and updates among the ranks (ZeRO, arXiv 1910.02054).
 
-This is what USE_DDP does. All micro-batches of a step add to the same fp32 gradients, without communication, so that
-they can be CUDA graphs. Then each gradient is averaged over the ranks, but only its owner gets the result
-(reduce-scatter). The owner updates its weights and sends them to the others (all-gather). Together that moves as many
-bytes as DDP's all-reduce, and each rank does 1 / world_size of the optimizer's work and holds that much of its state.
+**Shards** is what USE_DDP does: ZeRO-2, in which all ranks hold the whole model. All micro-batches of a step add to the
+same fp32 gradients, without communication, so that they can be CUDA graphs. Then each gradient is averaged over the
+ranks, but only its owner gets the result (reduce-scatter). The owner updates its weights and sends them to the others
+(all-gather). Together that moves as many bytes as DDP's all-reduce, and each rank does 1 / world_size of the
+optimizer's work and holds that much of its state.
 
 A parameter is divided in one of three ways:
 - A matrix that Muon trains belongs to one rank as a whole, because Muon orthogonalises whole matrices.
@@ -14,14 +15,21 @@ Rows are sent while Muon still computes.
 
 If updated weights are sent in bf16, owners keep fp32 copies of theirs (masters), which the optimizers update. All ranks
 then compute with the rounded weights, owners too, so that all compute the same.
+
+**Gathered** is what USE_FSDP2 does, unless FSDP2_RESHARD frees gathered weights after each use. FSDP2 divides all
+parameters by rows, and optimizers update each rank's rows. Between two updates all ranks hold the whole model in bf16
+and sum gradients in fp32, in place, at addresses that do not change, so that micro-batches can be CUDA graphs. FSDP2's
+hooks, which gather weights and reduce gradients module by module, have nothing left to do and are removed.
 """
 
-from collections.abc import Iterable
-from typing import Any
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 
 # torch 2.13 gave them new names and warns of the old ones
@@ -38,7 +46,36 @@ def assign_owners(parameters: list[Tensor], world_size: int) -> list[int]:
     return owners
 
 
-class Shards:
+class Buffers:
+    """Tensors whose first dimension is divided evenly among the ranks."""
+
+    def __init__(self, procs: Any, reduce_dtype: torch.dtype):
+        """procs: Processes (rank, world_size, device, mesh). reduce_dtype: gradients are added over the ranks in it."""
+        self.procs, self.reduce_dtype = procs, reduce_dtype
+
+    def piece(self, tensor: Tensor) -> Tensor:
+        """Return this rank's rows of a tensor that is divided evenly, as a view."""
+        return tensor.view(self.procs.world_size, -1, *tensor.shape[1:])[self.procs.rank]
+
+    def average(self, source: Tensor, result: Tensor) -> None:
+        """Average `source` over the ranks into `result`, a view of it: the whole, or this rank's piece."""
+        is_piece = result.numel() < source.numel()
+        sent = source if self.reduce_dtype == source.dtype else source.to(self.reduce_dtype)
+        if source.device.type != "cuda":  # gloo has neither reduce-scatter nor averages
+            sent = sent.clone()
+            dist.all_reduce(sent)
+            result.copy_(self.piece(sent) if is_piece else sent).div_(self.procs.world_size)
+            return
+        received = result if sent is source else self.piece(sent) if is_piece else sent
+        if is_piece:
+            reduce_scatter(received, sent, op=dist.ReduceOp.AVG)
+        else:
+            dist.all_reduce(sent, op=dist.ReduceOp.AVG)
+        if received is not result:
+            result.copy_(received)
+
+
+class Shards(Buffers):
     """Buffers that hold parameters and gradients so that each rank's part of them is one piece of memory."""
 
     def __init__(self, model: torch.nn.Module, matrices: Iterable[Tensor], procs: Any, reduce_dtype: torch.dtype,
@@ -52,7 +89,8 @@ class Shards:
             gather_dtype: updated weights are sent to the other ranks in it, fp32 or bf16.
             divide_rows: divide other matrices by rows; False: every rank updates them alike.
         """
-        self.procs, self.reduce_dtype, self.gather_dtype = procs, reduce_dtype, gather_dtype
+        super().__init__(procs, reduce_dtype)
+        self.gather_dtype = gather_dtype
         world_size, matrices = procs.world_size, list(matrices)
         owned = {id(p) for p in matrices}
         others = [p for p in model.parameters() if id(p) not in owned]
@@ -84,10 +122,6 @@ class Shards:
             for p in of_rank[procs.rank]:
                 self.own_matrices[p] = with_grad(self.masters[offset:offset + p.numel()].view(p.shape), p.grad)
                 offset += p.numel()
-
-    def piece(self, tensor: Tensor) -> Tensor:
-        """Return this rank's rows of a tensor that is divided evenly, as a view."""
-        return tensor.view(self.procs.world_size, -1, *tensor.shape[1:])[self.procs.rank]
 
     @property
     def parts(self) -> dict[Tensor, Tensor]:
@@ -135,23 +169,6 @@ class Shards:
                 self.average(gradient.view(-1), self.piece(gradient).view(-1))
         self.average(self.small_gradients, self.small_gradients)
 
-    def average(self, source: Tensor, result: Tensor) -> None:
-        """Average `source` over the ranks into `result`, a view of it: the whole, or this rank's piece."""
-        is_piece = result.numel() < source.numel()
-        sent = source if self.reduce_dtype == source.dtype else source.to(self.reduce_dtype)
-        if source.device.type != "cuda":  # gloo has neither reduce-scatter nor averages
-            sent = sent.clone()
-            dist.all_reduce(sent)
-            result.copy_(self.piece(sent) if is_piece else sent).div_(self.procs.world_size)
-            return
-        received = result if sent is source else self.piece(sent) if is_piece else sent
-        if is_piece:
-            reduce_scatter(received, sent, op=dist.ReduceOp.AVG)
-        else:
-            dist.all_reduce(sent, op=dist.ReduceOp.AVG)
-        if received is not result:
-            result.copy_(received)
-
     def squared_norm(self) -> Tensor:
         """Return this rank's share of the squared norm of all gradients; the shares add up over the ranks."""
         own = [self.gradients[self.procs.rank], *(part.grad for part in self.own_rows.values())]
@@ -185,6 +202,148 @@ class Shards:
         # NCCL takes the piece in its place; gloo does not
         work = all_gather(sent.view(-1), (own if own.is_cuda else own.clone()).view(-1), async_op=True)
         self.sending.append((work, sent, weights))
+
+
+class Part(NamedTuple):
+    """One parameter of Gathered. Padded: rows are added so that the ranks' pieces are equally long."""
+
+    module: torch.nn.Module      # that has it ...
+    name: str                    # ... by this name
+    sharded: Tensor              # FSDP2's parameter, a DTensor
+    local: Tensor                # this rank's rows of it, fp32
+    weight: torch.nn.Parameter   # the whole parameter, which the model computes with; its `main_grad` sums gradients
+    padded_weight: Tensor        # the memory of `weight`
+    padded_gradient: Tensor      # the memory of `main_grad`, fp32
+
+
+class Gathered(Buffers):
+    """The whole weights of a model that FSDP2 shards, and sums of their gradients."""
+
+    def __init__(self, model: torch.nn.Module, matrices: Iterable[Tensor], procs: Any, reduce_dtype: torch.dtype,
+                 exact: torch.nn.Module | None = None):
+        """Allocate weights and gradients, and gather the weights. All ranks must call this.
+
+        The sharded parameters' gradients are from now on this rank's rows of the sums, and must stay in place.
+
+        Args:
+            model: sharded by FSDP2.
+            matrices: parameters that Muon trains.
+            procs: Processes.
+            reduce_dtype: gradients are added over the ranks in it, fp32 or bf16.
+            exact: module whose parameters are gathered in fp32; all others in bf16.
+        """
+        super().__init__(procs, reduce_dtype)
+        for module in model.modules():
+            if isinstance(module, FSDPModule):  # its hooks gather weights and reduce gradients
+                module._forward_pre_hooks.clear()
+                module._forward_hooks.clear()
+        self.parts, self.sending = [], []  # of gather(): what is being received
+        exact = {id(p) for p in exact.parameters()} if exact else set()
+        places = [(module, name, p) for module in model.modules() for name, p in module.named_parameters(recurse=False)]
+        small = [p for *_, p in places if p.ndim == 1 or p.numel() < 2 ** 12]
+        # Small ones are sent together
+        self.small_gradients = torch.zeros(sum(self.padded_shape(p).numel() for p in small), device=procs.device)
+        self.small_weights = torch.zeros(len(self.small_gradients), device=procs.device).view(procs.world_size, -1)
+        small, offset = {id(p) for p in small}, 0
+        for module, name, p in places:
+            shape, dtype = self.padded_shape(p), torch.float32 if id(p) in exact else torch.bfloat16
+            padded_weight = torch.zeros(shape, dtype=dtype, device=procs.device)
+            if id(p) in small:
+                gradient = self.small_gradients[offset:offset + shape.numel()].view(shape)
+                offset += shape.numel()
+            else:
+                gradient = torch.zeros(shape, device=procs.device)
+            weight, local = torch.nn.Parameter(padded_weight[:len(p)]), p.detach().to_local()
+            weight.main_grad = gradient[:len(p)]
+            weight.register_post_accumulate_grad_hook(add_to_main_grad)
+            p.grad = DTensor.from_local(self.piece(gradient)[:len(local)], p.device_mesh, p.placements, run_check=False,
+                                        shape=p.shape, stride=p.stride())
+            self.parts.append(Part(module, name, p, local, weight, padded_weight, gradient))
+        matrices = {id(p) for p in matrices}
+        self.small = [part for part in self.parts if id(part.sharded) in small]
+        large = [part for part in self.parts if id(part.sharded) not in small]
+        self.rows, self.matrices = ([part for part in large if (id(part.sharded) in matrices) == of_muon]
+                                    for of_muon in (False, True))
+        self.gather()
+
+    def padded_shape(self, p: Tensor) -> torch.Size:
+        """Return the shape of a parameter with as many rows more as FSDP2 lacks on the last ranks."""
+        ranks = self.procs.world_size
+        return torch.Size([-(-len(p) // ranks) * ranks, *p.shape[1:]])
+
+    @contextlib.contextmanager
+    def in_model(self) -> Iterator[None]:
+        """Let the model hold the whole weights in a context. Outside of it, it cannot compute."""
+        try:
+            for part in self.parts:
+                part.module._parameters[part.name] = part.weight
+            yield
+        finally:
+            for part in self.parts:
+                part.module._parameters[part.name] = part.sharded
+
+    def zero_grad(self) -> None:
+        """Set all gradients to zero, in place."""
+        torch._foreach_zero_([self.small_gradients, *(part.padded_gradient for part in self.rows + self.matrices)])
+
+    def reduce(self) -> None:
+        """Average the gradients over the ranks: each rank gets those of its own rows."""
+        if self.procs.world_size == 1:
+            return
+        for part in self.rows + self.matrices:
+            self.average(part.padded_gradient.view(-1), self.piece(part.padded_gradient).view(-1))
+        self.average(self.small_gradients, self.small_gradients)
+
+    def squared_norm(self) -> Tensor:
+        """Return the squared norm of the gradients of this rank's rows; it adds up over the ranks."""
+        own = [self.piece(part.padded_gradient)[:len(part.local)] for part in self.parts if part.local.numel()]
+        return torch.stack(torch._foreach_norm(own)).square().sum()
+
+    def send_rows(self) -> None:
+        """Begin to send this rank's rows of what AdamW updates to all others; gather() ends it."""
+        self.send(self.rows)
+
+    def gather(self) -> None:
+        """Send this rank's rows of the updated weights to all others, and receive theirs."""
+        if not self.sending:
+            self.send_rows()
+        self.send(self.matrices)
+        if self.small:
+            self.gather_small()
+        while self.sending:
+            self.sending.pop(0).wait()
+
+    def send(self, parts: list[Part]) -> None:
+        """Begin an all-gather of each of these weights."""
+        if not parts:
+            return
+        own = [self.piece(part.padded_weight) for part in parts]
+        torch._foreach_copy_([piece[:len(part.local)] for piece, part in zip(own, parts, strict=True)],
+                             [part.local for part in parts])
+        if self.procs.world_size == 1:
+            return
+        for piece, part in zip(own, parts, strict=True):
+            # NCCL takes the piece in its place; gloo does not
+            source = piece if piece.is_cuda else piece.clone()
+            self.sending.append(all_gather(part.padded_weight.view(-1), source.view(-1), async_op=True))
+
+    def gather_small(self) -> None:
+        """Gather the small weights, in one message."""
+        own, lengths = self.small_weights[self.procs.rank], [self.piece(p.padded_weight).numel() for p in self.small]
+        pieces = zip(own.split(lengths), self.small, strict=True)
+        torch._foreach_copy_([piece[:part.local.numel()] for piece, part in pieces],
+                             [part.local.view(-1) for part in self.small])
+        if self.procs.world_size > 1:
+            all_gather(self.small_weights.view(-1), own if own.is_cuda else own.clone())
+        torch._foreach_copy_([part.padded_weight.view(self.procs.world_size, -1) for part in self.small],
+                             list(self.small_weights.split(lengths, dim=1)))
+
+
+def add_to_main_grad(weight: Tensor) -> None:
+    """Add the gradient that autograd has just made to weight.main_grad, and drop it; None: a matmul has added it."""
+    if weight.grad is not None:
+        weight.main_grad.add_(weight.grad)
+        weight.grad = None
 
 
 def with_grad(values: Tensor, grad: Tensor) -> torch.nn.Parameter:

@@ -170,20 +170,24 @@ def test_columns_made_again():
     assert torch.equal(columns(x, None), x.t())
 
 
-@pytest.mark.parametrize("in_place", ["", "add", "write"])
+@pytest.mark.parametrize("in_place", ["", "add", "write", "main_grad"])
 def test_embedding_with_norm_and_its_gradient(in_place):
     """Against plain PyTorch; the gradient is rounded to bf16 before it is summed in fp32. One token fills a third."""
+    elsewhere, in_place = in_place == "main_grad", in_place.replace("main_grad", "add")
     V = 50
     idx = torch.randint(V, (B, T), generator=torch.Generator().manual_seed(0), dtype=torch.int32).to(DEVICE)
     idx[0, : T // 3] = 7
     table, dy = 2 * randn(V, C, dtype=torch.float32), randn(N, C, seed=1)
     ours, theirs = table.clone().requires_grad_(), table.clone().requires_grad_()
-    if in_place:
+    if elsewhere:
+        ours.main_grad = torch.ones_like(ours)
+    elif in_place:
         ours.grad = torch.ones_like(ours)
     y = EmbedNorm.apply(ours, 1e-6, token_order(idx, V), in_place)
     expected = norm_reference(torch.nn.functional.embedding(idx.flatten(), theirs), 1.0)
     y.backward(dy)
     expected.backward(dy.float())
+    ours.grad = ours.main_grad if elsewhere else ours.grad
     assert y.dtype == torch.bfloat16 and relative(y, expected) < 3e-3
     assert relative(ours.grad - (1 if in_place else 0), theirs.grad) < 5e-3
     assert torch.equal(ours.grad[~torch.isin(torch.arange(V, device=DEVICE), idx)].sum(),
@@ -900,6 +904,11 @@ def test_weight_gradients_in_place():
     assert relative(weight_gradient(dy.t(), x.t(), weight, ""), expected) < 1e-4
     weight.grad = None
     assert relative(weight_gradient(dy.t(), x.t(), weight, "add"), expected) < 1e-4
+    # A bf16 weight whose gradients are summed in fp32 elsewhere
+    weight = torch.nn.Parameter(torch.zeros(2 * C, C, device=DEVICE, dtype=torch.bfloat16))
+    weight.main_grad = torch.ones(2 * C, C, device=DEVICE)
+    assert weight_gradient(dy.t(), x.t(), weight, "add") is None and weight.grad is None
+    assert relative(weight.main_grad, 1 + expected) < 1e-4
 
 
 class LayerStub:

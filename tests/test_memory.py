@@ -78,12 +78,12 @@ MEASURED = [
 
 
 def predicted(flags, format, blocks, kind):
-    """By the code that was measured."""
+    """By the code that was measured, in which no head added its weight's gradient in place."""
     cfg = parse(**dict(preset="classic") | flags)
     kind = Kind(**dict(format=format, blocks=blocks, fp8_head=True, keeps_inputs=True) | kind)
     head_bytes = memory.head_bytes
     with mock.patch.object(memory, "head_bytes", lambda cfg, kind, tokens: head_bytes(
-            cfg, kind._replace(wrapper="fsdp2"), tokens)):
+            SimpleNamespace(**vars(cfg) | dict(FSDP2_RESHARD=True)), kind._replace(wrapper="fsdp2"), tokens)):
         return predict(cfg, kind, cfg.batch_size)
 
 

@@ -436,8 +436,8 @@ def test_recomputing_the_head_gives_the_same_run(tmp_path, shards, one_rank):
 
 # Largest gap of any loss over six steps, in nats; the losses fall by more than one.
 #   DDP: the same numbers but for the order of fp32 sums.
-#   FSDP2: weights and gains are rounded to bf16 when gathered, and gradients before they are added up; under FP8 the
-#   weights are rounded twice.
+#   FSDP2: weights and gains are rounded to bf16 when gathered, and most gradients before they are added up (here, where
+#   no fused blocks run); under FP8 the weights are rounded twice.
 GAPS = {
     "ddp-bf16": 1e-3, "ddp-fp8": 3e-3, "fsdp2-bf16": 2e-3, "fsdp2-fp8": 3e-3, "fsdp2-reshard-bf16": 2e-3,
     "fsdp2-reshard-fp8": 3e-3, "ddp-bf16-accumulate": 1e-3, "fsdp2-bf16-accumulate": 2e-3, "ddp-bf16-reduce": 5e-3,
@@ -470,10 +470,11 @@ def test_gradient_norms_agree(one_rank, two_ranks):
         assert [r["grad_norm"] for r in records(two_ranks[name], "train")] == pytest.approx(want, rel=0.01), name
 
 
-def test_resharding_changes_nothing(two_ranks):
-    """Gathering the same weights again: equal bit for bit."""
-    assert np.array_equal(losses(two_ranks["fsdp2-reshard-bf16"]), losses(two_ranks["fsdp2-bf16"]))
-    assert np.array_equal(losses(two_ranks["fsdp2-reshard-fp8"]), losses(two_ranks["fsdp2-fp8"]))
+def test_resharding_changes_little(two_ranks):
+    """FSDP2 by its own hooks rounds the gradient of the head to bf16. Otherwise it adds the head's chunks in fp32."""
+    for name, gap in (("bf16", 2e-4), ("fp8", 2e-3)):
+        got, want = (losses(two_ranks[f"fsdp2-{how}"]) for how in (f"reshard-{name}", name))
+        assert got[0] == want[0] and np.abs(got - want).max() < gap, np.abs(got - want)
 
 
 @pytest.mark.parametrize("wrapper", ["ddp", "fsdp2"])

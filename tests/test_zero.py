@@ -10,6 +10,7 @@ import torch.multiprocessing as mp
 
 import train
 from helpers import CPU, make_cfg, make_model, random_grads
+from nanofp8.parts import gradient_of
 from nanofp8.procs import Processes
 from nanofp8.zero import Shards, assign_owners
 
@@ -74,6 +75,17 @@ def work(rank, port, results, flags):
     dist.destroy_process_group()
 
 
+def on_two_ranks(function, flags):
+    """Call function(rank, port, results, flags) in two processes; return what each put into results."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    with mp.Manager() as manager:
+        results = manager.dict()
+        mp.spawn(function, (port, results, flags), nprocs=2)
+        return [results[0], results[1]]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("reduce_fp32, gather_fp32", [(True, True), (False, True), (True, False)])
 def test_two_ranks_equal_one_process(reduce_fp32, gather_fp32):
@@ -85,13 +97,7 @@ def test_two_ranks_equal_one_process(reduce_fp32, gather_fp32):
     model = make_model(cfg)
     start = {n: p.detach().clone() for n, p in model.named_parameters()}
     norms, optimizers = train_two_steps(cfg, Processes(0, 0, 1, CPU, None), model)
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    with mp.Manager() as manager:
-        results = manager.dict()
-        mp.spawn(work, (port, results, flags), nprocs=2)
-        ranks = [results[0], results[1]]
+    ranks = on_two_ranks(work, flags)
     tolerance = 0.02 if reduce_fp32 else 0.15
     small = {n for n, p in model.named_parameters() if p.ndim == 1 or p.numel() < 2 ** 12}
     names = {p: n for n, p in model.named_parameters()}
@@ -130,3 +136,67 @@ def test_all_parameters_are_divided_one_way_and_keep_their_values():
         assert q.data_ptr() == p[p.shape[0] // 2:].data_ptr() and p.grad[p.shape[0] // 2:].eq(1).all()
     shards.zero_grad()
     assert not any(p.grad.any() for p in model.parameters())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Gathered
+
+
+def gathered_work(rank, port, results, flags):
+    """Compare whole weights and summed gradients with what FSDP2's parameters say of them."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    mesh = dist.device_mesh.init_device_mesh("cpu", (2,), mesh_dim_names=("data",))
+    cfg = make_cfg(**flags)
+    model, twin = make_model(cfg), make_model(cfg)
+    start = {name: p.detach() for name, p in twin.named_parameters()}
+    parallel = train.Parallel(model, "fsdp2", cfg, Processes(rank, rank, 2, CPU, mesh))
+    sharded = dict(model.named_parameters())
+
+    def whole():
+        with parallel.whole_weights():
+            return {name: p for name, p in model.named_parameters()}
+
+    def check_weights(expected):
+        for name, weight in whole().items():
+            assert weight.dtype == (torch.float32 if name.startswith("scales.") else torch.bfloat16), name
+            assert torch.equal(weight, expected[name].to(weight.dtype)), name
+
+    addresses = {name: (p.data_ptr(), p.main_grad.data_ptr()) for name, p in whole().items()}
+    check_weights(start)
+    with parallel.whole_weights():
+        # Twice, by matmuls in place and by autograd: each adds to the sum, and nothing is left at the weight
+        for step in range(2):
+            for i, p in enumerate(model.parameters()):
+                grad = torch.full_like(p, (i + 1) * (rank + 1) * (step + 1))
+                gradient_of(p).add_(grad) if i % 2 else (p * grad).sum().backward()
+                assert p.grad is None
+    assert all(p is sharded[name] for name, p in model.named_parameters())
+    square = parallel.reduce_gradients()
+    dist.all_reduce(square)
+    means = {name: 4.5 * (i + 1) for i, name in enumerate(sharded)}  # of 3 and 6 times its number
+    expected = sum(start[name].numel() * mean ** 2 for name, mean in means.items())
+    assert square.item() == pytest.approx(expected, rel=1e-2)
+    for name, p in sharded.items():
+        assert p.grad.dtype == torch.float32 and p.grad.shape == p.shape
+        assert torch.allclose(p.grad.full_tensor(), torch.tensor(means[name]), rtol=1e-2), name
+    with torch.no_grad():
+        for p in sharded.values():
+            p.add_(p.grad)
+    parallel.buffers.send_rows()
+    parallel.gather_weights()
+    check_weights({name: start[name] + means[name] for name in start})
+    parallel.zero_grad()
+    assert not any(p.main_grad.any() for p in whole().values())
+    assert addresses == {name: (p.data_ptr(), p.main_grad.data_ptr()) for name, p in whole().items()}
+    results[rank] = True
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("reduce_fp32", [True, False])
+def test_whole_weights_and_summed_gradients_of_two_ranks(reduce_fp32):
+    """With rows that two ranks cannot share evenly (515 tokens, 3 blocks' scalars)."""
+    flags = PARTS | dict(vocab_size=515, USE_FP8=False, REDUCE_FP32=reduce_fp32)
+    assert on_two_ranks(gathered_work, flags) == [True, True]
