@@ -693,25 +693,23 @@ class Parallel:
 
     def __init__(self, model: GPT, wrapper: str, cfg: SimpleNamespace, procs: Processes):
         """Prepare the model in place. wrapper: "none", "ddp" (every rank holds all weights) or "fsdp2"."""
-        self.model, self.wrapper, self.world_size, self.shards = model, wrapper, procs.world_size, None
+        self.model, self.wrapper, self.world_size = model, wrapper, procs.world_size
         self.by_hooks = wrapper == "fsdp2" and cfg.FSDP2_RESHARD  # FSDP2 gathers weights and reduces gradients itself
-        self.buffers = None  # where gradients stay in place; None: autograd makes them
-        reduce_dtype = torch.float32 if cfg.REDUCE_FP32 else torch.bfloat16
+        self.shards = self.buffers = None  # where gradients stay in place; None: autograd makes them
+        reduce, gather = (torch.float32 if on else torch.bfloat16 for on in (cfg.REDUCE_FP32, cfg.GATHER_FP32))
         if wrapper == "ddp":
-            gather_dtype = torch.float32 if cfg.GATHER_FP32 else torch.bfloat16
-            self.buffers = Shards(model, model.matrices(), procs, reduce_dtype, gather_dtype, not cfg.USE_8BIT_ADAM)
-            self.shards = self.buffers
+            self.buffers = self.shards = Shards(model, model.matrices(), procs, reduce, gather, not cfg.USE_8BIT_ADAM)
         elif wrapper == "fsdp2":
             # Inputs are not cast: RoPE's tables must stay fp32; the rest is bf16 or integers
             policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, cast_forward_inputs=False,
-                                          reduce_dtype=reduce_dtype)
+                                          reduce_dtype=reduce)
             if model.scales:  # in fp32: a few learned scalars, which bf16 would move in steps of 1%
                 fully_shard(model.scales, mesh=procs.mesh, reshard_after_forward=False)
             for part in (model.embed, *model.blocks, model.head):
                 fully_shard(part, mesh=procs.mesh, mp_policy=policy, reshard_after_forward=True)
             fully_shard(model, mesh=procs.mesh, mp_policy=policy, reshard_after_forward=False)
             if not self.by_hooks:
-                self.buffers = Gathered(model, model.matrices(), procs, reduce_dtype, exact=model.scales)
+                self.buffers = Gathered(model, model.matrices(), procs, reduce, exact=model.scales)
 
     def first_micro_batch(self, m: int) -> bool | None:
         """Return True for a step's first micro-batch, which quantizes the weights; False for the others, which reuse
