@@ -201,7 +201,7 @@ def one_pass(changes: dict[str, Any], fp8: bool, fsdp2: bool, quack: bool = Fals
     from nanofp8.precision import FORMATS, Precision
 
     changes = changes | dict(n_layer=LAYERS, vocab_size=512, block_size=32, batch_size=2, loss_chunk_size=64,
-                             total_batch_size=64, USE_FP8=fp8)
+                             total_batch_size=64, USE_FP8=fp8, USE_QUACK=False)
     cfg = train.read_flags([f"--{name}={value}" for name, value in changes.items()], has_gpu=True)
     chosen = FORMATS["fp8-delayed" if fp8 else "bf16"]
     precision = Precision(te_emulation, chosen, None, False, "")
