@@ -14,6 +14,7 @@ Muon (Microsoft's Dion library) trains the matrices in the blocks, AdamW trains 
 
 from typing import Literal
 
+from nanofp8 import ahead  # compiles QuACK's and flash-attn-4's kernels meanwhile
 from nanofp8.config import (  # types of flags, and what reads them
     AutoBool,
     AutoNonNegativeFloat,
@@ -36,6 +37,7 @@ from nanofp8.config import (  # types of flags, and what reads them
 
 if __name__ == "__main__":
     check_command_line(__file__, doctor="nanofp8.doctor")  # answers --help, --doctor and wrong flags, without torch
+    ahead.start()
 
 import contextlib
 import functools
