@@ -756,8 +756,7 @@ class Parallel:
 
 def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
     """Return the global norm of the gradients over all ranks, a scalar on the device."""
-    gradients = [gradient for p in parameters if (gradient := gradient_of(p)) is not None]
-    norm = nn.utils.get_total_norm(gradients, foreach=True)
+    norm = nn.utils.get_total_norm(list(filter(torch.is_tensor, map(gradient_of, parameters))), foreach=True)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
