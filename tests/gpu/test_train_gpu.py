@@ -459,7 +459,7 @@ def two_gpus(te, tmp_path_factory):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
                str(out / "worker.py"),
                str(ROOT), str(out / "argv.json")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=480)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return {name: read_run(out / name) for name in runs}
 
