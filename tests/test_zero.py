@@ -2,6 +2,7 @@
 
 import socket
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 import train
-from helpers import CPU, make_cfg, make_model, random_grads
+from helpers import CPU, make_cfg, make_model, random_grads, tokens_and_targets
+from nanofp8 import epilogues, fused
 from nanofp8.parts import gradient_of
 from nanofp8.procs import Processes
 from nanofp8.zero import Shards, assign_owners
@@ -200,3 +202,63 @@ def test_whole_weights_and_summed_gradients_of_two_ranks(reduce_fp32):
     """With rows that two ranks cannot share evenly (515 tokens, 3 blocks' scalars)."""
     flags = PARTS | dict(vocab_size=515, USE_FP8=False, REDUCE_FP32=reduce_fp32)
     assert on_two_ranks(gathered_work, flags) == [True, True]
+
+
+def fused_model(cfg):
+    """A model whose blocks run in our kernels, in Triton's interpreter."""
+    model = make_model(cfg)
+    for block in model.blocks:
+        for layer in (block.attn.qkv, block.attn.proj, block.mlp):
+            layer.fp8, layer.prepare_forward, layer.end_forward = False, lambda *_, **__: None, lambda: None
+    return model
+
+
+def fused_work(rank, port, results, flags):
+    """Compare the sums of gradients with those of a whole model that has the same weights, rounded to bf16."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    mesh = dist.device_mesh.init_device_mesh("cpu", (2,), mesh_dim_names=("data",))
+    cfg = make_cfg(**flags)
+    with (mock.patch.object(fused, "INTERPRET_ON_CPU", True), mock.patch.object(train, "blocks_fit", lambda *_: True),
+          mock.patch.object(train, "choose_quack", lambda *_: (epilogues.NO_QUACK, ""))):
+        whole, model = fused_model(cfg), fused_model(cfg)
+        with torch.no_grad():
+            for name, p in whole.named_parameters():
+                p.copy_(p if name.startswith("scales.") else p.bfloat16())
+        x, y = tokens_and_targets(cfg, seed=rank)
+
+        def micro_batch(parallel, first, in_place="add"):
+            with parallel.micro_batch(last=True):
+                parallel.model.in_place = in_place
+                parallel.model(x, y, first=first, factor=0.01).backward()
+
+        plain = train.Parallel(whole, "none", cfg, Processes(rank, rank, 2, CPU, None))
+        parallel = train.Parallel(model, "fsdp2", cfg, Processes(rank, rank, 2, CPU, mesh))
+        micro_batch(plain, True)
+        micro_batch(parallel, True)
+        with parallel.whole_weights():
+            sums = {name: p.main_grad for name, p in model.named_parameters()}
+            assert all(p.grad is None for p in model.parameters())
+        once = {name: gradient.clone() for name, gradient in sums.items()}
+        for name, p in whole.named_parameters():
+            assert (once[name] - p.grad).norm() < 0.01 * p.grad.norm(), name
+        micro_batch(parallel, False)
+        for name, gradient in sums.items():
+            assert torch.allclose(gradient, 2 * once[name], rtol=1e-4, atol=1e-6), name
+        # As MicroBatchGraphs: what it does not set to zero must be written over
+        for name, gradient in sums.items():
+            is_summed = gradient.ndim == 1 or name.startswith("embed") or "value_embed" in name
+            gradient.fill_(0 if is_summed else torch.nan)
+        micro_batch(parallel, True, "write")
+        for name, gradient in sums.items():
+            assert torch.allclose(gradient, once[name], rtol=1e-4, atol=1e-6), name
+    results[rank] = True
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("fused.triton is None or torch.cuda.is_available()", reason="Triton's interpreter runs on CPUs")
+def test_fused_blocks_add_to_the_sums_and_write_over_them():
+    flags = PARTS | dict(n_layer=1, vocab_size=515, batch_size=1, block_size=16, total_batch_size=32, USE_FP8=False)
+    assert on_two_ranks(fused_work, flags) == [True, True]
