@@ -22,7 +22,7 @@ import torch
 from nanofp8.config import UserError
 from nanofp8.host import optional
 
-# Compute capabilities on which QuACK has trained, by the blocks' format; "auto" takes it there
+# Compute capabilities on which QuACK's speed and loss were measured, by the blocks' format; "auto" takes it there
 TRIED = {"fp8-delayed": ((9, 0),), "bf16": ()}
 
 
@@ -57,7 +57,7 @@ def choose_quack(cfg: SimpleNamespace, device: torch.device, blocks: str) -> tup
     elif capability[0] != 9:
         missing = "only on Hopper"
     elif not wanted[blocks]:
-        missing = f"not tried in {blocks} on this GPU; --USE_QUACK=True"
+        missing = f"its loss in {blocks} is not measured on this GPU; --USE_QUACK=True"
     else:
         missing = "" if library()[0] else library()[1]
     if missing and cfg.USE_QUACK is True:

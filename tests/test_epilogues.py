@@ -21,7 +21,7 @@ ERROR = None
     (True, "fp8-delayed", (9, 0), False, ERROR, "gone"),
     ("auto", "fp8-delayed", (12, 0), True, NONE, "no QuACK: only on Hopper"),
     (True, "fp8-delayed", (12, 0), True, ERROR, "only on Hopper"),
-    ("auto", "bf16", (9, 0), True, NONE, "no QuACK: not tried in bf16 on this GPU; --USE_QUACK=True"),
+    ("auto", "bf16", (9, 0), True, NONE, "no QuACK: its loss in bf16 is not measured on this GPU; --USE_QUACK=True"),
     (True, "bf16", (9, 0), True, BF16, "matmuls by QuACK 0.6"),
     (False, "bf16", (9, 0), True, NONE, ""),
     (True, "bf16", (9, 0), False, ERROR, "gone"),
