@@ -24,6 +24,9 @@ DEFAULT_VARIANTS = {True: "fp8: --preset=classic; bf16: --preset=classic --USE_F
                     False: "fp8: --preset=tiny; bf16: --preset=tiny --USE_FP8=False"}
 # Of every run. It ends by a signal when it has been measured, so it must not end by itself
 FLAGS = dict(max_iters=10**7, eval_interval=0, keep_checkpoints=0, ckpt_interval=0)
+LENGTH = "use --warm and --measure; for the batch of a shorter run, give --total_batch_size"
+OWN = {"max_iters": LENGTH, "train_tokens": LENGTH, "run_name": "use names of variants", "out_dir": "use --out",
+       "resume": "every run starts anew"}
 POLL_SECONDS = 0.2
 
 
@@ -185,9 +188,9 @@ def run(options: Mapping[str, str], given: Sequence[str], tree: str, out: str, c
     has_gpu = torch.cuda.is_available()
     gpus = visible_gpus(None)
     variants = read_variants(options.get("variants", DEFAULT_VARIANTS[has_gpu]), len(gpus) if has_gpu else 0, tree)
-    for name in (argument[2:].split("=")[0] for argument in given):
-        if name in ("run_name", "out_dir", "resume"):
-            raise UserError(f"alternate sets --{name} itself; leave it out", 2)
+    for argument in (*given, *(flag for variant in variants for flag in variant.flags)):
+        if (name := argument[2:].split("=")[0]) in OWN:
+            raise UserError(f"alternate sets --{name} itself ({OWN[name]}); leave it out", 2)
     machine = describe_machine(torch.device("cuda", 0) if has_gpu else torch.device("cpu"))
     with StopSignal() as stop:
         for i in range(rounds):

@@ -284,12 +284,14 @@ def start_child(job: Job, gpu: str | None, script: str) -> Child:
 
 
 def failure(child: Child) -> str:
-    """Return why a child that has ended did not finish its job: how it ended, and the last line of its output."""
+    """Return why a child that has ended did not finish its job: how it ended, and its error line, below which torchrun
+    may have printed more; without one, the last line of its output."""
     code = child.process.returncode
     with open(child.log, encoding="utf-8", errors="replace") as f:
         lines = [line.strip() for line in f if line.strip()] or ["no output"]
     how = f"killed by signal {-code}" if code < 0 else f"exit status {code}" if code else "stopped before its end"
-    return f"{child.job.label} failed ({how}): {lines[-1][:300]} (all of it: {child.log})"
+    reason = next((line for line in reversed(lines) if re.match(r"\S+\.py: error: ", line)), lines[-1])
+    return f"{child.job.label} failed ({how}): {reason[:300]} (all of it: {child.log})"
 
 
 def stop_children(children: Sequence[Child]) -> None:

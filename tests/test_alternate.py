@@ -4,10 +4,11 @@ import json
 import signal
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
-from nanofp8 import alternate
+from nanofp8 import alternate, race
 from nanofp8.alternate import measured, read_variants
 from nanofp8.config import UserError
 
@@ -78,6 +79,13 @@ def test_a_run_that_fails_is_one_line(toy):
         toy(variants="wrong: --broken=1", rounds="1")
 
 
+def test_the_error_line_is_found_above_what_torchrun_prints(tmp_path):
+    log = tmp_path / "output.log"
+    log.write_text("train.py: error: two lengths\n[rank0] exitcode: 2\n=====\n")
+    child = race.Child(SimpleNamespace(label="four"), SimpleNamespace(returncode=1), str(log))
+    assert "four failed (exit status 1): train.py: error: two lengths" in race.failure(child)
+
+
 def test_a_variant_that_fails_does_not_take_the_others_along(toy, capsys):
     with pytest.raises(UserError, match="^wrong failed.*--broken"):
         toy(variants="wrong: --broken=1; base; fast: --speed=200")
@@ -131,7 +139,8 @@ def test_wrong_variants_are_one_line(text, message):
 
 @pytest.mark.parametrize("options, given, message", [
     (dict(rounds="0"), [], "--rounds"), (dict(warm="-1"), [], "--warm"), (dict(measure="soon"), [], "--measure.*soon"),
-    ({}, ["--run_name=x"], "run_name"),
+    ({}, ["--run_name=x"], "run_name"), ({}, ["--max_iters=9"], "max_iters.*--measure"),
+    (dict(variants="a: --train_tokens=1e6"), [], "train_tokens.*--total_batch_size"),
 ])
 def test_wrong_options_are_one_line(toy, options, given, message):
     with pytest.raises(UserError, match=message) as error:
