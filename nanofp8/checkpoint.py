@@ -312,7 +312,10 @@ class Checkpoints:
             keep: number of newest checkpoints to keep (0: write none).
         """
         self.folder, self.keep, self.procs = os.path.join(folder, "ckpt"), keep, procs
-        self.group, self.writer, self.pending = dist.new_group(backend="gloo"), ThreadPoolExecutor(1), None
+        self.group, self.pending = dist.new_group(backend="gloo"), None
+        # A new thread's GPU is number 0. What DCP asks CUDA there would make a context of each rank on it
+        on_its_gpu = (torch.cuda.set_device, (procs.device,)) if procs.device.type == "cuda" else ()
+        self.writer = ThreadPoolExecutor(1, "checkpoint", *on_its_gpu)
         self.failure = ""  # why the last write failed
         if procs.is_main:
             for name in os.listdir(self.folder) if os.path.isdir(self.folder) else ():
@@ -417,9 +420,10 @@ class Checkpoints:
                 json.dump(meta | dict(files=files), f, indent=1)
             sync_to_disk(path)
 
-        # With a writer given, DCP need not import fsspec, beside training, to look for one
-        dcp.save(state, checkpoint_id=temporary, storage_writer=dcp.FileSystemWriter(temporary),
-                 process_group=self.group)
+        # With a writer given, DCP need not import fsspec, beside training, to look for one. The tensors are in the
+        # host's memory: no copies from a GPU are to be overlapped, for which the writer would wait for CUDA streams
+        writer = dcp.FileSystemWriter(temporary, per_thread_copy_ahead=0)
+        dcp.save(state, checkpoint_id=temporary, storage_writer=writer, process_group=self.group)
         files = {name: of_file for of_rank in self.together(own_checksums) for name, of_file in of_rank.items()}
         self.on_rank_0(write_meta)
 

@@ -431,12 +431,15 @@ def test_profile_finds_the_label_of_most_kernels(te, procs, tmp_path, precision)
 WORKER = """
 import json, sys
 sys.path.insert(0, sys.argv[1])
+import torch
 import torch.distributed as dist
 import train
 from nanofp8.procs import start_processes
 procs = start_processes()
 for argv in json.load(open(sys.argv[2])):
     train.run(train.read_flags(argv), procs)
+# Checkpoints, which a thread writes, must not take memory of the other rank's GPU
+assert not torch._C._cuda_hasPrimaryContext(1 - procs.device.index), "a context on the other rank's GPU"
 dist.destroy_process_group()
 """
 
