@@ -1,5 +1,6 @@
 """What a machine says of itself, standard library alone: nvidia-smi, C compiler, /dev/shm, optional packages."""
 
+import contextlib
 import functools
 import importlib.metadata
 import os
@@ -7,7 +8,7 @@ import shutil
 import subprocess
 import sysconfig
 from types import ModuleType
-from typing import Any, Callable
+from typing import Any, Callable, Iterator
 
 from nanofp8.files import error_line
 
@@ -22,7 +23,8 @@ def optional(package: str, module: str, name: str) -> tuple[ModuleType | None, s
     """
     try:
         version = importlib.metadata.version(package)
-        found = importlib.import_module(module)
+        with compiling_later():
+            found = importlib.import_module(module)
     except importlib.metadata.PackageNotFoundError:
         return None, f"{name} is not installed"
     except Exception as error:  # a missing library is an OSError; extensions raise anything
@@ -47,6 +49,17 @@ def compiled_at_first_call(function: Callable | None = None, **options: Any) -> 
     def call(*args: Any, **named: Any) -> Any:
         return compiled()(*args, **named)
     return call
+
+
+@contextlib.contextmanager
+def compiling_later() -> Iterator[None]:
+    """Let torch.compile be compiled_at_first_call() in a context, for packages that call it while they are imported."""
+    import torch
+    before, torch.compile = torch.compile, compiled_at_first_call
+    try:
+        yield
+    finally:
+        torch.compile = before
 
 
 def cudnn_version(torch: ModuleType) -> tuple[int, str]:

@@ -6,14 +6,13 @@ import os
 import shutil
 from types import ModuleType
 from typing import Any, Sequence
-from unittest import mock
 
 import torch
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from nanofp8.config import UserError
 from nanofp8.files import error_line
-from nanofp8.host import compiled_at_first_call
+from nanofp8.host import compiling_later
 
 try:
     import triton
@@ -211,7 +210,7 @@ def dion_muon(choice: str, device: torch.device, compiled: bool = True, why: str
     if choice == "torch":
         return None, "muon_impl=torch"
     try:
-        with contextlib.nullcontext() if compiled else mock.patch.object(torch, "compile", compiled_at_first_call):
+        with contextlib.nullcontext() if compiled else compiling_later():
             from dion import Muon
     except Exception as error:  # a broken installation fails with more than ImportError
         why = why or f"Dion cannot be imported ({error_line(error)})"

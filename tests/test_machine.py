@@ -7,7 +7,7 @@ import torch
 
 import helpers
 from helpers import losses, train_here
-from nanofp8 import cards, machine
+from nanofp8 import cards, host, machine
 from nanofp8.config import UserError
 from nanofp8.machine import check_gpus, describe_machine, peak_flops
 
@@ -118,3 +118,22 @@ def test_gpus_that_torch_does_not_see(tmp_path, monkeypatch, script, words):
         assert all(word in str(caught.value) for word in [*words, "--preset=tiny"])
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     check_gpus()
+
+
+def test_an_optional_package_that_compiles_functions_is_imported_without_inductor(tmp_path, monkeypatch):
+    """torch.compile imports Inductor, which takes seconds. What was passed to it is compiled when it is called."""
+    before, compiled = torch.compile, []
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compiled.append(options) or function)
+    (tmp_path / "compiles_early.py").write_text(
+        "import torch\n@torch.compile(dynamic=True)\ndef double(x):\n    return 2 * x\n")
+    (tmp_path / "compiles_early-1.2.dist-info").mkdir()
+    (tmp_path / "compiles_early-1.2.dist-info" / "METADATA").write_text("Name: compiles-early\nVersion: 1.2\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    module, text = host.optional("compiles-early", "compiles_early", "Early")
+    assert text == "Early 1.2" and not compiled
+    assert module.double(3) == 6 and module.double(4) == 8 and compiled == [dict(dynamic=True)]
+    (tmp_path / "broken_early.py").write_text("raise OSError('no libfoo')")
+    module, text = host.optional("compiles-early", "broken_early", "Early")
+    assert module is None and "no libfoo" in text
+    monkeypatch.undo()
+    assert torch.compile is before
