@@ -1,11 +1,13 @@
 """
-Draw README's picture, docs/overview.png, from measured results: loss over time beside a bar chart of speeds.
+Draw pictures from measured results: README's docs/overview.png, loss over time beside a bar chart of speeds, and
+docs/speed_steps.png, the changes since commit 1ea897b that made one H100 faster.
 
     python tools/overview.py
 """
 
 import json
 import pathlib
+import statistics
 import sys
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -65,5 +67,51 @@ def draw(path: pathlib.Path) -> None:
     replace_file(path, lambda temporary: fig.savefig(temporary, dpi=110, format="png"))
 
 
+def draw_steps(path: pathlib.Path) -> None:
+    """Draw results/h100/quack_flash4.json and against_1ea897b.json into a PNG: speed and memory after each change."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    first = json.loads((ROOT / "results/h100/quack_flash4.json").read_text())
+    second = json.loads((ROOT / "results/h100/against_1ea897b.json").read_text())
+    cards = second["tokens_per_s"].values()
+
+    def of_first(name: str) -> tuple[list[float], float]:
+        runs = first[name].values()
+        return ([run["medians"][0] / first["old"][card]["medians"][0] for card, run in first[name].items()],
+                max(run["peak_gb"] for run in runs))
+
+    def of_second(name: str) -> tuple[list[float], float]:
+        return [card[name] / card["old"] for card in cards if name in card and "old" in card], second["peak_gb"][name]
+
+    steps = [("commit 1ea897b", *of_first("old")),
+             ("less kept and moved\n(Triton kernels)", *of_first("new")),
+             ("flash-attn-4", *of_first("flash")),
+             ("relu\u00b2 in QuACK's\nFP8 matmuls", *of_first("both")),
+             ("logits, q, k, v by\nQuACK; less kept", *of_second("main")),
+             ("kernels of RoPE and\ncross-entropy", *of_second("next"))]
+    fig, (left, right) = plt.subplots(1, 2, figsize=(12, 4), layout="constrained", width_ratios=(6, 4), sharey=True)
+    for i, (_, ratios, memory) in enumerate(steps):
+        mean = statistics.mean(ratios)
+        left.plot([min(ratios), max(ratios)], [i, i], color="tab:blue", linewidth=4, alpha=0.35, solid_capstyle="round")
+        left.plot(mean, i, "o", color="tab:blue", markersize=9)
+        left.annotate(f"{mean:.3f}", (max(ratios), i), xytext=(8, 0), textcoords="offset points", va="center",
+                      weight="bold", color="tab:blue")
+        right.barh(i, memory, color="tab:blue")
+        right.text(memory - 0.4, i, f"{memory:.1f} GB", va="center", ha="right", color="white", weight="bold")
+    left.set_yticks(range(len(steps)), [name for name, *_ in steps])
+    left.invert_yaxis()
+    left.set(xlabel="tokens per second against commit 1ea897b on the same card (dot: mean, bar: all cards)",
+             xlim=(0.995, 1.125), title="One H100, FP8: each row adds to those above")
+    right.set(xlabel="peak memory, GB", title="preset classic")
+    left.grid(axis="x", alpha=0.3)
+    for axes in (left, right):
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+    replace_file(path, lambda temporary: fig.savefig(temporary, dpi=110, format="png"))
+
+
 if __name__ == "__main__":
     draw(ROOT / "docs" / "overview.png")
+    draw_steps(ROOT / "docs" / "speed_steps.png")
