@@ -8,6 +8,9 @@ import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: the tests' tensors are too small for threads
 
+if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # under nohup; processes that tests start would ignore it too
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
 HERE = pathlib.Path(__file__).resolve().parent
 for path in (str(HERE), str(HERE.parent)):
     if path not in sys.path:
