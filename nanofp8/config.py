@@ -323,7 +323,6 @@ def check_command_line(path: str, argv: Sequence[str] | None = None, doctor: str
         argv = sys.argv[1:]
         exit_on_ctrl_c(path)
         print_any_text()
-    sys.excepthook = functools.partial(report_interrupt, os.path.basename(path))
     try:
         flags = script_flags(path)
         if "--help" in argv or "-h" in argv:
@@ -338,15 +337,18 @@ def check_command_line(path: str, argv: Sequence[str] | None = None, doctor: str
         exit_with(error, os.path.basename(path))
 
 
-def report_interrupt(script: str, kind: type, error: BaseException, trace: Any) -> None:
-    """Serve as sys.excepthook: print one line for Ctrl-C, and any other exception as Python does.
-
-    Importing torch takes seconds, in which nothing else catches Ctrl-C. The exit status is 130.
-    """
+def report_early_error(script: str, kind: type, error: BaseException, trace: Any) -> None:
+    """Serve as sys.excepthook: print one line for Ctrl-C, which nothing else catches while torch is imported, and for a
+    Python without torch or NumPy; any other exception as Python does. The exit status is 130 or 1."""
+    line = ""
     if issubclass(kind, KeyboardInterrupt):
-        if _is_main():
-            print(f"{script}: interrupted", file=sys.stderr, flush=True)
-    else:
+        line = "interrupted"
+    elif issubclass(kind, ModuleNotFoundError) and error.name in ("torch", "numpy"):
+        line = (f"error: {sys.executable} has no {error.name}; start with bash run.sh, which makes an environment, "
+                f"or use that environment's Python (.venv/bin/python)")
+    if line and _is_main():
+        print(f"{script}: {line}", file=sys.stderr, flush=True)
+    elif not line:
         sys.__excepthook__(kind, error, trace)
 
 
@@ -360,8 +362,10 @@ def print_any_text() -> None:
 def exit_on_ctrl_c(path: str) -> None:
     """From now on, let Ctrl-C end this script with one line, status 130: while it imports torch, which takes seconds.
 
-    Does nothing where Ctrl-C is ignored or handled already.
+    Where Ctrl-C is ignored or handled already, that stays. A Python without torch becomes one line too.
     """
+    sys.excepthook = functools.partial(report_early_error, os.path.basename(path))
+
     def stop(*_: object) -> NoReturn:
         with contextlib.suppress(OSError, ValueError):
             if _is_main():

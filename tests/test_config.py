@@ -1,6 +1,7 @@
 """config.py: names, types, presets and help of flags, and errors of wrong input."""
 
 import shutil
+import signal
 import subprocess
 import sys
 from typing import Annotated, Literal, get_args, get_origin
@@ -10,7 +11,15 @@ import pytest
 import helpers
 import train
 from helpers import TRAIN, edited_copy
-from nanofp8.config import AutoBool, UserError, check_command_line, parse_arguments, parse_flags, script_flags
+from nanofp8.config import (
+    AutoBool,
+    UserError,
+    check_command_line,
+    exit_on_ctrl_c,
+    parse_arguments,
+    parse_flags,
+    script_flags,
+)
 
 pytestmark = pytest.mark.usefixtures("fresh")
 FLAGS = script_flags(TRAIN)
@@ -316,9 +325,10 @@ def test_an_edit_that_cannot_work_is_one_line_that_names_the_flag(tmp_path, edit
 
 
 def test_ctrl_c_during_imports_is_one_line(capsys, monkeypatch):
-    """check_command_line() is called before torch is imported. Any other exception keeps its traceback."""
+    """exit_on_ctrl_c() is called before torch is imported. Any other exception keeps its traceback."""
     monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
-    check_command_line(TRAIN, [])
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    exit_on_ctrl_c(TRAIN)
     sys.excepthook(KeyboardInterrupt, KeyboardInterrupt(), None)
     assert capsys.readouterr().err == "train.py: interrupted\n"
     sys.excepthook(RuntimeError, RuntimeError("no"), None)

@@ -197,6 +197,14 @@ def test_ctrl_c_during_imports_is_one_line(tmp_path, script):
     assert result.code == 130 and result.err == f"{script}: stopped by Ctrl-C\n" and not result.out
 
 
+@pytest.mark.parametrize("script", ["train.py", "train_orig.py", "sample.py", "bench.py"])
+def test_a_python_without_torch_is_one_line(tmp_path, script):
+    (tmp_path / "torch.py").write_text("raise ModuleNotFoundError('no torch', name='torch')")
+    result = finish(start(ROOT / script, cwd=tmp_path, PYTHONPATH=str(tmp_path)))
+    assert result.code == 1 and not result.out and result.err.count("\n") == 1
+    assert result.err.startswith(f"{script}: error: ") and "torch" in result.err and "run.sh" in result.err
+
+
 def test_ctrl_c_is_handed_over_to_the_script(monkeypatch):
     """exit_on_ctrl_c() changes nothing where Ctrl-C is ignored, as in the background of a shell."""
     for before, ours in ((signal.default_int_handler, True), (signal.SIG_IGN, False)):
