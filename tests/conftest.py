@@ -27,11 +27,16 @@ if not torch.cuda.is_available():  # before triton is imported: test_kernels.py 
 SLOW_FIXTURES = {"two_ranks", "script_run"}
 
 
-def pytest_collection_modifyitems(items):
-    """Run the fast tests first: a mistake shows within the first minute."""
+def pytest_collection_modifyitems(config, items):
+    """Run the fast tests first: a mistake shows within the first minute.
+
+    With pytest-xdist's --dist loadgroup, one process runs all tests of such a fixture, so that it is made once.
+    """
     for item in items:
         if SLOW_FIXTURES.intersection(getattr(item, "fixturenames", ())):
             item.add_marker("slow")
+            if config.pluginmanager.hasplugin("xdist"):
+                item.add_marker(pytest.mark.xdist_group(item.path.stem))
     items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
 
 

@@ -577,7 +577,7 @@ def test_test_command(host):
     assert len(host.pips()) == CPU_PARTS and host.did[-1] == f".venv {host.repo.resolve()} pytest -k a or b"
 
 
-@pytest.mark.parametrize("gpus, here, arguments", [(0, True, "-n 2"), (0, False, ""), (1, True, "")])
+@pytest.mark.parametrize("gpus, here, arguments", [(0, True, "-n 2 --dist loadgroup"), (0, False, ""), (1, True, "")])
 def test_all_tests_in_two_processes(host, gpus, here, arguments):
     host.has("torch", "numpy", "pytest", "transformer_engine.pytorch")
     (host.stubs / "transformer_engine" / "__init__.py").write_text("__version__ = '2.20.2'")
