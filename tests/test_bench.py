@@ -35,12 +35,13 @@ def study(mode, shards, tmp_path, monkeypatch, *flags):
 def test_precision_study(fresh, shards, tmp_path, capsys, monkeypatch):
     """All formats start from the same weights as bf16, with two seeds. Noise is the gap between the two bf16 runs. A
     second start trains nothing."""
-    result = study("precision", shards, tmp_path, monkeypatch)
+    four = "--max_iters=4"
+    result = study("precision", shards, tmp_path, monkeypatch, four)
     rows = {r["label"]: r for r in result["rows"]}
     assert list(rows) == list(bench.MODES["precision"].variants)
     assert [r["precision"] for r in rows.values()] == ["bf16", "fp8-delayed", "fp8-current", "fp8-block", "fp8-mxfp8",
                                                        "nvfp4"]
-    assert all(len(r["losses"]["1"]) == len(r["losses"]["2"]) == 6 and math.isfinite(r["val_loss"])
+    assert all(len(r["losses"]["1"]) == len(r["losses"]["2"]) == 4 and math.isfinite(r["val_loss"])
                for r in rows.values())
     first = {seed: {r["losses"][seed][0] for r in rows.values()} for seed in "12"}
     assert all(len(losses) == 1
@@ -61,10 +62,10 @@ def test_precision_study(fresh, shards, tmp_path, capsys, monkeypatch):
     assert "GFLOP a token: about" in printed
     assert (tmp_path / "t" / "r.png").read_bytes()[:4] == b"\x89PNG"
 
-    again = study("precision", shards, tmp_path, monkeypatch)
+    again = study("precision", shards, tmp_path, monkeypatch, four)
     assert "=====" not in capsys.readouterr().out and again["rows"] == result["rows"]
     # other flags: another run
-    study("precision", shards, tmp_path, monkeypatch, "--formats=bf16", "--learning_rate=0.03")
+    study("precision", shards, tmp_path, monkeypatch, four, "--formats=bf16", "--learning_rate=0.03")
     assert "2 runs to train (0 are there)" in capsys.readouterr().out
 
 
@@ -122,18 +123,19 @@ def test_emulation_compares_speeds(fresh, shards, tmp_path):
 
 @pytest.mark.slow
 def test_speed_with_two_ranks(shards, tmp_path):
-    """Every row of `speed` runs under torchrun, including the wrappers and train_orig.py."""
+    """Rows of `speed` under torchrun: the wrappers, divided batches and train_orig.py."""
+    names = ["bf16, vocab 50,304, a quarter of the batch", "FP8 delayed, half the micro-batch", "FP8 delayed, FSDP2",
+             "FP8 delayed, DDP", "train_orig.py"]
     flags = small_flags(shards, tmp_path, "warmup_iters", "max_iters", "eval_tokens")
-    result = finish(start_torchrun(2, ROOT / "bench.py", "speed", f"--out={tmp_path}/r", "--max_iters=3",
-                                   "--warmup_iters=1",
-                                   "--total_batch_size=1024", *flags, "--n_embd=128", "--batch_size=4", cwd=tmp_path))
+    flags += [f"--rows={';'.join(names)}", f"--out={tmp_path}/r", "--max_iters=3", "--warmup_iters=1",
+              "--total_batch_size=1024", "--n_embd=128", "--batch_size=4"]
+    result = finish(start_torchrun(2, ROOT / "bench.py", "speed", *flags, cwd=tmp_path))
     assert result.code == 0, result.err[-2000:]
     rows = {r["label"]: r for r in json.loads((tmp_path / "r.json").read_text())["rows"]}
-    assert list(rows) == list(bench.MODES["speed"].variants), result.out[-2000:]
+    assert list(rows) == names and set(names) < set(bench.MODES["speed"].variants), result.out[-2000:]
     assert rows["FP8 delayed, FSDP2"]["wrapper"] == "fsdp2" and rows["FP8 delayed, DDP"]["wrapper"] == "ddp"
-    assert rows["FP8 delayed, vocab 50,304"]["vocab_size"] == 50304
-    quarters = [rows[f"{name}, vocab 50,304, a quarter of the batch"] for name in ("FP8 delayed", "bf16")]
-    assert all((r["total_batch_size"], r["vocab_size"]) == (256, 50304) for r in quarters)
+    quarter = rows["bf16, vocab 50,304, a quarter of the batch"]
+    assert (quarter["total_batch_size"], quarter["vocab_size"]) == (256, 50304)
     assert rows["FP8 delayed, half the micro-batch"]["batch_size"] == 2
     assert all(r["gpus"] == 2 and r["compile_seconds"] > 0 for r in rows.values())
 

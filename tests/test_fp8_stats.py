@@ -219,8 +219,8 @@ def test_some_sequences_of_a_large_micro_batch_are_enough(fresh, monkeypatch):
 ], ids=["delayed", "nvfp4", "mxfp8", "bf16-head", "no-fp8-head"])
 def test_a_run_with_statistics_trains_the_same(fresh, shards, tmp_path, changes, watched_layers):
     """Losses are equal bit for bit, also with stochastic rounding. Records come at FP8_STATS_INTERVAL, in order."""
-    off = train_here(tmp_path / "off", shards, max_iters=5, **changes)
-    on = train_here(tmp_path / "on", shards, max_iters=5, FP8_STATS_INTERVAL=2, **changes)
+    off = train_here(tmp_path / "off", shards, max_iters=4, **changes)
+    on = train_here(tmp_path / "on", shards, max_iters=4, FP8_STATS_INTERVAL=2, **changes)
     assert (losses(off) == losses(on)).all() and not records(off, "fp8_stats")
     kinds = [(r["kind"], r["step"]) for r in records(on) if r["step"] == 1]
     assert kinds == [("train", 1), ("fp8_stats", 1)]
