@@ -27,6 +27,7 @@ if not torch.cuda.is_available():  # before triton is imported: test_kernels.py 
 SLOW_FIXTURES = {"two_ranks", "script_run"}
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
 def pytest_collection_modifyitems(config, items):
     """Run the fast tests first: a mistake shows within the first minute.
 
