@@ -5,7 +5,7 @@ import math
 import os
 import shutil
 from types import ModuleType
-from typing import Any, Iterator, Sequence
+from typing import Any, Sequence
 
 import torch
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -267,22 +267,6 @@ def muon_groups(muon: torch.optim.Optimizer) -> list[dict]:
     return muon.groups if isinstance(muon, TorchMuon) else muon.param_groups
 
 
-@contextlib.contextmanager
-def only(muon: torch.optim.Optimizer, matrices: Sequence[torch.Tensor]) -> Iterator[None]:
-    """Let a step of Dion's Muon update these of its matrices alone, in a context.
-
-    Dion counts each such step, and uses the count for nothing.
-    """
-    wanted, before = {id(p) for p in matrices}, [group["params"] for group in muon.param_groups]
-    try:
-        for group in muon.param_groups:
-            group["params"] = [p for p in group["params"] if id(p) in wanted]
-        yield
-    finally:
-        for group, parameters in zip(muon.param_groups, before, strict=True):
-            group["params"] = parameters
-
-
 class OptimizerSet:
     """Several optimizers stepped as one: what does not depend on who optimizes what.
 
@@ -304,13 +288,7 @@ class OptimizerSet:
                 optimizer.step()
             if self.buffers is not None:
                 self.buffers.send_rows()
-            if self.shards is None or isinstance(self.muon, TorchMuon):
-                self.muon.step()
-                return
-            for chunk in self.shards.chunks:  # they are sent while the next ones are updated
-                with only(self.muon, self.shards.own(chunk.matrices)):
-                    self.muon.step()
-                self.shards.send_next_chunk()
+            self.muon.step()
 
     def parameters(self) -> list[torch.Tensor]:
         """Return what this rank updates."""

@@ -11,8 +11,7 @@ A parameter is divided in one of three ways:
 - Embeddings and head are divided by rows.
 - All others are small and are updated by every rank alike.
 
-Updated weights are sent while Muon still computes: rows first, then matrices of one size while Muon updates those of
-the next.
+Rows are sent while Muon still computes.
 
 If updated weights are sent in bf16, owners keep fp32 copies of theirs (masters), which the optimizers update. All ranks
 then compute with the rounded weights, owners too, so that all compute the same.
@@ -76,15 +75,6 @@ class Buffers:
             result.copy_(received)
 
 
-class Chunk(NamedTuple):
-    """The matrices of one size, fp32. Row r of each buffer is rank r's; short rows end with zeros."""
-
-    matrices: list[Tensor]  # of the model
-    weights: Tensor         # (world_size, values)
-    gradients: Tensor       # (world_size, values)
-    masters: Tensor         # (values,), what this rank updates: its row of `weights`, or exact copies
-
-
 class Shards(Buffers):
     """Buffers that hold parameters and gradients so that each rank's part of them is one piece of memory."""
 
@@ -110,35 +100,28 @@ class Shards(Buffers):
         self.small = [p for p in others if id(p) not in divided]
         self.owners = dict(zip(matrices, assign_owners(matrices, world_size), strict=True))
 
-        self.has_masters = gather_dtype != torch.float32
-        sizes = sorted({p.numel() for p in matrices}, reverse=True)  # what is sent last is sent alone: the smallest
-        self.chunks = [self.chunk([p for p in matrices if p.numel() == size]) for size in sizes]
-        self.small_gradients = torch.zeros(sum(p.numel() for p in self.small), device=procs.device)
+        device = procs.device
+        of_rank = [[p for p, owner in self.owners.items() if owner == rank] for rank in range(world_size)]
+        length = max((sum(p.numel() for p in owned_by) for owned_by in of_rank), default=0)
+        self.weights, self.gradients = (torch.zeros(world_size, length, device=device) for _ in range(2))
+        for rank, owned_by in enumerate(of_rank):
+            place(owned_by, self.weights[rank], self.gradients[rank])
+        self.small_gradients = torch.zeros(sum(p.numel() for p in self.small), device=device)
         place(self.small, None, self.small_gradients)
         for p in self.rows:
             p.grad = torch.zeros_like(p)
-        self.sending, self.sent_chunks = [], 0  # of gather(): (work, what is received, weights that it is for)
+        self.sending = []  # of gather(): (work, what is received, weights that it is for)
         # What this rank's optimizers update: of a divided parameter its own rows, or their master; of a matrix itself,
         # or its master
+        self.has_masters = gather_dtype != torch.float32
         self.own_rows = {p: with_grad(self.piece(p.data).clone() if self.has_masters else self.piece(p.data),
                                       self.piece(p.grad)) for p in self.rows}
-        self.own_matrices = {}
+        self.masters, self.own_matrices = self.weights[procs.rank], {}
         if self.has_masters:
-            for chunk in self.chunks:
-                own = [p for p in chunk.matrices if self.owners[p] == procs.rank]
-                for p, master in zip(own, chunk.masters.split(chunk.matrices[0].numel()), strict=False):
-                    self.own_matrices[p] = with_grad(master.view(p.shape), p.grad)
-
-    def chunk(self, matrices: list[Tensor]) -> Chunk:
-        """Move matrices of one size into buffers."""
-        ranks = range(self.procs.world_size)
-        of_rank = [[p for p in matrices if self.owners[p] == rank] for rank in ranks]
-        length = max(map(len, of_rank)) * matrices[0].numel()
-        weights, gradients = (torch.zeros(len(ranks), length, device=self.procs.device) for _ in range(2))
-        for rank in ranks:
-            place(of_rank[rank], weights[rank], gradients[rank])
-        own = weights[self.procs.rank]
-        return Chunk(matrices, weights, gradients, own.clone() if self.has_masters else own)
+            self.masters, offset = self.masters.clone(), 0
+            for p in of_rank[procs.rank]:
+                self.own_matrices[p] = with_grad(self.masters[offset:offset + p.numel()].view(p.shape), p.grad)
+                offset += p.numel()
 
     @property
     def parts(self) -> dict[Tensor, Tensor]:
@@ -177,19 +160,18 @@ class Shards(Buffers):
 
     def zero_grad(self) -> None:
         """Set all gradients to zero, in place."""
-        torch._foreach_zero_([self.small_gradients, *(chunk.gradients for chunk in self.chunks),
-                              *(p.grad for p in self.rows)])
+        torch._foreach_zero_([self.gradients, self.small_gradients, *(p.grad for p in self.rows)])
 
     def reduce(self) -> None:
         """Average the gradients over the ranks: each rank gets those that it owns, and the small ones."""
-        for gradient in (*(chunk.gradients for chunk in self.chunks), *(p.grad for p in self.rows)):
-            self.average(gradient.view(-1), self.piece(gradient).view(-1))
+        for gradient in (self.gradients, *(p.grad for p in self.rows)):
+            if gradient.numel():
+                self.average(gradient.view(-1), self.piece(gradient).view(-1))
         self.average(self.small_gradients, self.small_gradients)
 
     def squared_norm(self) -> Tensor:
         """Return this rank's share of the squared norm of all gradients; the shares add up over the ranks."""
-        own = [chunk.gradients[self.procs.rank] for chunk in self.chunks]
-        own += [part.grad for part in self.own_rows.values()]
+        own = [self.gradients[self.procs.rank], *(part.grad for part in self.own_rows.values())]
         norms = torch.stack(torch._foreach_norm([*own, self.small_gradients]))
         return norms[:-1].square().sum() + norms[-1].square() / self.procs.world_size
 
@@ -198,19 +180,11 @@ class Shards(Buffers):
         for p, part in self.own_rows.items():
             self.send(p.data, part.data)
 
-    def send_next_chunk(self) -> None:
-        """Begin to send this rank's updated matrices of the next chunk to all others; gather() ends it."""
-        chunk = self.chunks[self.sent_chunks]
-        self.send(chunk.weights, chunk.masters)
-        self.sent_chunks += 1
-
     def gather(self) -> None:
         """Send each rank's updated weights to all others, and receive theirs."""
         if not self.sending:
             self.send_rows()
-        while self.sent_chunks < len(self.chunks):
-            self.send_next_chunk()
-        self.sent_chunks = 0
+        self.send(self.weights, self.masters)
         while self.sending:
             work, sent, weights = self.sending.pop(0)
             work.wait()
@@ -219,6 +193,8 @@ class Shards(Buffers):
 
     def send(self, weights: Tensor, masters: Tensor) -> None:
         """Begin an all-gather of weights, which all ranks hold, from each rank's piece of them, or its masters."""
+        if not weights.numel():
+            return
         sent = torch.empty_like(weights, dtype=self.gather_dtype) if self.has_masters else weights
         own = self.piece(sent)
         if self.has_masters:

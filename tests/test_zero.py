@@ -11,7 +11,7 @@ import torch.multiprocessing as mp
 
 import train
 from helpers import CPU, make_cfg, make_model, random_grads, tokens_and_targets
-from nanofp8 import epilogues, fused, zero
+from nanofp8 import epilogues, fused
 from nanofp8.parts import gradient_of
 from nanofp8.procs import Processes
 from nanofp8.zero import Shards, assign_owners
@@ -138,42 +138,6 @@ def test_all_parameters_are_divided_one_way_and_keep_their_values():
         assert q.data_ptr() == p[p.shape[0] // 2:].data_ptr() and p.grad[p.shape[0] // 2:].eq(1).all()
     shards.zero_grad()
     assert not any(p.grad.any() for p in model.parameters())
-
-
-@pytest.mark.parametrize("gather_fp32", [True, False])
-def test_matrices_are_sent_while_those_of_the_next_size_are_updated(monkeypatch, gather_fp32):
-    """Of 12 matrices in three sizes. The weights after a step are those of a step of all at once."""
-    pytest.importorskip("dion")
-    cfg = make_cfg(**PARTS, muon_impl="dion", GATHER_FP32=gather_fp32)
-    events, procs = [], Processes(0, 0, 2, CPU, None)
-    monkeypatch.setattr(zero, "all_gather", lambda received, own, **_: events.append(received.numel()) or mock.Mock())
-    weights = []
-    for by_chunks in (True, False):
-        model = make_model(cfg)
-        parallel = train.Parallel(model, "ddp", cfg, procs)
-        optimizers = train.Optimizers(model, cfg, procs, parallel)
-        random_grads(model, 1)
-        for p, part in parallel.shards.own_matrices.items():
-            part.grad = p.grad
-        step, shards, groups = optimizers.muon.step, parallel.shards, optimizers.muon.param_groups
-        if by_chunks:
-            monkeypatch.setattr(optimizers.muon, "step", lambda step=step, groups=groups: (
-                step(), events.append([p.numel() for group in groups for p in group["params"]])))
-            optimizers.step()
-            width, chunks = cfg.n_embd ** 2, [chunk.weights.numel() for chunk in shards.chunks]
-            assert chunks == [24 * width, 12 * width, 4 * width]  # fc1 and fc2; qkv and a row of zeros; proj likewise
-            assert events[len(shards.rows):] == [[4 * width] * 3, chunks[0], [3 * width] * 2, chunks[1], [width],
-                                                 chunks[2]]
-            events.clear()
-            parallel.gather_weights()
-            assert not events  # all is sent already
-            parallel.gather_weights()
-            assert events[-3:] == chunks  # as after a checkpoint was loaded
-        else:
-            with torch.compiler.set_stance("force_eager"):
-                step()
-        weights.append([p.detach().clone() for p in shards.own(model.matrices())])
-    assert all(torch.equal(p, q) for p, q in zip(*weights, strict=True)) and len(weights[0]) == 6
 
 
 # ----------------------------------------------------------------------------------------------------------------------
