@@ -72,7 +72,7 @@ def test_precision_study(fresh, shards, tmp_path, capsys, monkeypatch):
 @pytest.mark.slow
 def test_ablation(fresh, shards, tmp_path, monkeypatch):
     """Each row lacks one of NVFP4's four ingredients: its flags say so, and its losses differ."""
-    result = study("ablation", shards, tmp_path, monkeypatch, "--seeds=2,1", "--max_iters=4")
+    result = study("ablation", shards, tmp_path, monkeypatch, "--seeds=2,1", "--max_iters=3")
     rows = {r["label"]: r for r in result["rows"]}
     assert list(rows) == list(bench.MODES["ablation"].variants)
     assert [len(r["seeds"]) for r in rows.values()] == [2] + [1] * 6

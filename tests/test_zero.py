@@ -78,13 +78,17 @@ def work(rank, port, results, flags):
 
 
 def on_two_ranks(function, flags):
-    """Call function(rank, port, results, flags) in two processes; return what each put into results."""
+    """Call function(rank, port, results, flags) in two processes; return what each put into results.
+
+    They are forked from a process that has imported torch, which takes seconds, and done nothing else.
+    """
+    mp.set_forkserver_preload(["torch.distributed.fsdp", "torch.distributed.checkpoint"])
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    with mp.Manager() as manager:
+    with mp.get_context("forkserver").Manager() as manager:
         results = manager.dict()
-        mp.spawn(function, (port, results, flags), nprocs=2)
+        mp.start_processes(function, (port, results, flags), nprocs=2, start_method="forkserver")
         return [results[0], results[1]]
 
 
