@@ -460,11 +460,10 @@ def wait_for_step(process):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dead,number", [(1, signal.SIGSTOP), (0, signal.SIGKILL), (0, signal.SIGSTOP)])
+@pytest.mark.parametrize("dead,number",
+                         [(1, signal.SIGKILL), (1, signal.SIGSTOP), (0, signal.SIGKILL), (0, signal.SIGSTOP)])
 def test_a_dead_rank_ends_the_other_and_is_named(tmp_path, shards, dead, number):
-    """A killed rank breaks the connection; a stopped one is only silent. Rank 0 holds the store for the heartbeats.
-
-    test_run_sh_with_two_processes kills rank 1."""
+    """A killed rank breaks the connection; a stopped one is only silent. Rank 0 holds the store for the heartbeats."""
     ranks = two_ranks(tmp_path, shards, rank_timeout=6)
     try:
         wait_for_step(ranks[0])
@@ -618,12 +617,14 @@ def test_wrong_input_under_run_sh_with_two_processes(tmp_path, shards):
 @pytest.mark.slow
 @needs_proc
 def test_run_sh_with_two_processes(tmp_path, shards):
-    """Two runs side by side. SIGTERM to run.sh alone: status 0 and a checkpoint. A rank killed with one restart: its
-    number is named, the run continues in its own folder from its newest checkpoint, and its log is complete."""
+    """Three runs side by side. SIGTERM to run.sh alone: status 0 and a checkpoint. A rank killed without restarts:
+    status 1 and its number. A rank killed with one restart: the run continues in its own folder from its newest
+    checkpoint, and its log is complete."""
     out = tmp_path / "out"
     done = train_here(out, shards, run_name="again", **QUICK | dict(max_iters=4))  # a finished run of the same name
     runs = {}
-    for name, changes, env in (("stop", {}, {}), ("again", dict(max_iters=200), dict(MAX_RESTARTS="1"))):
+    for name, changes, env in (("stop", {}, {}), ("die", {}, {}),
+                               ("again", dict(max_iters=200), dict(MAX_RESTARTS="1"))):
         args = flag_args(data_dir=shards, out_dir=out, run_name=name, **ENDLESS | changes)
         runs[name] = run_sh(tmp_path, f"--run_name={name}", *args, NPROC="2",
                             OF_RUN_SH=f"{os.getpid()}.--run_name={name}", **env)
@@ -640,12 +641,12 @@ def test_run_sh_with_two_processes(tmp_path, shards):
             process.kill()
             for pid in workers(process).values():
                 os.kill(pid, signal.SIGKILL)
-    stop, again = results["stop"], results["again"]
+    stop, die, again = results["stop"], results["die"], results["again"]
     assert stop.code == 0, stop.err
     steps = int(stop.out.split("stopped by a signal after ")[1].split()[0])
     assert in_ckpt(out / "stop")[-1] == f"step_{steps:06d}" and "training ended well after SIGTERM" in stop.err
-    # Our line, and torchrun's
-    assert "rank 1 has not responded" in again.err and "(exitcode: -9) local_rank: 1" in again.err
+    assert die.code == 1 and "stopped by a signal" not in die.out
+    assert "rank 1 has not responded" in die.err and "(exitcode: -9) local_rank: 1" in die.err  # ours, and torchrun's
     assert not any("Traceback" in r.err for r in results.values())
     assert again.code == 0, again.err
     assert "resumed from" in again.out and str(out / "again-2") in again.out
