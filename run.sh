@@ -271,7 +271,7 @@ fi
 if [ "$command" = test ]; then
   # All tests run in two processes, but not with a GPU: there they would wait for each other and share its memory
   [ "$#" -gt 0 ] || [ "$gpus" -gt 0 ] || ! quiet "$py" -c 'import xdist' || set -- -n 2 --dist loadgroup
-  unset PYTHONDONTWRITEBYTECODE # each of some hundred processes would compile train.py's modules for a second
+  unset PYTHONDONTWRITEBYTECODE # else each process that a test starts compiles the modules again, which takes 1 s
   exec "$py" -m pytest "$@"
 fi
 case " $* " in *' --help '* | *' -h '*) exec "$py" train.py --help ;; esac

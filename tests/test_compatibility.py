@@ -39,8 +39,8 @@ def test_classic_is_the_default_flags_of_then():
 def test_its_run_continues_to_the_same_losses(fresh, tmp_path):
     """From the checkpoint after 4 steps, whose weights, momenta and scales are restored: the losses that it recorded.
 
-    The limit is wider from the third step on: bf16 products are rounded in another order on a CPU with AMX, which moved
-    the last loss by 3.7e-4. Momenta set to 0 move the second step's by 4e-4."""
+    The last step's limit is wider: bf16 products are rounded in another order on a CPU with AMX, which moved its loss
+    by 3.7e-4. Momenta set to 0 move the second step's loss by 4e-4, and the last val loss by 1.5e-4."""
     folder = shutil.copytree(OLD / "gpt", tmp_path / "gpt")
     recorded = read_log(folder)
     arguments = [f"--{name}={value}" for name, value in FLAGS.items()]
@@ -50,7 +50,8 @@ def test_its_run_continues_to_the_same_losses(fresh, tmp_path):
         then, now = ({r["step"]: r[field] for r in log if r["kind"] == kind} for log in (recorded, read_log(folder)))
         assert [*now] == steps
         for step in steps:
-            assert now[step] == pytest.approx(then[step], abs=1e-4 if step < 6 else 1e-3), (kind, field, step)
+            limit = 1e-3 if (kind, step) == ("train", 7) else 1e-4
+            assert now[step] == pytest.approx(then[step], abs=limit), (kind, field, step)
     kept = [r for r in recorded if r["step"] < 4]
     assert helpers.records(folder)[:len(kept)] == kept  # what lies before the checkpoint stays as it was written
     assert helpers.in_ckpt(folder) == ["step_000004", "step_000008"]
