@@ -304,27 +304,40 @@ def value_embedding_backward(dv_ptr, table_ptr, tokens_ptr, gate_ptr, gates_ptr,
 
 
 @triton.jit
+def looked_up_rows(d_rows_ptr, factors_ptr, order_ptr, start, end, columns, stride, C, heads, head, ROWS: tl.constexpr):
+    """Return the sum of factors * d_rows over one token's positions, order[start:end]; see embedding_gradient."""
+    total = tl.zeros(columns.shape, tl.float32)
+    for first in range(start, end, ROWS):
+        index = first + tl.arange(0, ROWS)
+        position = tl.load(order_ptr + index, mask=index < end, other=0)
+        mask = (index < end)[:, None] & (columns < C)[None, :]
+        rows = tl.load(d_rows_ptr + position[:, None] * stride + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+        factors = tl.load(factors_ptr + position * heads + head, mask=index < end, other=0.0)
+        total += tl.sum(rows * factors[:, None], axis=0)
+    return total
+
+
+@triton.jit
 def embedding_gradient(grad_ptr, d_rows_ptr, factors_ptr, order_ptr, starts_ptr, V, stride, C, heads, D: tl.constexpr,
-                       ROWS: tl.constexpr, BLOCK: tl.constexpr):
+                       ROWS: tl.constexpr, MORE_ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """Add to grad (V, C) the gradients of the rows that an embedding looked up, without atomics: always the same sums.
 
     d_rows (N, C): gradient of each looked-up row, `stride` values apart, times factors (N, heads), each for D columns.
-    order (N,): positions sorted by token; starts (V + 1,): where each token begins in it. A program takes BLOCK columns
-    of every num_programs-th token, because frequent tokens have neighbouring ids in GPT-2's vocabulary.
+    order (N,): positions sorted by token; starts (V + 1,): where each token begins in it. A program takes BLOCK
+    columns, all of one head, of every num_programs-th token, because frequent tokens have neighbouring ids in GPT-2's
+    vocabulary. Most tokens occur once or twice in a micro-batch, so it reads ROWS rows at a time; the most frequent
+    occurs a thousand times, and its program would end last, so it reads MORE_ROWS of it.
     """
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    for token in range(tl.program_id(0), V, tl.num_programs(0)):
+    columns, head = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(0) * BLOCK // D
+    for token in range(tl.program_id(1), V, tl.num_programs(1)):
         start, end = tl.load(starts_ptr + token), tl.load(starts_ptr + token + 1)
         if start < end:
-            total = tl.zeros((BLOCK,), tl.float32)
-            for first in range(start, end, ROWS):
-                index = first + tl.arange(0, ROWS)
-                position = tl.load(order_ptr + index, mask=index < end, other=0)
-                mask = (index < end)[:, None] & (columns < C)[None, :]
-                rows = tl.load(d_rows_ptr + position[:, None] * stride + columns[None, :], mask=mask, other=0.0)
-                rows = rows.to(tl.float32)
-                rows *= tl.load(factors_ptr + position[:, None] * heads + columns[None, :] // D, mask=mask, other=0.0)
-                total += tl.sum(rows, axis=0)
+            if end - start > 4 * MORE_ROWS:
+                total = looked_up_rows(d_rows_ptr, factors_ptr, order_ptr, start, end, columns, stride, C, heads, head,
+                                       MORE_ROWS)
+            else:
+                total = looked_up_rows(d_rows_ptr, factors_ptr, order_ptr, start, end, columns, stride, C, heads, head,
+                                       ROWS)
             pointers = grad_ptr + tl.full((), C, tl.int64) * token + columns
             grad = tl.load(pointers, mask=columns < C, other=0.0).to(tl.float32) + total
             tl.store(pointers, grad.to(grad_ptr.dtype.element_ty), mask=columns < C)

@@ -7,6 +7,7 @@
 - Sliding windows: blocks marked S in window_pattern attend to the last window_size tokens only (arXiv 2004.05150).
 """
 
+import math
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -144,11 +145,13 @@ def table_gradient(table: Tensor, d_rows: Tensor, stride: int, factors: Tensor, 
         factors: (N, H) fp32 ... to be multiplied by these; each counts for C / H columns.
         in_place: if it is not "" and gradient_of(table) exists, the gradient is added to it, and None returned.
     """
-    C, heads, columns = table.shape[1], factors.shape[1], 128
+    C, heads = table.shape[1], factors.shape[1]
+    columns = math.gcd(128, C // heads)  # of a program
     given = gradient_of(table) if in_place else None
     grad = torch.zeros_like(table) if given is None else given
-    kernels.embedding_gradient[(min(len(grad), 4096), triton.cdiv(C, columns))](
-        grad, d_rows, factors, where.order, where.starts, len(grad), stride, C, heads, C // heads, 32, columns)
+    kernels.embedding_gradient[(triton.cdiv(C, columns), min(len(grad), 4096))](
+        grad, d_rows, factors, where.order, where.starts, len(grad), stride, C, heads, C // heads, 8, 32, columns,
+        num_warps=1)
     return grad if given is None else None
 
 

@@ -39,7 +39,7 @@ from nanofp8.fused import (
 )
 from nanofp8.loss import LOGIT_GRAD_SCALE, ChunkedCrossEntropy, softcap_cross_entropy, softcap_cross_entropy_and_grad
 from nanofp8.muon import apply_update, momentum_update
-from nanofp8.parts import ValueEmbedding, token_order
+from nanofp8.parts import ValueEmbedding, table_gradient, token_order
 from nanofp8.plain import rope_qk_norm
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -192,6 +192,26 @@ def test_embedding_with_norm_and_its_gradient(in_place):
     assert relative(ours.grad - (1 if in_place else 0), theirs.grad) < 5e-3
     assert torch.equal(ours.grad[~torch.isin(torch.arange(V, device=DEVICE), idx)].sum(),
                        torch.tensor(0.0 if not in_place else (V - len(idx.unique())) * C, device=DEVICE))
+
+
+@pytest.mark.parametrize("heads", [1, H])
+def test_gradient_of_looked_up_rows(heads):
+    """Against float64, for tokens that occur never, once, 8 and 9 times, and around 128 times, where the kernel begins
+    to read more rows at once. Rows lie apart, and what lies between them is not read."""
+    counts = torch.tensor([0, 1, 8, 9, 127, 128, 129, 300, 0, 2])
+    idx = torch.repeat_interleave(torch.arange(10), counts)[torch.randperm(704, generator=torch.manual_seed(0))]
+    spread, factors = torch.full((704, 3 * C), math.nan, dtype=torch.bfloat16, device=DEVICE), torch.rand(704, heads)
+    d_rows, factors = spread[:, C:2 * C], factors.to(DEVICE)
+    d_rows.copy_(randn(704, C))
+    table = torch.zeros(10, C, device=DEVICE)
+    where = token_order(idx.to(DEVICE, torch.int32)[None], 10)
+    grad = table_gradient(table, d_rows, 3 * C, factors, where, "")
+    expected = torch.zeros(10, heads, C // heads, dtype=torch.float64, device=DEVICE).index_add_(
+        0, idx.to(DEVICE), d_rows.double().view(704, heads, -1) * factors.double()[..., None]).view(10, C)
+    assert relative(grad, expected) < 1e-6 and not grad[0].any() and not grad[8].any()
+    for token in range(1, 8):
+        assert relative(grad[token], expected[token]) < 1e-6
+    assert torch.equal(grad, table_gradient(table, d_rows, 3 * C, factors, where, ""))
 
 
 def equal_bits(a, b):
