@@ -198,7 +198,7 @@ GATHER_FP32: bool = True                      # USE_DDP: send updated weights to
 
 # Speed and memory
 USE_TRITON: bool = True                       # Triton: blocks in bf16 and delayed FP8; RoPE and QK norm in all formats
-USE_QUACK: AutoBool = "auto"                  # Hopper: QuACK for some matmuls; "auto": where it was tried (so far FP8)
+USE_QUACK: AutoBool = "auto"                  # Hopper: QuACK for some matmuls; "auto": where its loss was measured
 attention: Literal["auto", "cudnn", "flash4", "torch"] = "auto"  # "auto": flash-attn-4 where it was tried, else cuDNN
 USE_CUDA_GRAPHS: bool = True                  # launch fused micro-batches as CUDA graphs from step 4 on; not if RESHARD
 USE_COMPILE: AutoBool = "auto"                # torch.compile what is not fused; "auto": on a GPU; True: also Dion

@@ -21,7 +21,8 @@ ERROR = None
     (True, "fp8-delayed", (9, 0), False, ERROR, "gone"),
     ("auto", "fp8-delayed", (12, 0), True, NONE, "no QuACK: only on Hopper"),
     (True, "fp8-delayed", (12, 0), True, ERROR, "only on Hopper"),
-    ("auto", "bf16", (9, 0), True, NONE, "no QuACK: its loss in bf16 is not measured on this GPU; --USE_QUACK=True"),
+    ("auto", "bf16", (9, 0), True, BF16, "matmuls by QuACK 0.6"),
+    ("auto", "bf16", (9, 1), True, NONE, "no QuACK: its loss in bf16 is not measured on this GPU; --USE_QUACK=True"),
     (True, "bf16", (9, 0), True, BF16, "matmuls by QuACK 0.6"),
     (False, "bf16", (9, 0), True, NONE, ""),
     (True, "bf16", (9, 0), False, ERROR, "gone"),
@@ -32,22 +33,12 @@ ERROR = None
 def test_choice(wanted, blocks, capability, installed, where, says, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(epilogues, "library", lambda: (epilogues, "QuACK 0.6") if installed else (None, "gone"))
-    monkeypatch.setattr(epilogues, "TRIED", {"fp8-delayed": ((9, 0),), "bf16": ()})
     cfg, device = SimpleNamespace(USE_QUACK=wanted), torch.device("cuda")
     if where is ERROR:
         with pytest.raises(UserError, match=f"USE_QUACK=True.*{says}.*--USE_QUACK=auto"):
             choose_quack(cfg, device, blocks)
     else:
         assert choose_quack(cfg, device, blocks) == (where, says)
-
-
-def test_bf16_where_it_was_tried(monkeypatch):
-    """Then "auto" takes it in bf16, and in the bf16 layers of a run in FP8."""
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(epilogues, "library", lambda: (epilogues, "QuACK 0.6"))
-    monkeypatch.setattr(epilogues, "TRIED", {"fp8-delayed": ((9, 0),), "bf16": ((9, 0),)})
-    cfg, device = SimpleNamespace(USE_QUACK="auto"), torch.device("cuda")
-    assert choose_quack(cfg, device, "bf16")[0] == BF16 and choose_quack(cfg, device, "fp8-delayed")[0] == FP8
 
 
 def test_a_machine_without_it():
