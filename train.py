@@ -134,8 +134,8 @@ USE_X0: bool = False                          # each block reads a * x + b * tok
 
 # Length, batch and schedule
 train_tokens: NonNegative = 891289600         # tokens to train on: 9 FineWeb shards, once; 0: use max_iters
-total_batch_size: AutoPositive = "auto"       # tokens per optimizer step, over all ranks; "auto": by train_tokens
-batch_size: AutoPositive = "auto"             # sequences per micro-batch and rank; "auto": the most that fit memory
+total_batch_size: AutoPositive = "auto"       # tokens per optimizer step, all ranks; "auto": by train_tokens alone
+batch_size: AutoPositive = "auto"             # sequences of a micro-batch; "auto": what fits, at most 16 (d12: 32)
 max_iters: Positive = 1700                    # optimizer steps; used if given or edited, or if train_tokens is 0
 warmup_iters: NonNegative = 100               # steps of linear warm-up of all learning rates
 warmup_ratio: Fraction = 0.02                 # the same as a fraction of all steps; 0: warmup_iters counts
@@ -200,7 +200,7 @@ GATHER_FP32: bool = True                      # USE_DDP: send updated weights to
 USE_TRITON: bool = True                       # Triton: blocks in bf16 and delayed FP8; RoPE and QK norm in all formats
 USE_QUACK: AutoBool = "auto"                  # Hopper: QuACK for some matmuls; "auto": where its loss was measured
 attention: Literal["auto", "cudnn", "flash4", "torch"] = "auto"  # "auto": flash-attn-4 where it was tried, else cuDNN
-USE_CUDA_GRAPHS: bool = True                  # launch fused micro-batches as CUDA graphs from step 4 on; not if RESHARD
+USE_CUDA_GRAPHS: bool = True                  # launch fused micro-batches as CUDA graphs; not with FSDP2_RESHARD
 USE_COMPILE: AutoBool = "auto"                # torch.compile what is not fused; "auto": on a GPU; True: also Dion
 USE_AC_LM_HEAD: bool = False                  # recompute logits in the backward pass instead of keeping gradients
 USE_AC_BLOCKS: bool = False                   # recompute each block in the backward pass
@@ -212,7 +212,7 @@ USE_PROFILE: bool = False                     # profile the sixth step into the 
 eval_interval: NonNegative = 500              # steps between evaluations; 0: only at the end
 eval_tokens: Positive = 10485760              # tokens of the val shards per evaluation (all of them if there are fewer)
 log_interval: Positive = 1                    # steps between log lines
-ckpt_interval: NonNegative = 1000             # steps between checkpoints; 0: off. Always saved: end, SIGTERM, SIGINT
+ckpt_interval: NonNegative = 1000             # steps between checkpoints; 0: off. Also saved at the end and on signals
 ckpt_minutes: NonNegativeFloat = 0.0          # also save every this many minutes; 0: off
 keep_checkpoints: NonNegative = 2             # number of newest checkpoints to keep; 0: write none
 USE_WANDB: bool = False                       # also log to Weights & Biases
@@ -228,7 +228,7 @@ rank_timeout: Timeout = 120.0                 # seconds without a heartbeat befo
 # End of flags
 # ======================================================================================================================
 
-# The default flags of commit 1ea897b, to compare later recipes with. A checkpoint that lacks a flag was trained so
+# The default flags of commit 1ea897b, to compare later recipes with; checkpoints of that time are resumed with them
 CLASSIC = dict(
     dataset="fineweb10B", n_layer=20, n_embd=1280, n_head=10, vocab_size=65536, block_size=2048, rope_base=10000.0,
     norm_eps=1e-6, logit_softcap=15.0, qk_scale=1.0, window_pattern="L", n_value_embed=0, USE_X0=False, train_tokens=0,
@@ -241,7 +241,7 @@ CLASSIC = dict(
     loss_chunk_size=8192, eval_interval=125, eval_tokens=10485760, ckpt_interval=250, skip_grad_zscore=0.0,
     window_size=512, USE_8BIT_ADAM=False,
 )
-PARTS = dict(qk_scale=1.2, window_pattern="SSSL", USE_X0=True, vocab_size=50304)  # Hugging Face's class lacks them
+PARTS = dict(qk_scale=1.2, window_pattern="SSSL", USE_X0=True, vocab_size=50304)  # the first three prevent export
 PRESETS = {
     # Must repeat the default of every flag that a preset sets: a default that differs counts as edited
     "d20": CLASSIC | dict(
@@ -510,12 +510,12 @@ class GPT(nn.Module):
         super().__init__()
         self.cfg, self.te = cfg, precision.te
         fused = blocks_fit(cfg, precision, device)
-        quack, self.kernels = choose_quack(cfg, device, precision.name if fused else "")
+        quack, self.kernels_text = choose_quack(cfg, device, precision.name if fused else "")
         self.fused = FusedBlocks(self, quack) if fused else None
         self.fp8_head = precision.fp8_head(cfg)
         self.in_place = ""  # backward adds ("add") or writes ("write") weight gradients to .grad; "": returns them
         self.embed = TokenEmbedding(cfg, compiled(rms_norm), device)
-        attention, *self.attention = choose_attention(cfg, device, precision.emulated)
+        attention, *self.attention_texts = choose_attention(cfg, device, precision.emulated)
         self.blocks = nn.ModuleList(Block(cfg, i, self.te, attention, compiled, device) for i in range(cfg.n_layer))
         self.scales = ResidualScalars(cfg.n_layer, device) if cfg.USE_X0 else None
         self.norm = self.te.RMSNorm(cfg.n_embd, eps=cfg.norm_eps, dtype=torch.float32, device=device)
@@ -615,7 +615,7 @@ class Optimizers(OptimizerSet):
                                     betas=(cfg.adam_beta1, cfg.adam_beta2_embed)))
         if cfg.USE_X0:
             adam_groups += [dict(name="x0", params=[model.scales.x0], lr=cfg.learning_rate_x0, betas=(0.96, 0.95),
-                                 weight_decay=0.0),
+                                 weight_decay=0.0),  # betas and the factor 1/100: nanochat's
                             dict(name="x", params=[model.scales.x], lr=cfg.learning_rate_x0 / 100, weight_decay=0.0)]
         if self.shards is not None:
             for group in matrix_groups + adam_groups:
@@ -680,7 +680,7 @@ def choose_wrapper(cfg: SimpleNamespace, procs: Processes, parameters: int) -> t
         return "ddp", f"{ranks} ranks, USE_FSDP2=False"
     if ddp is False:
         return "fsdp2", f"{ranks} ranks, USE_DDP=False"
-    # fp32 weight and gradient on every rank, two fp32 moments divided among them
+    # fp32 weight and gradient on every rank; at most two fp32 moments (Muon has one) divided among them
     state_gb = (8 + 8 / ranks) * parameters / 1e9
     if procs.device.type != "cuda":
         return "ddp", f"{ranks} ranks on CPUs"
@@ -780,8 +780,7 @@ def evaluate(model: nn.Module, ring: TokenRing, cfg: SimpleNamespace, procs: Pro
     Sequence s is tokens s*T ... s*T + T of the ring. Rank r takes sequences r, r + world_size, ...; rows without
     targets fill the last batch. So the result is the same for any number of ranks and any batch size.
 
-    model: not wrapped in DDP, because there are no gradients. autocast: returns the context of a pass (bf16, or the
-    format of training). after_batch: called after each pass.
+    autocast: returns the context of a pass (bf16, or the format of training). after_batch: called after each pass.
     """
     T, sequences = cfg.block_size, cfg.eval_tokens // cfg.block_size
     per_pass = procs.world_size * cfg.batch_size
@@ -838,7 +837,7 @@ class Run:
 
     @property
     def model(self) -> GPT:
-        """The plain model, without its wrapper."""
+        """The model, as Parallel prepared it."""
         return self.parallel.model
 
 
@@ -881,14 +880,14 @@ def train_step(run: Run) -> StepResult:
     requests = [torch.full((), float(request), device=device) for request in (stop, save_due)]
     shared = procs.sum(torch.stack([loss_sum / procs.world_size, square, *requests]))
     shared[1].sqrt_()
-    clip_gradients(run.optimizers.parameters(), run.cfg.grad_clip, shared[1])
-    shared = shared.to("cpu", non_blocking=True)
+    numbers = shared.to("cpu", non_blocking=True)
     if device.type == "cuda":
         arrived = torch.cuda.Event()
-        arrived.record()
+        arrived.record()  # before clipping, so that the host does not wait for that too
+    clip_gradients(run.optimizers.parameters(), run.cfg.grad_clip, shared[1])
     if device.type == "cuda":
         arrived.synchronize()
-    loss, norm, stop, save_due = shared.tolist()
+    loss, norm, stop, save_due = numbers.tolist()
 
     skipped = run.guard.check(loss, norm)
     if skipped:
@@ -982,7 +981,7 @@ def evaluate_and_log(run: Run, step: int) -> None:
                            run.checkpoints.finish)
             for name in formats}
     run.progress.val(step, val_losses[formats[0]], val_losses)
-    gc.collect()
+    gc.collect()  # automatic collection is off (pause_garbage_collection)
 
 
 # ======================================================================================================================
@@ -1003,7 +1002,7 @@ def set_up(cfg: SimpleNamespace, procs: Processes, cleanup: contextlib.ExitStack
         checkpoint.check_fixed_flags(resumed, cfg)  # before the remedies of other checks name a flag that cannot change
         memory.adopt(resumed, cfg, procs)
     check_flags(cfg, procs.world_size, bool(resumed))
-    value_layers(cfg.n_layer, cfg.n_value_embed)  # raises UserError
+    value_layers(cfg.n_layer, cfg.n_value_embed)  # refuses too many before data are opened
     torch.set_float32_matmul_precision("high")
     if procs.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(procs.device)
