@@ -60,7 +60,7 @@ def draw(path: pathlib.Path) -> None:
         right.text(value / 1000 - 3, i, f"{value / 1000:.0f}k", va="center", ha="right", color="white", weight="bold")
     right.set_yticks(range(len(bars)), [name for name, *_ in bars])
     right.invert_yaxis()
-    right.set(xlabel="thousand tokens per second", title="The 561M model (vocabulary 50,304) on one H200")
+    right.set(xlabel="thousand tokens per second", title="Version 0.2.0 on one H200 (522M parameters)")
     for side in ("top", "right"):
         right.spines[side].set_visible(False)
         left.spines[side].set_visible(False)
