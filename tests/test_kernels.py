@@ -417,7 +417,7 @@ def use_column_major(monkeypatch, any_layout):
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="the GPU's own matmuls run instead")
-@pytest.mark.parametrize("in_place", ["add", "write"])
+@pytest.mark.parametrize("in_place", ["", "add", "write"])
 def test_views_in_place_of_transposes(in_place, monkeypatch):
     """A block and the head with cuBLAS that takes any layout, as on B200: the results are those with transposes, bit
     for bit, from views of the same memory. FP8 matrices are made in no layout but their own."""
@@ -543,9 +543,9 @@ def test_first_part_of_a_block(fp8, quack, monkeypatch):
         assert layer.input.amax > 0 and layer.d_qkv.amax > 0
 
 
-@pytest.mark.parametrize("x0_on, values_on, first_block, in_place", [
-    (True, False, False, ""), (True, False, True, "add"), (False, True, False, "add"), (False, True, True, ""),
-    (True, True, False, "add"), (True, True, False, ""), (True, True, True, "add")])
+@pytest.mark.parametrize("in_place", ["", "add"])
+@pytest.mark.parametrize("first_block", [False, True])
+@pytest.mark.parametrize("x0_on, values_on", [(True, False), (False, True), (True, True)])
 def test_residual_scalars_and_value_embedding(x0_on, values_on, first_block, in_place):
     """In bf16 against plain PyTorch: 1% of each output and gradient. One token fills a third of a sequence.
 
