@@ -463,6 +463,9 @@ def store_halves(out_ptr, offsets, mask, values1, values2, scale_ptr, FP8: tl.co
         tl.store(out_ptr + offsets + HALF, values2.to(tl.bfloat16), mask=mask)
 
 
+# All of grad and qkv is loaded before anything is stored: compilers move no load before a store, so that a later load
+# would be waited for anew. In place of tokens past the end the last one is loaded: a masked load would first set its
+# registers to zero.
 @triton.jit
 def rope_qk_norm_backward(grad_ptr, qkv_ptr, cos_ptr, sin_ptr, rstd_ptr, out_ptr, cols_ptr, scale_ptr, amax_ptr,
                           N, T, heads, C3, FP8: tl.constexpr, HALF: tl.constexpr, QUADS: tl.constexpr):
@@ -472,10 +475,6 @@ def rope_qk_norm_backward(grad_ptr, qkv_ptr, cos_ptr, sin_ptr, rstd_ptr, out_ptr
     grad, qkv (N, C3) bf16; out (N, C3) bf16 (grad itself) or E5M2; cols (C3, N / 4) words of E5M2, or None; rstd
     (N * heads,) fp32 from rope_qk_norm_forward. A program takes one head of q, k or v of 4 * QUADS tokens: the grid's
     second dimension is 3 * n_head, or `heads` = 2 * n_head in bf16, where v's gradient is in place already.
-
-    All of grad and qkv is loaded before anything is stored: compilers move no load before a store, so that a later load
-    would be waited for anew. In place of tokens past the end the last one is loaded: a masked load would first set its
-    registers to zero.
     """
     quads, head, dims = tl.arange(0, QUADS), tl.program_id(1), tl.arange(0, HALF)
     start = tl.program_id(0) * (4 * QUADS)
