@@ -872,8 +872,8 @@ def train_step(run: Run) -> StepResult:
                 loss = parallel.model(x, y, first=parallel.first_micro_batch(m), factor=loader.loss_scale)
             loss.backward()
         loss_sum += loss.detach()
+    run.precision.share_amaxes(run.model, procs)
     square = parallel.reduce_gradients()
-
     # One reduction for all that the ranks must agree on (torch.full() does not wait for the GPU; torch.tensor() does)
     stop = run.stop is not None and bool(run.stop.requested)
     save_due = procs.is_main and 0 < 60 * run.cfg.ckpt_minutes <= time.monotonic() - run.last_save
@@ -904,8 +904,8 @@ def calibrate(run: Run) -> None:
     """Make a forward and backward pass on the next micro-batch and throw its gradients away.
 
     It compiles kernels and fills delayed scaling's amax history: at the first scale, 1, gradients of order 1e-7 round
-    to zero in E5M2. The loss is scaled as in training: a larger amax would stay in the history. Weights, optimizers and
-    data position do not change; nor do the scales if loss or gradients are not finite.
+    to zero in E5M2. The loss is scaled as in training: a larger amax would stay in the history. Nothing else changes,
+    and no scale if loss or gradients are not finite.
     """
     restore_scales = snapshot_scales(run.model)
     x, y = run.loader.peek()
@@ -914,6 +914,7 @@ def calibrate(run: Run) -> None:
             loss = run.model(x, y, first=run.parallel.first_micro_batch(0), factor=run.loader.loss_scale)
         loss.backward()
         norm = gradient_norm(run.model.parameters())
+    run.precision.share_amaxes(run.model, run.procs)
     if not math.isfinite(run.procs.sum(loss.detach() + norm)):
         restore_scales()
     run.parallel.zero_grad()

@@ -14,6 +14,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any, Callable, Collection, Iterator
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 
 from nanofp8 import cards
@@ -26,8 +27,11 @@ from nanofp8.machine import check_compiler, check_triton
 
 
 def delayed_scaling(recipes: Any, cfg: SimpleNamespace, lacking: Collection[str]) -> Any:
-    """Build DelayedScaling: E4M3 forward, E5M2 gradients, scales from the amaxes of earlier micro-batches."""
-    return recipes.DelayedScaling(fp8_format=recipes.Format.HYBRID, margin=cfg.FP8_MARGIN,
+    """Build DelayedScaling: E4M3 forward, E5M2 gradients, scales from the amaxes of earlier micro-batches.
+
+    Ranks share their amaxes after a step (share_amaxes), not in each pass: there they would wait for the slowest.
+    """
+    return recipes.DelayedScaling(fp8_format=recipes.Format.HYBRID, margin=cfg.FP8_MARGIN, reduce_amax=False,
                                   amax_history_len=cfg.FP8_AMAX_HISTORY, amax_compute_algo="max")
 
 
@@ -102,7 +106,7 @@ TE, QUANTIZATION = "transformer_engine.pytorch", "transformer_engine.pytorch.qua
 TE_PARTS = (
     (TE, "Linear LayerNormLinear LayerNormMLP RMSNorm DotProductAttention checkpoint", ""),
     (TE, "is_fp8_available is_fp8_block_scaling_available is_mxfp8_available is_nvfp4_available", "return_reason"),
-    (TE, "autocast", "enabled recipe amax_reduction_group"),
+    (TE, "autocast", "enabled recipe"),
     (TE, "Float8Quantizer", "scale amax fp8_dtype columnwise"),
     ("transformer_engine.common.recipe", "Format DelayedScaling Float8CurrentScaling Float8BlockScaling "
                                          "MXFP8BlockScaling NVFP4BlockScaling", ""),
@@ -206,18 +210,39 @@ class Precision:
     def autocast(self, procs: Any, quantized: bool = True) -> Iterator[None]:
         """Enter the context of a forward pass: bf16 by torch.autocast, FP8 or NVFP4 by te.autocast.
 
-        Delayed scaling takes the largest amax over all ranks, so that every rank scales alike.
-
         Args:
             procs: Processes (device, mesh, world_size).
             quantized: False: bf16 although the run has a format.
         """
         enabled = quantized and self.recipe is not None
-        group = procs.mesh.get_group() if procs.world_size > 1 else None
         recipe = self.recipe if enabled else None
-        with torch.autocast(procs.device.type, dtype=torch.bfloat16), \
-                self.te.autocast(enabled=enabled, recipe=recipe, amax_reduction_group=group):
+        with torch.autocast(procs.device.type, dtype=torch.bfloat16), self.te.autocast(enabled=enabled, recipe=recipe):
             yield
+
+    @torch.no_grad()
+    def share_amaxes(self, model: nn.Module, procs: Any) -> None:
+        """Give all ranks the largest amaxes of any rank and the scales that follow, if it is delayed scaling.
+
+        So a checkpoint of one rank's state is that of all. Until the next call each rank scales by its own new amaxes
+        too: scales need not be equal, they change a product by rounding alone.
+        """
+        state = fp8_state(model) if procs.world_size > 1 else {}
+        if not state:
+            return
+        names = [name.removesuffix("scale") for name in state if name.endswith(".scale")]
+        names.sort(key=lambda name: ".scaling_bwd." in name)
+        scales, histories = ([state[name + key] for name in names] for key in ("scale", "amax_history"))
+        history, before, sizes = torch.cat(histories, dim=1), torch.cat(scales), [len(scale) for scale in scales]
+        dist.all_reduce(history, op=dist.ReduceOp.MAX)
+        amax = history.amax(0)
+        forward = sum(size for name, size in zip(names, sizes, strict=True) if ".scaling_fwd." in name)
+        limits = torch.full_like(amax, torch.finfo(torch.float8_e5m2).max)
+        limits[:forward] = torch.finfo(torch.float8_e4m3fn).max
+        limits *= 2.0 ** -self.recipe.margin
+        after = (limits / amax).clamp(max=torch.finfo(torch.float32).max)
+        after = torch.where((amax > 0) & amax.isfinite(), after, before)  # as Transformer Engine does
+        torch._foreach_copy_(histories, history.split(sizes, dim=1))
+        torch._foreach_copy_(scales, after.split(sizes))
 
 
 def select_precision(cfg: SimpleNamespace, device: torch.device) -> Precision:
