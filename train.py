@@ -142,7 +142,7 @@ warmup_ratio: Fraction = 0.02                 # the same as a fraction of all st
 lr_schedule: Literal["cosine", "linear"] = "linear"  # after the warm-up; "linear": constant, then a linear warm-down
 warmdown_ratio: Fraction = 0.75               # linear: fraction of all steps that the warm-down takes
 min_lr_ratio: NonNegativeFloat = 0.03         # the schedule ends at this fraction of each learning rate
-lr_scaling: Literal["none", "sqrt"] = "sqrt"  # "sqrt": rates are for 524,288 tokens a step, and follow its square root
+lr_scaling: Literal["none", "sqrt", "length"] = "length"  # rates follow sqrt(batch); "length": and the run's length
 
 # Optimizers: Muon for the matrices in the blocks, AdamW for the rest
 learning_rate: NonNegativeFloat = 0.04        # Muon; each update is also scaled by sqrt(fan_out / fan_in)
@@ -246,7 +246,7 @@ PRESETS = {
     # Must repeat the default of every flag that a preset sets: a default that differs counts as edited
     "d20": CLASSIC | dict(
         train_tokens=891289600, total_batch_size="auto", batch_size="auto", warmup_ratio=0.02, lr_schedule="linear",
-        warmdown_ratio=0.75, min_lr_ratio=0.03, lr_scaling="sqrt", learning_rate=0.04, learning_rate_embed=0.6,
+        warmdown_ratio=0.75, min_lr_ratio=0.03, lr_scaling="length", learning_rate=0.04, learning_rate_embed=0.6,
         learning_rate_head=0.008, learning_rate_gain=0.016, weight_decay=0.17, weight_decay_end=0.0,
         USE_CAUTIOUS_WD=True, muon_momentum_ratio=0.15, muon_variant="normuon", eval_interval=500, ckpt_interval=1000,
         skip_grad_zscore="auto",
@@ -646,9 +646,10 @@ class Optimizers(OptimizerSet):
 
     def rates(self) -> str:
         """Return the highest learning rate of each group, as the start-up table prints it."""
-        scale = self.schedule.scale
-        return ", ".join(f"{name} {lr * scale:.3g}" for name, lr in self.base_lr.items()) + (
-            f" (flags x {scale:.3g} for {self.schedule.cfg.total_batch_size:,} tokens a step)" if scale != 1 else "")
+        scale, cfg = self.schedule.scale, self.schedule.cfg
+        rates = ", ".join(f"{name} {lr * scale:.3g}" for name, lr in self.base_lr.items())
+        return rates if scale == 1 else (
+            f"{rates} (flags x {scale:.3g} for {cfg.max_iters:,} steps of {cfg.total_batch_size:,} tokens)")
 
     def set_schedule(self, step: int) -> dict[str, float]:
         """Set learning rates, Muon's momentum and weight decay for a step; return them by log.jsonl's names."""
@@ -703,8 +704,7 @@ class Parallel:
             self.buffers = self.shards = Shards(model, model.matrices(), procs, reduce, gather, not cfg.USE_8BIT_ADAM)
         elif wrapper == "fsdp2":
             # Inputs are not cast: RoPE's tables must stay fp32; the rest is bf16 or integers
-            policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, cast_forward_inputs=False,
-                                          reduce_dtype=reduce)
+            policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, cast_forward_inputs=False, reduce_dtype=reduce)
             if model.scales:  # in fp32: a few learned scalars, which bf16 would move in steps of 1%
                 fully_shard(model.scales, mesh=procs.mesh, reshard_after_forward=False)
             for part in (model.embed, *model.blocks, model.head):

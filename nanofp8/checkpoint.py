@@ -156,6 +156,8 @@ def adopt_flags(checkpoint: str, cfg: SimpleNamespace, old: dict, procs: Process
                 raise UserError(f"cannot load checkpoint {checkpoint}: its flag {name} is {taken[name]!r:.200}, which "
                                 f"is not of its type; name another checkpoint")
         procs.print("resume: the checkpoint is older than the present recipe, and continues with its own")
+    elif saved["lr_scaling"] == "sqrt" and cfg.lr_scaling == "length" and "lr_scaling" not in cfg.explicit:
+        taken["lr_scaling"] = "sqrt"  # the default then: the rates must not jump
     vars(cfg).update(taken)
     cfg.auto = [name for name in cfg.auto if name not in taken]
     return saved

@@ -3,6 +3,8 @@
 import math
 from types import SimpleNamespace
 
+REFERENCE_BATCH, REFERENCE_TOKENS, SHORTEST_TOKENS = 524288, 891289600, 50e6  # of lr_scale()
+
 
 def lr_factor(step: int, warmup_iters: int, max_iters: int, min_lr_ratio: float,
               warmdown_ratio: float | None = None) -> float:
@@ -24,6 +26,20 @@ def momentum_at(step: int, start: float, end: float, iters: int) -> float:
     return end if step >= iters else start + (end - start) * step / iters
 
 
+def lr_scale(cfg: SimpleNamespace) -> float:
+    """Return the factor that lr_scaling puts on all learning rates; they are quoted for REFERENCE_BATCH and _TOKENS.
+
+    "sqrt" follows the square root of the batch: the noise of a gradient grows with 1 / sqrt(batch), and a step of Muon
+    or AdamW is as long as its rate. "length" also follows the run's tokens to the power -0.32, found for AdamW (arXiv
+    2409.19913) and for Muon (arXiv 2603.28743). Runs below 50M tokens, which were not measured, get the rates of 50M.
+    """
+    if cfg.lr_scaling == "none":
+        return 1.0
+    by_batch = math.sqrt(cfg.total_batch_size / REFERENCE_BATCH)
+    tokens = max(SHORTEST_TOKENS, cfg.max_iters * cfg.total_batch_size)
+    return by_batch * (tokens / REFERENCE_TOKENS) ** -0.32 if cfg.lr_scaling == "length" else by_batch
+
+
 class Schedule:
     """Learning-rate factor, Muon's weight decay and Muon's momentum at each step."""
 
@@ -34,8 +50,7 @@ class Schedule:
             round(ratio * cfg.max_iters) if ratio else iters for ratio, iters in (
                 (cfg.warmup_ratio, cfg.warmup_iters), (cfg.muon_momentum_ratio, cfg.muon_momentum_iters)))
         self.warmdown = cfg.warmdown_ratio if cfg.lr_schedule == "linear" else None
-        # The noise of a gradient grows with 1 / sqrt(batch), and a step of Muon or AdamW is as long as its rate
-        self.scale = math.sqrt(cfg.total_batch_size / 524288) if cfg.lr_scaling == "sqrt" else 1.0
+        self.scale = lr_scale(cfg)
 
     def lr(self, step: int) -> float:
         """Return the factor on all learning rates at a step (from 0)."""

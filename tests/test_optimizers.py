@@ -65,6 +65,15 @@ def test_sqrt_scaling_follows_the_batch(tokens, factor):
     assert s.lr(100) == pytest.approx(factor * schedule(lr_scaling="none", total_batch_size=tokens).lr(100))
 
 
+@pytest.mark.parametrize("tokens,factor", [(891289600, 1.0), (891289600 / 4, 4 ** 0.32), (891289600 * 4, 4 ** -0.32),
+                                           (50e6, 2.514), (5e6, 2.514)])
+def test_length_scaling_follows_batch_and_length(tokens, factor):
+    """Shorter runs get higher rates, to the power 0.32; those below 50M tokens the rates of 50M. 131,072 a step halve
+    them."""
+    s = schedule(lr_scaling="length", total_batch_size=131072, max_iters=round(tokens / 131072))
+    assert s.scale == pytest.approx(factor / 2, rel=1e-3)
+
+
 def test_weight_decay_falls_linearly_to_its_end():
     s = schedule(weight_decay=0.2, weight_decay_end=0.0)
     assert s.weight_decay(0) == 0.2 and s.weight_decay(199) == 0.0

@@ -113,6 +113,14 @@ def test_flags_that_cannot_change_come_from_the_checkpoint(monkeypatch, capsys):
     assert capsys.readouterr().out == ""
 
 
+def test_a_resumed_run_keeps_the_scaling_that_was_the_default(monkeypatch):
+    """Its rates must not jump; a scaling that is given counts, and so does that of another preset."""
+    saved = vars(parse("--preset=d20", "--train_tokens=70000000", "--lr_scaling=sqrt"))
+    assert resumed(monkeypatch, saved, "--preset=d20", "--train_tokens=70000000").lr_scaling == "sqrt"
+    assert resumed(monkeypatch, saved, "--preset=d20", "--lr_scaling=length").lr_scaling == "length"
+    assert resumed(monkeypatch, saved, "--preset=classic").lr_scaling == "none"
+
+
 def test_auto_batch_of_a_resumed_run_needs_no_length(monkeypatch):
     """Without a checkpoint to resume, it does."""
     cfg = parse("--preset=d20", "--train_tokens=0", "--max_iters=20", "--resume=auto")
