@@ -514,7 +514,6 @@ class GPT(nn.Module):
         self.fused = FusedBlocks(self, quack) if fused else None
         self.fp8_head = precision.fp8_head(cfg)
         self.in_place = ""  # backward adds ("add") or writes ("write") weight gradients to .grad; "": returns them
-        self.after_block = None  # what backward calls with the number of each block that it has left
         self.embed = TokenEmbedding(cfg, compiled(rms_norm), device)
         attention, *self.attention_texts = choose_attention(cfg, device, precision.emulated)
         self.blocks = nn.ModuleList(Block(cfg, i, self.te, attention, compiled, device) for i in range(cfg.n_layer))
@@ -565,10 +564,8 @@ class GPT(nn.Module):
         x, delta = self.embed(idx, where, self.in_place), None
         x0 = x if self.cfg.USE_X0 else None
         self.fused.begin(x, first, self.in_place, where)
-        for i, (block, scales) in enumerate(zip(self.blocks, self.residual_scales(), strict=True)):
-            if self.after_block is not None and x.requires_grad:
-                x.register_hook(functools.partial(self.after_block, i))
-            x, delta, x0 = block(x, self.cos, self.sin, idx, first, x0, *scales, delta, self.fused.blocks[i])
+        for block, scales, layers in zip(self.blocks, self.residual_scales(), self.fused.blocks, strict=True):
+            x, delta, x0 = block(x, self.cos, self.sin, idx, first, x0, *scales, delta, layers)
         return AddNorm.apply(x, delta, self.norm.weight, self.cfg.norm_eps)
 
 
@@ -722,9 +719,8 @@ class Parallel:
         return None if self.wrapper == "fsdp2" and self.model.fused is None else m == 0
 
     @contextlib.contextmanager
-    def micro_batch(self, last: bool, average: bool = False) -> Iterator[None]:
-        """Enter the context of one micro-batch. average: begin to average gradients while the backward pass runs."""
-        self.model.after_block = self.buffers.begin_after if average and self.buffers is not None else None
+    def micro_batch(self, last: bool) -> Iterator[None]:
+        """Enter the context of one micro-batch. FSDP2's hooks reduce gradients over the ranks in a step's last one."""
         if self.by_hooks:
             self.model.set_requires_gradient_sync(last)
             self.model.set_is_last_backward(last)
@@ -867,11 +863,11 @@ def train_step(run: Run) -> StepResult:
     restore_scales = snapshot_scales(run.model)
     loss_sum = torch.zeros((), device=device)
     for m in range(loader.accumulation):
-        x, y, last = *loader.next(), m == loader.accumulation - 1
+        x, y = loader.next()
         if run.graphs is not None:
-            loss_sum += run.graphs(x, y, m == 0, last)
+            loss_sum += run.graphs(x, y, m == 0)
             continue
-        with parallel.micro_batch(last, average=last):
+        with parallel.micro_batch(last=m == loader.accumulation - 1):
             with run.precision.autocast(procs):
                 loss = parallel.model(x, y, first=parallel.first_micro_batch(m), factor=loader.loss_scale)
             loss.backward()

@@ -864,8 +864,8 @@ class FusedBlocks:
 class MicroBatchGraphs:
     """Run the forward and backward pass of a micro-batch as a CUDA graph, to save the time of launching kernels.
 
-    The graph of a step's first micro-batch overwrites the gradients and quantizes the weights; those of the others add
-    to the gradients and use the same quantized weights. That of the last one averages gradients over the ranks.
+    There are two graphs: the one for a step's first micro-batch overwrites the gradients and quantizes the weights, the
+    one for the others adds to the gradients and uses the same quantized weights.
 
     Everything that a graph reads or writes keeps its address: inputs, loss, gradients, scales, quantized weights.
     Gradients must therefore not be set to None. https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
@@ -874,7 +874,6 @@ class MicroBatchGraphs:
     def __init__(self, parallel: Any, loader: Any, precision: Any, procs: Any) -> None:
         """Allocate gradients and capture the graphs; arguments: train.Parallel, DataLoader, Precision, Processes."""
         self.model, self.loader, self.precision, self.procs = parallel.model, loader, precision, procs
-        self.buffers = parallel.buffers
         self.graphs, self.pool = {}, torch.cuda.graph_pool_handle()
         self.batch, self.loss = list(loader.peek()), torch.zeros((), device=procs.device)
         with parallel.whole_weights():
@@ -884,34 +883,28 @@ class MicroBatchGraphs:
             # Autograd accumulates these gradients, so that they start from zero; matmuls write the weights' own
             self.summed_gradients = [gradient_of(parameter) for name, parameter in self.model.named_parameters()
                                      if parameter.ndim == 1 or name.startswith("embed") or "value_embed" in name]
-            for first, last in {(m == 0, m == loader.accumulation - 1): None for m in range(loader.accumulation)}:
-                self.capture(first, last)
+            for first in (True, False)[:loader.accumulation]:
+                self.capture(first)
 
-    def __call__(self, x: torch.Tensor, y: torch.Tensor, first: bool, last: bool) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, y: torch.Tensor, first: bool) -> torch.Tensor:
         """Run one micro-batch and return its share of the step's loss, a scalar that the next call overwrites.
 
-        x (B, T) int32: tokens; y (B, T) int64: targets; first, last: whether the micro-batch is a step's first or last.
+        x (B, T) int32: tokens; y (B, T) int64: targets; first: whether it is the step's first micro-batch.
         """
         self.batch[0].copy_(x)
         self.batch[1].copy_(y)
-        self.graphs[first, last].replay()
-        if last and self.buffers is not None:
-            self.buffers.begun.update(self.buffers.early)
+        self.graphs[first].replay()
         return self.loss
 
-    def capture(self, first: bool, last: bool) -> None:
-        """Capture the graph of a micro-batch, which may be the first or last one of a step, or both."""
+    def capture(self, first: bool) -> None:
+        """Capture the graph of a step's first micro-batch (first=True) or of its others."""
         self.model.in_place = "write" if first else "add"
-        self.model.after_block = self.buffers.begin_after if last and self.buffers is not None else None
-        self.graphs[first, last] = torch.cuda.CUDAGraph()
+        self.graphs[first] = torch.cuda.CUDAGraph()
         # thread_local: the loader's thread may allocate pinned memory meanwhile, which a global capture forbids
-        with torch.cuda.graph(self.graphs[first, last], pool=self.pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(self.graphs[first], pool=self.pool, capture_error_mode="thread_local"):
             if first:
                 torch._foreach_zero_(self.summed_gradients)
             with self.precision.autocast(self.procs):
                 loss = self.model(*self.batch, first=first, factor=self.loader.loss_scale)
             loss.backward()
             self.loss.copy_(loss.detach())
-            if self.buffers is not None:
-                self.buffers.finish()
-                self.buffers.begun.clear()

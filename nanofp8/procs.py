@@ -100,9 +100,6 @@ def start_processes() -> Processes:
     if not dist.is_initialized():
         # gloo beside NCCL: objects and CPU tensors travel without touching the GPU's stream
         backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
-        # NCCL would register memory that CUDA graphs send, and takes it for one allocation, which expandable segments
-        # are not: replays then hang (github.com/pytorch/pytorch/issues/158029)
-        os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
         try:
             store = dist.HashStore() if world_size == 1 else dist.PrefixStore("ranks", connect_store(rank))
             dist.init_process_group(backend, rank=rank, world_size=world_size, store=store,

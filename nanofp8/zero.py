@@ -1,10 +1,10 @@
 """Divide gradients, optimizer state and updates among the ranks (ZeRO, arXiv 1910.02054).
 
 **Shards** is what USE_DDP does: ZeRO-2, in which all ranks hold the whole model. All micro-batches of a step add to the
-same fp32 gradients, without communication, so that they can be CUDA graphs. In the last one each gradient is averaged
-over the ranks as soon as the backward pass has left its block, but only its owner gets the result (reduce-scatter). The
-owner updates its weights and sends them to the others (all-gather). Together that moves as many bytes as DDP's
-all-reduce, and each rank does 1 / world_size of the optimizer's work and holds that much of its state.
+same fp32 gradients, without communication, so that they can be CUDA graphs. Then each gradient is averaged over the
+ranks, but only its owner gets the result (reduce-scatter). The owner updates its weights and sends them to the others
+(all-gather). Together that moves as many bytes as DDP's all-reduce, and each rank does 1 / world_size of the
+optimizer's work and holds that much of its state.
 
 A parameter is divided in one of three ways:
 - A matrix that Muon trains belongs to one rank as a whole, because Muon orthogonalises whole matrices.
@@ -52,64 +52,27 @@ class Buffers:
     def __init__(self, procs: Any, reduce_dtype: torch.dtype):
         """procs: Processes (rank, world_size, device, mesh). reduce_dtype: gradients are added over the ranks in it."""
         self.procs, self.reduce_dtype = procs, reduce_dtype
-        self.early = {}      # {block: gradients that are complete after its backward pass}
-        self.late = []       # the other gradients
-        self.begun = set()   # blocks whose gradients are being averaged, or are averaged
-        self.averaging = []  # of begin(): (work, what is received, where it belongs)
 
     def piece(self, tensor: Tensor) -> Tensor:
         """Return this rank's rows of a tensor that is divided evenly, as a view."""
         return tensor.view(self.procs.world_size, -1, *tensor.shape[1:])[self.procs.rank]
 
-    def begin(self, source: Tensor, divided: bool = True) -> None:
-        """Begin to average a gradient over the ranks, in place: this rank's piece of it, or the whole."""
-        if self.procs.world_size == 1:
-            return
-        source = source.view(-1)
-        result = self.piece(source) if divided else source
+    def average(self, source: Tensor, result: Tensor) -> None:
+        """Average `source` over the ranks into `result`, a view of it: the whole, or this rank's piece."""
+        is_piece = result.numel() < source.numel()
         sent = source if self.reduce_dtype == source.dtype else source.to(self.reduce_dtype)
         if source.device.type != "cuda":  # gloo has neither reduce-scatter nor averages
             sent = sent.clone()
             dist.all_reduce(sent)
-            result.copy_(self.piece(sent) if divided else sent).div_(self.procs.world_size)
+            result.copy_(self.piece(sent) if is_piece else sent).div_(self.procs.world_size)
             return
-        received = result if sent is source else self.piece(sent) if divided else sent
-        if divided:
-            work = reduce_scatter(received, sent, op=dist.ReduceOp.AVG, async_op=True)
+        received = result if sent is source else self.piece(sent) if is_piece else sent
+        if is_piece:
+            reduce_scatter(received, sent, op=dist.ReduceOp.AVG)
         else:
-            work = dist.all_reduce(sent, op=dist.ReduceOp.AVG, async_op=True)
-        self.averaging.append((work, received, result))
-
-    def sort_gradients(self, gradients: list[tuple[int | None, Tensor]]) -> None:
-        """Sort gradients into `early` and `late`. gradients: each with the last block of its part of the backward
-        pass, or None. Blocks of `early` are in the order in which the backward pass ends them."""
-        for end in sorted({end for end, _ in gradients if end is not None}, reverse=True):
-            self.early[end] = [gradient for other, gradient in gradients if other == end]
-        self.late = [gradient for end, gradient in gradients if end is None]
-
-    def begin_after(self, block: int, _: Tensor | None = None) -> None:
-        """Begin to average the gradients that are complete after the backward pass of this block, if there are any."""
-        for gradient in self.early.get(block, ()):
-            self.begin(gradient)
-            self.begun.add(block)
-
-    def finish(self) -> None:
-        """Wait until all gradients that begin() was called for are averaged."""
-        while self.averaging:
-            work, received, result = self.averaging.pop(0)
-            work.wait()
-            if received is not result:
-                result.copy_(received)
-
-    def reduce(self) -> None:
-        """Average the gradients over the ranks: each rank gets its pieces, and all the small ones."""
-        for block in [block for block in self.early if block not in self.begun]:
-            self.begin_after(block)
-        for gradient in self.late:
-            self.begin(gradient)
-        self.begin(self.small_gradients, divided=False)
-        self.finish()
-        self.begun.clear()
+            dist.all_reduce(sent, op=dist.ReduceOp.AVG)
+        if received is not result:
+            result.copy_(received)
 
 
 class Shards(Buffers):
@@ -137,18 +100,16 @@ class Shards(Buffers):
         self.small = [p for p in others if id(p) not in divided]
         self.owners = dict(zip(matrices, assign_owners(matrices, world_size), strict=True))
 
-        self.weights = self.place_by_owner(matrices, "data")
-        # Gradients of as many blocks as ranks go together: so each rank owns one matrix of each shape
-        ends = ends_of_backward(model, world_size)
-        groups = {}
-        for p in matrices:
-            groups.setdefault(ends.get(id(p)), []).append(p)
-        self.gradients = {end: self.place_by_owner(group, "grad") for end, group in groups.items()}
+        device = procs.device
+        of_rank = [[p for p, owner in self.owners.items() if owner == rank] for rank in range(world_size)]
+        length = max((sum(p.numel() for p in owned_by) for owned_by in of_rank), default=0)
+        self.weights, self.gradients = (torch.zeros(world_size, length, device=device) for _ in range(2))
+        for rank, owned_by in enumerate(of_rank):
+            place(owned_by, self.weights[rank], self.gradients[rank])
+        self.small_gradients = torch.zeros(sum(p.numel() for p in self.small), device=device)
+        place(self.small, None, self.small_gradients)
         for p in self.rows:
             p.grad = torch.zeros_like(p)
-        self.sort_gradients([(ends.get(id(p)), p.grad) for p in self.rows] + list(self.gradients.items()))
-        self.small_gradients = torch.zeros(sum(p.numel() for p in self.small), device=procs.device)
-        place(self.small, "grad", self.small_gradients)
         self.sending = []  # of gather(): (work, what is received, weights that it is for)
         # What this rank's optimizers update: of a divided parameter its own rows, or their master; of a matrix itself,
         # or its master
@@ -158,18 +119,9 @@ class Shards(Buffers):
         self.masters, self.own_matrices = self.weights[procs.rank], {}
         if self.has_masters:
             self.masters, offset = self.masters.clone(), 0
-            for p in (p for p, owner in self.owners.items() if owner == procs.rank):
+            for p in of_rank[procs.rank]:
                 self.own_matrices[p] = with_grad(self.masters[offset:offset + p.numel()].view(p.shape), p.grad)
                 offset += p.numel()
-
-    def place_by_owner(self, matrices: list[Tensor], what: str) -> Tensor:
-        """Move the values ("data") of matrices, or their gradients of zeros ("grad"), to a buffer (ranks, length)."""
-        of_rank = [[p for p in matrices if self.owners[p] == rank] for rank in range(self.procs.world_size)]
-        length = max(sum(p.numel() for p in owned_by) for owned_by in of_rank)
-        buffer = torch.zeros(len(of_rank), length, device=self.procs.device)
-        for owned_by, row in zip(of_rank, buffer, strict=True):
-            place(owned_by, what, row)
-        return buffer
 
     @property
     def parts(self) -> dict[Tensor, Tensor]:
@@ -208,11 +160,18 @@ class Shards(Buffers):
 
     def zero_grad(self) -> None:
         """Set all gradients to zero, in place."""
-        torch._foreach_zero_([*self.gradients.values(), self.small_gradients, *(p.grad for p in self.rows)])
+        torch._foreach_zero_([self.gradients, self.small_gradients, *(p.grad for p in self.rows)])
+
+    def reduce(self) -> None:
+        """Average the gradients over the ranks: each rank gets those that it owns, and the small ones."""
+        for gradient in (self.gradients, *(p.grad for p in self.rows)):
+            if gradient.numel():
+                self.average(gradient.view(-1), self.piece(gradient).view(-1))
+        self.average(self.small_gradients, self.small_gradients)
 
     def squared_norm(self) -> Tensor:
         """Return this rank's share of the squared norm of all gradients; the shares add up over the ranks."""
-        own = [*(self.piece(g) for g in self.gradients.values()), *(part.grad for part in self.own_rows.values())]
+        own = [self.gradients[self.procs.rank], *(part.grad for part in self.own_rows.values())]
         norms = torch.stack(torch._foreach_norm([*own, self.small_gradients]))
         return norms[:-1].square().sum() + norms[-1].square() / self.procs.world_size
 
@@ -286,7 +245,6 @@ class Gathered(Buffers):
         self.small_gradients = torch.zeros(sum(self.padded_shape(p).numel() for p in small), device=procs.device)
         self.small_weights = torch.zeros(len(self.small_gradients), device=procs.device).view(procs.world_size, -1)
         small, offset = {id(p) for p in small}, 0
-        ends, gradients = ends_of_backward(model, 1), []
         for module, name, p in places:
             shape, dtype = self.padded_shape(p), torch.float32 if id(p) in exact else torch.bfloat16
             padded_weight = torch.zeros(shape, dtype=dtype, device=procs.device)
@@ -295,14 +253,12 @@ class Gathered(Buffers):
                 offset += shape.numel()
             else:
                 gradient = torch.zeros(shape, device=procs.device)
-                gradients.append((ends.get(id(p)), gradient))
             weight, local = torch.nn.Parameter(padded_weight[:len(p)]), p.detach().to_local()
             weight.main_grad = gradient[:len(p)]
             weight.register_post_accumulate_grad_hook(add_to_main_grad)
             p.grad = DTensor.from_local(self.piece(gradient)[:len(local)], p.device_mesh, p.placements, run_check=False,
                                         shape=p.shape, stride=p.stride())
             self.parts.append(Part(module, name, p, local, weight, padded_weight, gradient))
-        self.sort_gradients(gradients)
         matrices = {id(p) for p in matrices}
         self.small = [part for part in self.parts if id(part.sharded) in small]
         large = [part for part in self.parts if id(part.sharded) not in small]
@@ -329,6 +285,14 @@ class Gathered(Buffers):
     def zero_grad(self) -> None:
         """Set all gradients to zero, in place."""
         torch._foreach_zero_([self.small_gradients, *(part.padded_gradient for part in self.rows + self.matrices)])
+
+    def reduce(self) -> None:
+        """Average the gradients over the ranks: each rank gets those of its own rows."""
+        if self.procs.world_size == 1:
+            return
+        for part in self.rows + self.matrices:
+            self.average(part.padded_gradient.view(-1), self.piece(part.padded_gradient).view(-1))
+        self.average(self.small_gradients, self.small_gradients)
 
     def squared_norm(self) -> Tensor:
         """Return the squared norm of the gradients of this rank's rows; it adds up over the ranks."""
@@ -389,24 +353,13 @@ def with_grad(values: Tensor, grad: Tensor) -> torch.nn.Parameter:
     return parameter
 
 
-def ends_of_backward(model: torch.nn.Module, group: int) -> dict[int, int]:
-    """Return {id(parameter): block after whose backward pass its gradient, and those averaged with it, are complete}.
-
-    Blocks go together, `group` at a time from the last one on; the head goes with the first group. The embedding and
-    what all blocks share have no entry.
-    """
-    names = {id(p): name.split(".") for name, p in model.named_parameters()}
-    blocks = {key: int(name[1]) for key, name in names.items() if name[0] == "blocks"}
-    last = max(blocks.values(), default=-1)
-    ends = {block: max(0, last + 1 - group * ((last - block) // group + 1)) for block in range(last + 1)}
-    heads = {key: ends[last] for key, name in names.items() if name[0] == "head" and last >= 0}
-    return {key: ends[block] for key, block in blocks.items()} | heads
-
-
-def place(parameters: list[Tensor], what: str, buffer: Tensor) -> None:
-    """Make the values ("data") or gradients ("grad", zeros) of parameters views of a flat buffer of zeros."""
+def place(parameters: list[Tensor], weights: Tensor | None, gradients: Tensor) -> None:
+    """Make the gradients of parameters, and their values unless `weights` is None, views of these flat buffers."""
     offset = 0
     for p in parameters:
-        view = buffer[offset:offset + p.numel()].view(p.shape)
-        setattr(p, what, view.copy_(p.data) if what == "data" else view)
-        offset += p.numel()
+        end = offset + p.numel()
+        if weights is not None:
+            weights[offset:end].copy_(p.data.view(-1))
+            p.data = weights[offset:end].view(p.shape)
+        p.grad = gradients[offset:end].view(p.shape)
+        offset = end

@@ -14,7 +14,7 @@ from helpers import CPU, make_cfg, make_model, random_grads, tokens_and_targets
 from nanofp8 import epilogues, fused
 from nanofp8.parts import gradient_of
 from nanofp8.procs import Processes
-from nanofp8.zero import Shards, assign_owners, ends_of_backward
+from nanofp8.zero import Shards, assign_owners
 
 PARTS = dict(n_value_embed=1, USE_X0=True, n_layer=3)
 
@@ -259,72 +259,6 @@ def fused_work(rank, port, results, flags):
     results[rank] = True
     dist.barrier()
     dist.destroy_process_group()
-
-
-def averaged_work(rank, port, results, flags):
-    """Average gradients during the backward pass, and compare them with the mean of both ranks' whole gradients."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    mesh = dist.device_mesh.init_device_mesh("cpu", (2,), mesh_dim_names=("data",))
-    cfg = make_cfg(**flags)
-    with (mock.patch.object(fused, "INTERPRET_ON_CPU", True), mock.patch.object(train, "blocks_fit", lambda *_: True),
-          mock.patch.object(train, "choose_quack", lambda *_: (epilogues.NO_QUACK, ""))):
-        x, y = tokens_and_targets(cfg, seed=rank)
-
-        def passed(wrapper):
-            """Make a pass; return the run's Parallel and {name: parameter}."""
-            model = fused_model(cfg)
-            with torch.no_grad():
-                for name, p in model.named_parameters():
-                    p.copy_(p if name.startswith("scales.") else p.bfloat16())
-            parallel = train.Parallel(model, wrapper, cfg, Processes(rank, rank, 2, CPU, mesh))
-            parameters = dict(model.named_parameters())
-            with parallel.micro_batch(True, average=True):
-                model(x, y, first=True, factor=0.01).backward()
-            return parallel, parameters
-
-        means = {name: p.grad for name, p in passed("none")[1].items()}
-        for mean in means.values():
-            dist.all_reduce(mean)
-            mean /= 2
-        for wrapper in ("ddp", "fsdp2"):
-            parallel, parameters = passed(wrapper)
-            blocks = [1, 0] if wrapper == "ddp" else [2, 1, 0]
-            assert parallel.buffers.begun == set(blocks) and list(parallel.buffers.early) == blocks, wrapper
-            square = parallel.reduce_gradients()
-            assert not parallel.buffers.begun
-            dist.all_reduce(square)
-            assert square.item() == pytest.approx(sum(m.square().sum().item() for m in means.values()), rel=1e-2)
-            for name, p in parameters.items():
-                got, mean = p.grad, means[name]
-                if wrapper == "fsdp2":
-                    got = got.full_tensor()
-                elif p in parallel.shards.own_rows:
-                    got, mean = parallel.shards.own_rows[p].grad, parallel.shards.piece(mean)
-                elif parallel.shards.owners.get(p, rank) != rank:
-                    continue
-                assert (got - mean).norm() < 0.02 * mean.norm(), (wrapper, name)
-    results[rank] = True
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-@pytest.mark.slow
-@pytest.mark.skipif("fused.triton is None or torch.cuda.is_available()", reason="Triton's interpreter runs on CPUs")
-def test_gradients_are_averaged_during_the_backward_pass():
-    flags = PARTS | dict(vocab_size=132, batch_size=1, block_size=16, total_batch_size=32, USE_FP8=False)
-    assert on_two_ranks(averaged_work, flags) == [True, True]
-
-
-def test_where_the_backward_pass_has_ended():
-    """Blocks go together from the last one on, with the head; the first group has what is left."""
-    model = make_model(make_cfg(**PARTS | dict(n_layer=5)))
-    for group, expected in ((1, [0, 1, 2, 3, 4]), (2, [0, 1, 1, 3, 3]), (4, [0, 1, 1, 1, 1]), (8, [0] * 5)):
-        ends = ends_of_backward(model, group)
-        for name, p in model.named_parameters():
-            parts = name.split(".")
-            want = expected[int(parts[1])] if parts[0] == "blocks" else expected[-1] if parts[0] == "head" else None
-            assert ends.get(id(p)) == want, name
 
 
 @pytest.mark.slow
