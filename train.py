@@ -856,8 +856,8 @@ def train_step(run: Run) -> StepResult:
     """Take one optimizer step over accumulation x world_size micro-batches, unless run.guard rejects its gradients.
 
     The host waits for the GPU once: it must know loss and norm before the optimizers run. Dion and bitsandbytes cannot
-    skip a step by a flag on the GPU, and zero gradients would still decay momenta. It also knows then whether gradients
-    must be clipped: to multiply them by 1 takes 1.5 ms (561M parameters, H100).
+    skip a step by a flag on the GPU, and zero gradients would still decay momenta. By then it also knows whether to
+    clip; clipping takes 1.5 ms (561M parameters, H100).
     """
     parallel, loader, procs, device = run.parallel, run.loader, run.procs, run.procs.device
     restore_scales = snapshot_scales(run.model)

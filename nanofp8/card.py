@@ -28,7 +28,7 @@ OPTIONS = ("out", "rows")
 # Of all rows. Shakespeare is included, so all owners train on the same tokens
 FLAGS = {
     True: dict(preset="d20", dataset="shakespeare", total_batch_size=32768, max_iters=60, warmup_ratio=0.1,
-               eval_tokens=32768, eval_interval=0, keep_checkpoints=0, skip_grad_zscore=0),
+               eval_tokens=32768, lr_scaling="sqrt", eval_interval=0, keep_checkpoints=0, skip_grad_zscore=0),
     False: dict(preset="tiny", n_layer=1, block_size=64, batch_size=2, total_batch_size=128, max_iters=12,
                 eval_tokens=64, lr_scaling="sqrt", eval_interval=0, keep_checkpoints=0),
 }

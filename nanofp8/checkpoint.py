@@ -157,7 +157,8 @@ def adopt_flags(checkpoint: str, cfg: SimpleNamespace, old: dict, procs: Process
                                 f"is not of its type; name another checkpoint")
         procs.print("resume: the checkpoint is older than the present recipe, and continues with its own")
     elif saved["lr_scaling"] == "sqrt" and cfg.lr_scaling == "length" and "lr_scaling" not in cfg.explicit:
-        taken["lr_scaling"] = "sqrt"  # the default then: the rates must not jump
+        taken["lr_scaling"] = "sqrt"  # once the default: the rates must not jump
+        procs.print("resume: lr_scaling=sqrt, as in the checkpoint; --lr_scaling=length changes the learning rates")
     vars(cfg).update(taken)
     cfg.auto = [name for name in cfg.auto if name not in taken]
     return saved

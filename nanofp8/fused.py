@@ -18,10 +18,10 @@ the same scales, unless matmuls need no transposes: then those that a norm or at
 QuACK (nanofp8/epilogues.py) relu^2's input does not exist: only its output is saved, in FP8 or bf16, and backward takes
 its root.
 
-**Delayed scaling.** Scales, amax histories and their update belong to TE's layers (`fp8_meta`), so that checkpoints,
-calibration and the reduction over ranks are TE's own. TE overwrites the scales in place when te.autocast ends after the
-forward pass, but the backward pass still needs the old ones. FusedBlocks.begin() therefore copies all scales at the
-start of a pass. The kernels raise the first row of TE's amax histories directly.
+**Delayed scaling.** Scales, amax histories and their update belong to TE's layers (`fp8_meta`), as without our kernels;
+Precision.share_amaxes() gives all ranks the same ones after each step. TE overwrites the scales in place when
+te.autocast ends after the forward pass, but the backward pass still needs the old ones. FusedBlocks.begin() therefore
+copies all scales at the start of a pass. The kernels raise the first row of TE's amax histories directly.
 
 **Addresses do not change.** Scales, amaxes and cached quantized weights keep their buffers as long as a CUDA graph
 (MicroBatchGraphs) may be replayed, because it runs its kernels with the addresses that it was captured with.

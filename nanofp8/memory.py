@@ -411,7 +411,7 @@ def fit(run: Any, build: Callable[[SimpleNamespace, Processes, Any], Any]) -> No
         cfg.batch_size = smaller[0]
         procs.print(f"micro-batch: {size} sequences ran out of memory on rank {failed[0]} in a trial; "
                     f"{smaller[0]} are tried")
-        # Delayed scaling's list of layers: a rank that left its pass early has put fewer into it than the others
+        # Delayed scaling's list of layers, which it updates: those of the old model must not stay in it
         run.precision.te.quantization.FP8GlobalStateManager.reset()
         # In place: nothing else may hold the old model while the new one is built
         run.precision = run.parallel = run.optimizers = None

@@ -223,8 +223,8 @@ class Precision:
     def share_amaxes(self, model: nn.Module, procs: Any) -> None:
         """Give all ranks the largest amaxes of any rank and the scales that follow, if it is delayed scaling.
 
-        So a checkpoint of one rank's state is that of all. Until the next call each rank scales by its own new amaxes
-        too: scales need not be equal, they change a product by rounding alone.
+        So a checkpoint of one rank's state is that of all. Until the next call each rank adds its own amaxes: ranks may
+        scale differently, because a product is divided by the scales that its operands were multiplied by.
         """
         state = fp8_state(model) if procs.world_size > 1 else {}
         if not state:
@@ -232,8 +232,10 @@ class Precision:
         names = [name.removesuffix("scale") for name in state if name.endswith(".scale")]
         names.sort(key=lambda name: ".scaling_bwd." in name)
         scales, histories = ([state[name + key] for name in names] for key in ("scale", "amax_history"))
-        history, before, sizes = torch.cat(histories, dim=1), torch.cat(scales), [len(scale) for scale in scales]
-        dist.all_reduce(history, op=dist.ReduceOp.MAX)
+        # Where no history says otherwise, the smallest scale: with FP8_AMAX_HISTORY=1 all amaxes are forgotten by now
+        shared, sizes = torch.cat([torch.cat(histories, dim=1), -torch.cat(scales)[None]]), [len(s) for s in scales]
+        dist.all_reduce(shared, op=dist.ReduceOp.MAX)
+        history, before = shared[:-1], -shared[-1]
         amax = history.amax(0)
         forward = sum(size for name, size in zip(names, sizes, strict=True) if ".scaling_fwd." in name)
         limits = torch.full_like(amax, torch.finfo(torch.float8_e5m2).max)

@@ -27,7 +27,7 @@ def momentum_at(step: int, start: float, end: float, iters: int) -> float:
 
 
 def lr_scale(cfg: SimpleNamespace) -> float:
-    """Return the factor that lr_scaling puts on all learning rates; they are quoted for REFERENCE_BATCH and _TOKENS.
+    """Return the factor that lr_scaling puts on all learning rates; flags give them for the REFERENCE values above.
 
     "sqrt" follows the square root of the batch: the noise of a gradient grows with 1 / sqrt(batch), and a step of Muon
     or AdamW is as long as its rate. "length" also follows the run's tokens to the power -0.32, found for AdamW (arXiv

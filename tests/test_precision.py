@@ -373,8 +373,8 @@ def test_outliers_are_skipped_in_fp8_on_an_rtx_50(monkeypatch, capability, chang
 
 
 def test_ranks_share_amaxes(monkeypatch):
-    """All ranks get the larger histories and the scales that follow, in place; unused and infinite amaxes keep theirs.
-    A run in one process, or without delayed scaling, has nothing to share."""
+    """All ranks get the larger histories and the scales that follow, in place; where amaxes are zero or infinite, the
+    smaller scale. A run in one process, or without delayed scaling, has nothing to share."""
     device, inf = torch.device("cpu"), math.inf
     modules = [torch.nn.Module(), torch.nn.Module(), torch.nn.Module()]
     for module in modules[:2]:
@@ -384,7 +384,9 @@ def test_ranks_share_amaxes(monkeypatch):
     first, second = (module.fp8_meta for module in modules[:2])
     first["scaling_fwd"].amax_history[:] = torch.tensor([[0.0, 0.0, 0.0], [1.0, 3.0, 0.0], [2.0, 0.5, 0.0]])
     second["scaling_bwd"].amax_history[:] = torch.tensor([[0.0, 0.0], [7.0, inf], [0.0, 1.0]])
-    theirs = torch.zeros(3, 10)  # 3 forward columns of the first and the second module, then 2 backward of each
+    theirs = torch.zeros(4, 10)  # 3 forward columns of the first and the second module, then 2 backward of each
+    theirs[3] = -1.0  # the last row: minus the scales
+    theirs[3, 9] = -0.25  # of an infinite amax: the smaller scale, if they differ
     theirs[1, 0], theirs[2, 1], theirs[2, 8] = 4.0, 1.0, 14.0
     calls = []
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda x, op: (calls.append(op), x.copy_(x.maximum(theirs))))
@@ -396,7 +398,7 @@ def test_ranks_share_amaxes(monkeypatch):
     assert addresses == [tensor.data_ptr() for tensor in fp8_state(model).values()]
     assert first["scaling_fwd"].amax_history.tolist() == [[0.0, 0.0, 0.0], [4.0, 3.0, 0.0], [2.0, 1.0, 0.0]]
     assert first["scaling_fwd"].scale.tolist() == pytest.approx([448 / 2 / 4, 448 / 2 / 3, 1.0])
-    assert second["scaling_bwd"].scale.tolist() == [57344 / 2 / 14, 1.0]
+    assert second["scaling_bwd"].scale.tolist() == [57344 / 2 / 14, 0.25]
     assert second["scaling_fwd"].scale.tolist() == [1.0] * 3 and first["scaling_bwd"].scale.tolist() == [1.0] * 2
     bf16 = train.select_precision(make_cfg(USE_FP8=False), device)
     bf16.share_amaxes(torch.nn.Linear(2, 2), one_process(world_size=2))
