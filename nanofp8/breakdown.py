@@ -192,13 +192,33 @@ def gpu_rows(events: Iterable[Any]) -> list[dict[str, Any]]:
     return rows + [dict(label="everything else", calls=None, ms=float(sum(others.values())))]
 
 
+def gpu_use(events: Iterable[Any]) -> dict[str, float]:
+    """Return the ms in which the GPU computes, in which it only communicates, and in which it does nothing, from the
+    first kernel to the last. Kernels of several streams may overlap. events: as in gpu_rows()."""
+    kernels = sorted((event.start_ns(), event.end_ns(), "nccl" in event.name()) for event in events
+                     if event.device_type() == DeviceType.CUDA and not event.is_user_annotation())
+
+    def covered(with_nccl: bool) -> float:
+        total = end = 0
+        for start, stop, nccl in kernels:
+            if with_nccl or not nccl:
+                total, end = total + max(0, stop - max(start, end)), max(end, stop)
+        return total / 1e6
+
+    span = (max(stop for _, stop, _ in kernels) - kernels[0][0]) / 1e6 if kernels else 0.0
+    return dict(computes=covered(False), communicates=covered(True) - covered(False), idle=span - covered(True))
+
+
 def collect(profile: torch.profiler.profile, cuda: bool, flops: dict[str, int]) -> dict[str, Any]:
-    """Return {"total": ms of all kernels, "rows": one dict(label, calls, ms, flops) each, largest first}.
+    """Return {"total": ms of all kernels, "rows": one dict(label, calls, ms, flops) each, largest first, "use":
+    gpu_use(), on a GPU}.
 
     On a GPU the time of a label is that of the kernels launched within it, on a CPU its own.
     """
+    use = {}
     if cuda:
-        rows = gpu_rows(profile.profiler.kineto_results.events())
+        events = profile.profiler.kineto_results.events()
+        rows, use = gpu_rows(events), gpu_use(events)
         total = sum(row["ms"] for row in rows)
     else:
         averages, calls, ms = profile.key_averages(), collections.Counter(), collections.Counter()
@@ -212,7 +232,7 @@ def collect(profile: torch.profiler.profile, cuda: bool, flops: dict[str, int]) 
         rows = [dict(label=label, calls=calls[label], ms=ms[label]) for label in calls]
         rows.append(dict(label="everything else", calls=None, ms=max(0.0, total - sum(ms.values()))))
     rows = [row | dict(flops=flops.get(row["label"], 0)) for row in rows]
-    return dict(total=total, rows=sorted(rows, key=lambda row: -row["ms"]))
+    return dict(total=total, rows=sorted(rows, key=lambda row: -row["ms"]), use=use)
 
 
 def measure(train: ModuleType, cfg: SimpleNamespace, procs: Any, at: int) -> dict[str, Any]:
@@ -264,12 +284,15 @@ def markdown(found: dict[str, Any], step_ms: float, first: str) -> str:
         ("ms a call", lambda r: f"{r['ms'] / r['calls']:.3f}" if r["calls"] else ""),
         ("TFLOP/s", lambda r: rate(r["flops"] * r["calls"], r["ms"]) if r["flops"] else ""),
     ]
+    use = "" if not found["use"] else (
+        " From its first kernel to its last the GPU computes for {computes:.1f} ms, only communicates for "
+        "{communicates:.1f} ms and does nothing for {idle:.1f} ms.".format(**found["use"]))
     rows = [row for row in found["rows"] if row["ms"]]
     matmuls = [row for row in rows if row["flops"]]
     ms, flops = sum(row["ms"] for row in matmuls), sum(row["flops"] * row["calls"] for row in matmuls)
     return first + "\n".join([
         f"The operations of the profiled step take {found['total']:.1f} ms. Other steps take {step_ms:.1f} ms. No CUDA "
-        f"graphs. All matmuls: {ms:.1f} ms, {rate(flops, ms)} TFLOP/s.", "", *table(rows, columns)]) + "\n"
+        f"graphs. All matmuls: {ms:.1f} ms, {rate(flops, ms)} TFLOP/s.{use}", "", *table(rows, columns)]) + "\n"
 
 
 def plot(found: dict[str, Any], path: str) -> None:

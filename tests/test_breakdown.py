@@ -12,7 +12,7 @@ from torch.autograd import DeviceType
 import bench
 from helpers import flag_args
 from nanofp8 import epilogues, fused, loss
-from nanofp8.breakdown import AUTOGRAD, PREFIX, Labels, collect, gpu_rows, short_name
+from nanofp8.breakdown import AUTOGRAD, PREFIX, Labels, collect, gpu_rows, gpu_use, short_name
 from nanofp8.config import UserError
 from nanofp8.fused import Fp8
 
@@ -107,6 +107,18 @@ def test_kernels_count_for_the_label_that_launched_them():
         "outer": (2, 2 + 8 + 16 + 32 + 1024), "inner": (1, 4), "attention, backward": (1, 64), "backward": (1, 128),
         "no kernels": (1, 0), "other: other": (4, 1 + 256 + 512 + 2048), "everything else": (None, 0),
     }
+
+
+def test_what_the_gpu_does_from_the_first_kernel_to_the_last():
+    """It computes from 10 to 50 and from 60 to 70, and communicates from 5 to 20 and from 55 to 90."""
+    def on_gpu(name, start, end, **options):
+        return event(name, start, end, device=DeviceType.CUDA, **options)
+
+    events = [on_gpu("a", 10, 30), on_gpu("b", 20, 50), on_gpu("c", 25, 40), on_gpu("Memcpy DtoD", 60, 70),
+              on_gpu("ncclDevKernel_AllGather", 55, 90), on_gpu("ncclDevKernel_ReduceScatter", 5, 20),
+              on_gpu("step", 0, 200, annotation=True), event("cudaLaunchKernel", 0, 100)]
+    assert gpu_use(events) == dict(computes=50, communicates=5 + 5 + 20, idle=5)
+    assert gpu_use([]) == dict(computes=0, communicates=0, idle=0)
 
 
 def test_the_largest_kernels_without_a_label_have_rows():
