@@ -142,7 +142,7 @@ warmup_ratio: Fraction = 0.02                 # the same as a fraction of all st
 lr_schedule: Literal["cosine", "linear"] = "linear"  # after the warm-up; "linear": constant, then a linear warm-down
 warmdown_ratio: Fraction = 0.75               # linear: fraction of all steps that the warm-down takes
 min_lr_ratio: NonNegativeFloat = 0.03         # the schedule ends at this fraction of each learning rate
-lr_scaling: Literal["none", "sqrt", "length"] = "length"  # rates follow sqrt(batch); "length": and the run's length
+lr_scaling: Literal["none", "sqrt", "length"] = "length"  # "sqrt": rates follow sqrt(batch); "length": also the length
 
 # Optimizers: Muon for the matrices in the blocks, AdamW for the rest
 learning_rate: NonNegativeFloat = 0.04        # Muon; each update is also scaled by sqrt(fan_out / fan_in)

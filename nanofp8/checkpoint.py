@@ -141,7 +141,8 @@ def adopt_flags(checkpoint: str, cfg: SimpleNamespace, old: dict, procs: Process
 
     These are the flags that cannot change and were neither given nor edited (a preset does not count). If the
     checkpoint is older than the flag lr_scaling, they are its whole recipe, because the present defaults differ: every
-    flag of `old` (what such code trained with).
+    flag of `old` (what such code trained with). If it has the lr_scaling that was the default before "length", that is
+    taken too.
     Raises: UserError.
     """
     saved = read_checkpoint(checkpoint)["flags"]

@@ -211,7 +211,7 @@ class Precision:
         """Enter the context of a forward pass: bf16 by torch.autocast, FP8 or NVFP4 by te.autocast.
 
         Args:
-            procs: Processes (device, mesh, world_size).
+            procs: Processes (device).
             quantized: False: bf16 although the run has a format.
         """
         enabled = quantized and self.recipe is not None

@@ -784,7 +784,7 @@ _state = _Global()
 
 
 def forget_modules() -> None:
-    """Leave all modules that have run so far out of delayed scaling's updates, until they run again.
+    """Leave all modules that have run so far out of delayed scaling's updates and reductions, until they run again.
 
     For several models one after another: a deleted one may be collected later on one rank than on another.
     """
