@@ -628,8 +628,9 @@ class Optimizers(OptimizerSet):
         mesh, obstacle = procs.mesh if sharded else None, ""
         if sharded and 3 * cfg.n_embd % procs.world_size:
             obstacle = f"Dion cannot divide 3 x n_embd = {3 * cfg.n_embd} rows among {procs.world_size} ranks"
+        quack = model.fused is not None and any(model.fused.quack)
         self.muon, self.description = make_muon(matrix_groups, cfg.muon_impl, procs.device, mesh, self.compiled,
-                                                obstacle)
+                                                obstacle, quack)
         adam = dict(betas=(cfg.adam_beta1, cfg.adam_beta2), eps=cfg.adam_eps)
         self.all = [self.muon]
         if cfg.USE_8BIT_ADAM:

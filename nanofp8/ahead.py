@@ -94,6 +94,12 @@ def calls() -> dict[str, Callable[[], object]]:
             out = attention.FlashAttention4.forward(ctx, *qkv.unbind(2), window, 1.0)
             attention.FlashAttention4.backward(ctx, out)
 
+    def matrices(columns: int) -> torch.Tensor:
+        return tensor(2, C, columns, dtype=torch.bfloat16)
+
+    def muon(function: str, *tensors: torch.Tensor | None, **factors: float) -> None:  # of epilogues.odd_polynomial()
+        getattr(epilogues.library()[0], function)(*tensors, None, **epilogues.SQUARES, **factors)
+
     N, C, E5M2 = 512, 256, torch.float8_e5m2
     return {
         "attention": lambda: flash4(None),
@@ -103,6 +109,10 @@ def calls() -> dict[str, Callable[[], object]]:
         "relu2_backward": lambda: epilogues.relu2_backward_matmul(
             fp8(N, C, dtype=E5M2), fp8(4 * C, C), fp8(N, 4 * C), scaling(E5M2)),
         "attention with a window": lambda: flash4(512),
+        "Muon's first matmul": lambda: muon("gemm_symmetric", wide := matrices(N), wide, matrices(C), None),
+        "Muon's second matmul": lambda: muon(
+            "gemm_symmetric", gram := matrices(C), gram, matrices(C), gram, alpha=2.0, beta=3.0),
+        "Muon's third matmul": lambda: muon("gemm", matrices(C), (wide := matrices(N)).mT, matrices(N), wide, beta=2.0),
     }
 
 
@@ -115,13 +125,15 @@ def end_with_parent() -> None:
 
 def compile_kernel(name: str) -> str:
     """Compile the kernel of one of calls(). Returns the report's line about it."""
+    from quack import gemm, gemm_symmetric
     from quack.gemm_runtime import host
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     def stop(*arguments: object) -> None:
         raise Compiled
 
-    host.get_max_active_clusters = stop  # it asks the GPU, and is called between compilation and launch
+    for module in (host, gemm, gemm_symmetric):
+        module.get_max_active_clusters = stop  # it asks the GPU, and is called between compilation and launch
     signal.alarm(LIMIT)  # ends this process, and so gives its lock back
     begin, outcome = time.monotonic(), ""
     try:

@@ -1,4 +1,4 @@
-"""The epilogues of nanofp8/epilogues.py. Importing this module needs QuACK."""
+"""The epilogues of nanofp8/epilogues.py, and QuACK's matmuls that need none. Importing this module needs QuACK."""
 
 import inspect
 
@@ -8,6 +8,8 @@ from cutlass import BFloat16, Float32
 from quack.activation import relu_sq
 from quack.epilogue.frontend import gemm_epilogue
 from quack.epilogue.ops import ColVecReduce
+from quack.gemm import gemm  # noqa: F401
+from quack.gemm_symmetric import gemm_symmetric  # noqa: F401
 
 
 # Called for each element: acc is the sum of products, c the element of the matmul's third operand; the rest are the

@@ -1,6 +1,7 @@
 """Muon: Dion's, or torch.optim.Muon made to follow the same rules; and bitsandbytes' AdamW."""
 
 import contextlib
+import functools
 import math
 import os
 import shutil
@@ -10,6 +11,7 @@ from typing import Any, Sequence
 import torch
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from nanofp8 import epilogues
 from nanofp8.config import UserError
 from nanofp8.files import error_line
 from nanofp8.host import compiling_later
@@ -222,24 +224,30 @@ def dion_muon(choice: str, device: torch.device, compiled: bool = True, why: str
     return (None, why) if why else (Muon, "")
 
 
-def polar_express(G: torch.Tensor, epsilon: float = 1e-6) -> torch.Tensor:
+def odd_polynomial(x: torch.Tensor, a: float, b: float, c: float) -> torch.Tensor:
+    """Return a X + b (X X^T) X + c (X X^T)^2 X for each matrix X of x (L, M, N)."""
+    A = x @ x.mT
+    return torch.baddbmm(x, torch.baddbmm(A, A, A, beta=b, alpha=c), x, beta=a)
+
+
+def polar_express(G: torch.Tensor, epsilon: float = 1e-6, quack: bool = False) -> torch.Tensor:
     """Orthogonalise matrices (..., m, n) as Dion's function of the same name (arXiv 2505.16932); returns bf16.
 
     Nothing is compiled: each polynomial's sums are part of its matmuls. Dion's Triton kernels for it autotune for
-    minutes (results/NOTES.md).
+    minutes (results/NOTES.md). quack: QuACK multiplies (on Hopper).
     """
     from dion.polar_express import _POLAR_EXPRESS_COEFFS
     X = G.bfloat16().reshape(-1, *G.shape[-2:])
     X = X / (X.norm(dim=(-2, -1), keepdim=True) * 1.02 + epsilon)
     wide = X.mT if X.shape[-2] > X.shape[-1] else X
-    for a, b, c in _POLAR_EXPRESS_COEFFS:
-        A = wide @ wide.mT
-        wide = torch.baddbmm(wide, torch.baddbmm(A, A, A, beta=b, alpha=c), wide, beta=a)
+    polynomial, wide = (epilogues.odd_polynomial, wide.contiguous()) if quack else (odd_polynomial, wide)
+    for coefficients in _POLAR_EXPRESS_COEFFS:
+        wide = polynomial(wide, *coefficients)
     return (wide.mT if X.shape[-2] > X.shape[-1] else wide).reshape(G.shape)
 
 
 def make_muon(groups: Sequence[dict], choice: str, device: torch.device, mesh: Any, compiled: bool,
-              obstacle: str = "") -> tuple[torch.optim.Optimizer, str]:
+              obstacle: str = "", quack: bool = False) -> tuple[torch.optim.Optimizer, str]:
     """Build Muon for these parameter groups (params, lr, weight_decay, mu, split_sizes), and say whose it is.
 
     Args:
@@ -247,6 +255,7 @@ def make_muon(groups: Sequence[dict], choice: str, device: torch.device, mesh: A
         mesh: how Dion shares the work out: a DeviceMesh for sharded parameters, a process group for whole ones, None.
         compiled: compile Dion's update.
         obstacle: why Dion cannot take these parameters; "": it can.
+        quack: QuACK multiplies for Dion's Muon, unless it is compiled.
     Returns: the optimizer, and its description for the start-up table. Raises: UserError, as dion_muon().
     """
     Muon, why = dion_muon(choice, device, compiled, obstacle)
@@ -258,7 +267,8 @@ def make_muon(groups: Sequence[dict], choice: str, device: torch.device, mesh: A
         from dion import NorMuon as Muon
     if not compiled:
         use_own_functions(triton is not None and device.type == "cuda")
-    muon = Muon(groups, mesh, nesterov=True, adjust_lr="spectral_norm", newton_schulz_func=polar_express)
+    orthogonalise = functools.partial(polar_express, quack=True) if quack and not compiled else polar_express
+    muon = Muon(groups, mesh, nesterov=True, adjust_lr="spectral_norm", newton_schulz_func=orthogonalise)
     return muon, f"{type(muon).__name__} by Dion"
 
 

@@ -1,6 +1,7 @@
 """Compiling ahead, with a stand-in for QuACK: what is started when, what is compiled, and what a failure does."""
 
 import fcntl
+import functools
 import importlib.metadata
 import os
 import signal
@@ -80,8 +81,13 @@ def keys(monkeypatch):
         found.setdefault("attention", set()).add(repr((q.dtype, q.shape[-1], sorted(options))))
         return torch.empty_like(q), q.new_empty(1), None
 
+    def plain(name, A, B, D, C, semaphore, alpha=1.0, beta=1.0, **options):
+        key = [described(x) for x in (A, B, D, C, semaphore)], alpha != 1, beta != 1, options
+        found.setdefault(name, set()).add(repr(key))
+
     names = "relu2 relu2_backward plain logits".split()
-    monkeypatch.setattr(epilogues, "library", lambda: (SimpleNamespace(**{n: module(n) for n in names}), "QuACK 0.6"))
+    quack = {n: module(n) for n in names} | {n: functools.partial(plain, n) for n in ("gemm", "gemm_symmetric")}
+    monkeypatch.setattr(epilogues, "library", lambda: (SimpleNamespace(**quack), "QuACK 0.6"))
     monkeypatch.setattr(attention, "flash4", lambda: (
         SimpleNamespace(_flash_attn_fwd=forward, _flash_attn_bwd=lambda *args, dq, dk, dv, **options: None), "flash"))
     return found
@@ -99,7 +105,7 @@ def compile_all():
 def test_the_kernels_that_training_needs(keys):
     """Those of training, whose sizes are others: a key with a size, or another format, would be a second one."""
     compile_all()
-    assert set(keys) == {"relu2", "relu2_backward", "plain", "logits", "attention"}
+    assert set(keys) == {"relu2", "relu2_backward", "plain", "logits", "attention", "gemm", "gemm_symmetric"}
     assert len(keys["attention"]) == 2 and all("torch.bfloat16, 128" in key for key in keys.pop("attention"))
 
     def fp8(*shape, dtype=torch.float8_e4m3fn):
@@ -117,6 +123,8 @@ def test_the_kernels_that_training_needs(keys):
     ):
         with pytest.raises(ahead.Compiled):
             call()
+    epilogues.odd_polynomial(torch.empty(3, 64, 96, dtype=torch.bfloat16), 1.5, -2.5, 3.5)
+    assert len(keys.pop("gemm_symmetric")) == 2
     assert all(len(variants) == 1 for variants in keys.values()), keys
 
 
@@ -136,7 +144,8 @@ def test_the_report(tmp_path):
             raise ValueError("no ptxas")
 
         host = types.ModuleType("host")
-        sys.modules["quack"], sys.modules["quack.gemm_runtime"] = None, types.SimpleNamespace(host=host)
+        sys.modules["quack"] = types.SimpleNamespace(gemm=types.ModuleType("a"), gemm_symmetric=types.ModuleType("b"))
+        sys.modules["quack.gemm_runtime"] = types.SimpleNamespace(host=host)
         kernels = types.SimpleNamespace(relu2=types.SimpleNamespace(gemm=relu2),
                                         relu2_backward=types.SimpleNamespace(gemm=relu2_backward))
         epilogues.library = lambda: (kernels, "QuACK 0.6")

@@ -38,7 +38,7 @@ from nanofp8.fused import (
     weight_operand,
 )
 from nanofp8.loss import LOGIT_GRAD_SCALE, ChunkedCrossEntropy, softcap_cross_entropy, softcap_cross_entropy_and_grad
-from nanofp8.muon import apply_update, momentum_update
+from nanofp8.muon import apply_update, momentum_update, polar_express
 from nanofp8.parts import ValueEmbedding, table_gradient, token_order
 from nanofp8.plain import rope_qk_norm
 
@@ -686,6 +686,19 @@ class PlainQuack:
             epi_args["sums"].copy_(torch.stack([part.sum(1) for part in terms.split(tile_N, 1)], 1))
 
 
+    @staticmethod
+    def gemm(a, b, out, c, semaphore, alpha=1.0, beta=1.0, **tiles):
+        assert semaphore is None and tiles == epilogues.SQUARES and a.dtype == out.dtype == torch.bfloat16
+        assert a.is_contiguous() and out.is_contiguous() and (c is None or c.is_contiguous())
+        assert out.shape == (len(a), a.shape[1], b.shape[1]) and a.shape[2] == b.shape[2]
+        out.copy_(alpha * (a.float() @ b.float().mT) + (0.0 if c is None else beta * c.float()))
+
+    @staticmethod
+    def gemm_symmetric(a, b, out, c, semaphore, **options):
+        assert a is b and out.shape[1] == out.shape[2]
+        PlainQuack.gemm(a, b, out, c, semaphore, **options)
+
+
 def use_quack(monkeypatch):
     """On a GPU use QuACK itself, or skip the test; on a CPU use PlainQuack."""
     if DEVICE == "cpu":
@@ -698,6 +711,26 @@ def as_fp8(x, scale, dtype):
     """x (M, K) as a fused.Fp8 operand."""
     scaling = make_scaling(scale, dtype)
     return Fp8(cast(x, scaling), scaling.inverse)
+
+
+@pytest.mark.parametrize("shape", [(3, C, C), (2, 4 * C, C), (C, 4 * C), (2, 768, 768)])
+def test_orthogonalisation_by_quack(monkeypatch, shape):
+    """As close to the polynomials in float64 as without QuACK. The memory of results holds NaN before."""
+    dions = pytest.importorskip("dion.polar_express")
+    use_quack(monkeypatch)
+    G = randn(*shape)
+    wide = (G.mT if shape[-2] > shape[-1] else G).double()
+    wide = wide / (wide.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-6)
+    for a, b, c in dions._POLAR_EXPRESS_COEFFS:
+        A = wide @ wide.mT
+        wide = a * wide + (b * A + c * A @ A) @ wide
+    exact, plain = wide.mT if shape[-2] > shape[-1] else wide, polar_express(G)
+    new_empty, empty_like = torch.Tensor.new_empty, torch.empty_like
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *args: new_empty(*args).fill_(math.nan))
+    monkeypatch.setattr(torch, "empty_like", lambda x: empty_like(x).fill_(math.nan))
+    ours = polar_express(G, quack=True)
+    assert ours.dtype == torch.bfloat16 and ours.shape == G.shape
+    assert relative(ours, exact) < 1.1 * relative(plain, exact) + 1e-3
 
 
 def test_relu2_in_the_epilogue_of_a_matmul(monkeypatch):
