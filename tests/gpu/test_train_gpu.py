@@ -367,7 +367,9 @@ def test_evaluation_leaves_the_amax_history_alone(te, procs):
 
     train.calibrate(p)
     before = train_steps(3)
-    assert len(before) == 4 * 4 * p.cfg.n_layer  # scale and history, forward and backward, of qkv, core, proj and MLP
+    # scale and history, forward and backward, of qkv, proj and MLP. TE's attention, where it is used, has some too
+    ours = [name for name in before if ".core." not in name]
+    assert len(ours) == 3 * 4 * p.cfg.n_layer
     train.evaluate(p.model, p.val_ring, p.cfg, procs, lambda: p.precision.autocast(procs, quantized=False))
     after = fp8_state(p.model)
     assert before.keys() == after.keys()
