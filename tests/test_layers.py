@@ -11,7 +11,7 @@ ORDER = """
     prefetch files schedule cards sizes
     config host kernels shards te_emulation plain zero
     parts attention
-    machine plots faults muon precision epilogue_functions epilogues ahead fused
+    machine plots faults precision epilogue_functions epilogues muon ahead fused
     fp8_stats loss procs runlog checkpoint_files resuming
     checkpoint memory doctor reports
     race_report
