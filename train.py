@@ -9,12 +9,12 @@ Train a GPT in FP8 (or NVFP4) with NVIDIA Transformer Engine. Read it top to bot
     python train.py --doctor --preset=d12         # would training with these flags start here?
 
 The model is nanochat's d20 shape: 561M parameters, RoPE, RMSNorm, QK norm, relu^2, logit softcap.
-Muon (Microsoft's Dion library) trains the matrices in the blocks, AdamW trains embedding, head and gains.
+Muon (Microsoft's Dion library) trains the matrices in the blocks, AdamW trains the rest: embeddings, head, gains.
 """
 
 from typing import Literal
 
-from nanofp8 import ahead  # compiles QuACK's and flash-attn-4's kernels meanwhile
+from nanofp8 import ahead  # compiles QuACK's and flash-attn-4's kernels while torch is imported
 from nanofp8.config import (  # types of flags, and what reads them
     AutoBool,
     AutoNonNegativeFloat,
@@ -198,7 +198,7 @@ GATHER_FP32: bool = True                      # USE_DDP: send updated weights to
 
 # Speed and memory
 USE_TRITON: bool = True                       # Triton: blocks in bf16 and delayed FP8; RoPE and QK norm in all formats
-USE_QUACK: AutoBool = "auto"                  # Hopper: QuACK for some matmuls; "auto": where its loss was measured
+USE_QUACK: AutoBool = "auto"                  # Hopper: QuACK for some matmuls, Muon's too; "auto": where it was tried
 attention: Literal["auto", "cudnn", "flash4", "torch"] = "auto"  # "auto": flash-attn-4 where it was tried, else cuDNN
 USE_CUDA_GRAPHS: bool = True                  # launch fused micro-batches as CUDA graphs; not with FSDP2_RESHARD
 USE_COMPILE: AutoBool = "auto"                # torch.compile what is not fused; "auto": on a GPU; True: also Dion
@@ -267,7 +267,7 @@ LARGEST_BATCH = {"d12": 32, "tiny": 8}  # of batch_size="auto"; 16 in other pres
 def auto_batch(train_tokens: int) -> int:
     """Return the tokens per step for a run of this length: the power of two nearest to 65,536 x (length / 70M)^0.383.
 
-    65,536 was best at 70M tokens of FineWeb (docs/recipe.md); the exponent is nanochat's.
+    65,536 was the best of 32,768, 65,536 and 131,072 at 70M tokens (docs/recipe.md); the exponent is nanochat's.
     """
     return 2 ** max(0, round(math.log2(65536 * (train_tokens / 70e6) ** 0.383)))
 
@@ -375,8 +375,8 @@ class DataLoader:
         self.rank, self.world_size, self.step_tokens = procs.rank, procs.world_size, cfg.total_batch_size
         self.micro_tokens = self.batch_size * self.block_size
         self.accumulation = self.step_tokens // (self.micro_tokens * self.world_size)  # micro-batches per step
-        # Factor from a summed loss to its share of this rank's mean; DDP and FSDP2 average over the ranks
-        self.loss_scale = 1.0 / (self.accumulation * self.micro_tokens)
+        # From a micro-batch's summed loss to its share of this rank's mean; DDP and FSDP2 average over the ranks
+        self.loss_weight = 1.0 / (self.accumulation * self.micro_tokens)
         self.index, self.prefetcher = 0, Prefetcher(self.micro_batch)  # index counts this rank's micro-batches
 
     def state_dict(self) -> dict[str, int]:
@@ -393,7 +393,7 @@ class DataLoader:
         step, m = divmod(index, self.accumulation)
         start = step * self.step_tokens + (m * self.world_size + self.rank) * self.micro_tokens
         tokens = torch.from_numpy(self.ring.read(start, self.micro_tokens + 1))
-        x = tokens[:-1].view(self.batch_size, self.block_size).contiguous()
+        x = tokens[:-1].view(self.batch_size, self.block_size)
         y = tokens[1:].view(self.batch_size, self.block_size).long()
         return (x.pin_memory(), y.pin_memory()) if self.device.type == "cuda" else (x, y)
 
@@ -483,8 +483,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, idx: Tensor, first: bool | None, x0: Tensor | None,
                 x_scale: Tensor | None, x0_scale: Tensor | None, delta: Tensor | None = None,
                 fused: tuple | None = None) -> Tensor | tuple[Tensor, ...]:
-        """Return the residual after this block; x (B, T, C) bf16 is the one before it. With `fused`, from
-        FusedBlocks.blocks, Triton kernels run: they take and return x, delta, an MLP output not added yet, and x0."""
+        """Return the residual after this block; x (B, T, C) bf16 is the one before it. With `fused`, an entry of
+        FusedBlocks.blocks, return (x, delta, x0): the next block's first kernel adds delta, the MLP's output, to x."""
         attn, mlp, values = self.attn, self.mlp, self.attn.value_embed
         if fused is None:
             if x0 is not None:
@@ -522,7 +522,7 @@ class GPT(nn.Module):
         self.head = LMHead(cfg, device, quack.fp8)
         # arXiv 2310.17813 for one-hot inputs: entries of order 1 (the RMSNorm after it takes any scale)
         nn.init.normal_(self.embed.weight, std=1.0)
-        # (T, D/2) each. Not buffers: so not saved, and never cast to bf16, where positions 2047 and 2048 are equal
+        # (T, D/2) each. Not buffers: so not saved, and model.to(bfloat16) does not round them
         self.cos, self.sin = rope_tables(cfg.block_size, cfg.n_embd // cfg.n_head, cfg.rope_base, device)
 
     def forward(self, idx: Tensor, targets: Tensor | None = None, first: bool | None = None,
@@ -582,7 +582,7 @@ def flops_per_token(cfg: SimpleNamespace) -> float:
 
 
 class Optimizers(OptimizerSet):
-    """Muon for the matrices in the blocks, AdamW for embedding, head and gains, stepped as one."""
+    """Muon for the matrices in the blocks, AdamW for the rest, stepped as one."""
 
     def __init__(self, model: GPT, cfg: SimpleNamespace, procs: Processes, parallel: "Parallel"):
         """Sort the parameters into groups. Raises: UserError if an optimizer cannot run here."""
@@ -601,7 +601,7 @@ class Optimizers(OptimizerSet):
                  params=[p for n, p in blocks if n.endswith("fc2_weight")]),
         ]
         gains = [p for n, p in model.named_parameters()
-                 if p.ndim == 1 and not n.startswith("scales.") or n.endswith("value_embed.gate")]
+                 if (p.ndim == 1 and not n.startswith("scales.")) or n.endswith("value_embed.gate")]
         adam_groups = [
             dict(name="embed", params=[model.embed.weight], lr=cfg.learning_rate_embed,
                  weight_decay=cfg.weight_decay_embed, betas=(cfg.adam_beta1, cfg.adam_beta2_embed)),
@@ -655,11 +655,11 @@ class Optimizers(OptimizerSet):
     def set_schedule(self, step: int) -> dict[str, float]:
         """Set learning rates, Muon's momentum and weight decay for a step; return them by log.jsonl's names."""
         factor, momentum = self.schedule.lr(step), self.schedule.momentum(step)
+        lr = {name: self.base_lr[name] * factor for name in self.groups}
         for name, group in self.groups.items():
-            group["lr"] = self.base_lr[name] * factor
+            group["lr"] = lr[name]
         for group in muon_groups(self.muon):
             group["mu"], group["weight_decay"] = momentum, self.schedule.weight_decay(step)
-        lr = {name: self.base_lr[name] * factor for name in self.groups}
         return dict(lr_muon=lr["qkv"], lr_embed=lr["embed"], lr_head=lr["head"], momentum=momentum)
 
 
@@ -682,10 +682,10 @@ def choose_wrapper(cfg: SimpleNamespace, procs: Processes, parameters: int) -> t
         return "ddp", f"{ranks} ranks, USE_FSDP2=False"
     if ddp is False:
         return "fsdp2", f"{ranks} ranks, USE_DDP=False"
-    # fp32 weight and gradient on every rank; at most two fp32 moments (Muon has one) divided among them
-    state_gb = (8 + 8 / ranks) * parameters / 1e9
     if procs.device.type != "cuda":
         return "ddp", f"{ranks} ranks on CPUs"
+    # fp32 weight and gradient on every rank; at most two fp32 moments (Muon has one) divided among them
+    state_gb = (8 + 8 / ranks) * parameters / 1e9
     memory_gb = torch.cuda.get_device_properties(procs.device).total_memory / 1e9
     if state_gb < memory_gb / 4:
         return "ddp", f"{ranks} ranks; {state_gb:.1f} GB of state are under a quarter of a {memory_gb:.0f} GB GPU"
@@ -699,7 +699,8 @@ class Parallel:
         """Prepare the model in place. wrapper: "none", "ddp" (every rank holds all weights) or "fsdp2"."""
         self.model, self.wrapper, self.world_size = model, wrapper, procs.world_size
         self.by_hooks = wrapper == "fsdp2" and cfg.FSDP2_RESHARD  # FSDP2 gathers weights and reduces gradients itself
-        self.shards = self.buffers = None  # where gradients stay in place; None: autograd makes them
+        self.shards = None   # Shards, under DDP: the parameters that this rank updates
+        self.buffers = None  # Shards or Gathered: gradients that stay in place; None: autograd makes them
         reduce, gather = (torch.float32 if on else torch.bfloat16 for on in (cfg.REDUCE_FP32, cfg.GATHER_FP32))
         if wrapper == "ddp":
             self.buffers = self.shards = Shards(model, model.matrices(), procs, reduce, gather, not cfg.USE_8BIT_ADAM)
@@ -821,12 +822,12 @@ class Run:
     loader: DataLoader
     guard: Guard
     wrapper_reason: str = ""                  # why this wrapper was chosen
-    micro_batch: memory.Choice | None = None  # why this batch_size was chosen
+    batch_choice: memory.Choice | None = None  # why this batch_size was chosen
     parameters: int = 0                       # of the whole model
     graphs: MicroBatchGraphs | None = None    # micro-batches as CUDA graphs, once they are captured
     stop: StopSignal | None = None
     val_ring: TokenRing | None = None
-    shards: dict = field(default_factory=dict)  # fingerprints of all shards
+    fingerprints: dict = field(default_factory=dict)  # of all shards
     folder: str = ""
     first_step: int = 0                       # steps that a resumed run has already taken
     in_bf16: list[str] = field(default_factory=list)  # layers that HIGH_PRECISION_LAYERS keeps in bf16
@@ -870,7 +871,7 @@ def train_step(run: Run) -> StepResult:
             continue
         with parallel.micro_batch(last=m == loader.accumulation - 1):
             with run.precision.autocast(procs):
-                loss = parallel.model(x, y, first=parallel.first_micro_batch(m), factor=loader.loss_scale)
+                loss = parallel.model(x, y, first=parallel.first_micro_batch(m), factor=loader.loss_weight)
             loss.backward()
         loss_sum += loss.detach()
     run.precision.share_amaxes(run.model, procs)
@@ -892,7 +893,7 @@ def train_step(run: Run) -> StepResult:
             clip_gradients(run.optimizers.parameters(), run.cfg.grad_clip, shared[1])
         run.optimizers.step()
         parallel.gather_weights()
-    if run.graphs is None:
+    if run.graphs is None:  # the graph of a step's first micro-batch overwrites the gradients
         parallel.zero_grad()
     return StepResult(loss, norm, skipped, bool(stop), bool(save_due))
 
@@ -908,7 +909,7 @@ def calibrate(run: Run) -> None:
     x, y = run.loader.peek()
     with run.parallel.micro_batch(last=True):
         with run.precision.autocast(run.procs):
-            loss = run.model(x, y, first=run.parallel.first_micro_batch(0), factor=run.loader.loss_scale)
+            loss = run.model(x, y, first=run.parallel.first_micro_batch(0), factor=run.loader.loss_weight)
         loss.backward()
         norm = gradient_norm(run.model.parameters())
     run.precision.share_amaxes(run.model, run.procs)
@@ -971,7 +972,8 @@ def prepare_step(run: Run, step: int) -> None:
 
 def evaluate_and_log(run: Run, step: int) -> None:
     """Evaluate in one format (after the last step: in both) and log it; delayed scaling's state is kept."""
-    formats = run.precision.evaluation_formats(run.cfg)[:None if step == run.cfg.max_iters - 1 else 1]
+    formats = run.precision.evaluation_formats(run.cfg)
+    formats = formats if step == run.cfg.max_iters - 1 else formats[:1]
     with preserved_scales(run.model), run.parallel.whole_weights():
         val_losses = {
             name: evaluate(run.model, run.val_ring, run.cfg, run.procs,
@@ -1005,11 +1007,11 @@ def set_up(cfg: SimpleNamespace, procs: Processes, cleanup: contextlib.ExitStack
     if procs.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(procs.device)
     loader, val_ring = open_data(cfg, procs)
-    shards = checkpoint.shard_fingerprints(loader.ring, val_ring, procs)
-    meta = checkpoint.check_resume(resumed, cfg, loader.ring, shards, procs) if resumed else None
+    fingerprints = checkpoint.shard_fingerprints(loader.ring, val_ring, procs)
+    meta = checkpoint.check_resume(resumed, cfg, loader.ring, fingerprints, procs) if resumed else None
 
     run = build(cfg, procs, loader)
-    run.val_ring, run.shards, run.first_step = val_ring, shards, meta["step"] if meta else 0
+    run.val_ring, run.fingerprints, run.first_step = val_ring, fingerprints, meta["step"] if meta else 0
     run.machine = describe_machine(procs.device)
     run.folder, lock = resuming.open_run_folder(cfg, procs, lock, cleanup)
     runlog.print_table(run, resumed)
@@ -1047,7 +1049,7 @@ def build(cfg: SimpleNamespace, procs: Processes, loader: DataLoader) -> Run:
     precision = select_precision(cfg, procs.device)
     parameters = sum(count for _, count, _ in parameter_table(cfg))
     wrapper, reason = choose_wrapper(cfg, procs, parameters)
-    micro_batch = memory.choose(cfg, precision, wrapper, procs)
+    batch_choice = memory.choose(cfg, precision, wrapper, procs)
     if cfg.batch_size != loader.batch_size:
         loader = DataLoader(loader.ring, cfg, procs)
     use_compile = procs.device.type == "cuda" if cfg.USE_COMPILE == "auto" else cfg.USE_COMPILE
@@ -1063,7 +1065,7 @@ def build(cfg: SimpleNamespace, procs: Processes, loader: DataLoader) -> Run:
     parallel = Parallel(model, wrapper, cfg, procs)
     optimizers = Optimizers(model, cfg, procs, parallel)
     guard = Guard(cfg, auto_grad_zscore=precision.grad_zscore)
-    return Run(cfg, procs, precision, parallel, optimizers, loader, guard, reason, micro_batch, parameters,
+    return Run(cfg, procs, precision, parallel, optimizers, loader, guard, reason, batch_choice, parameters,
                in_bf16=in_bf16)
 
 
@@ -1080,9 +1082,9 @@ def run(cfg: SimpleNamespace, procs: Processes) -> str:
 
 def read_flags(argv: Sequence[str], has_gpu: bool | None = None) -> SimpleNamespace:
     """Resolve this script's flags from command-line arguments (has_gpu: default torch.cuda.is_available())."""
-    known, has_gpu = has_gpu is not None, torch.cuda.is_available() if has_gpu is None else has_gpu
-    cfg = parse_flags(argv, os.path.abspath(__file__), PRESETS, has_gpu)
-    if not known and not has_gpu and "preset" in cfg.auto:
+    found = torch.cuda.is_available() if has_gpu is None else has_gpu
+    cfg = parse_flags(argv, os.path.abspath(__file__), PRESETS, found)
+    if has_gpu is None and not found and "preset" in cfg.auto:
         check_gpus()  # rather than train a tiny model on the CPU by surprise
     resolve_length(cfg)
     return cfg

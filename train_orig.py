@@ -217,7 +217,7 @@ def train_step(module: nn.Module, loader: DataLoader, optimizer: torch.optim.Opt
         wait = procs.world_size > 1 and m < loader.accumulation - 1  # the last micro-batch reduces all gradients
         with module.no_sync() if wait else contextlib.nullcontext():
             with autocast(procs.device):
-                loss = module(x, y) * loader.loss_scale
+                loss = module(x, y) * loader.loss_weight
             loss.backward()
         loss_sum += loss.detach()
     norm = clip_gradients(list(module.parameters()), cfg.grad_clip)

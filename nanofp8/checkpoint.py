@@ -532,7 +532,7 @@ def save_checkpoint(run: Any, steps: int) -> None:
     run.progress.flush()
     meta = dict(
         step=steps, tokens=steps * cfg.total_batch_size, world_size=procs.world_size, loader=run.loader.state_dict(),
-        data=data_fingerprint(run.loader.ring, steps * cfg.total_batch_size) | dict(shards=run.shards),
+        data=data_fingerprint(run.loader.ring, steps * cfg.total_batch_size) | dict(shards=run.fingerprints),
         train_seconds=run.progress.train_seconds, parameters=run.parameters, versions=run.machine["versions"],
         **run.optimizers.meta, guard=run.guard.state_dict(), saved_at=time.time(), flags=flag_values(cfg))
     blocked = run.checkpoints.save(steps, lambda: training_state(run), meta)

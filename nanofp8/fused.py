@@ -905,6 +905,6 @@ class MicroBatchGraphs:
             if first:
                 torch._foreach_zero_(self.summed_gradients)
             with self.precision.autocast(self.procs):
-                loss = self.model(*self.batch, first=first, factor=self.loader.loss_scale)
+                loss = self.model(*self.batch, first=first, factor=self.loader.loss_weight)
             loss.backward()
             self.loss.copy_(loss.detach())

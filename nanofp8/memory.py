@@ -402,7 +402,7 @@ def fit(run: Any, build: Callable[[SimpleNamespace, Processes, Any], Any]) -> No
         failed = [rank for rank, fits in enumerate(procs.gather(fits_in_trial(run))) if not fits]
         if not failed:
             return
-        size, choice = cfg.batch_size, run.micro_batch
+        size, choice = cfg.batch_size, run.batch_choice
         smaller = [n for n in batch_sizes(cfg, procs.world_size) if n <= size // 2]
         if not smaller or not may_choose(cfg, "batch_size"):
             known = f": it needs about {choice.need / GB:.1f} of {choice.memory / GB:.1f} GB" if choice.need else ""
@@ -417,7 +417,7 @@ def fit(run: Any, build: Callable[[SimpleNamespace, Processes, Any], Any]) -> No
         run.precision = run.parallel = run.optimizers = None
         free_memory()
         new = build(cfg, procs, run.loader)
-        for name in ("precision", "parallel", "optimizers", "loader", "guard", "in_bf16", "micro_batch"):
+        for name in ("precision", "parallel", "optimizers", "loader", "guard", "in_bf16", "batch_choice"):
             setattr(run, name, getattr(new, name))
 
 
@@ -462,7 +462,7 @@ def one_pass(run: Any) -> None:
         x, y = loader.peek()
         with parallel.micro_batch(last=last):
             with run.precision.autocast(run.procs):
-                loss = run.model(x, y, first=parallel.first_micro_batch(0), factor=loader.loss_scale)
+                loss = run.model(x, y, first=parallel.first_micro_batch(0), factor=loader.loss_weight)
             loss.backward()
 
 

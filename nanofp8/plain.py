@@ -27,7 +27,7 @@ def rope_tables(
     """Compute cos and sin of the rotary angles position * base^(-2i / head_size), i < head_size / 2.
 
     Returns: cos, sin, each (block_size, head_size / 2) fp32. They are computed in float64 on the CPU and rounded once.
-    Never cast them to bf16: bf16 cannot tell position 2047 from 2048.
+    Keep them in fp32: with bf16's 8 bits, neighbouring positions would share the values of low frequencies.
     Source: RoPE, arXiv 2104.09864.
     """
     half = head_size // 2

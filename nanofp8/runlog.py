@@ -281,7 +281,7 @@ def log_fp8_stats(run: Any, step: int) -> None:
     run.progress.flush()
     start = time.perf_counter()
     layers = fp8_stats.collect(run.model, *run.loader.peek(), run.precision.recipe, fp8_state(run.model), run.in_bf16,
-                               run.loader.loss_scale, LOGIT_GRAD_SCALE if run.model.fp8_head else None)
+                               run.loader.loss_weight, LOGIT_GRAD_SCALE if run.model.fp8_head else None)
     if run.log:
         run.log.write(dict(kind="fp8_stats", step=step, tokens=(step + 1) * run.cfg.total_batch_size,
                            format=run.precision.name, seconds=time.perf_counter() - start, layers=layers))
@@ -331,7 +331,7 @@ def print_table(run: Any, checkpoint: str | None) -> None:
         ("parameters", f"{run.parameters:,}"),
         *[(f"  {part}", f"{n:,} = {how}") for part, n, how in parameter_table(run.cfg)],
         *data_rows(run.cfg, run.procs, run.loader, run.val_ring),
-        ("  micro-batch", run.micro_batch.reason),
+        ("  micro-batch", run.batch_choice.reason),
         ("run folder", run.folder),
         ("resumed from", f"{checkpoint}, after {run.first_step:,} steps" if checkpoint else ""),
     ]

@@ -368,9 +368,9 @@ def poisoned(how, *steps, factor=float("nan")):
         if next(count) not in steps:
             return train_step(run)
         loader, model = run.loader, run.model
-        scale = loader.loss_scale
+        scale = loader.loss_weight
         if how == "a loss of nan":
-            loader.loss_scale *= factor
+            loader.loss_weight *= factor
             hook = None
         elif how == "an inf inside":
             hook = model.blocks[0].register_forward_hook(lambda block, args,
@@ -380,7 +380,7 @@ def poisoned(how, *steps, factor=float("nan")):
         try:
             return train_step(run)
         finally:
-            loader.loss_scale = scale
+            loader.loss_weight = scale
             if hook:
                 hook.remove()
 

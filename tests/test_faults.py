@@ -135,7 +135,7 @@ def test_calibration_on_what_is_not_finite_leaves_the_scales(tmp_path, shards):
     run = helpers.make_run(cfg, procs, model, loader)
     train.calibrate(run)
     before = flat(fp8_state(model))
-    loader.loss_scale *= np.inf
+    loader.loss_weight *= np.inf
     train.calibrate(run)
     assert helpers.same_tensors(flat(fp8_state(model)), before)
     assert all(p.grad is None for p in model.parameters())
