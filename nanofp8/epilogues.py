@@ -110,7 +110,10 @@ def logits_matmul(h: Any, weight: Any, softcap: float) -> tuple[torch.Tensor, to
 
 
 def odd_polynomial(x: torch.Tensor, a: float, b: float, c: float) -> torch.Tensor:
-    """Return a X + b (X X^T) X + c (X X^T)^2 X for each matrix X of x (L, M, N) bf16, contiguous."""
+    """Return a X + b (X X^T) X + c (X X^T)^2 X for each matrix X of x (L, M, N) bf16, contiguous.
+
+    M and N must be multiples of 8.
+    """
     gram, inner, out = *x.new_empty(2, *x.shape[:2], x.shape[1]), torch.empty_like(x)
     library()[0].gemm_symmetric(x, x, gram, None, None, **SQUARES)
     library()[0].gemm_symmetric(gram, gram, inner, gram, None, **SQUARES, alpha=c, beta=b)

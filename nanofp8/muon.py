@@ -234,12 +234,14 @@ def polar_express(G: torch.Tensor, epsilon: float = 1e-6, quack: bool = False) -
     """Orthogonalise matrices (..., m, n) as Dion's function of the same name (arXiv 2505.16932); returns bf16.
 
     Nothing is compiled: each polynomial's sums are part of its matmuls. Dion's Triton kernels for it autotune for
-    minutes (results/NOTES.md). quack: QuACK multiplies (on Hopper).
+    minutes (results/NOTES.md). quack: QuACK multiplies (on Hopper), unless a size is no multiple of 8, which QuACK
+    refuses: on three ranks Dion pads FSDP2's 1,280 rows to 1,281.
     """
     from dion.polar_express import _POLAR_EXPRESS_COEFFS
     X = G.bfloat16().reshape(-1, *G.shape[-2:])
     X = X / (X.norm(dim=(-2, -1), keepdim=True) * 1.02 + epsilon)
     wide = X.mT if X.shape[-2] > X.shape[-1] else X
+    quack = quack and not any(size % 8 for size in wide.shape[1:])
     polynomial, wide = (epilogues.odd_polynomial, wide.contiguous()) if quack else (odd_polynomial, wide)
     for coefficients in _POLAR_EXPRESS_COEFFS:
         wide = polynomial(wide, *coefficients)

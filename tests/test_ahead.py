@@ -131,7 +131,7 @@ def test_the_kernels_that_training_needs(keys):
 @LINUX
 @pytest.mark.slow
 def test_the_report(tmp_path):
-    """relu2 is compiled, relu2_backward raises an error; then the worker of relu2_backward dies, as after LIMIT."""
+    """relu2 and gemm are compiled, relu2_backward raises an error; then its worker dies, as after LIMIT."""
     script = textwrap.dedent("""
         import sys, time, types
         from nanofp8 import ahead, attention, epilogues
@@ -139,14 +139,18 @@ def test_the_report(tmp_path):
         def relu2(*args, **options):
             host.get_max_active_clusters(2)
 
+        def matmul(*args, **options):
+            gemm.get_max_active_clusters(2, device_capacity=90)
+
         def relu2_backward(*args, **options):
             time.sleep(float(sys.argv[2]))
             raise ValueError("no ptxas")
 
         host = types.ModuleType("host")
-        sys.modules["quack"] = types.SimpleNamespace(gemm=types.ModuleType("a"), gemm_symmetric=types.ModuleType("b"))
+        gemm = types.ModuleType("gemm")
+        sys.modules["quack"] = types.SimpleNamespace(gemm=gemm, gemm_symmetric=types.ModuleType("b"))
         sys.modules["quack.gemm_runtime"] = types.SimpleNamespace(host=host)
-        kernels = types.SimpleNamespace(relu2=types.SimpleNamespace(gemm=relu2),
+        kernels = types.SimpleNamespace(gemm=matmul, relu2=types.SimpleNamespace(gemm=relu2),
                                         relu2_backward=types.SimpleNamespace(gemm=relu2_backward))
         epilogues.library = lambda: (kernels, "QuACK 0.6")
         attention.flash4 = lambda: (None, "missing")
@@ -161,6 +165,8 @@ def test_the_report(tmp_path):
         assert done.returncode == 0, done.stderr
         assert lines[0].startswith("QuACK 0.6, imported in") and lines[-1].startswith("all: ")
         assert any(line.startswith("relu2: ") and line.endswith(" s") for line in lines), lines
+        if not seconds:
+            assert any(line.startswith("Muon's third matmul: ") and line.endswith(" s") for line in lines), lines
         assert any(expected in line for line in lines), lines
 
 
