@@ -699,8 +699,7 @@ class Parallel:
         """Prepare the model in place. wrapper: "none", "ddp" (every rank holds all weights) or "fsdp2"."""
         self.model, self.wrapper, self.world_size = model, wrapper, procs.world_size
         self.by_hooks = wrapper == "fsdp2" and cfg.FSDP2_RESHARD  # FSDP2 gathers weights and reduces gradients itself
-        self.shards = None   # Shards, under DDP: the parameters that this rank updates
-        self.buffers = None  # Shards or Gathered: gradients that stay in place; None: autograd makes them
+        self.shards = self.buffers = None  # the parameters that this rank updates (DDP); gradients that stay in place
         reduce, gather = (torch.float32 if on else torch.bfloat16 for on in (cfg.REDUCE_FP32, cfg.GATHER_FP32))
         if wrapper == "ddp":
             self.buffers = self.shards = Shards(model, model.matrices(), procs, reduce, gather, not cfg.USE_8BIT_ADAM)
@@ -972,6 +971,7 @@ def prepare_step(run: Run, step: int) -> None:
 
 def evaluate_and_log(run: Run, step: int) -> None:
     """Evaluate in one format (after the last step: in both) and log it; delayed scaling's state is kept."""
+    run.progress.flush()  # an evaluation that fails must not lose the step before it
     formats = run.precision.evaluation_formats(run.cfg)
     formats = formats if step == run.cfg.max_iters - 1 else formats[:1]
     with preserved_scales(run.model), run.parallel.whole_weights():
@@ -1031,6 +1031,7 @@ def set_up(cfg: SimpleNamespace, procs: Processes, cleanup: contextlib.ExitStack
         run.log = runlog.open_log(run, lock)
         cleanup.push(lambda kind, *_: run.log.close(failed=kind is not None))
     run.checkpoints = checkpoint.Checkpoints(run.folder, cfg.keep_checkpoints, procs)
+    cleanup.push(run.checkpoints.finish_after_error)
     run.stop = cleanup.enter_context(StopSignal())
     run.checkpoints.prepare(lambda: checkpoint.training_state(run))
     run.progress = runlog.Progress(cfg, procs, run.log, flops_per_token(cfg), meta["train_seconds"] if meta else 0.0)

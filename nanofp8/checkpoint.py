@@ -13,11 +13,13 @@ import math
 import os
 import random
 import re
+import shlex
 import shutil
 import sys
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
 from multiprocessing.pool import ThreadPool
 from types import ModuleType, SimpleNamespace
 from typing import Any, Callable, Iterator
@@ -48,6 +50,8 @@ from nanofp8.procs import Processes, report_good_end
 from nanofp8.resuming import find_checkpoint, run_folder_of, was_restarted
 from nanofp8.runlog import read_log
 from nanofp8.shards import ShardError, fingerprint
+
+LAST_WRITE = 120.0  # seconds that a run which ends by an error waits for the checkpoint being written
 
 # Flags that a resumed run cannot change
 FIXED_FLAGS = ("n_layer", "n_embd", "n_head", "vocab_size", "block_size", "rope_base", "norm_eps", "logit_softcap",
@@ -489,6 +493,14 @@ class Checkpoints:
         except (Exception, CheckpointException) as error:
             self.report_failure(step, temporary, failure_line(error))
 
+    def finish_after_error(self, kind: type | None, *_: object) -> None:
+        """Finish the checkpoint that is being written when an error ends the run; an exit callback of an ExitStack.
+
+        The ranks that did not fail write on meanwhile. A write that hangs is given up after LAST_WRITE seconds.
+        """
+        if kind is not None and self.pending and wait_for([self.pending[2]], LAST_WRITE).done:
+            self.finish()
+
     def rename(self, step: int, temporary: str) -> None:
         """Give the folder its final name, then delete what exceeds `keep` (rank 0). Raises OSError."""
         final, replaced = (os.path.join(self.folder, f"{name}_{step:06d}") for name in ("step", ".replaced"))
@@ -556,7 +568,7 @@ def report_end(run: Any, stopped: bool) -> None:
                         f"checkpoint could not be written: {failure}. Newest checkpoint: {newest or 'none'}; make room "
                         f"or choose another --out_dir, then {then}")
     if not stopped and newest:
-        run.procs.print(f"next: python sample.py --ckpt={run.folder} continues a text with this model")
+        run.procs.print(f"next: python sample.py --ckpt={shlex.quote(run.folder)} continues a text with this model")
     if stopped:
         run.procs.print(f"\nstopped by a signal after {steps} steps; continue with the same command and --resume=auto "
                         f"(from {newest or 'the start: no checkpoint was kept'})")

@@ -141,7 +141,8 @@ def convert(kind: Any, value: Any) -> Any:
     if kind is str:
         if not isinstance(value, str):
             raise wrong
-        return value
+        # No shell expands --out_dir=~/runs, and a folder called ~ is dangerous to delete
+        return os.path.expanduser(value) if value.startswith("~/") else value
     if kind is bool:
         for choice in (True, False):
             if value is choice or _same_switch(value, choice):

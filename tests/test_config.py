@@ -149,6 +149,11 @@ def test_text_stays_text():
         assert parse(f"--run_name={text}").run_name == text
 
 
+def test_a_path_in_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ada")
+    assert parse("--out_dir=~/runs").out_dir == "/home/ada/runs"
+
+
 @pytest.mark.parametrize("given,nearest", [
     ("batchsize", "batch_size"), ("use_fp8", "USE_FP8"), ("learning-rate", "learning_rate"), ("n_layers", "n_layer"),
     ("USE_FSDP", "USE_FSDP2"), ("max_iter", "max_iters"), ("Total_Batch_Size", "total_batch_size"),

@@ -1153,6 +1153,13 @@ def test_shakespeare_bad_name(text_file, tmp_path, capsys, name):
     assert "--name" in capsys.readouterr().err and not list(tmp_path.rglob("*.bin"))
 
 
+def test_shakespeare_is_not_replaced_by_another_text(text_file, capsys):
+    before = (DATA / "shakespeare" / "shakespeare_val_000000.bin").stat().st_mtime_ns
+    assert shakespeare(text_file) == 2
+    assert "--out=" in capsys.readouterr().err
+    assert (DATA / "shakespeare" / "shakespeare_val_000000.bin").stat().st_mtime_ns == before
+
+
 def test_shakespeare_two_names_in_one_folder(text_file, tmp_path, capsys):
     assert shakespeare(text_file, "--out", tmp_path / "out", "--name=tiny_train_v2") == 0
     before = file_bytes(tmp_path / "out")

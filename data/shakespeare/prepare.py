@@ -118,6 +118,8 @@ def main() -> None:
                         help="first part of the file names (default %(default)s)")
     add_split_arguments(parser, VAL_FRACTION, "the text's characters")
     args = parser.parse_args()
+    if args.source != SOURCE and args.out == HERE:
+        parser.error("another text needs a folder of its own, or it would replace Shakespeare: give --out=data/NAME")
     try:
         refuse_other_data_sets(args.out, args.name)
         train, val = tokenize(read_text(args.source), args.val_fraction, args.min_val_tokens)
