@@ -37,6 +37,7 @@ from nanofp8.checkpoint_files import (
     complete_checkpoints,
     failure_line,
     find_damage,
+    is_complete,
     load_tensors,
     older_checkpoints,
     read_checkpoint,
@@ -328,7 +329,7 @@ class Checkpoints:
         if procs.is_main:
             for name in os.listdir(self.folder) if os.path.isdir(self.folder) else ():
                 path = os.path.join(self.folder, name)
-                whole = name.startswith("step_") and os.path.isfile(os.path.join(path, "meta.json"))
+                whole = name.startswith("step_") and is_complete(path)
                 if re.fullmatch(r"(step|\.writing|\.replaced)_\d+", name) and not whole:
                     self.delete(path)
         dist.barrier(self.group)

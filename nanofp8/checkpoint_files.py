@@ -74,8 +74,23 @@ def steps_of(checkpoint: str) -> int:
 
 def complete_checkpoints(folder: str) -> list[str]:
     """Return the complete checkpoints in a folder, by steps."""
-    found = [os.path.dirname(f) for f in glob.glob(os.path.join(glob.escape(folder), "step_*", "meta.json"))]
-    return sorted((f for f in found if re.fullmatch(r"step_\d+", os.path.basename(f))), key=steps_of)
+    found = glob.glob(os.path.join(glob.escape(folder), "step_*"))
+    return sorted((f for f in found if re.fullmatch(r"step_\d+", os.path.basename(f)) and is_complete(f)), key=steps_of)
+
+
+def is_complete(folder: str) -> bool:
+    """Return whether a checkpoint has been written to its end: meta.json is written last.
+
+    One whose files cannot be seen (no permission, a disk that fails) counts as complete: what reads it says so, and
+    nothing deletes it as half written.
+    """
+    try:
+        os.stat(os.path.join(folder, "meta.json"))
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        pass
+    return True
 
 
 def older_checkpoints(checkpoint: str) -> list[str]:

@@ -27,7 +27,19 @@ import time
 import types
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Annotated, Any, Literal, Mapping, NoReturn, Sequence, Union, get_args, get_origin, get_type_hints
+from typing import (
+    Annotated,
+    Any,
+    Iterable,
+    Literal,
+    Mapping,
+    NoReturn,
+    Sequence,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 GPU_PRESET, CPU_PRESET = "d20", "tiny"  # what preset "auto" stands for, with and without a GPU
 
@@ -249,6 +261,12 @@ def script_flags(path: str | os.PathLike) -> dict[str, Flag]:
 # Command line
 
 
+def nearest(name: str, flags: Iterable[str]) -> str:
+    """Return the flag whose name is most like this one."""
+    by_lower = {known.lower(): known for known in flags}
+    return by_lower[difflib.get_close_matches(name.lower().replace("-", "_"), by_lower, 1, 0.0)[0]]
+
+
 def parse_arguments(argv: Sequence[str], flags: Mapping[str, Flag]) -> dict[str, Any]:
     """Return {name: value} of arguments --name=value.
 
@@ -261,9 +279,7 @@ def parse_arguments(argv: Sequence[str], flags: Mapping[str, Flag]) -> dict[str,
             raise UserError(f"unknown argument '{argument}'; write flags as --name=value (see --help)", 2)
         name, text = match.groups()
         if name not in flags:
-            by_lower = {known.lower(): known for known in flags}
-            nearest = difflib.get_close_matches(name.lower().replace("-", "_"), by_lower, 1, 0.0)[0]
-            raise UserError(f"unknown flag --{name}; did you mean --{by_lower[nearest]}? (see --help)", 2)
+            raise UserError(f"unknown flag --{name}; did you mean --{nearest(name, flags)}? (see --help)", 2)
         try:
             given[name] = convert(flags[name].kind, text)
         except ValueError as error:
@@ -292,6 +308,10 @@ def parse_flags(argv: Sequence[str], path: str | os.PathLike, presets: Mapping[s
     auto = ["preset"] if preset == "auto" else []
     if auto:
         preset = GPU_PRESET if has_gpu else CPU_PRESET
+    if preset not in presets:
+        raise UserError(f"preset={preset} has no entry in PRESETS; add one, or choose {', '.join(presets)}", 2)
+    if unknown := sorted(presets[preset].keys() - flags.keys()):
+        raise UserError(f"preset {preset} sets {unknown[0]}, which is no flag; did you mean {nearest(unknown[0], flags)}?", 2)
     edited = {name for name, released in presets[GPU_PRESET].items() if values[name] != released}
     values |= {name: value for name, value in presets[preset].items() if name not in edited}
     values |= given | {"preset": preset}

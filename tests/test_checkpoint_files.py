@@ -353,3 +353,19 @@ def test_getattr_of_an_enumerations_member_only():
     for owner, name in ((kind, "mro"), (kind, "__class__"), (metadata.Metadata, "__init__")):
         with pytest.raises(pickle.UnpicklingError, match="getattr"):
             checkpoint_files.IndexUnpickler(io.BytesIO(pickle.dumps(Attribute(owner, name)))).load()
+
+
+def test_a_checkpoint_that_cannot_be_seen_counts_as_complete(tmp_path, monkeypatch):
+    """Else an older one would be taken in its place, and this one be deleted as half written."""
+    stat, hidden = os.stat, str(tmp_path / "step_000002" / "meta.json")
+
+    def refuse(path, *args, **options):
+        if str(path) == hidden:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return stat(path, *args, **options)
+
+    for name in ("step_000001", "step_000002", "step_000003"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "step_000001" / "meta.json").write_text("{}")
+    monkeypatch.setattr(os, "stat", refuse)
+    assert [os.path.basename(f) for f in checkpoint_files.complete_checkpoints(str(tmp_path))] == ["step_000001", "step_000002"]

@@ -192,6 +192,14 @@ def test_a_preset_fills_its_flags_and_leaves_the_rest(name):
             assert type(getattr(cfg, flag.name)) is type(flag.default) or flag.default == "auto"
 
 
+def test_a_preset_that_somebody_adds_or_edits(tmp_path):
+    presets = train.PRESETS | {"tiny": train.PRESETS["tiny"] | dict(n_layr=3)}
+    with pytest.raises(UserError, match="preset tiny sets n_layr, which is no flag; did you mean n_layer"):
+        parse("--preset=tiny", presets=presets)
+    with pytest.raises(UserError, match="preset=d12 has no entry in PRESETS"):
+        parse("--preset=d12", presets={name: flags for name, flags in train.PRESETS.items() if name != "d12"})
+
+
 @pytest.mark.parametrize("has_gpu,name", [(True, "d20"), (False, "tiny")])
 def test_auto_goes_by_the_gpu(has_gpu, name):
     assert parse(has_gpu=has_gpu).preset == name
