@@ -568,7 +568,7 @@ def report_end(run: Any, stopped: bool) -> None:
         raise UserError(f"{'stopped by a signal' if stopped else 'trained to the end'} after {steps} steps, but their "
                         f"checkpoint could not be written: {failure}. Newest checkpoint: {newest or 'none'}; make room "
                         f"or choose another --out_dir, then {then}")
-    if not stopped and newest:
+    if not stopped and newest and steps_of(newest) == steps:  # not one from before, with keep_checkpoints=0
         run.procs.print(f"next: python sample.py --ckpt={shlex.quote(run.folder)} continues a text with this model")
     if stopped:
         run.procs.print(f"\nstopped by a signal after {steps} steps; continue with the same command and --resume=auto "

@@ -311,7 +311,8 @@ def parse_flags(argv: Sequence[str], path: str | os.PathLike, presets: Mapping[s
     if preset not in presets:
         raise UserError(f"preset={preset} has no entry in PRESETS; add one, or choose {', '.join(presets)}", 2)
     if unknown := sorted(presets[preset].keys() - flags.keys()):
-        raise UserError(f"preset {preset} sets {unknown[0]}, which is no flag; did you mean {nearest(unknown[0], flags)}?", 2)
+        raise UserError(f"preset {preset} sets {unknown[0]}, which is no flag; did you mean "
+                        f"{nearest(unknown[0], flags)}?", 2)
     edited = {name for name, released in presets[GPU_PRESET].items() if values[name] != released}
     values |= {name: value for name, value in presets[preset].items() if name not in edited}
     values |= given | {"preset": preset}

@@ -368,4 +368,5 @@ def test_a_checkpoint_that_cannot_be_seen_counts_as_complete(tmp_path, monkeypat
         (tmp_path / name).mkdir()
     (tmp_path / "step_000001" / "meta.json").write_text("{}")
     monkeypatch.setattr(os, "stat", refuse)
-    assert [os.path.basename(f) for f in checkpoint_files.complete_checkpoints(str(tmp_path))] == ["step_000001", "step_000002"]
+    found = checkpoint_files.complete_checkpoints(str(tmp_path))
+    assert [os.path.basename(f) for f in found] == ["step_000001", "step_000002"]
