@@ -48,6 +48,12 @@ class ShardError(ValueError):
         self.fault = fault
 
 
+def unreadable(path: str | os.PathLike, error: OSError) -> ShardError:
+    """Return the error for a shard that cannot be read. One that is there is not to be deleted for that."""
+    remedy = () if isinstance(error, FileNotFoundError) else ("check the disk and the file's permissions",)
+    return ShardError(f"{path} cannot be read ({error.strerror})", *remedy)
+
+
 def find_shards(folder: str, split: str) -> tuple[list[str], list[str]]:
     """Find the shards of a split, "train" or "val", in a folder.
 
@@ -123,7 +129,7 @@ def read_token_count(path: str | os.PathLike) -> int:
             header = f.read(HEADER_BYTES)
             size = os.fstat(f.fileno()).st_size
     except OSError as error:
-        raise ShardError(f"{path} cannot be read ({error.strerror})") from None
+        raise unreadable(path, error) from None
     if len(header) < HEADER_BYTES:
         raise ShardError(f"{path} has {size} bytes, fewer than the {HEADER_BYTES} of a shard's header")
     magic, version, tokens = struct.unpack("<3i", header[:12])
@@ -170,7 +176,7 @@ def fingerprint(path: str | os.PathLike) -> dict:
             for start, count in pieces:
                 crc = zlib.crc32(os.pread(f.fileno(), count, start), crc)
     except OSError as error:
-        raise ShardError(f"{path} cannot be read ({error.strerror})") from None
+        raise unreadable(path, error) from None
     return dict(name=os.path.basename(path), bytes=size, crc32=crc)
 
 

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import sys
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -75,6 +76,12 @@ BAD_SHARDS = {  # content, and what the message says of it
     "negative count": (shard_bytes([1, 2], count=-2), "-2"),
     "not a shard": (b"<!doctype html>" * 200, "magic"),
 }
+
+
+def test_a_shard_without_permission_is_not_to_be_deleted(tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.open", mock.Mock(side_effect=PermissionError(13, "Permission denied")))
+    with pytest.raises(ShardError, match="Permission denied.*check the disk and the file's permissions"):
+        read_token_count(tmp_path / "s_train_000001.bin")
 
 
 @pytest.mark.parametrize("name", BAD_SHARDS)
