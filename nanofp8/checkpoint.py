@@ -497,8 +497,8 @@ class Checkpoints:
     def finish_after_error(self, kind: type | None, *_: object) -> None:
         """Finish the checkpoint that is being written when an error ends the run; an exit callback of an ExitStack.
 
-        The other ranks' threads write on meanwhile. Rank 0 alone gives a checkpoint its name, so it helps where rank 0 is
-        among those that fail. A write that hangs is given up after LAST_WRITE seconds.
+        The other ranks' threads write on meanwhile. Rank 0 alone gives a checkpoint its name: it helps if rank 0 fails
+        too. A write that hangs is given up after LAST_WRITE seconds.
         """
         if kind is not None and self.pending and wait_for([self.pending[2]], LAST_WRITE).done:
             self.finish()
