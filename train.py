@@ -415,11 +415,11 @@ class DataLoader:
 
 def open_data(cfg: SimpleNamespace, procs: Processes) -> tuple[DataLoader, TokenRing]:
     """Return the train shards' loader and the val ring. Rounds cfg.eval_tokens to whole sequences of the val shards."""
-    # os.path.join drops the first part if data_dir is absolute
-    data_dir = os.path.join(os.path.dirname(os.path.abspath(__file__)), cfg.data_dir)
+    data_dir = os.path.join(os.path.dirname(os.path.abspath(__file__)), cfg.data_dir)  # an absolute one stays
     train_ring = TokenRing(data_dir, cfg.dataset, "train", cfg.vocab_size, cfg.total_batch_size + 1)
     val_ring = TokenRing(data_dir, cfg.dataset, "val", cfg.vocab_size, cfg.block_size + 1)
     cfg.eval_tokens = max(1, min(cfg.eval_tokens, val_ring.total - 1) // cfg.block_size) * cfg.block_size
+    val_ring.read(0, cfg.eval_tokens + 1)  # a token id that is too large ends the run now, not at an evaluation
     return DataLoader(train_ring, cfg, procs), val_ring
 
 

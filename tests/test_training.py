@@ -351,6 +351,18 @@ def test_val_loss_is_the_cross_entropy_of_the_first_sequences(shards):
     assert evaluate_small(shards, 640, 8) == pytest.approx(want, rel=1e-5)
 
 
+def test_a_val_token_beyond_the_vocabulary_ends_the_run_before_its_first_step(tmp_path, shards, capsys):
+    folder = tmp_path / "data" / "synthetic"
+    tokens = markov_tokens(2000, seed=2)
+    tokens[20] = 600
+    bad = write_shard(folder / "s_val_000000.bin", tokens)
+    (folder / "s_train_000001.bin").write_bytes((shards / "synthetic" / "s_train_000001.bin").read_bytes())
+    with pytest.raises(SystemExit):
+        train_here(tmp_path / "out", tmp_path / "data")
+    assert f"{bad} holds token id 600" in capsys.readouterr().err
+    assert not any((tmp_path / "out").glob("*"))
+
+
 @pytest.mark.slow
 def test_eval_tokens_are_cut_to_what_there_is(tmp_path, shards):
     """1500 val tokens hold 46 sequences of 32 with a last target. Less than one sequence is rounded up to one."""
