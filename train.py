@@ -19,6 +19,7 @@ from nanofp8.config import (  # types of flags, and what reads them
     AutoBool,
     AutoNonNegativeFloat,
     AutoPositive,
+    Exponent,
     FolderName,
     Fraction,
     Letters,
@@ -176,7 +177,7 @@ USE_8BIT_ADAM: bool = False                   # bitsandbytes AdamW8bit for embed
 # Precision
 USE_FP8: bool = True                          # matmuls in FP8; on a GPU without FP8 only if given; False: bf16
 FP8_RECIPE: Literal["delayed", "current", "block", "mxfp8"] = "delayed"  # how FP8 scales are chosen (docs/precision.md)
-FP8_MARGIN: int = 0                           # delayed: scale = fp8_max / amax / 2^margin
+FP8_MARGIN: Exponent = 0                      # delayed: scale = fp8_max / amax / 2^margin
 FP8_AMAX_HISTORY: Positive = 1024             # delayed: the scale follows the largest amax of this many micro-batches
 FP8_CALIBRATION_STEPS: Positive = 3           # delayed: number of first steps with a calibration pass before them
 USE_FP8_HEAD: bool = True                     # with USE_FP8: the head's matmuls in FP8 too, for every recipe
@@ -595,8 +596,7 @@ class Optimizers(OptimizerSet):
         matrix_groups = [
             dict(name="qkv", params=[p for n, p in blocks if n.endswith("qkv.weight")],
                  split_sizes=(cfg.n_embd, cfg.n_embd, cfg.n_embd), **muon),
-            dict(name="matrices", **muon,
-                 params=[p for n, p in blocks if n.endswith(("proj.weight", "fc1_weight"))]),
+            dict(name="matrices", params=[p for n, p in blocks if n.endswith(("proj.weight", "fc1_weight"))], **muon),
             dict(name="fc2", **muon | dict(lr=cfg.learning_rate * cfg.lr_ratio_fc2),
                  params=[p for n, p in blocks if n.endswith("fc2_weight")]),
         ]

@@ -94,12 +94,14 @@ class Pattern:
         return self.meaning
 
 
+SMALLEST, LARGEST = 1e-30, 1e30  # size of a fractional number that is not 0: others are near fp32's limits or beyond
 Positive = Annotated[int, Bounds(1)]
 NonNegative = Annotated[int, Bounds(0)]
 PositiveFloat = Annotated[float, Bounds(0, open_low=True)]
 NonNegativeFloat = Annotated[float, Bounds(0)]
 Fraction = Annotated[float, Bounds(0, 1, open_high=True)]
 Seed = Annotated[int, Bounds(0, 2**32 - 1)]
+Exponent = Annotated[int, Bounds(-64, 64)]     # of a power of two that fits fp32 with room to spare
 Window = Annotated[int, Bounds(1, 1_000_000)]  # steps that are kept in memory
 Timeout = Annotated[float, Bounds(5)]          # seconds; heartbeats come every second
 FolderName = Annotated[str, Pattern(r"(?!\.)[^/\\\0]+", "a folder name without slashes or a leading dot")]
@@ -167,8 +169,10 @@ def convert(kind: Any, value: Any) -> Any:
             raise wrong from None
     if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else int):
         raise wrong
-    if not -2**63 <= value < 2**63 if isinstance(value, int) else not math.isfinite(value):
-        raise ValueError(f"{wrong} of a usual size")
+    if kind is int and not -2**63 <= value < 2**63:
+        raise ValueError("an integer of 64 bits")
+    if kind is float and value and not SMALLEST <= abs(value) <= LARGEST:
+        raise ValueError(f"a number of size {SMALLEST:g} to {LARGEST:g}, or 0")
     return kind(value)
 
 

@@ -14,6 +14,7 @@ from nanofp8 import runlog
 from nanofp8.checkpoint_files import (
     complete_checkpoints,
     find_damage,
+    is_complete,
     older_checkpoints,
     read_checkpoint,
     set_aside,
@@ -50,7 +51,7 @@ def find_checkpoint(path: str) -> str | None:
     `path` is a checkpoint, or a run folder (its checkpoint with most steps: later ones are deleted when a run is
     resumed at an earlier step), or a folder of runs (the run that saved last).
     """
-    if os.path.isfile(os.path.join(path, "meta.json")):
+    if is_complete(path):
         return path
     folders = [path, os.path.join(path, "ckpt"), *glob.glob(os.path.join(glob.escape(path), "*", "ckpt"))]
     return max((found[-1] for found in map(complete_checkpoints, folders) if found), key=last_saved, default=None)

@@ -116,17 +116,22 @@ def read_log(folder: str) -> list[dict]:
     """Return the records of a run folder's log.jsonl: objects with a `kind` (text) and a `step` (integer).
 
     Skips malformed lines, which a killed run or a crashed machine may leave. Without a log the list is empty.
+    Raises: UserError if the log cannot be read.
     """
     path, records = os.path.join(folder, "log.jsonl"), []
     if not os.path.exists(path):
         return []
-    with open(path, encoding="utf-8", errors="replace") as f:
-        for line in f:
-            with contextlib.suppress(ValueError):
-                record = json.loads(line) if line.endswith("}\n") else None
-                if (isinstance(record, dict) and isinstance(record.get("kind"), str)
-                        and isinstance(record.get("step"), int)):
-                    records.append(record)
+    try:
+        with open(path, encoding="utf-8", errors="replace") as f:
+            lines = f.readlines()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); correct its permissions, or move it away",
+                        one_rank=True) from None
+    for line in lines:
+        with contextlib.suppress(ValueError):
+            record = json.loads(line) if line.endswith("}\n") else None
+            if isinstance(record, dict) and isinstance(record.get("kind"), str) and isinstance(record.get("step"), int):
+                records.append(record)
     return records
 
 
@@ -157,7 +162,7 @@ class RunLog:
             config: what config.json holds.
             first_step: the step that a resumed run continues with; records of that step and later ones are dropped.
             wandb_project: "" for no wandb.
-        Raises: UserError if the folder cannot be written.
+        Raises: UserError if the folder cannot be written, or its log not be read.
         """
         self.folder, self.lock, self.config = folder, lock, config
         self.wandb, self.records, self.unwritten = None, [], b""

@@ -14,7 +14,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import filesystem, metadata
 
 from helpers import ROOT, same_tensors
-from nanofp8 import checkpoint_files
+from nanofp8 import checkpoint_files, resuming
 from nanofp8.checkpoint_files import (
     SAVED_FLAGS,
     DamagedCheckpoint,
@@ -370,3 +370,4 @@ def test_a_checkpoint_that_cannot_be_seen_counts_as_complete(tmp_path, monkeypat
     monkeypatch.setattr(os, "stat", refuse)
     found = checkpoint_files.complete_checkpoints(str(tmp_path))
     assert [os.path.basename(f) for f in found] == ["step_000001", "step_000002"]
+    assert resuming.find_checkpoint(os.path.dirname(hidden)) == os.path.dirname(hidden)  # so its reader names the cause

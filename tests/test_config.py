@@ -75,6 +75,8 @@ def good_value(name):
 
 
 def bad_values(name):
+    if name == "FP8_MARGIN":
+        return ["2000", "-2000", "1.5"]
     if name in CHOICES:
         return ["nonsense", ""]
     if name in TRISTATE or name in BOOLS:
@@ -82,7 +84,7 @@ def bad_values(name):
     if name in INTS:
         return ["many", "1.5", "1e3", "True", "", "[1]"]
     if name in FLOATS:
-        return ["much", "False", "", "nan", "inf", "-1e999"]
+        return ["much", "False", "", "nan", "inf", "-1e999", "1e300", "1e-320"]
     if name == "skip_grad_zscore":
         return ["automatic", "-1", "", "nan", "True"]
     if name in ("total_batch_size", "batch_size"):

@@ -9,7 +9,7 @@ import pytest
 
 from helpers import records
 from nanofp8.config import UserError
-from nanofp8.runlog import FolderLock, RunLog, format_duration, make_run_folder, saved_config
+from nanofp8.runlog import FolderLock, RunLog, format_duration, make_run_folder, read_log, saved_config
 
 
 def test_a_wandb_that_fails_later_is_switched_off(tmp_path, monkeypatch, capsys):
@@ -25,6 +25,12 @@ def test_a_wandb_that_fails_later_is_switched_off(tmp_path, monkeypatch, capsys)
     log.close()
     assert capsys.readouterr().out.count("wandb is off: no network") == 1
     assert [r["loss"] for r in records(tmp_path)] == [1.0, None]  # JSON has no NaN
+
+
+def test_a_log_that_cannot_be_read_is_one_line(tmp_path):
+    (tmp_path / "log.jsonl").mkdir()
+    with pytest.raises(UserError, match=r"log\.jsonl cannot be read \(Is a directory\)"):
+        read_log(str(tmp_path))
 
 
 def test_wandb_gets_the_id_of_the_run_and_whether_it_failed(tmp_path, monkeypatch):
