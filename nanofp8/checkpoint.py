@@ -22,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
 from multiprocessing.pool import ThreadPool
 from types import ModuleType, SimpleNamespace
-from typing import Any, Callable, Iterator
+from typing import Any, Callable, Iterable, Iterator
 
 import numpy as np
 import torch
@@ -44,14 +44,15 @@ from nanofp8.checkpoint_files import (
     read_index,
     steps_of,
 )
-from nanofp8.config import UserError, flag_values
+from nanofp8.config import UserError, convert, flag_values, script_flags
 from nanofp8.files import error_line, is_seen, sync_to_disk
 from nanofp8.precision import fp8_state
 from nanofp8.procs import Processes, report_good_end
 from nanofp8.resuming import find_checkpoint, run_folder_of, was_restarted
 from nanofp8.runlog import read_log
-from nanofp8.shards import ShardError, fingerprint
+from nanofp8.shards import PROJECT, ShardError, fingerprint
 
+TRAIN = os.path.join(PROJECT, "train.py")
 LAST_WRITE = 120.0  # seconds that a run which ends by an error waits for the checkpoint being written
 
 # Flags that a resumed run cannot change
@@ -141,32 +142,52 @@ def shard_fingerprints(train_ring: Any, val_ring: Any, procs: Processes) -> dict
 # Resuming
 
 
-def adopt_flags(checkpoint: str, cfg: SimpleNamespace, old: dict, procs: Processes) -> dict:
+def adopt_flags(checkpoint: str, cfg: SimpleNamespace, recipe: dict, procs: Processes) -> dict:
     """Return the flags of a checkpoint that is to be resumed, after cfg has taken over some of them.
 
-    These are the flags that cannot change and were neither given nor edited (a preset does not count). If the
-    checkpoint is older than the flag lr_scaling, they are its whole recipe, because the present defaults differ: every
-    flag of `old` (what such code trained with). If it has the lr_scaling that was the default before "length", that is
-    taken too.
+    Taken are, unless they were given or edited, the flags that cannot change, and those of `recipe`: a run that goes on
+    without the flags of its first start must not jump to the present defaults. They are not taken if another preset is
+    given. Old code did not save all of `recipe`; it trained with these values.
     Raises: UserError.
     """
     saved = read_checkpoint(checkpoint)["flags"]
-    then = ADDED_FLAGS | saved
-    taken = {name: then[name] for name in FIXED_FLAGS if name not in cfg.explicit and name in then}
+    is_old = "lr_scaling" not in saved
+    then = ADDED_FLAGS | (recipe if is_old else {}) | saved
+
+    def left_out(names: Iterable[str]) -> dict:
+        return {name: then[name] for name in names if name not in cfg.explicit and name in then}
+
+    taken = left_out(FIXED_FLAGS)
     if differing := [f"{name}={value}" for name, value in taken.items() if value != getattr(cfg, name)]:
         procs.print(f"resume: taken from the checkpoint, because they cannot change: {', '.join(differing)}")
-    if "lr_scaling" not in saved:
-        taken |= {name: saved.get(name, value) for name, value in old.items() if name not in cfg.explicit}
-        for name in old.keys() & taken.keys():
-            if type(taken[name]) is not type(old[name]):
-                raise UserError(f"cannot load checkpoint {checkpoint}: its flag {name} is {taken[name]!r:.200}, which "
-                                f"is not of its type; name another checkpoint")
+    if is_old:
+        follow = {*recipe}
         procs.print("resume: the checkpoint is older than the present recipe, and continues with its own")
-    elif saved["lr_scaling"] == "sqrt" and cfg.lr_scaling == "length" and "lr_scaling" not in cfg.explicit:
-        taken["lr_scaling"] = "sqrt"  # once the default: the rates must not jump
-        procs.print("resume: lr_scaling=sqrt, as in the checkpoint; --lr_scaling=length changes the learning rates")
+    elif "preset" in cfg.auto or cfg.preset == saved.get("preset"):
+        follow = {*recipe} - {"batch_size"}  # which depends on the machine
+    elif cfg.lr_scaling == "length" and saved["lr_scaling"] == "sqrt":
+        follow = {"lr_scaling"}  # once the default: the rates must not jump
+    else:
+        follow = set()
+    kinds, others = script_flags(TRAIN), left_out(sorted(follow - {*FIXED_FLAGS}))
+    for name, value in others.items():
+        try:
+            others[name] = convert(kinds[name].kind, value)
+        except ValueError as error:
+            raise UserError(f"cannot load checkpoint {checkpoint}: its flag {name} is {value!r:.200}, but must be "
+                            f"{error}; name another checkpoint") from None
+    if {"train_tokens", "max_iters"} <= others.keys():  # neither was given: the one that set the length is taken
+        by_tokens = round(others["train_tokens"] / (then.get("total_batch_size") or 1)) in (others["max_iters"], 0)
+        others |= {} if by_tokens else {"train_tokens": 0}
+    elif not is_old:
+        others = {name: value for name, value in others.items() if name not in ("train_tokens", "max_iters")}
+    differing = [f"{name}={value}" for name, value in others.items() if value != getattr(cfg, name)
+                 and not (name == "max_iters" and others.get("train_tokens"))]
+    if differing and not is_old:
+        procs.print(f"resume: taken from the checkpoint, because they were not given: {', '.join(differing)}")
+    taken |= others
     vars(cfg).update(taken)
-    cfg.auto = [name for name in cfg.auto if name not in taken]
+    cfg.auto = [name for name in cfg.auto if taken.get(name, "auto") == "auto"]
     return saved
 
 
@@ -199,6 +220,16 @@ def check_shards(checkpoint: str, saved: dict[str, list], shards: dict[str, list
                     2)
 
 
+def check_unfinished(checkpoint: str, cfg: SimpleNamespace) -> None:
+    """Check that a checkpoint's run has steps left. Raises UserError (status 2)."""
+    step, folder = read_checkpoint(checkpoint)["step"], run_folder_of(checkpoint)
+    # A run that was killed after its last checkpoint only lacks the line "done"; a restarted one may even have that
+    complete = folder is None or any(r["kind"] == "done" for r in read_log(folder)) and not was_restarted()
+    if step > cfg.max_iters or step == cfg.max_iters and complete:
+        raise UserError(f"{checkpoint} has {step} steps, and max_iters is {cfg.max_iters}; raise --max_iters or "
+                        f"--train_tokens", 2)
+
+
 def check_resume(checkpoint: str, cfg: SimpleNamespace, ring: Any, shards: dict, procs: Processes) -> dict:
     """Return the meta.json of a checkpoint, after checking that flags and data fit it. Prints harmless differences.
 
@@ -212,12 +243,8 @@ def check_resume(checkpoint: str, cfg: SimpleNamespace, ring: Any, shards: dict,
     meta, now = read_checkpoint(checkpoint), vars(cfg)
     check_fixed_flags(checkpoint, cfg)
     changed = {k: (was, now[k]) for k, was in meta["flags"].items() if k in now and now[k] != was}
+    check_unfinished(checkpoint, cfg)
     folder = run_folder_of(checkpoint)
-    # A run that was killed after its last checkpoint only lacks the line "done"; a restarted one may even have that
-    complete = folder is None or any(r["kind"] == "done" for r in read_log(folder)) and not was_restarted()
-    if meta["step"] > cfg.max_iters or meta["step"] == cfg.max_iters and complete:
-        raise UserError(f"{checkpoint} has {meta['step']} steps, and max_iters is {cfg.max_iters}; "
-                        f"raise --max_iters", 2)
     for name, (was, new) in changed.items():
         if name not in ("resume", "out_dir", "run_name"):
             procs.print(f"resume: {name} was {was}, is now {new}")

@@ -292,6 +292,7 @@ def check_flags(exam: Examination) -> Iterator[Verdict]:
     exam.cfg = cfg
     if saved:
         checkpoint.check_fixed_flags(found, cfg)
+        checkpoint.check_unfinished(found, cfg)
         memory.adopt(found, cfg, SimpleNamespace(world_size=exam.ranks))
     parameters = sum(n for _, n, _ in sizes.parameter_table(cfg))
     yield OK, (f"preset {cfg.preset}: {parameters:,} parameters ({cfg.n_layer} layers, width {cfg.n_embd}, vocabulary "
@@ -315,7 +316,8 @@ def check_precision(exam: Examination) -> Iterator[Verdict]:
     """Choose the number format as training does. Raises UserError."""
     if not exam.torch:
         return
-    from nanofp8.precision import select_precision
+    from nanofp8.precision import layer_names, match_layers, select_precision
+    match_layers(exam.cfg.HIGH_PRECISION_LAYERS, layer_names(exam.cfg.n_layer))
     exam.precision = precision = select_precision(exam.cfg, exam.device)
     text = " ".join(filter(None, (precision.name, precision.reason, precision.details)))
     if exam.gpus and precision.emulated and exam.cfg.USE_EMULATION != True:  # noqa: E712 ("auto" is true as well)

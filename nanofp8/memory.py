@@ -13,7 +13,6 @@ and with the tensors that fused blocks really make. tools/memory_model.py measur
 """
 
 import contextlib
-import fnmatch
 import gc
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -29,7 +28,7 @@ from nanofp8.config import UserError, may_choose
 from nanofp8.epilogues import NO_QUACK, Quack, choose_quack
 from nanofp8.fused import blocks_fit, kernels_fit, needs_transposes
 from nanofp8.parts import GATE_CHANNELS, value_layers, windows
-from nanofp8.precision import Precision, choose_format, fp8_state
+from nanofp8.precision import Precision, choose_format, fp8_state, layer_names, match_layers
 from nanofp8.procs import Processes
 
 GB = 1e9
@@ -128,11 +127,12 @@ def saved_bytes(cfg: SimpleNamespace, kind: Kind, block: Block, layer: int) -> f
 
 
 def blocks_in_bf16(cfg: SimpleNamespace) -> list[bool]:
-    """Return for each block whether HIGH_PRECISION_LAYERS keeps one of its layers in bf16: then all of it counts so."""
-    patterns = [part.strip() for part in cfg.HIGH_PRECISION_LAYERS.split(",") if part.strip()]
-    return [any(fnmatch.fnmatchcase(f"blocks.{i}.{layer}", pattern) or fnmatch.fnmatchcase(
-        f"blocks.{i}.{layer}", pattern + ".*") for layer in ("attn.qkv", "attn.proj", "mlp") for pattern in patterns)
-        for i in range(cfg.n_layer)]
+    """Return for each block whether HIGH_PRECISION_LAYERS keeps one of its layers in bf16: then all of it counts so.
+
+    Raises: UserError if a pattern matches nothing.
+    """
+    chosen = match_layers(cfg.HIGH_PRECISION_LAYERS, layer_names(cfg.n_layer))
+    return [any(name.startswith(f"blocks.{i}.") for name in chosen) for i in range(cfg.n_layer)]
 
 
 def largest_share(layers: int, width: int, ranks: int) -> int:

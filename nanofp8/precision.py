@@ -11,7 +11,7 @@ import inspect
 import warnings
 from dataclasses import dataclass
 from types import ModuleType, SimpleNamespace
-from typing import Any, Callable, Collection, Iterator
+from typing import Any, Callable, Collection, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -316,19 +316,17 @@ def ingredients(recipe: Any, why_lacking: str) -> str:
                       if names[on]]) + (f" ({why_lacking})" if why_lacking else "")
 
 
-def keep_high_precision(model: nn.Module, patterns: str, te: ModuleType) -> list[str]:
-    """Make the layers whose names match a pattern run in bf16 (the flag HIGH_PRECISION_LAYERS).
+def layer_names(n_layer: int) -> list[str]:
+    """Return the names of the layers with matmuls, in the model's order."""
+    return [f"blocks.{i}.{layer}" for i in range(n_layer) for layer in ("attn.qkv", "attn.proj", "mlp")] + ["head"]
 
-    NVFP4 is usually trained with the last blocks in bf16 (arXiv 2509.25149).
 
-    Args:
-        patterns: with commas between; a name (blocks.19 means everything inside it) or wildcards (blocks.*.attn.proj).
-        te: the library of the model's layers.
-    Returns: names of the layers, in the model's order.
+def match_layers(patterns: str, layers: Sequence[str]) -> set[str]:
+    """Return the layers that the flag HIGH_PRECISION_LAYERS names.
+
+    patterns: with commas between; a name (blocks.19 means everything inside it) or wildcards (blocks.*.attn.proj).
     Raises: UserError if a pattern matches nothing.
     """
-    layers = [n for n, m in model.named_modules() if isinstance(m, (te.Linear, te.LayerNormLinear, te.LayerNormMLP))]
-    layers.append("head")
     chosen = set()
     for pattern in filter(None, (part.strip() for part in patterns.split(","))):
         matched = [n for n in layers if fnmatch.fnmatchcase(n, pattern) or fnmatch.fnmatchcase(n, pattern + ".*")]
@@ -336,6 +334,18 @@ def keep_high_precision(model: nn.Module, patterns: str, te: ModuleType) -> list
             raise UserError(f"HIGH_PRECISION_LAYERS: '{pattern}' matches no layer; "
                             f"layers are {', '.join(layers[:3])}, ... {layers[-1]}", 2)
         chosen.update(matched)
+    return chosen
+
+
+def keep_high_precision(model: nn.Module, patterns: str, te: ModuleType) -> list[str]:
+    """Make the layers whose names match a pattern run in bf16 (see match_layers).
+
+    NVFP4 is usually trained with the last blocks in bf16 (arXiv 2509.25149). te: the library of the model's layers.
+    Returns: names of the layers, in the model's order. Raises: UserError if a pattern matches nothing.
+    """
+    layers = [n for n, m in model.named_modules() if isinstance(m, (te.Linear, te.LayerNormLinear, te.LayerNormMLP))]
+    layers.append("head")
+    chosen = match_layers(patterns, layers)
 
     def in_bf16(forward):
         def wrapped(*args, **kwargs):

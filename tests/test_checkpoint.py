@@ -11,6 +11,7 @@ import json
 import os
 import pathlib
 import pickle
+import re
 import resource
 import shutil
 import signal
@@ -723,15 +724,17 @@ def test_added_flags_are_fixed_and_sample_py_has_the_same_values():
 
 
 def test_a_run_continues_without_its_flags(tmp_path, shards, capsys, one_rank):
-    """Model, data set and batch come from the checkpoint, though preset tiny has others."""
+    """Model, data set, batch and recipe come from the checkpoint, though preset tiny has others."""
     folder = copy_of_run(one_rank["fp8"].folder, tmp_path / "r", 3)
     with mock.patch.object(runlog.RunLog, "plot"):
-        train.main([f"--resume={folder}", f"--data_dir={shards}", "--preset=tiny", "--max_iters=4"])
+        train.main([f"--resume={folder}", f"--data_dir={shards}", "--preset=tiny", "--muon_impl=torch",
+                    "--USE_COMPILE=False", "--FP8_AMAX_HISTORY=16"])
     out = capsys.readouterr().out
     assert ("resume: taken from the checkpoint, because they cannot change: n_layer=2, n_embd=64, vocab_size=512, "
             "block_size=32, dataset=synthetic, total_batch_size=256, muon_variant=muon\n") in out
-    assert "resume: learning_rate was 0.02, is now 0.03\n" in out and "resume: n_layer" not in out
-    assert len(losses(folder)) == 4 and in_ckpt(folder) == ["step_000003", "step_000004"]
+    assert re.search(r"resume: taken from the checkpoint, because they were not given: .*\blearning_rate=0.02\b", out)
+    assert "resume: learning_rate was" not in out and "resume: n_layer" not in out
+    assert learned(folder) == learned(one_rank["fp8"].folder)
 
 
 @pytest.mark.slow

@@ -291,6 +291,7 @@ def test_a_check_that_fails_is_a_line(shards, tmp_path, capsys, monkeypatch):
     (dict(total_batch_size=100), "batch", ["total_batch_size=100", "--total_batch_size=256"]),
     (dict(n_value_embed=2), "batch", ["--n_value_embed=1"]),
     (dict(FP8_RECIPE="block"), "precision", ["divisible by 128", "--USE_FP8=False"]),
+    (dict(HIGH_PRECISION_LAYERS="blocks.9"), "precision", ["'blocks.9'", "blocks.0.attn.qkv"]),
     (dict(attention="torch", window_pattern="SL"), "kernels", ["--window_pattern=L"]),
     (dict(USE_QUACK=True), "kernels", ["--USE_QUACK=auto"]),
     (dict(USE_8BIT_ADAM=True), "optimizers", ["--USE_8BIT_ADAM=False"]),
@@ -342,8 +343,10 @@ def test_a_resumed_run(shards, tmp_path, capsys):
     flags = dict(max_iters=2, n_layer=1, keep_checkpoints=1)
     folder = train_here(tmp_path / "out", shards, **flags)
     capsys.readouterr()
-    status, lines, _ = report(capsys, *small(shards, tmp_path, **flags, resume="auto"))
+    status, lines, _ = report(capsys, *small(shards, tmp_path, **flags | dict(max_iters=3), resume="auto"))
     assert status == 0 and "step_000002 (not verified)" in of(lines, "flags", doctor.NOTE)
+    status, lines, _ = report(capsys, *small(shards, tmp_path, **flags, resume="auto"))
+    assert status == 1 and "raise --max_iters" in of(lines, "flags", doctor.FAIL)
     status, lines, _ = report(capsys, *small(shards, tmp_path, **flags | dict(n_layer=2), resume="auto"))
     assert status == 1 and "n_layer=1" in of(lines, "flags", doctor.FAIL)
     tensors = sum(path.stat().st_size for path in (folder / "ckpt" / "step_000002").glob("*.distcp"))

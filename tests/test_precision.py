@@ -24,7 +24,14 @@ from helpers import (
 from nanofp8 import host
 from nanofp8 import te_emulation as te
 from nanofp8.config import UserError
-from nanofp8.precision import NVFP4_INGREDIENTS, TE_PARTS, fp8_state, keep_high_precision, preserved_scales
+from nanofp8.precision import (
+    NVFP4_INGREDIENTS,
+    TE_PARTS,
+    fp8_state,
+    keep_high_precision,
+    layer_names,
+    preserved_scales,
+)
 
 LAYERS = [f"blocks.{i}.{layer}" for i in range(2) for layer in ("attn.qkv", "attn.proj", "mlp")]
 
@@ -37,6 +44,7 @@ LAYERS = [f"blocks.{i}.{layer}" for i in range(2) for layer in ("attn.qkv", "att
 ])
 def test_patterns(fresh, patterns, expected):
     assert keep_high_precision(make_model(), patterns, te) == expected
+    assert layer_names(2) == [*LAYERS, "head"]
 
 
 def test_a_head_that_is_in_bf16_anyway_may_be_named(fresh):

@@ -113,6 +113,34 @@ def test_flags_that_cannot_change_come_from_the_checkpoint(monkeypatch, capsys):
     assert capsys.readouterr().out == ""
 
 
+def test_flags_of_the_recipe_that_were_not_given_come_from_the_checkpoint(monkeypatch, capsys):
+    """So a forgotten flag changes neither the length nor the rates of a run. One that is given counts, and so does
+    another preset."""
+    saved = vars(parse("--preset=d12", "--train_tokens=70000000", "--learning_rate=0.031", "--USE_AC_BLOCKS=True"))
+    saved |= dict(total_batch_size=65536, max_iters=1068, preset="d20")
+    for arguments in (["--preset=d20"], []):
+        cfg = parse(*arguments)
+        cfg.auto = cfg.auto if arguments else ["preset"]  # as with a GPU
+        monkeypatch.setattr(train.checkpoint, "read_checkpoint", lambda folder: dict(flags=saved))
+        train.resolve_length(cfg, train.checkpoint.adopt_flags("a", cfg, train.CLASSIC, one_process()))
+        assert (cfg.train_tokens, cfg.max_iters, cfg.learning_rate) == (70000000, 1068, 0.031)
+        assert cfg.weight_decay == saved["weight_decay"] and not cfg.USE_AC_BLOCKS
+        said = capsys.readouterr().out
+        assert "learning_rate=0.031, " in said and "train_tokens=70000000" in said and "max_iters" not in said
+    cfg = resumed(monkeypatch, saved, "--preset=d20", "--train_tokens=140000000", "--learning_rate=0.02")
+    assert (cfg.train_tokens, cfg.max_iters, cfg.learning_rate) == (140000000, 2136, 0.02)
+    assert resumed(monkeypatch, saved, "--preset=d20", "--max_iters=2000").max_iters == 2000
+    cfg = resumed(monkeypatch, saved, "--preset=speedrun")
+    assert cfg.learning_rate == 0.04 and cfg.max_iters == 13600
+    saved["max_iters"] = 500  # given at the first start, beside the preset's train_tokens
+    capsys.readouterr()
+    assert resumed(monkeypatch, saved, "--preset=d20").max_iters == 500
+    assert "max_iters=500" in capsys.readouterr().out
+    saved["learning_rate"] = "fast"
+    with pytest.raises(UserError, match="its flag learning_rate is 'fast', but must be a number"):
+        resumed(monkeypatch, saved, "--preset=d20")
+
+
 def test_a_resumed_run_keeps_the_scaling_that_was_the_default(monkeypatch):
     """Its rates must not jump; a scaling that is given counts, and so does that of another preset."""
     saved = vars(parse("--preset=d20", "--train_tokens=70000000", "--lr_scaling=sqrt"))
