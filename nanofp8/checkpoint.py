@@ -59,6 +59,7 @@ LAST_WRITE = 120.0  # seconds that a run which ends by an error waits for the ch
 FIXED_FLAGS = ("n_layer", "n_embd", "n_head", "vocab_size", "block_size", "rope_base", "norm_eps", "logit_softcap",
                "qk_scale", "window_pattern", "window_size", "n_value_embed", "USE_X0", "dataset", "total_batch_size",
                "USE_8BIT_ADAM", "muon_variant")
+OF_PARTS = ("learning_rate_value", "learning_rate_x0", "muon_beta2")  # of the recipe, but not of preset "classic"
 # Those that older checkpoints do not name, with the values that these were trained with
 ADDED_FLAGS = dict(qk_scale=1.0, window_pattern="L", n_value_embed=0, USE_X0=False, muon_variant="muon")
 
@@ -164,7 +165,7 @@ def adopt_flags(checkpoint: str, cfg: SimpleNamespace, recipe: dict, procs: Proc
         follow = {*recipe}
         procs.print("resume: the checkpoint is older than the present recipe, and continues with its own")
     elif "preset" in cfg.auto or cfg.preset == saved.get("preset"):
-        follow = {*recipe} - {"batch_size"}  # which depends on the machine
+        follow = {*recipe, *OF_PARTS} - {"batch_size"}  # which depends on the machine
     elif cfg.lr_scaling == "length" and saved["lr_scaling"] == "sqrt":
         follow = {"lr_scaling"}  # once the default: the rates must not jump
     else:
