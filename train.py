@@ -239,8 +239,9 @@ CLASSIC = dict(
     USE_CAUTIOUS_WD=False, weight_decay_embed=0.0, weight_decay_head=0.0, weight_decay_gain=0.0, adam_beta1=0.8,
     adam_beta2=0.95, adam_beta2_embed=0.95, adam_eps=1e-10, muon_momentum_start=0.85, muon_momentum=0.95,
     muon_momentum_iters=300, muon_momentum_ratio=0.0, muon_momentum_end=0.0, muon_variant="muon", grad_clip=1.0,
-    loss_chunk_size=8192, eval_interval=125, eval_tokens=10485760, ckpt_interval=250, skip_grad_zscore=0.0,
-    window_size=512, USE_8BIT_ADAM=False,
+    loss_chunk_size=8192, eval_interval=125, eval_tokens=10485760, ckpt_interval=250, ckpt_minutes=0.0,
+    keep_checkpoints=2, skip_grad_zscore=0.0, window_size=512, USE_8BIT_ADAM=False, muon_beta2=0.95,
+    learning_rate_value=0.3, learning_rate_x0=0.5,
 )
 PARTS = dict(qk_scale=1.2, window_pattern="SSSL", USE_X0=True, vocab_size=50304)  # the first three prevent export
 PRESETS = {
@@ -255,10 +256,9 @@ PRESETS = {
     "speedrun": PARTS | dict(n_value_embed=5),
     "d12": PARTS | dict(n_layer=12, n_embd=768, n_head=6, n_value_embed=3),
     "tiny": dict(
-        dataset="shakespeare", n_layer=4, n_embd=128, n_head=2, vocab_size=50304, block_size=128, train_tokens=0,
-        total_batch_size=2048, max_iters=60, loss_chunk_size=64, eval_interval=20, eval_tokens=16384,
-        ckpt_interval=20, lr_scaling="none", learning_rate=0.03, learning_rate_embed=0.5, learning_rate_head=0.015,
-        learning_rate_gain=0.01,
+        dataset="shakespeare", n_layer=4, n_embd=128, n_head=2, vocab_size=50304, block_size=128, lr_scaling="none",
+        total_batch_size=2048, max_iters=60, loss_chunk_size=64, eval_interval=20, eval_tokens=16384, ckpt_interval=20,
+        train_tokens=0, learning_rate=0.03, learning_rate_embed=0.5, learning_rate_head=0.015, learning_rate_gain=0.01,
     ),
     "classic": CLASSIC,
 }

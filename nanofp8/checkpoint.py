@@ -22,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
 from multiprocessing.pool import ThreadPool
 from types import ModuleType, SimpleNamespace
-from typing import Any, Callable, Iterable, Iterator
+from typing import Any, Callable, Iterable, Iterator, get_args
 
 import numpy as np
 import torch
@@ -44,7 +44,7 @@ from nanofp8.checkpoint_files import (
     read_index,
     steps_of,
 )
-from nanofp8.config import UserError, convert, flag_values, script_flags
+from nanofp8.config import UserError, convert, flag_values, may_choose, script_flags
 from nanofp8.files import error_line, is_seen, sync_to_disk
 from nanofp8.precision import fp8_state
 from nanofp8.procs import Processes, report_good_end
@@ -59,7 +59,6 @@ LAST_WRITE = 120.0  # seconds that a run which ends by an error waits for the ch
 FIXED_FLAGS = ("n_layer", "n_embd", "n_head", "vocab_size", "block_size", "rope_base", "norm_eps", "logit_softcap",
                "qk_scale", "window_pattern", "window_size", "n_value_embed", "USE_X0", "dataset", "total_batch_size",
                "USE_8BIT_ADAM", "muon_variant")
-OF_PARTS = ("learning_rate_value", "learning_rate_x0", "muon_beta2")  # of the recipe, but not of preset "classic"
 # Those that older checkpoints do not name, with the values that these were trained with
 ADDED_FLAGS = dict(qk_scale=1.0, window_pattern="L", n_value_embed=0, USE_X0=False, muon_variant="muon")
 
@@ -153,7 +152,7 @@ def adopt_flags(checkpoint: str, cfg: SimpleNamespace, recipe: dict, procs: Proc
     """
     saved = read_checkpoint(checkpoint)["flags"]
     is_old = "lr_scaling" not in saved
-    then = ADDED_FLAGS | (recipe if is_old else {}) | saved
+    then = ADDED_FLAGS | dict(train_tokens=0) | (recipe if is_old else {}) | saved
 
     def left_out(names: Iterable[str]) -> dict:
         return {name: then[name] for name in names if name not in cfg.explicit and name in then}
@@ -165,12 +164,13 @@ def adopt_flags(checkpoint: str, cfg: SimpleNamespace, recipe: dict, procs: Proc
         follow = {*recipe}
         procs.print("resume: the checkpoint is older than the present recipe, and continues with its own")
     elif "preset" in cfg.auto or cfg.preset == saved.get("preset"):
-        follow = {*recipe, *OF_PARTS} - {"batch_size"}  # which depends on the machine
+        follow = {*recipe} - {"batch_size"}  # which depends on the machine
     elif cfg.lr_scaling == "length" and saved["lr_scaling"] == "sqrt":
         follow = {"lr_scaling"}  # once the default: the rates must not jump
     else:
         follow = set()
-    kinds, others = script_flags(TRAIN), left_out(sorted(follow - {*FIXED_FLAGS}))
+    kinds = script_flags(TRAIN)
+    others = left_out(sorted((follow & kinds.keys()) - {*FIXED_FLAGS}))
     for name, value in others.items():
         try:
             others[name] = convert(kinds[name].kind, value)
@@ -180,13 +180,17 @@ def adopt_flags(checkpoint: str, cfg: SimpleNamespace, recipe: dict, procs: Proc
     if {"train_tokens", "max_iters"} <= others.keys():  # neither was given: the one that set the length is taken
         by_tokens = round(others["train_tokens"] / (then.get("total_batch_size") or 1)) in (others["max_iters"], 0)
         others |= {} if by_tokens else {"train_tokens": 0}
-    elif not is_old:
+    elif not is_old and ("max_iters" in cfg.explicit or cfg.train_tokens):
         others = {name: value for name, value in others.items() if name not in ("train_tokens", "max_iters")}
     differing = [f"{name}={value}" for name, value in others.items() if value != getattr(cfg, name)
                  and not (name == "max_iters" and others.get("train_tokens"))]
     if differing and not is_old:
         procs.print(f"resume: taken from the checkpoint, because they were not given: {', '.join(differing)}")
     taken |= others
+    if "preset" in cfg.auto and saved.get("preset") in get_args(kinds["preset"].kind):
+        taken["preset"] = saved["preset"]  # a later resume that names it finds its own
+        if may_choose(cfg, "batch_size"):
+            cfg.batch_size = "auto"  # the largest one depends on the preset
     vars(cfg).update(taken)
     cfg.auto = [name for name in cfg.auto if taken.get(name, "auto") == "auto"]
     return saved
@@ -247,7 +251,7 @@ def check_resume(checkpoint: str, cfg: SimpleNamespace, ring: Any, shards: dict,
     check_unfinished(checkpoint, cfg)
     folder = run_folder_of(checkpoint)
     for name, (was, new) in changed.items():
-        if name not in ("resume", "out_dir", "run_name"):
+        if name not in ("resume", "out_dir", "run_name") and not (name == "train_tokens" and new == 0):
             procs.print(f"resume: {name} was {was}, is now {new}")
     if folder and "run_name" in changed:
         cfg.run_name = changed["run_name"][0]

@@ -94,7 +94,7 @@ class Pattern:
         return self.meaning
 
 
-SMALLEST, LARGEST = 1e-38, 1e38  # size of a fractional number that is not 0: what fp32 holds
+SMALLEST, LARGEST = 1.2e-38, 1e38  # size of a fractional number that is not 0: what fp32 holds
 Positive = Annotated[int, Bounds(1)]
 NonNegative = Annotated[int, Bounds(0)]
 PositiveFloat = Annotated[float, Bounds(0, open_low=True)]

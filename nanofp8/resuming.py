@@ -93,7 +93,7 @@ def choose_checkpoint(cfg: SimpleNamespace) -> tuple[str | None, str | None]:
     none. Of the checkpoints, no more is read than when they were saved.
 
     Processes that torchrun restarted continue in the run folder they had, whatever `resume` says. A run that was broken
-    off before its first checkpoint starts again in its folder.
+    off before its first checkpoint starts again in its folder, if it is the same model.
     """
     before = run_folder_before_restart(cfg) if was_restarted() else None
     checkpoint = find_checkpoint(before) if before else None
@@ -108,7 +108,10 @@ def choose_checkpoint(cfg: SimpleNamespace) -> tuple[str | None, str | None]:
         return checkpoint, run_folder_of(checkpoint)
     folders = [before] if before else own_run_folders(cfg) if cfg.resume == "auto" else []
     newest = max(filter(os.path.isdir, folders), key=started_at, default=None)
-    return None, newest if newest and runlog.holds_only_a_log(newest) else None
+    was = saved_config(newest) if newest else {}
+    # The flags of a run of another model are not to be overwritten: a resume may have been meant to give them again
+    same = all(was.get(name, getattr(cfg, name)) == getattr(cfg, name) for name in ("dataset", "n_layer", "n_embd"))
+    return None, newest if newest and same and runlog.holds_only_a_log(newest) else None
 
 
 def started_at(folder: str) -> float:

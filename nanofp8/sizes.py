@@ -41,5 +41,6 @@ def batch_sizes(cfg: SimpleNamespace, ranks: int, multiple: int = 1) -> list[int
     Those that do not have a multiple of `multiple` tokens are left out, if others are left.
     """
     sequences, rest = divmod(cfg.total_batch_size, ranks * cfg.block_size)
-    sizes = [] if rest or not sequences else [n for n in range(cfg.batch_size, 0, -1) if sequences % n == 0]
+    sizes = [] if rest or not sequences else [n for n in range(min(cfg.batch_size, sequences), 0, -1)
+                                             if sequences % n == 0]
     return [n for n in sizes if n * cfg.block_size % multiple == 0] or sizes

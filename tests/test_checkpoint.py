@@ -1074,6 +1074,17 @@ def test_a_run_folder_that_holds_only_a_log(tmp_path, files, alone):
             resuming.lock_checkpoint(cfg, procs)
 
 
+def test_a_run_of_another_model_does_not_start_in_the_folder_of_one_that_was_broken_off(tmp_path):
+    """A resume that forgets --n_layer would overwrite config.json, the only place where that run's flags are."""
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / "config.json").write_text(json.dumps(dict(run_name="r", n_layer=3)))
+    for n_layer, alone in ((2, False), (3, True)):
+        cfg = helpers.make_cfg(out_dir=tmp_path, run_name="r", resume="auto", n_layer=n_layer)
+        checkpoint_, lock = resuming.lock_checkpoint(cfg, helpers.one_process())
+        assert checkpoint_ is None and bool(lock) == alone
+    lock.close()
+
+
 def test_a_restart_before_the_first_checkpoint_starts_again_in_its_folder(tmp_path, monkeypatch):
     for name, torchrun in (("r", "other"), ("r-2", "mine"), ("r-3", "other")):
         (tmp_path / name).mkdir()

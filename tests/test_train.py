@@ -127,6 +127,11 @@ def test_flags_of_the_recipe_that_were_not_given_come_from_the_checkpoint(monkey
         assert cfg.weight_decay == saved["weight_decay"] and not cfg.USE_AC_BLOCKS
         said = capsys.readouterr().out
         assert "learning_rate=0.031, " in said and "train_tokens=70000000" in said and "max_iters" not in said
+    assert cfg.preset == "d20"  # the checkpoint's, though none was given
+    cfg = resumed(monkeypatch, saved, "--preset=d20", "--train_tokens=0", "--resume=auto")
+    assert (cfg.train_tokens, cfg.max_iters) == (0, 1068)
+    cfg = resumed(monkeypatch, saved | dict(learning_rate_value=0.9, keep_checkpoints=7), "--preset=d20")
+    assert (cfg.learning_rate_value, cfg.keep_checkpoints) == (0.9, 7)
     cfg = resumed(monkeypatch, saved, "--preset=d20", "--train_tokens=140000000", "--learning_rate=0.02")
     assert (cfg.train_tokens, cfg.max_iters, cfg.learning_rate) == (140000000, 2136, 0.02)
     assert resumed(monkeypatch, saved, "--preset=d20", "--max_iters=2000").max_iters == 2000
