@@ -92,7 +92,7 @@ def run_here(procs: Processes, out: pathlib.Path, arguments: list[str]) -> None:
     ends = {}
     for name, run_name, more in (("whole", "whole", ["--keep_checkpoints=9"]), ("full", "full", []),
                                  ("full, resumed", "full", ["--resume=auto"]),
-                                 ("damaged", "damaged", ["--resume=auto"])):
+                                 ("damaged", "damaged", ["--resume=auto", "--keep_checkpoints=2"])):
         argv = [*arguments, *flag_list(FLAGS), f"--out_dir={out}", f"--run_name={run_name}", *more]
         if name == "damaged":
             if procs.is_main:
