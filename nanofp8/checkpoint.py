@@ -177,13 +177,12 @@ def adopt_flags(checkpoint: str, cfg: SimpleNamespace, recipe: dict, procs: Proc
         except ValueError as error:
             raise UserError(f"cannot load checkpoint {checkpoint}: its flag {name} is {value!r:.200}, but must be "
                             f"{error}; name another checkpoint") from None
-    if {"train_tokens", "max_iters"} <= others.keys():  # neither was given: the one that set the length is taken
-        by_tokens = round(others["train_tokens"] / (then.get("total_batch_size") or 1)) in (others["max_iters"], 0)
-        others |= {} if by_tokens else {"train_tokens": 0}
-    elif not is_old and ("max_iters" in cfg.explicit or cfg.train_tokens):
-        others = {name: value for name, value in others.items() if name not in ("train_tokens", "max_iters")}
+    step_tokens = then.get("total_batch_size") or 1
+    if others.get("train_tokens") and max(1, round(others["train_tokens"] / step_tokens)) != others.get("max_iters"):
+        others["train_tokens"] = 0  # max_iters was given, then or now
+    by_tokens = others.get("train_tokens", cfg.train_tokens)  # resolve_length() computes max_iters
     differing = [f"{name}={value}" for name, value in others.items() if value != getattr(cfg, name)
-                 and not (name == "max_iters" and others.get("train_tokens"))]
+                 and not (name == "max_iters" and by_tokens) and not (name == "train_tokens" and not by_tokens)]
     if differing and not is_old:
         procs.print(f"resume: taken from the checkpoint, because they were not given: {', '.join(differing)}")
     taken |= others

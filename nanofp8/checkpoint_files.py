@@ -36,7 +36,8 @@ from nanofp8.config import (
 )
 from nanofp8.files import error_line
 
-# Flags whose values a resumed run or sample.py takes from a checkpoint, with their types in train.py
+# Flags whose values a resumed run or sample.py takes from a checkpoint, with their types in train.py. Those of the
+# recipe, which only a resumed run takes, are checked there (checkpoint.adopt_flags)
 SAVED_FLAGS = dict(
     n_layer=Positive, n_embd=Positive, n_head=Positive, vocab_size=Positive, block_size=Positive,
     rope_base=PositiveFloat, norm_eps=PositiveFloat, logit_softcap=NonNegativeFloat, qk_scale=PositiveFloat,

@@ -188,12 +188,12 @@ def command_line(run: Callable[[SimpleNamespace, Processes], Any],
     except UserError as error:
         if heartbeat and error.one_rank:
             exit_now(f"{script}: error: {error}", error.status)
-        if heartbeat and argv is None:  # Python's own exit may abort in gloo's threads (pytorch issue 190489)
-            heartbeat.close()
-            if procs.rank:
-                time.sleep(1)  # torchrun stops all ranks as soon as one has failed: rank 0 must have printed by then
-            exit_now("" if procs.rank else f"{script}: error: {error}", error.status)
-        exit_with(error, script)
+        try:
+            exit_with(error, script)
+        finally:
+            if heartbeat and argv is None:  # Python's own exit may abort in gloo's threads (pytorch issue 190489)
+                heartbeat.close()
+                exit_now("", error.status)
     except KeyboardInterrupt:  # before training, which takes it as a request to stop, or a second one
         leave(f"{script}: stopped by Ctrl-C", 130)
     except Exception as error:
