@@ -44,9 +44,9 @@ from nanofp8 import plain
 from nanofp8.checkpoint import find_checkpoint
 from nanofp8.checkpoint_files import find_damage, is_finite, load_weights, next_whole, read_checkpoint, read_index
 from nanofp8.files import replace_file
-from nanofp8.parts import value_layers, windows
+from nanofp8.parts import value_layers
 from nanofp8.shards import EOT, GPT2_VOCAB
-from nanofp8.sizes import GATE_CHANNELS
+from nanofp8.sizes import GATE_CHANNELS, windows
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 DEFAULT_NEW_TOKENS = 256

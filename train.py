@@ -86,7 +86,6 @@ from nanofp8.parts import (  # what preset "speedrun" adds
     mix_residual,
     token_order,
     value_layers,
-    windows,
 )
 from nanofp8.plain import MATRICES, rms_norm, rope_qk_norm, rope_tables  # parts of the model in plain PyTorch
 from nanofp8.precision import (  # number formats and FP8's scaling state
@@ -100,7 +99,7 @@ from nanofp8.prefetch import Prefetcher  # items made ahead of time by a thread
 from nanofp8.procs import Processes, command_line  # rank, device, mesh; start and end of a script
 from nanofp8.schedule import Schedule  # learning rates, weight decay and momentum at each step
 from nanofp8.shards import ShardError, find_shards, open_shard  # the token shard format
-from nanofp8.sizes import parameter_table  # parameters of each part
+from nanofp8.sizes import auto_batch, flops_per_token, parameter_table, windows  # what follows from the flags alone
 from nanofp8.zero import Gathered, Shards  # what USE_FSDP2 and USE_DDP do
 
 # ======================================================================================================================
@@ -263,14 +262,6 @@ PRESETS = {
     "classic": CLASSIC,
 }
 LARGEST_BATCH = {"d12": 32, "tiny": 8}  # of batch_size="auto"; 16 in other presets
-
-
-def auto_batch(train_tokens: int) -> int:
-    """Return the tokens per step for a run of this length: the power of two nearest to 65,536 x (length / 70M)^0.383.
-
-    65,536 was the best of 32,768, 65,536 and 131,072 at 70M tokens (docs/recipe.md); the exponent is nanochat's.
-    """
-    return 2 ** max(0, round(math.log2(65536 * (train_tokens / 70e6) ** 0.383)))
 
 
 def resolve_length(cfg: SimpleNamespace, saved: dict | None = None) -> None:
@@ -568,14 +559,6 @@ class GPT(nn.Module):
         for block, scales, layers in zip(self.blocks, self.residual_scales(), self.fused.blocks, strict=True):
             x, delta, x0 = block(x, self.cos, self.sin, idx, first, x0, *scales, delta, layers)
         return AddNorm.apply(x, delta, self.norm.weight, self.cfg.norm_eps)
-
-
-def flops_per_token(cfg: SimpleNamespace) -> float:
-    """Return the training FLOPs of one token: 6 x matmul parameters + 12 x width x pairs of tokens that attention
-    compares, those of the causal half or of the window only."""
-    matmul_parameters = cfg.n_layer * 12 * cfg.n_embd ** 2 + cfg.vocab_size * cfg.n_embd
-    pairs = sum(window - window ** 2 / (2 * cfg.block_size) for window in windows(cfg))  # a token, mean over positions
-    return 6 * matmul_parameters + 12 * cfg.n_embd * pairs
 
 
 # ======================================================================================================================

@@ -10,7 +10,6 @@ import ast
 import contextlib
 import importlib
 import io
-import math
 import os
 import platform
 import shutil
@@ -31,7 +30,7 @@ OK, NOTE, WARN, FAIL = "ok", "-", "warn", "FAIL"  # FAIL: training would fail
 WIDTH, INDENT = 110, 25
 INSTALL = "`bash run.sh setup` makes an environment with it (docs/install.md)"
 # What train.py says of flags. They are taken from its source, because importing train.py needs torch
-DEFINITIONS = {"CLASSIC", "PARTS", "PRESETS", "LARGEST_BATCH", "auto_batch", "resolve_length", "check_flags",
+DEFINITIONS = {"CLASSIC", "PARTS", "PRESETS", "LARGEST_BATCH", "resolve_length", "check_flags",
                "choose_wrapper"}
 
 Verdict = tuple[str, str]  # a mark, and what was found; of WARN and FAIL also what to do
@@ -276,7 +275,8 @@ def check_flags(exam: Examination) -> Iterator[Verdict]:
     if exam.torch:
         from nanofp8 import memory
     exam.train = definitions(
-        exam.path, math=math, torch=exam.torch, memory=memory, may_choose=may_choose, UserError=UserError)
+        exam.path, torch=exam.torch, memory=memory, auto_batch=sizes.auto_batch, may_choose=may_choose,
+        UserError=UserError)
     cfg = parse_flags(exam.given, exam.path, exam.train.PRESETS, bool(exam.gpus))
     saved = {}
     if not exam.gpus and "preset" in cfg.auto and exam.torch:

@@ -23,7 +23,8 @@ from torch.distributed.tensor import DTensor
 
 from nanofp8 import plain, te_emulation
 from nanofp8.files import replace_file
-from nanofp8.parts import mix_residual, windows
+from nanofp8.parts import mix_residual
+from nanofp8.sizes import windows
 
 KINDS = ("input", "weight", "gradient")
 TOKENS = 4096       # tokens of the micro-batch that the pass uses, in whole sequences; more hardly change the numbers

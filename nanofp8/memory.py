@@ -27,7 +27,7 @@ from nanofp8.checkpoint_files import read_checkpoint
 from nanofp8.config import UserError, may_choose
 from nanofp8.epilogues import NO_QUACK, Quack, choose_quack
 from nanofp8.fused import blocks_fit, kernels_fit, needs_transposes
-from nanofp8.parts import GATE_CHANNELS, value_layers, windows
+from nanofp8.parts import GATE_CHANNELS, value_layers
 from nanofp8.precision import Precision, choose_format, fp8_state, layer_names, match_layers
 from nanofp8.procs import Processes
 
@@ -251,7 +251,7 @@ def predict(cfg: SimpleNamespace, kind: Kind, batch_size: int) -> Prediction:
     if cfg.FP8_STATS_INTERVAL:  # counted by running it
         from nanofp8.fp8_stats import HEAD_TOKENS, TOKENS
         evaluation = max(evaluation, TOKENS * layers * 14 * width + vocab * (29 * HEAD_TOKENS + 10 * width))
-    if kind.blocks == "emulated" and min(windows(cfg)) < cfg.block_size:
+    if kind.blocks == "emulated" and min(sizes.windows(cfg)) < cfg.block_size:
         kept += cfg.block_size ** 2  # the mask of a window
     graphs = cfg.USE_CUDA_GRAPHS and kind.blocks == "fused" and not (fsdp2 and cfg.FSDP2_RESHARD)
     return Prediction(weights, gradients, moments, copies, WORKSPACE, kept + max(head, backward), step, evaluation,

@@ -36,17 +36,6 @@ def value_layers(n_layer: int, n_value_embed: int) -> list[int]:
     return sorted(range(n_layer - 1, -1, -2)[:n_value_embed])
 
 
-def windows(cfg: SimpleNamespace) -> list[int]:
-    """Return how many tokens each block attends to, itself included; block_size: all before it.
-
-    cfg.window_pattern is repeated over the blocks; the last block always attends to all.
-    """
-    pattern = cfg.window_pattern
-    sizes = [cfg.block_size if pattern[i % len(pattern)] == "L" else min(cfg.window_size, cfg.block_size)
-             for i in range(cfg.n_layer)]
-    return [*sizes[:-1], cfg.block_size]
-
-
 class ResidualScalars(nn.Module):
     """Learned scalars by which each block mixes the residual x and the token embedding x0: a * x + b * x0."""
 

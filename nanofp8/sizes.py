@@ -1,5 +1,6 @@
-"""Sizes that follow from the flags alone: parameters, bytes of a checkpoint, micro-batches. No torch."""
+"""Numbers that follow from the flags alone: parameters, FLOPs, windows, tokens of a step, micro-batches. No torch."""
 
+import math
 from types import SimpleNamespace
 
 GATE_CHANNELS = 12  # values of a block's input that decide the gates of its value embedding, as in nanochat
@@ -33,6 +34,33 @@ def checkpoint_bytes(cfg: SimpleNamespace) -> int:
     moments = sum(n * (4 if part in ("attention", "MLP") else 2 + 8 / 256 if part in eight_bit else 8)
                   for part, n in parameters.items())
     return round(4 * sum(parameters.values()) + moments)
+
+
+def windows(cfg: SimpleNamespace) -> list[int]:
+    """Return how many tokens each block attends to, itself included; block_size: all before it.
+
+    cfg.window_pattern is repeated over the blocks; the last block always attends to all.
+    """
+    pattern = cfg.window_pattern
+    sizes = [cfg.block_size if pattern[i % len(pattern)] == "L" else min(cfg.window_size, cfg.block_size)
+             for i in range(cfg.n_layer)]
+    return [*sizes[:-1], cfg.block_size]
+
+
+def flops_per_token(cfg: SimpleNamespace) -> float:
+    """Return the training FLOPs of one token: 6 x matmul parameters + 12 x width x pairs of tokens that attention
+    compares, those of the causal half or of the window only."""
+    matmul_parameters = cfg.n_layer * 12 * cfg.n_embd ** 2 + cfg.vocab_size * cfg.n_embd
+    pairs = sum(window - window ** 2 / (2 * cfg.block_size) for window in windows(cfg))  # a token, mean over positions
+    return 6 * matmul_parameters + 12 * cfg.n_embd * pairs
+
+
+def auto_batch(train_tokens: int) -> int:
+    """Return the tokens per step for a run of this length: the power of two nearest to 65,536 x (length / 70M)^0.383.
+
+    65,536 was the best of 32,768, 65,536 and 131,072 at 70M tokens (docs/recipe.md); the exponent is nanochat's.
+    """
+    return 2 ** max(0, round(math.log2(65536 * (train_tokens / 70e6) ** 0.383)))
 
 
 def batch_sizes(cfg: SimpleNamespace, ranks: int, multiple: int = 1) -> list[int]:

@@ -10,7 +10,8 @@ import train
 from helpers import PARTS, make_cfg, make_model, make_optimizers, relative, tokens_and_targets
 from nanofp8 import plain
 from nanofp8.config import UserError
-from nanofp8.parts import token_order, value_layers, windows
+from nanofp8.parts import token_order, value_layers
+from nanofp8.sizes import windows
 
 
 def test_value_layers_are_every_second_counted_from_the_last():
