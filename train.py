@@ -116,6 +116,7 @@ seed: Seed = 1337                             # seed of initialisation and stoch
 # Data
 dataset: str = "fineweb10B"                   # folder below data_dir: fineweb10B, openwebtext-100k, shakespeare, ...
 data_dir: str = "data"                        # relative to this file unless absolute
+USE_SHUFFLE: bool = True                      # passes over the data after the first take its sequences in random order
 
 # Model
 n_layer: Positive = 20                        # transformer blocks
@@ -240,7 +241,7 @@ CLASSIC = dict(
     muon_momentum_iters=300, muon_momentum_ratio=0.0, muon_momentum_end=0.0, muon_variant="muon", grad_clip=1.0,
     loss_chunk_size=8192, eval_interval=125, eval_tokens=10485760, ckpt_interval=250, ckpt_minutes=0.0,
     keep_checkpoints=2, skip_grad_zscore=0.0, window_size=512, USE_8BIT_ADAM=False, muon_beta2=0.95,
-    learning_rate_value=0.3, learning_rate_x0=0.5,
+    learning_rate_value=0.3, learning_rate_x0=0.5, USE_SHUFFLE=False,
 )
 PARTS = dict(qk_scale=1.2, window_pattern="SSSL", USE_X0=True, vocab_size=50304)  # the first three prevent export
 PRESETS = {
@@ -250,7 +251,7 @@ PRESETS = {
         warmdown_ratio=0.75, min_lr_ratio=0.03, lr_scaling="length", learning_rate=0.04, learning_rate_embed=0.6,
         learning_rate_head=0.008, learning_rate_gain=0.016, weight_decay=0.17, weight_decay_end=0.0,
         USE_CAUTIOUS_WD=True, muon_momentum_ratio=0.15, muon_variant="normuon", eval_interval=500, ckpt_interval=1000,
-        skip_grad_zscore="auto",
+        skip_grad_zscore="auto", USE_SHUFFLE=True,
     ),
     "speedrun": PARTS | dict(n_value_embed=5),
     "d12": PARTS | dict(n_layer=12, n_embd=768, n_head=6, n_value_embed=3),
@@ -354,18 +355,25 @@ class TokenRing:
         return tokens
 
 
+@functools.lru_cache(maxsize=2)
+def pass_order(number: int, count: int) -> np.ndarray:
+    """Return the order, shape (count,), of the sequences in pass `number` over the data."""
+    return np.random.RandomState(number).permutation(count)  # RandomState: the same numbers in every version of numpy
+
+
 class DataLoader:
     """Micro-batches of this rank in the order of the ring, prepared ahead of time by a thread.
 
     Optimizer step k reads tokens k*G to (k+1)*G of the ring, G = total_batch_size, and one more as the last target.
     Micro-batch m of rank r starts at k*G + (m*world_size + r)*B*T. So a step reads the same tokens for any number of
-    ranks and any micro-batch size.
+    ranks and any micro-batch size. With USE_SHUFFLE, each pass over the ring after the first reads its sequences in a
+    random order of its own, which is the same in all runs: a sequence that comes back has other neighbours in its step.
     """
 
     def __init__(self, ring: TokenRing, cfg: SimpleNamespace, procs: Processes):
         self.ring, self.batch_size, self.block_size, self.device = ring, cfg.batch_size, cfg.block_size, procs.device
         self.rank, self.world_size, self.step_tokens = procs.rank, procs.world_size, cfg.total_batch_size
-        self.micro_tokens = self.batch_size * self.block_size
+        self.micro_tokens, self.shuffle = self.batch_size * self.block_size, cfg.USE_SHUFFLE
         self.accumulation = self.step_tokens // (self.micro_tokens * self.world_size)  # micro-batches per step
         # From a micro-batch's summed loss to its share of this rank's mean; DDP and FSDP2 average over the ranks
         self.loss_weight = 1.0 / (self.accumulation * self.micro_tokens)
@@ -384,10 +392,16 @@ class DataLoader:
         """Return inputs (B, T) int32 and targets (B, T) int64 of one micro-batch, on the CPU."""
         step, m = divmod(index, self.accumulation)
         start = step * self.step_tokens + (m * self.world_size + self.rank) * self.micro_tokens
-        tokens = torch.from_numpy(self.ring.read(start, self.micro_tokens + 1))
-        x = tokens[:-1].view(self.batch_size, self.block_size)
-        y = tokens[1:].view(self.batch_size, self.block_size).long()
+        starts = map(self.position, range(start, start + self.micro_tokens, self.block_size))
+        tokens = torch.from_numpy(np.stack([self.ring.read(start, self.block_size + 1) for start in starts]))
+        x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].long()
         return (x.pin_memory(), y.pin_memory()) if self.device.type == "cuda" else (x, y)
+
+    def position(self, start: int) -> int:
+        """Return where in the ring the sequence lies that is read as token `start` of the run and those after it."""
+        whole = (self.ring.total - 1) // self.block_size  # sequences of a pass; the tokens after them are left out
+        number, i = divmod(start // self.block_size, whole)
+        return int(pass_order(number, whole)[i]) * self.block_size if self.shuffle and number else start
 
     def next(self) -> tuple[Tensor, Tensor]:
         """Return the next micro-batch on the device: inputs (B, T) int32, targets (B, T) int64."""

@@ -64,6 +64,7 @@ seed: Seed = 1337                         # seed of initialisation; data order i
 # Data
 dataset: str = "fineweb10B"               # folder below data_dir: fineweb10B, openwebtext-100k, shakespeare, ...
 data_dir: str = "data"                    # relative to this file unless absolute
+USE_SHUFFLE: bool = True                  # passes over the data after the first take its sequences in random order
 
 # Model
 n_layer: Positive = 20                    # transformer blocks

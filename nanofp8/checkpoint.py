@@ -60,7 +60,8 @@ FIXED_FLAGS = ("n_layer", "n_embd", "n_head", "vocab_size", "block_size", "rope_
                "qk_scale", "window_pattern", "window_size", "n_value_embed", "USE_X0", "dataset", "total_batch_size",
                "USE_8BIT_ADAM", "muon_variant")
 # Those that older checkpoints do not name, with the values that these were trained with
-ADDED_FLAGS = dict(qk_scale=1.0, window_pattern="L", n_value_embed=0, USE_X0=False, muon_variant="muon")
+ADDED_FLAGS = dict(qk_scale=1.0, window_pattern="L", n_value_embed=0, USE_X0=False, muon_variant="muon",
+                   USE_SHUFFLE=False)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What is saved

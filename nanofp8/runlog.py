@@ -303,7 +303,8 @@ def data_rows(cfg: SimpleNamespace, procs: Processes, loader: Any, val_ring: Any
     """
     ring, tokens = loader.ring, cfg.max_iters * cfg.total_batch_size
     ignored, epochs = ", ".join(map(repr, ring.ignored)), tokens / ring.total
-    again = f": each train token is read {epochs:.2f} times" if epochs > 1 else ""
+    order = ", after the first time in random order" if loader.shuffle else ""
+    again = f": each train token is read {epochs:.2f} times{order}" if epochs > 1 else ""
     return [
         ("data", f"{cfg.dataset}: {ring.total:,} train tokens in {len(ring.paths)} shard(s), "
                  f"{cfg.eval_tokens:,} of {val_ring.total:,} val tokens per evaluation"),

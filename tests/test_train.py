@@ -97,6 +97,15 @@ def test_a_resumed_run_keeps_the_batch_that_was_chosen_for_it(monkeypatch):
         train.checkpoint.check_fixed_flags("a", cfg)
 
 
+def test_a_run_from_before_the_shuffle_keeps_its_order(monkeypatch):
+    """Else it would read some sequences of its present pass twice and others never."""
+    saved = vars(parse("--preset=d20"))
+    assert resumed(monkeypatch, saved, "--preset=d20").USE_SHUFFLE is True
+    del saved["USE_SHUFFLE"]
+    assert resumed(monkeypatch, saved, "--preset=d20").USE_SHUFFLE is False
+    assert resumed(monkeypatch, saved, "--preset=d20", "--USE_SHUFFLE=True").USE_SHUFFLE is True
+
+
 def test_flags_that_cannot_change_come_from_the_checkpoint(monkeypatch, capsys):
     """Where they are neither on the command line nor edited; a preset does not count. One line lists those that
     differ. Other flags come from the script."""

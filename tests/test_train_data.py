@@ -36,8 +36,8 @@ def ring_of(folder, need=10, vocab=65536, split="train", dataset="n"):
     return train.TokenRing(str(folder), dataset, split, vocab, need)
 
 
-def loader_of(ring, rank=0, world=1, B=2, T=8, G=96):
-    cfg = SimpleNamespace(batch_size=B, block_size=T, total_batch_size=G)
+def loader_of(ring, rank=0, world=1, B=2, T=8, G=96, shuffle=False):
+    cfg = SimpleNamespace(batch_size=B, block_size=T, total_batch_size=G, USE_SHUFFLE=shuffle)
     return train.DataLoader(ring, cfg, helpers.one_process(rank, world))
 
 
@@ -89,6 +89,49 @@ def test_every_step_reads_its_own_tokens_once_for_any_ranks_and_batch_size(numbe
         assert np.array_equal(torch.cat(targets), ring_positions(step * G + 1, G))
     for loader in loaders:
         loader.close()
+
+
+def read_steps(folder, steps, world=1, B=2, T=8, G=96, first=0, **flags):
+    """Return the inputs (steps, G / T, T) that all ranks read from step `first` on. Targets are checked."""
+    loaders = [loader_of(ring_of(folder), rank, world, B, T, G, **flags) for rank in range(world)]
+    for loader in loaders:
+        loader.load_state_dict({"step": first, "micro_batch": 0})
+    inputs = []
+    for _ in range(steps * loaders[0].accumulation):
+        for loader in loaders:
+            x, y = loader.next()
+            assert torch.equal(y, x.long() + 1)  # a token is its position: a sequence never comes round the ring's end
+            inputs.append(x)
+    for loader in loaders:
+        loader.close()
+    return torch.cat(inputs).view(steps, -1, T)
+
+
+SEQUENCES = (TOTAL - 1) // 8  # 150 of 8 tokens; with its last target, each lies in the ring
+
+
+def test_later_passes_are_shuffled(numbered):
+    """25 steps of 96 tokens read 300 sequences: the first pass in order, the second in another, each sequence once."""
+    first, second = read_steps(numbered, 25, shuffle=True).view(2, SEQUENCES, 8)
+    assert np.array_equal(first.flatten(), np.arange(SEQUENCES * 8))
+    starts = second[:, 0].numpy()
+    assert sorted(starts) == list(range(0, SEQUENCES * 8, 8))
+    assert np.array_equal(second - second[:, :1], [range(8)] * SEQUENCES)
+    assert (np.diff(starts) == 8).mean() < 0.05
+
+
+def test_each_pass_has_its_own_order_which_never_changes():
+    orders = [train.pass_order(number, SEQUENCES) for number in (1, 2, 3)]
+    assert not any(np.array_equal(a, b) for a, b in zip(orders, orders[1:], strict=False))
+    assert train.pass_order(1, 8).tolist() == [7, 2, 1, 6, 0, 4, 3, 5]  # a resumed run depends on it
+
+
+@pytest.mark.parametrize("world, B", [(1, 1), (1, 4), (2, 2), (3, 4)])
+def test_shuffled_steps_are_the_same_for_any_ranks_and_batch_size(numbered, world, B):
+    """12.5 steps are a pass: the 13th and 26th step lie in two."""
+    expected = read_steps(numbered, 30, shuffle=True)
+    assert torch.equal(read_steps(numbered, 30, world, B, shuffle=True), expected)
+    assert torch.equal(read_steps(numbered, 3, world, B, shuffle=True, first=25), expected[25:28])  # resumed
 
 
 def test_peek_shows_what_next_gives_and_moves_nothing(numbered):
@@ -278,17 +321,20 @@ def test_a_bin_of_another_name_is_not_read_and_is_named(tmp_path, name):
     write_shard(tmp_path / "n" / name, TOKENS)
     rings = [ring_of(tmp_path, split=split) for split in ("train", "val")]
     assert [ring.total for ring in rings] == [100, 100] and rings[0].ignored == [name]
-    cfg = SimpleNamespace(batch_size=2, block_size=8, total_batch_size=96, max_iters=1, dataset="n", eval_tokens=64)
+    cfg = SimpleNamespace(batch_size=2, block_size=8, total_batch_size=96, max_iters=1, dataset="n", eval_tokens=64,
+                          USE_SHUFFLE=True)
     rows = dict(data_rows(cfg, helpers.one_process(), train.DataLoader(rings[0], cfg, helpers.one_process()), rings[1]))
     assert name in rows["  ignored"]
 
 
 @pytest.mark.parametrize("steps, words", [(12, None), (13, "1.04 times"), (112, "8.92 times")])
-def test_more_than_one_epoch_is_put_into_words(numbered, steps, words):
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_more_than_one_epoch_is_put_into_words(numbered, steps, words, shuffle):
     cfg = SimpleNamespace(batch_size=2, block_size=8, total_batch_size=96, max_iters=steps, dataset="n", eval_tokens=64)
-    loader = loader_of(ring_of(numbered))
+    loader = loader_of(ring_of(numbered), shuffle=shuffle)
     length = dict(data_rows(cfg, helpers.one_process(), loader, ring_of(numbered, split="val")))["length"]
     assert words in length if words else "times" not in length
+    assert ("random order" in length) == bool(words and shuffle)
 
 
 def test_only_a_bin_of_another_name(tmp_path):
