@@ -156,8 +156,8 @@ lr_ratio_fc2: PositiveFloat = 1.0             # Muon; factor on the learning rat
 weight_decay: NonNegativeFloat = 0.17         # Muon; decoupled, multiplied by the learning rate
 weight_decay_end: NonNegativeFloat = 0.0      # Muon; the decay falls linearly to this fraction at the last step
 USE_CAUTIOUS_WD: bool = True                  # Muon; decay only where update and weight have the same sign
-weight_decay_embed: NonNegativeFloat = 0.0    # AdamW, token and value embeddings
-weight_decay_head: NonNegativeFloat = 0.0     # AdamW, output head
+weight_decay_embed: AutoNonNegativeFloat = "auto"  # AdamW, token and value embeddings; "auto": as for the head
+weight_decay_head: AutoNonNegativeFloat = "auto"  # AdamW, output head; "auto": by how often each token is read; once: 0
 weight_decay_gain: NonNegativeFloat = 0.0     # AdamW, RMSNorm gains
 adam_beta1: Fraction = 0.8                    # AdamW, average of gradients
 adam_beta2: Fraction = 0.95                   # AdamW, average of squared gradients
@@ -251,7 +251,7 @@ PRESETS = {
         warmdown_ratio=0.75, min_lr_ratio=0.03, lr_scaling="length", learning_rate=0.04, learning_rate_embed=0.6,
         learning_rate_head=0.008, learning_rate_gain=0.016, weight_decay=0.17, weight_decay_end=0.0,
         USE_CAUTIOUS_WD=True, muon_momentum_ratio=0.15, muon_variant="normuon", eval_interval=500, ckpt_interval=1000,
-        skip_grad_zscore="auto", USE_SHUFFLE=True,
+        skip_grad_zscore="auto", USE_SHUFFLE=True, weight_decay_embed="auto", weight_decay_head="auto",
     ),
     "speedrun": PARTS | dict(n_value_embed=5),
     "d12": PARTS | dict(n_layer=12, n_embd=768, n_head=6, n_value_embed=3),
@@ -582,8 +582,11 @@ class GPT(nn.Module):
 class Optimizers(OptimizerSet):
     """Muon for the matrices in the blocks, AdamW for the rest, stepped as one."""
 
-    def __init__(self, model: GPT, cfg: SimpleNamespace, procs: Processes, parallel: "Parallel"):
-        """Sort the parameters into groups. Raises: UserError if an optimizer cannot run here."""
+    def __init__(self, model: GPT, cfg: SimpleNamespace, procs: Processes, parallel: "Parallel", data_tokens: int):
+        """Sort the parameters into groups. data_tokens: tokens of the train shards. Raises: UserError if an optimizer
+        cannot run here."""
+        self.schedule = Schedule(cfg, data_tokens)
+        decay = self.schedule.table_decay
         sharded, self.shards, self.buffers = parallel.wrapper == "fsdp2", parallel.shards, parallel.buffers
         blocks = list(model.blocks.named_parameters())
         muon = dict(lr=cfg.learning_rate, weight_decay=cfg.weight_decay, mu=cfg.muon_momentum_start,
@@ -601,13 +604,15 @@ class Optimizers(OptimizerSet):
                  if (p.ndim == 1 and not n.startswith("scales.")) or n.endswith("value_embed.gate")]
         adam_groups = [
             dict(name="embed", params=[model.embed.weight], lr=cfg.learning_rate_embed,
-                 weight_decay=cfg.weight_decay_embed, betas=(cfg.adam_beta1, cfg.adam_beta2_embed)),
+                 weight_decay=decay(cfg.weight_decay_embed, cfg.learning_rate_embed),
+                 betas=(cfg.adam_beta1, cfg.adam_beta2_embed)),
             dict(name="head", params=[model.head.weight], lr=cfg.learning_rate_head,
-                 weight_decay=cfg.weight_decay_head),
+                 weight_decay=decay(cfg.weight_decay_head, cfg.learning_rate_head)),
             dict(name="gains", params=gains, lr=cfg.learning_rate_gain, weight_decay=cfg.weight_decay_gain),
         ]
         if cfg.n_value_embed:
-            adam_groups.append(dict(name="values", lr=cfg.learning_rate_value, weight_decay=cfg.weight_decay_embed,
+            adam_groups.append(dict(name="values", lr=cfg.learning_rate_value,
+                                    weight_decay=decay(cfg.weight_decay_embed, cfg.learning_rate_value),
                                     params=[p for n, p in blocks if n.endswith("value_embed.table")],
                                     betas=(cfg.adam_beta1, cfg.adam_beta2_embed)))
         if cfg.USE_X0:
@@ -619,6 +624,7 @@ class Optimizers(OptimizerSet):
                 group["params"] = self.shards.own(group["params"])
         # Before Dion turns its groups' "lr" into tensors on the device
         self.base_lr = {g["name"]: g["lr"] for g in matrix_groups + adam_groups}
+        self.adam_decay = {g["name"]: g["weight_decay"] for g in adam_groups}
 
         # Compiling Dion's update adds half a minute to a first start, and saves milliseconds a step (results/NOTES.md)
         self.compiled = cfg.USE_COMPILE is True
@@ -640,14 +646,6 @@ class Optimizers(OptimizerSet):
         self.all.append(torch.optim.AdamW(adam_groups, fused=True, **adam))
         self.groups = {g["name"]: g for g in muon_groups(self.muon)}
         self.groups.update({g["name"]: g for optimizer in self.all[1:] for g in optimizer.param_groups})
-        self.schedule = Schedule(cfg)
-
-    def rates(self) -> str:
-        """Return the highest learning rate of each group, as the start-up table prints it."""
-        scale, cfg = self.schedule.scale, self.schedule.cfg
-        rates = ", ".join(f"{name} {lr * scale:.3g}" for name, lr in self.base_lr.items())
-        return rates if scale == 1 else (
-            f"{rates} (flags x {scale:.3g} for {cfg.max_iters:,} steps of {cfg.total_batch_size:,} tokens)")
 
     def set_schedule(self, step: int) -> dict[str, float]:
         """Set learning rates, Muon's momentum and weight decay for a step; return them by log.jsonl's names."""
@@ -1061,7 +1059,7 @@ def build(cfg: SimpleNamespace, procs: Processes, loader: DataLoader) -> Run:
     if cfg.USE_8BIT_ADAM:
         import_bitsandbytes(procs.device, wrapper == "fsdp2")  # before the model is sharded
     parallel = Parallel(model, wrapper, cfg, procs)
-    optimizers = Optimizers(model, cfg, procs, parallel)
+    optimizers = Optimizers(model, cfg, procs, parallel, loader.ring.total)
     guard = Guard(cfg, auto_grad_zscore=precision.grad_zscore)
     return Run(cfg, procs, precision, parallel, optimizers, loader, guard, reason, batch_choice, parameters,
                in_bf16=in_bf16)

@@ -60,8 +60,7 @@ FIXED_FLAGS = ("n_layer", "n_embd", "n_head", "vocab_size", "block_size", "rope_
                "qk_scale", "window_pattern", "window_size", "n_value_embed", "USE_X0", "dataset", "total_batch_size",
                "USE_8BIT_ADAM", "muon_variant")
 # Those that older checkpoints do not name, with the values that these were trained with
-ADDED_FLAGS = dict(qk_scale=1.0, window_pattern="L", n_value_embed=0, USE_X0=False, muon_variant="muon",
-                   USE_SHUFFLE=False)
+ADDED_FLAGS = dict(qk_scale=1.0, window_pattern="L", n_value_embed=0, USE_X0=False, muon_variant="muon")
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What is saved
@@ -153,7 +152,7 @@ def adopt_flags(checkpoint: str, cfg: SimpleNamespace, recipe: dict, procs: Proc
     """
     saved = read_checkpoint(checkpoint)["flags"]
     is_old = "lr_scaling" not in saved
-    then = ADDED_FLAGS | dict(train_tokens=0) | (recipe if is_old else {}) | saved
+    then = ADDED_FLAGS | dict(train_tokens=0, USE_SHUFFLE=False) | (recipe if is_old else {}) | saved
 
     def left_out(names: Iterable[str]) -> dict:
         return {name: then[name] for name in names if name not in cfg.explicit and name in then}

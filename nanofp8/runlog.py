@@ -303,7 +303,7 @@ def data_rows(cfg: SimpleNamespace, procs: Processes, loader: Any, val_ring: Any
     """
     ring, tokens = loader.ring, cfg.max_iters * cfg.total_batch_size
     ignored, epochs = ", ".join(map(repr, ring.ignored)), tokens / ring.total
-    order = ", after the first time in random order" if loader.shuffle else ""
+    order = "; later passes are shuffled" if loader.shuffle else ""
     again = f": each train token is read {epochs:.2f} times{order}" if epochs > 1 else ""
     return [
         ("data", f"{cfg.dataset}: {ring.total:,} train tokens in {len(ring.paths)} shard(s), "
@@ -318,7 +318,7 @@ def data_rows(cfg: SimpleNamespace, procs: Processes, loader: Any, val_ring: Any
 def print_table(run: Any, checkpoint: str | None) -> None:
     """Print what is about to run, on rank 0. checkpoint: that a resumed run continues from."""
     precision, model, history = run.precision, run.model, run.cfg.FP8_AMAX_HISTORY
-    unused = precision.flags_without_effect(run.cfg)
+    unused, schedule = precision.flags_without_effect(run.cfg), run.optimizers.schedule
     rows = [
         ("device", f"{run.procs.world_size} x {run.machine['device']}, torch {run.machine['versions']['torch']}"),
         ("precision", f"{precision.name} {precision.reason}"),
@@ -332,7 +332,8 @@ def print_table(run: Any, checkpoint: str | None) -> None:
         ("attention", ". WARNING: ".join(filter(None, model.attention_texts))),
         ("wrapper", f"{run.parallel.wrapper} ({run.wrapper_reason})"),
         ("optimizers", run.optimizers.description),
-        ("  learning rates", run.optimizers.rates()),
+        ("  learning rates", schedule.rates(run.optimizers.base_lr)),
+        ("  weight decay", schedule.decays(run.optimizers.adam_decay)),
         ("skipped steps", f"{run.guard}"),
         ("parameters", f"{run.parameters:,}"),
         *[(f"  {part}", f"{n:,} = {how}") for part, n, how in parameter_table(run.cfg)],

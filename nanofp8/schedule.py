@@ -4,6 +4,7 @@ import math
 from types import SimpleNamespace
 
 REFERENCE_BATCH, REFERENCE_TOKENS, SHORTEST_TOKENS = 524288, 891289600, 50e6  # of lr_scale()
+MEMORY, MEASURED_PASSES, SHORTEST_MEMORY = 0.7, 4, 20  # of table_decay(): passes over the data, passes, steps
 
 
 def lr_factor(step: int, warmup_iters: int, max_iters: int, min_lr_ratio: float,
@@ -43,14 +44,15 @@ def lr_scale(cfg: SimpleNamespace) -> float:
 class Schedule:
     """Learning-rate factor, Muon's weight decay and Muon's momentum at each step."""
 
-    def __init__(self, cfg: SimpleNamespace):
-        """Resolve fractions of the run to steps. cfg: all flags."""
+    def __init__(self, cfg: SimpleNamespace, data_tokens: int):
+        """Resolve fractions of the run to steps. cfg: all flags. data_tokens: tokens of the train shards."""
         self.cfg = cfg
         self.warmup, self.momentum_iters = (
             round(ratio * cfg.max_iters) if ratio else iters for ratio, iters in (
                 (cfg.warmup_ratio, cfg.warmup_iters), (cfg.muon_momentum_ratio, cfg.muon_momentum_iters)))
         self.warmdown = cfg.warmdown_ratio if cfg.lr_schedule == "linear" else None
         self.scale = lr_scale(cfg)
+        self.steps_of_pass = data_tokens / cfg.total_batch_size
 
     def lr(self, step: int) -> float:
         """Return the factor on all learning rates at a step (from 0)."""
@@ -59,6 +61,34 @@ class Schedule:
     def weight_decay(self, step: int) -> float:
         """Return Muon's weight decay at a step; it is also multiplied by the learning rate."""
         return self.cfg.weight_decay * (1 + (self.cfg.weight_decay_end - 1) * step / max(1, self.cfg.max_iters - 1))
+
+    def table_decay(self, flag: float | str, learning_rate: float) -> float:
+        """Return AdamW's weight decay of a table, the head or an embedding; it is also multiplied by the learning rate.
+
+        Text that is read several times is learned by heart, and most of all by the head: there each token has weights
+        of its own. "auto" makes a table forget: at its highest rate an update shrinks to 1/e within MEMORY of a pass
+        over the data (the unit is that of arXiv 2405.13698), but not within less than SHORTEST_MEMORY steps. This was
+        measured with MEASURED_PASSES passes; more get the same, fewer get less, and one gets 0 (docs/recipe.md).
+
+        Args: flag: a number, or "auto". learning_rate: of the table, as its flag gives it.
+        """
+        again = self.cfg.max_iters / self.steps_of_pass - 1
+        if flag != "auto" or again <= 0 or not learning_rate:
+            return 0.0 if flag == "auto" else flag
+        memory = max(MEMORY * self.steps_of_pass, SHORTEST_MEMORY)
+        return min(1.0, again / (MEASURED_PASSES - 1)) / (memory * learning_rate * self.scale)
+
+    def rates(self, learning_rates: dict[str, float]) -> str:
+        """Return the highest learning rates of parameter groups, {name: by its flag}, for the start-up table."""
+        rates = ", ".join(f"{name} {lr * self.scale:.3g}" for name, lr in learning_rates.items())
+        return rates if self.scale == 1 else (f"{rates} (flags x {self.scale:.3g} for {self.cfg.max_iters:,} steps of "
+                                              f"{self.cfg.total_batch_size:,} tokens)")
+
+    def decays(self, adam: dict[str, float]) -> str:
+        """Return the weight decays of Muon and of AdamW's groups, {name: weight decay}, for the start-up table."""
+        first, last = (f"{self.weight_decay(step):.3g}" for step in (0, self.cfg.max_iters - 1))
+        decays = [f"{name} {decay:.3g}" for name, decay in adam.items() if decay]
+        return ", ".join([f"matrices {first}" + (f" to {last}" if last != first else ""), *decays])
 
     def momentum(self, step: int) -> float:
         """Return Muon's momentum at a step: warm-up, then muon_momentum, or as the rates fall to muon_momentum_end."""

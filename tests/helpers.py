@@ -72,7 +72,7 @@ def emulated_precision(cfg):
 def make_run(cfg, procs, model, loader=None, wrapper="none"):
     """Build a train.Run with what a step needs."""
     parallel = train.Parallel(model, wrapper, cfg, procs)
-    optimizers = train.Optimizers(model, cfg, procs, parallel)
+    optimizers = train.Optimizers(model, cfg, procs, parallel, 10**12)
     return train.Run(cfg, procs, train.select_precision(cfg, procs.device), parallel, optimizers, loader, Guard(cfg))
 
 
@@ -401,10 +401,11 @@ def fails_in_one_line(capsys, code, *words, **changes):
     assert_one_error_line(result, code, *map(str, words))
 
 
-def make_optimizers(model, cfg=None, **changes):
+def make_optimizers(model, cfg=None, data_tokens=10**12, **changes):
     """Build train.py's optimizers for one process."""
     cfg = cfg or make_cfg(**changes)
-    return train.Optimizers(model, cfg, one_process(), train.Parallel(model, "none", cfg, one_process()))
+    parallel = train.Parallel(model, "none", cfg, one_process())
+    return train.Optimizers(model, cfg, one_process(), parallel, data_tokens)
 
 
 def random_grads(model, seed):

@@ -67,7 +67,7 @@ def good_value(name):
         value = "SSSL"
     elif name in ("total_batch_size", "batch_size"):
         value = 4096
-    elif name == "skip_grad_zscore":
+    elif name in ("skip_grad_zscore", "weight_decay_embed", "weight_decay_head"):
         value = 2.5
     else:
         value = f"other-{default}"
@@ -85,7 +85,7 @@ def bad_values(name):
         return ["many", "1.5", "1e3", "True", "", "[1]"]
     if name in FLOATS:
         return ["much", "False", "", "nan", "inf", "-1e999", "1e300", "1e-320"]
-    if name == "skip_grad_zscore":
+    if name in ("skip_grad_zscore", "weight_decay_embed", "weight_decay_head"):
         return ["automatic", "-1", "", "nan", "True"]
     if name in ("total_batch_size", "batch_size"):
         return ["automatic", "0", "-1", "", "1.5", "True"]

@@ -46,8 +46,8 @@ def test_linear_schedule_at_its_corners():
     assert all(lr_factor(step, 2, 20, 0.1, 0.0) == 1.0 for step in range(1, 20))  # no warm-down: not the cosine
 
 
-def schedule(**flags):
-    return Schedule(make_cfg(**dict(max_iters=200, warmup_iters=7, muon_momentum_iters=9) | flags))
+def schedule(data_tokens=10**12, **flags):
+    return Schedule(make_cfg(**dict(max_iters=200, warmup_iters=7, muon_momentum_iters=9) | flags), data_tokens)
 
 
 def test_fractions_of_the_run_beat_numbers_of_steps():
@@ -93,9 +93,46 @@ def test_momentum_falls_with_the_warm_down():
 
 def test_the_startup_table_prints_the_rates_that_are_used():
     flags = dict(learning_rate=0.04, learning_rate_embed=0.6, lr_ratio_fc2=2.0)
-    assert "qkv 0.04, matrices 0.04, fc2 0.08, embed 0.6," in make_optimizers(make_model(), **flags).rates()
-    text = make_optimizers(make_model(), **flags, lr_scaling="sqrt", total_batch_size=131072).rates()
-    assert "qkv 0.02, matrices 0.02, fc2 0.04, embed 0.3," in text and "131,072" in text
+    def text(**more):
+        optimizers = make_optimizers(make_model(), **flags, **more)
+        return optimizers.schedule.rates(optimizers.base_lr)
+
+    assert "qkv 0.04, matrices 0.04, fc2 0.08, embed 0.6," in text()
+    scaled = text(lr_scaling="sqrt", total_batch_size=131072)
+    assert "qkv 0.02, matrices 0.02, fc2 0.04, embed 0.3," in scaled and "131,072" in scaled
+
+
+@pytest.mark.parametrize("steps, part", [(50, 0), (100, 0), (250, 0.5), (400, 1), (900, 1)])
+@pytest.mark.parametrize("scaling, scale", [("none", 1), ("sqrt", 0.5)])
+def test_tables_forget_what_they_read_again(steps, part, scaling, scale):
+    """A pass is 100 steps. With four passes an update shrinks to 1/e in 70 steps at the highest rate, with more passes
+    too; with one pass not at all."""
+    s = schedule(data_tokens=100 * 131072, max_iters=steps, total_batch_size=131072, lr_scaling=scaling)
+    decay = s.table_decay("auto", 0.02)
+    assert decay * 0.02 * scale * 70 == pytest.approx(part)
+    assert s.table_decay(0.3, 0.02) == 0.3 and s.table_decay("auto", 0.0) == 0.0
+
+
+def test_tables_do_not_forget_within_a_few_steps():
+    """A pass of 2 steps would make the decay larger than the weight."""
+    s = schedule(data_tokens=2 * 131072, max_iters=1000, total_batch_size=131072, lr_scaling="none")
+    assert s.table_decay("auto", 0.5) * 0.5 == pytest.approx(1 / 20)
+
+
+def test_each_table_forgets_at_its_own_rate():
+    """Embedding, head and value embeddings; the rest does not. A number given for one is used for it."""
+    flags = dict(max_iters=400, total_batch_size=64, lr_scaling="none", n_value_embed=1, learning_rate_embed=0.5,
+                 learning_rate_head=0.01, learning_rate_value=0.25, weight_decay_embed="auto", weight_decay_head="auto")
+    make = lambda **more: make_optimizers(  # noqa: E731
+        make_model(n_value_embed=1), data_tokens=100 * 64, **flags | more)
+    optimizers = make()
+    decays = {name: group["weight_decay"] for name, group in optimizers.groups.items()}
+    assert decays["embed"] * 0.5 == pytest.approx(1 / 70) and decays["head"] * 0.01 == pytest.approx(1 / 70)
+    assert decays["values"] * 0.25 == pytest.approx(1 / 70) and decays["gains"] == 0
+    assert "head 1.43" in optimizers.schedule.decays(optimizers.adam_decay)
+    optimizers = make(weight_decay_head=0.25, weight_decay_embed=0.0, weight_decay=0.2, weight_decay_end=0.0)
+    assert [optimizers.groups[name]["weight_decay"] for name in ("embed", "head", "values")] == [0, 0.25, 0]
+    assert optimizers.schedule.decays(optimizers.adam_decay) == "matrices 0.2 to 0, head 0.25"
 
 
 def test_momentum_at_its_corners():

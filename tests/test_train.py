@@ -97,6 +97,12 @@ def test_a_resumed_run_keeps_the_batch_that_was_chosen_for_it(monkeypatch):
         train.checkpoint.check_fixed_flags("a", cfg)
 
 
+def test_only_classic_keeps_tables_and_order_when_tokens_are_read_again():
+    for preset, decay, shuffle in (("d20", "auto", True), ("speedrun", "auto", True), ("classic", 0.0, False)):
+        cfg = parse(f"--preset={preset}")
+        assert (cfg.weight_decay_embed, cfg.weight_decay_head, cfg.USE_SHUFFLE) == (decay, decay, shuffle)
+
+
 def test_a_run_from_before_the_shuffle_keeps_its_order(monkeypatch):
     """Else it would read some sequences of its present pass twice and others never."""
     saved = vars(parse("--preset=d20"))

@@ -265,7 +265,7 @@ def test_the_first_losses_are_those_of_a_plain_loop(tmp_path, shards, one_rank):
     ring = train.TokenRing(str(shards), "synthetic", "train", 512, 1)
     model = helpers.make_model(cfg, zeros=True, seed=cfg.seed)
     parallel = train.Parallel(model, "none", cfg, procs)
-    optimizers = train.Optimizers(model, cfg, procs, parallel)
+    optimizers = train.Optimizers(model, cfg, procs, parallel, 10**12)
     precision = train.select_precision(cfg, helpers.CPU)
     for step, expected in enumerate(records(one_rank["bf16"], "train")):
         tokens = torch.from_numpy(ring.read(step * 256, 257))

@@ -30,7 +30,7 @@ def test_owners_get_about_the_same_work():
 def train_two_steps(cfg, procs, model):
     """Take two optimizer steps with random gradients, which differ by rank, and return the norms of the gradients."""
     parallel = train.Parallel(model, "ddp" if procs.world_size > 1 else "none", cfg, procs)
-    optimizers = train.Optimizers(model, cfg, procs, parallel)
+    optimizers = train.Optimizers(model, cfg, procs, parallel, 10**12)
     optimizers.warm_up(parallel)
     norms = []
     for step in range(2):
