@@ -586,7 +586,6 @@ class Optimizers(OptimizerSet):
         """Sort the parameters into groups. data_tokens: tokens of the train shards. Raises: UserError if an optimizer
         cannot run here."""
         self.schedule = Schedule(cfg, data_tokens)
-        decay = self.schedule.table_decay
         sharded, self.shards, self.buffers = parallel.wrapper == "fsdp2", parallel.shards, parallel.buffers
         blocks = list(model.blocks.named_parameters())
         muon = dict(lr=cfg.learning_rate, weight_decay=cfg.weight_decay, mu=cfg.muon_momentum_start,
@@ -600,31 +599,12 @@ class Optimizers(OptimizerSet):
             dict(name="fc2", **muon | dict(lr=cfg.learning_rate * cfg.lr_ratio_fc2),
                  params=[p for n, p in blocks if n.endswith("fc2_weight")]),
         ]
-        gains = [p for n, p in model.named_parameters()
-                 if (p.ndim == 1 and not n.startswith("scales.")) or n.endswith("value_embed.gate")]
-        adam_groups = [
-            dict(name="embed", params=[model.embed.weight], lr=cfg.learning_rate_embed,
-                 weight_decay=decay(cfg.weight_decay_embed, cfg.learning_rate_embed),
-                 betas=(cfg.adam_beta1, cfg.adam_beta2_embed)),
-            dict(name="head", params=[model.head.weight], lr=cfg.learning_rate_head,
-                 weight_decay=decay(cfg.weight_decay_head, cfg.learning_rate_head)),
-            dict(name="gains", params=gains, lr=cfg.learning_rate_gain, weight_decay=cfg.weight_decay_gain),
-        ]
-        if cfg.n_value_embed:
-            adam_groups.append(dict(name="values", lr=cfg.learning_rate_value,
-                                    weight_decay=decay(cfg.weight_decay_embed, cfg.learning_rate_value),
-                                    params=[p for n, p in blocks if n.endswith("value_embed.table")],
-                                    betas=(cfg.adam_beta1, cfg.adam_beta2_embed)))
-        if cfg.USE_X0:
-            adam_groups += [dict(name="x0", params=[model.scales.x0], lr=cfg.learning_rate_x0, betas=(0.96, 0.95),
-                                 weight_decay=0.0),  # betas and the factor 1/100: nanochat's
-                            dict(name="x", params=[model.scales.x], lr=cfg.learning_rate_x0 / 100, weight_decay=0.0)]
+        adam_groups = self.adam_groups(model, cfg)
         if self.shards is not None:
             for group in matrix_groups + adam_groups:
                 group["params"] = self.shards.own(group["params"])
         # Before Dion turns its groups' "lr" into tensors on the device
         self.base_lr = {g["name"]: g["lr"] for g in matrix_groups + adam_groups}
-        self.adam_decay = {g["name"]: g["weight_decay"] for g in adam_groups}
 
         # Compiling Dion's update adds half a minute to a first start, and saves milliseconds a step (results/NOTES.md)
         self.compiled = cfg.USE_COMPILE is True
@@ -646,6 +626,29 @@ class Optimizers(OptimizerSet):
         self.all.append(torch.optim.AdamW(adam_groups, fused=True, **adam))
         self.groups = {g["name"]: g for g in muon_groups(self.muon)}
         self.groups.update({g["name"]: g for optimizer in self.all[1:] for g in optimizer.param_groups})
+
+    def adam_groups(self, model: GPT, cfg: SimpleNamespace) -> list[dict]:
+        """Return AdamW's groups: all parameters but the matrices in the blocks."""
+        blocks, decay = list(model.blocks.named_parameters()), self.schedule.table_decay
+        table_betas = (cfg.adam_beta1, cfg.adam_beta2_embed)
+        gains = [p for n, p in model.named_parameters()
+                 if (p.ndim == 1 and not n.startswith("scales.")) or n.endswith("value_embed.gate")]
+        groups = [
+            dict(name="embed", params=[model.embed.weight], lr=cfg.learning_rate_embed, betas=table_betas,
+                 weight_decay=decay(cfg.weight_decay_embed, cfg.learning_rate_embed)),
+            dict(name="head", params=[model.head.weight], lr=cfg.learning_rate_head,
+                 weight_decay=decay(cfg.weight_decay_head, cfg.learning_rate_head)),
+            dict(name="gains", params=gains, lr=cfg.learning_rate_gain, weight_decay=cfg.weight_decay_gain),
+        ]
+        if cfg.n_value_embed:
+            tables = [p for n, p in blocks if n.endswith("value_embed.table")]
+            groups.append(dict(name="values", params=tables, lr=cfg.learning_rate_value, betas=table_betas,
+                               weight_decay=decay(cfg.weight_decay_embed, cfg.learning_rate_value)))
+        if cfg.USE_X0:
+            groups += [dict(name="x0", params=[model.scales.x0], lr=cfg.learning_rate_x0, betas=(0.96, 0.95),
+                            weight_decay=0.0),  # betas and the factor 1/100: nanochat's
+                       dict(name="x", params=[model.scales.x], lr=cfg.learning_rate_x0 / 100, weight_decay=0.0)]
+        return groups
 
     def set_schedule(self, step: int) -> dict[str, float]:
         """Set learning rates, Muon's momentum and weight decay for a step; return them by log.jsonl's names."""

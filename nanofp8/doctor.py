@@ -30,8 +30,7 @@ OK, NOTE, WARN, FAIL = "ok", "-", "warn", "FAIL"  # FAIL: training would fail
 WIDTH, INDENT = 110, 25
 INSTALL = "`bash run.sh setup` makes an environment with it (docs/install.md)"
 # What train.py says of flags. They are taken from its source, because importing train.py needs torch
-DEFINITIONS = {"CLASSIC", "PARTS", "PRESETS", "LARGEST_BATCH", "resolve_length", "check_flags",
-               "choose_wrapper"}
+DEFINITIONS = {"CLASSIC", "PARTS", "PRESETS", "LARGEST_BATCH", "resolve_length", "check_flags", "choose_wrapper"}
 
 Verdict = tuple[str, str]  # a mark, and what was found; of WARN and FAIL also what to do
 

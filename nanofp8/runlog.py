@@ -333,7 +333,7 @@ def print_table(run: Any, checkpoint: str | None) -> None:
         ("wrapper", f"{run.parallel.wrapper} ({run.wrapper_reason})"),
         ("optimizers", run.optimizers.description),
         ("  learning rates", schedule.rates(run.optimizers.base_lr)),
-        ("  weight decay", schedule.decays(run.optimizers.adam_decay)),
+        ("  weight decay", schedule.decays([g for adam in run.optimizers.all[1:] for g in adam.param_groups])),
         ("skipped steps", f"{run.guard}"),
         ("parameters", f"{run.parameters:,}"),
         *[(f"  {part}", f"{n:,} = {how}") for part, n, how in parameter_table(run.cfg)],

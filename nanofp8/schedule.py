@@ -72,9 +72,11 @@ class Schedule:
 
         Args: flag: a number, or "auto". learning_rate: of the table, as its flag gives it.
         """
-        again = self.cfg.max_iters / self.steps_of_pass - 1
-        if flag != "auto" or again <= 0 or not learning_rate:
-            return 0.0 if flag == "auto" else flag
+        if flag != "auto":
+            return flag
+        again = self.cfg.max_iters / self.steps_of_pass - 1  # passes after the first
+        if again <= 0 or not learning_rate:
+            return 0.0
         memory = max(MEMORY * self.steps_of_pass, SHORTEST_MEMORY)
         return min(1.0, again / (MEASURED_PASSES - 1)) / (memory * learning_rate * self.scale)
 
@@ -84,11 +86,11 @@ class Schedule:
         return rates if self.scale == 1 else (f"{rates} (flags x {self.scale:.3g} for {self.cfg.max_iters:,} steps of "
                                               f"{self.cfg.total_batch_size:,} tokens)")
 
-    def decays(self, adam: dict[str, float]) -> str:
-        """Return the weight decays of Muon and of AdamW's groups, {name: weight decay}, for the start-up table."""
+    def decays(self, adam_groups: list[dict]) -> str:
+        """Return the weight decays of Muon and of AdamW's parameter groups for the start-up table."""
         first, last = (f"{self.weight_decay(step):.3g}" for step in (0, self.cfg.max_iters - 1))
-        decays = [f"{name} {decay:.3g}" for name, decay in adam.items() if decay]
-        return ", ".join([f"matrices {first}" + (f" to {last}" if last != first else ""), *decays])
+        decays = [f"{g['name']} {g['weight_decay']:.3g}" for g in adam_groups if g["weight_decay"]]
+        return ", ".join([f"Muon {first}" + (f" to {last}" if last != first else ""), *decays])
 
     def momentum(self, step: int) -> float:
         """Return Muon's momentum at a step: warm-up, then muon_momentum, or as the rates fall to muon_momentum_end."""

@@ -129,10 +129,10 @@ def test_each_table_forgets_at_its_own_rate():
     decays = {name: group["weight_decay"] for name, group in optimizers.groups.items()}
     assert decays["embed"] * 0.5 == pytest.approx(1 / 70) and decays["head"] * 0.01 == pytest.approx(1 / 70)
     assert decays["values"] * 0.25 == pytest.approx(1 / 70) and decays["gains"] == 0
-    assert "head 1.43" in optimizers.schedule.decays(optimizers.adam_decay)
+    assert "head 1.43" in optimizers.schedule.decays([*optimizers.groups.values()][3:])
     optimizers = make(weight_decay_head=0.25, weight_decay_embed=0.0, weight_decay=0.2, weight_decay_end=0.0)
     assert [optimizers.groups[name]["weight_decay"] for name in ("embed", "head", "values")] == [0, 0.25, 0]
-    assert optimizers.schedule.decays(optimizers.adam_decay) == "matrices 0.2 to 0, head 0.25"
+    assert optimizers.schedule.decays([*optimizers.groups.values()][3:]) == "Muon 0.2 to 0, head 0.25"
 
 
 def test_momentum_at_its_corners():
