@@ -312,6 +312,8 @@ def data_rows(cfg: SimpleNamespace, procs: Processes, loader: Any, val_ring: Any
         ("batch", f"{cfg.total_batch_size:,} tokens = {procs.world_size} rank(s) x {loader.accumulation} "
                   f"micro-batch(es) x {cfg.batch_size} sequences x {cfg.block_size} tokens"),
         ("length", f"{cfg.max_iters:,} steps = {tokens:,} tokens = {epochs:.2f} epochs{again}"),
+        *([("  note", "value embeddings learn repeated text by heart: --n_value_embed=0 was better by far over four "
+                      "passes (docs/recipe.md)")] if cfg.n_value_embed and epochs >= 2 else []),
     ]
 
 

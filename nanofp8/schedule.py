@@ -4,7 +4,7 @@ import math
 from types import SimpleNamespace
 
 REFERENCE_BATCH, REFERENCE_TOKENS, SHORTEST_TOKENS = 524288, 891289600, 50e6  # of lr_scale()
-MEMORY, MEASURED_PASSES, SHORTEST_MEMORY = 0.7, 4, 20  # of table_decay(): passes over the data, passes, steps
+MEMORY, MEASURED_PASSES, SHORTEST_MEMORY = 0.28, 4, 40  # of table_decay(): passes over the data, passes, steps
 
 
 def lr_factor(step: int, warmup_iters: int, max_iters: int, min_lr_ratio: float,
@@ -67,8 +67,9 @@ class Schedule:
 
         Text that is read several times is learned by heart, and most of all by the head: there each token has weights
         of its own. "auto" makes a table forget: at its highest rate an update shrinks to 1/e within MEMORY of a pass
-        over the data (the unit is that of arXiv 2405.13698), but not within less than SHORTEST_MEMORY steps. This was
-        measured with MEASURED_PASSES passes; more get the same, fewer get less, and one gets 0 (docs/recipe.md).
+        over the data (the unit is that of arXiv 2405.13698), but not within less than SHORTEST_MEMORY steps. This is
+        for MEASURED_PASSES passes or more. Two passes get a third of that decay, one gets none: both were measured
+        (docs/recipe.md).
 
         Args: flag: a number, or "auto". learning_rate: of the table, as its flag gives it.
         """
