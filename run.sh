@@ -288,7 +288,17 @@ fineweb() {
     printf -v name 'data/fineweb10B/fineweb_train_%06d.bin' "$i"
   done
 }
-if [ "$gpus" -gt 0 ] && [ "$(flag dataset "$@") $(flag data_dir "$@")" = "fineweb10B data" ] && [ "$(flag preset "$@")" != tiny ]; then
+# Print the data set of the checkpoint that --resume finds: a resumed run keeps it. Print nothing if there is none.
+resumed_dataset() {
+  [ -z "$(flag resume "$@")" ] || "$py" -W ignore -c 'import sys
+import train
+from nanofp8 import resuming
+checkpoint, _ = resuming.choose_checkpoint(train.read_flags(sys.argv[1:]))
+print(resuming.read_checkpoint(checkpoint)["flags"]["dataset"])' "$@" 2>/dev/null || true
+}
+dataset=$(flag dataset "$@")
+if [ "$gpus" -gt 0 ] && [ "$dataset $(flag data_dir "$@")" = "fineweb10B data" ] && [ "$(flag preset "$@")" != tiny ] &&
+  { dataset=$(resumed_dataset "$@") && [ "${dataset:-fineweb10B}" = fineweb10B ]; }; then
   can_write
   {
     lock

@@ -662,6 +662,32 @@ def test_which_flags_fetch_data(host, flags, fetched):
     assert not any("cachedfineweb10b" in line for line in host.did)
 
 
+@pytest.mark.parametrize("flags, saved, fetched", [
+    (["--resume=auto"], "shakespeare", False), (["--resume=auto"], "fineweb10B", True), (["--resume=auto"], None, True),
+    ([], "shakespeare", True), (["--resume="], "shakespeare", True),
+])  # fmt: skip
+def test_a_resumed_run_keeps_its_data(host, flags, saved, fetched):
+    """A checkpoint's data set decides, where flags do not name another: train.py adopts it."""
+    host.gpus(1).has("torch", "numpy", "transformer_engine.pytorch", "transformer_engine.__init__")
+    (host.repo / "train.py").write_text((ROOT / "train.py").read_text().partition("from typing")[0] + '''
+dataset: str = "fineweb10B"
+data_dir: str = "data"
+resume: str = ""
+def read_flags(argv):
+    return argv
+''')
+    (host.repo / "nanofp8" / "resuming.py").write_text(f'''
+def choose_checkpoint(argv):
+    assert argv == {flags}
+    return {saved and "step_000001"!r}, None
+def read_checkpoint(folder):
+    assert folder == "step_000001"
+    return dict(flags=dict(dataset={saved!r}))
+''')
+    host.run(*flags)
+    assert ("fake data/cachedfineweb10b.py 9" in host.did) == fetched
+
+
 def test_a_file_of_another_name_is_no_train_shard(host):
     """Only files that training reads count: x_train_v2_val_000000.bin is a val shard, x_train_000001 (1).bin a copy."""
     host.gpus(1).has("torch", "numpy", "transformer_engine.pytorch", "transformer_engine.__init__")
