@@ -222,8 +222,13 @@ def script_flags(path: str | os.PathLike) -> dict[str, Flag]:
     Raises: UserError (status 2) naming the line of a flag without a type, of an unknown type or of a wrong value.
     """
     with open(path, encoding="utf-8-sig") as f:  # an editor may have put a byte order mark there
-        text = f.read()
-    lines, script = text.split("\n"), os.path.basename(path)  # as ast counts them; splitlines() knows more line ends
+        return dict(_flags_of(f.read(), os.path.basename(path)))
+
+
+@functools.lru_cache(maxsize=8)  # it takes 0.1 s, and a process may ask for each of its runs
+def _flags_of(text: str, script: str) -> dict[str, Flag]:
+    """Read the flags of script_flags() from the text of the script of this name."""
+    lines = text.split("\n")  # as ast counts them; splitlines() knows more line ends
     starts = {word: next((i for i, line in enumerate(lines, 1) if line.startswith(word)), len(lines))
               for word in ("# Flags", "# End of flags")}
     groups = {i: line[2:] for i, line in enumerate(lines, 1)
