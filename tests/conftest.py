@@ -5,7 +5,6 @@ import os
 import pathlib
 import signal
 import sys
-from types import SimpleNamespace
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: the tests' tensors are too small for threads
 
@@ -25,7 +24,7 @@ if not torch.cuda.is_available():  # before triton is imported: test_kernels.py 
 
 
 # Fixtures that start processes
-SLOW_FIXTURES = {"two_ranks", "script_run"}
+SLOW_FIXTURES = {"two_ranks", "script_run", "forker"}
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
@@ -54,11 +53,9 @@ def signal_handlers():
 
 @pytest.fixture(autouse=True)
 def no_full_collections(monkeypatch):
-    """Runs collect garbage at the start and after evaluations, which takes 0.2 s in a process with many modules."""
-    machine, script = sys.modules.get("nanofp8.machine"), sys.modules.get("train")
-    for module in filter(None, (machine, script)):
-        monkeypatch.setattr(module, "gc", SimpleNamespace(
-            collect=lambda: 0, freeze=gc.freeze, unfreeze=gc.unfreeze, enable=gc.enable, disable=gc.disable))
+    """See helpers.skip_full_collections(). A test that runs train.py has imported helpers."""
+    if "helpers" in sys.modules:
+        sys.modules["helpers"].skip_full_collections(monkeypatch.setattr)
 
 
 @pytest.fixture
@@ -79,6 +76,16 @@ def fresh(monkeypatch):
         dist.destroy_process_group()
     gc.enable()  # a run that was broken off leaves it off
     gc.unfreeze()
+
+
+@pytest.fixture(scope="session")
+def forker(tmp_path_factory):
+    """A helpers.Forker."""
+    import helpers
+
+    started = helpers.Forker(tmp_path_factory.mktemp("forker"))
+    yield started
+    started.close()
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """Helpers of the tests of train.py: small flags, synthetic shards, models, subprocesses, torchrun, checkpoints."""
 
 import contextlib
+import gc
 import importlib.util
 import inspect
 import itertools
@@ -9,9 +10,12 @@ import os
 import pathlib
 import re
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 import threading
+import time
 import types
 from types import SimpleNamespace
 from unittest import mock
@@ -19,15 +23,16 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 import train
-from nanofp8 import checkpoint, host
+from nanofp8 import checkpoint, host, machine
 from nanofp8 import te_emulation as te
 from nanofp8.checkpoint import Checkpoints
 from nanofp8.faults import Guard
 from nanofp8.precision import FORMATS, TE_PARTS, Precision
-from nanofp8.procs import Processes
+from nanofp8.procs import Processes, start_processes
 from nanofp8.runlog import RunLog
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -188,6 +193,147 @@ def finish(process, timeout=180):
 def start_torchrun(nproc, *command, cwd, **env):
     """Start `torchrun --nproc_per_node=nproc command...` with gloo."""
     return start("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}", *command, cwd=cwd, **env)
+
+
+def skip_full_collections(patch=setattr):
+    """Let runs in this process do without the garbage collections at their start and after evaluations: with many
+    modules, each takes 0.2 s."""
+    for module in (machine, train):
+        patch(module, "gc", SimpleNamespace(collect=lambda: 0, freeze=gc.freeze, unfreeze=gc.unfreeze, enable=gc.enable,
+                                            disable=gc.disable))
+
+
+# Reads a command as a line of JSON, and runs it in a fork of this process, which has imported train.py and done nothing
+# else. Answers with the pid; the parent of each process writes its exit status into a file.
+FORKER = """
+import json, os, runpy, sys
+sys.path[:0] = [{root!r}]
+import train
+assert not os.path.exists("/proc/self/task") or len(os.listdir("/proc/self/task")) == 1, "fork() with threads around"
+for line in sys.stdin:
+    command = json.loads(line)
+    parent = os.fork()
+    if parent:
+        os.waitpid(parent, 0)
+        continue
+    if os.fork():
+        os._exit(0)
+    pid = os.fork()
+    if pid:
+        print(pid, flush=True)
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        with open(command["files"] + ".new", "w") as f:
+            f.write(str(status))
+        os.rename(command["files"] + ".new", command["files"] + ".status")
+        os._exit(0)
+    for fd, name in enumerate((os.devnull, command["files"] + ".out", command["files"] + ".err")):
+        os.dup2(os.open(name, os.O_RDWR | os.O_CREAT, 0o600), fd)
+    sys.stdout.reconfigure(line_buffering=True)
+    os.chdir(command["cwd"])
+    os.environ.update(command["env"])
+    sys.argv = command["argv"]
+    sys.path[0] = os.path.dirname(sys.argv[0])
+    runpy.run_path(sys.argv[0], run_name="__main__")
+    break
+"""
+
+
+class Forked:
+    """A process that a Forker has started, with what finish() and read_until() need of subprocess.Popen."""
+
+    def __init__(self, pid, files):
+        self.pid, self.files, self.returncode = pid, files, None
+
+    def text(self, of):
+        return pathlib.Path(f"{self.files}.{of}").read_text()
+
+    @property
+    def ended(self):
+        """When it ended, as time.time() says it."""
+        return os.stat(f"{self.files}.status").st_mtime
+
+    @property
+    def stdout(self):
+        """Its lines as they come."""
+        seen = 0
+        while True:
+            alive = self.poll() is None
+            lines = self.text("out").splitlines(keepends=True) if os.path.exists(f"{self.files}.out") else []
+            for line in lines[seen:]:
+                if line.endswith("\n") or not alive:
+                    seen += 1
+                    yield line
+            if not alive:
+                return
+            time.sleep(0.02)
+
+    def poll(self):
+        if self.returncode is None and os.path.exists(f"{self.files}.status"):
+            self.returncode = int(self.text("status"))
+        return self.returncode
+
+    def communicate(self, timeout=None):
+        deadline = time.monotonic() + (timeout or 600)
+        while self.poll() is None:
+            if time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired(self.files, timeout)
+            time.sleep(0.02)
+        return self.text("out"), self.text("err")
+
+    def send_signal(self, number):
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self):
+        self.send_signal(signal.SIGKILL)
+
+
+class Forker:
+    """Starts scripts that import train.py in 0.2 s, where a process of its own takes 5 s of computing for its imports.
+
+    For tests that need a process, but not its start. A script finds train.py imported, and is otherwise run as Python
+    runs it: with its own arguments, environment, output and exit.
+    """
+
+    def __init__(self, folder):
+        self.folder, self.count = folder, itertools.count()
+        (folder / "forker.py").write_text(FORKER.format(root=str(ROOT)))
+        self.process = subprocess.Popen([sys.executable, folder / "forker.py"], env=script_env(), text=True,
+                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+    def start(self, *command, cwd, **env):
+        """Start `python command...`, as start() does, and return a Forked."""
+        files = str(self.folder / f"process{next(self.count)}")
+        print(json.dumps(dict(argv=[str(part) for part in command], cwd=str(cwd), env=env, files=files)), flush=True,
+              file=self.process.stdin)
+        return Forked(int(self.process.stdout.readline()), files)
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def fork_ranks():
+    """Make this process, which has imported what it needs and done nothing else, rank 0 of two; return its Processes.
+
+    Rank 1 is forked, which saves its imports and torchrun's, 7 s of computing. Runs draw no pictures and collect no
+    garbage. end_ranks() ends both.
+    """
+    skip_full_collections()
+    RunLog.plot = lambda self: None
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]), WORLD_SIZE="2")
+    other = os.fork()
+    os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(int(other == 0))
+    return start_processes()
+
+
+def end_ranks(procs):
+    """End the two ranks: rank 0 with the status of rank 1, if that has failed."""
+    dist.destroy_process_group()
+    if procs.is_main:
+        sys.exit(os.waitstatus_to_exitcode(os.wait()[1]))
 
 
 def train_here(out_dir, data_dir, **changes):

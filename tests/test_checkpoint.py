@@ -237,17 +237,17 @@ def quick(tmp_path_factory, shards):
 
 
 @pytest.mark.slow
-def test_signals_and_broken_runs_of_the_script(tmp_path, shards, quick):
+def test_signals_and_broken_runs_of_the_script(forker, tmp_path, shards, quick):
     """In processes of their own: SIGTERM and SIGINT end the script with status 0. Non-finite losses end it with one
     line, even while a checkpoint is being written, and earlier checkpoints stay."""
     args = flag_args(data_dir=shards, ckpt_interval=0, **QUICK)
     (tmp_path / "train.py").write_text(  # 0.1 s a step: on a busy machine, too, the signal comes before the end
         f"import sys, time\nsys.path[0] = {str(ROOT)!r}\nimport train\nstep = train.train_step\n"
         "train.train_step = lambda *args: time.sleep(0.1) or step(*args)\ntrain.main()\n")
-    runs = {number: start("-u", tmp_path / "train.py", *args, f"--run_name=s{number}", cwd=tmp_path)
+    runs = {number: forker.start(tmp_path / "train.py", *args, f"--run_name=s{number}", cwd=tmp_path)
             for number in (signal.SIGTERM, signal.SIGINT)}
-    broken = start(TRAIN, *args, "--run_name=broken", "--ckpt_interval=1", "--learning_rate=1e38", "--grad_clip=0",
-                   cwd=tmp_path)
+    broken = forker.start(TRAIN, *args, "--run_name=broken", "--ckpt_interval=1", "--learning_rate=1e38",
+                          "--grad_clip=0", cwd=tmp_path)
     for number, process in runs.items():
         helpers.read_until(process, lambda line: line.startswith("step "))
         process.send_signal(number)
@@ -274,8 +274,9 @@ def test_signals_and_broken_runs_of_the_script(tmp_path, shards, quick):
 # Killed
 
 # One process imports torch and train.py, and forks each attempt of the run before any thread or process group exists.
-# An attempt differs from a new process in three things: it imports nothing (so it starts in 0.2 s instead of 5 s), it
-# has the parent's memory and hash seed, and there is no torchrun. It makes its own process group and threads.
+# An attempt differs from a new process in four things: it imports nothing (so it starts in 0.2 s instead of 5 s), it
+# has the parent's memory and hash seed, it collects no garbage, and there is no torchrun. It makes its own process
+# group and threads.
 KILLER = textwrap.dedent("""
     import glob, json, os, random, signal, sys, time, traceback
     sys.path[:0] = [{root!r}, {tests!r}]
@@ -284,6 +285,7 @@ KILLER = textwrap.dedent("""
     from nanofp8.checkpoint_files import load_weights, read_checkpoint
     from nanofp8.runlog import RunLog
     RunLog.plot = lambda self: None
+    helpers.skip_full_collections()
     spec = json.load(open(sys.argv[1]))
     saved = torch.load(spec["saved"])
     assert len(os.listdir("/proc/self/task")) == 1, "fork() with threads around"
@@ -413,25 +415,16 @@ RANKS = {
     "unshared": (DDP | dict(ckpt_interval=2, max_iters=2), None, 0),
 }
 WORKER = textwrap.dedent("""
-    import contextlib, gc, json, os, pathlib, signal, socket, sys
+    import contextlib, json, os, pathlib, signal, sys
     sys.path[:0] = [{root!r}, {tests!r}]
     from unittest import mock
     import helpers, torch, train, two_rank_faults
-    import torch.distributed as dist
     from torch.distributed.checkpoint.staging import BlockingAsyncStager
     from nanofp8 import te_emulation as te
     from nanofp8.checkpoint import Checkpoints
     from nanofp8.checkpoint_files import read_checkpoint
     from nanofp8.faults import Guard
-    from nanofp8.procs import start_processes
-    from nanofp8.runlog import RunLog
-    RunLog.plot = lambda self: None
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]), WORLD_SIZE="2")
-    other = os.fork()
-    os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(int(other == 0))
-    procs = start_processes()
+    procs = helpers.fork_ranks()
     spec = json.load(open(sys.argv[1]))
     out = pathlib.Path(spec["out"])
     for name, (changes, source, step) in spec["runs"].items():
@@ -476,13 +469,9 @@ WORKER = textwrap.dedent("""
                 error = repr(e)
         if procs.is_main:
             torch.save(dict(saved=seen.saved, restored=seen.restored, error=error), out / (name + ".pt"))
-        gc.unfreeze()
-        gc.collect()
     procs.print("faults of two ranks")
     two_rank_faults.run_here(procs, out / "faults", helpers.flag_args(data_dir=spec["data"], batch_size=4))
-    dist.destroy_process_group()
-    if other:
-        sys.exit(os.waitpid(other, 0)[1] >> 8)
+    helpers.end_ranks(procs)
 """)
 
 

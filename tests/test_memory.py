@@ -486,12 +486,8 @@ WORKER = textwrap.dedent("""
     import contextlib, json, sys
     sys.path[:0] = [{root!r}, {tests!r}]
     import helpers, train, test_memory
-    import torch.distributed as dist
     from nanofp8 import memory, te_emulation as te
-    from nanofp8.procs import start_processes
-    from nanofp8.runlog import RunLog
-    RunLog.plot = lambda self: None
-    procs, folders = start_processes(), {{}}
+    procs, folders = helpers.fork_ranks(), {{}}
     for name, flags in json.load(open(sys.argv[1])).items():
         te._state.__init__()
         memory.TRIAL_ON_CPU = not name.endswith("plain")
@@ -500,7 +496,7 @@ WORKER = textwrap.dedent("""
             folders[name] = train.run(train.read_flags(helpers.flag_args(**flags), has_gpu=False), procs)
     if procs.is_main:
         json.dump(folders, open(sys.argv[1] + ".done", "w"))
-    dist.destroy_process_group()
+    helpers.end_ranks(procs)
 """)
 
 
@@ -515,7 +511,7 @@ def test_trials_of_two_ranks(tmp_path, shards):
               for name in HALVED}
     (tmp_path / "cases.json").write_text(json.dumps(cases))
     (tmp_path / "worker.py").write_text(WORKER.format(root=str(helpers.ROOT), tests=str(helpers.ROOT / "tests")))
-    result = helpers.finish(helpers.start_torchrun(2, tmp_path / "worker.py", tmp_path / "cases.json", cwd=tmp_path))
+    result = helpers.finish(helpers.start(tmp_path / "worker.py", tmp_path / "cases.json", cwd=tmp_path))
     assert result.code == 0, result.err[-4000:]
     folders = json.loads((tmp_path / "cases.json.done").read_text())
     for name in PAIRS:

@@ -1,6 +1,7 @@
 """Whole runs of train.py: log, run folder, evaluation, accumulation, ranks and wrappers, number formats.
 
-Runs of one process happen in this process. Runs of two ranks (RANKS) happen one after another under one torchrun.
+Runs of one process happen in this process. Runs of two ranks (RANKS) happen one after another in one pair of
+processes.
 """
 
 import functools
@@ -67,15 +68,11 @@ RANKS = {
     "auto-nvfp4": TWO | dict(USE_NVFP4=True, n_embd=128, max_iters=2),
 }
 WORKER = textwrap.dedent("""
-    import gc, json, sys
+    import json, sys
     sys.path[:0] = [{root!r}, {tests!r}]
     import helpers, train
-    import torch.distributed as dist
     from nanofp8 import te_emulation as te
-    from nanofp8.procs import start_processes
-    from nanofp8.runlog import RunLog
-    RunLog.plot = lambda self: None
-    procs = start_processes()
+    procs = helpers.fork_ranks()
     folders = {{}}
     for name, changes in json.load(open(sys.argv[1])).items():
         te._state.__init__()
@@ -84,11 +81,9 @@ WORKER = textwrap.dedent("""
             folders[name] = train.run(cfg, procs)
         except Exception as error:  # on both ranks alike, or the other one hangs
             folders[name] = f"failed: {{error!r}}"
-        gc.unfreeze()
-        gc.collect()
     if procs.is_main:
         json.dump(folders, open(sys.argv[1] + ".done", "w"))
-    dist.destroy_process_group()
+    helpers.end_ranks(procs)
 """)
 
 
@@ -100,7 +95,7 @@ def two_ranks(tmp_path_factory, shards):
              for name, changes in RANKS.items()}
     (folder / "cases.json").write_text(json.dumps(cases))
     (folder / "worker.py").write_text(WORKER.format(root=str(ROOT), tests=str(ROOT / "tests")))
-    result = finish(start_torchrun(2, folder / "worker.py", folder / "cases.json", cwd=folder))
+    result = finish(start(folder / "worker.py", folder / "cases.json", cwd=folder))
     assert result.code == 0, result.err[-4000:]
     folders = json.loads((folder / "cases.json.done").read_text())
     folders["output"] = result.out
