@@ -1,22 +1,22 @@
 """zero.py: two ranks that divide gradients and updates do what one process does with all of them."""
 
-import socket
+import textwrap
 from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 import train
-from helpers import CPU, make_cfg, make_model, random_grads, tokens_and_targets
+from helpers import CPU, ROOT, finish, make_cfg, make_model, random_grads, start, tokens_and_targets
 from nanofp8 import epilogues, fused
 from nanofp8.parts import gradient_of
 from nanofp8.procs import Processes
 from nanofp8.zero import Shards, assign_owners
 
 PARTS = dict(n_value_embed=1, USE_X0=True, n_layer=3)
+INTERPRETS = fused.triton is not None and not torch.cuda.is_available()  # Triton's interpreter runs on CPUs
 
 
 def test_owners_get_about_the_same_work():
@@ -57,13 +57,10 @@ def train_two_steps(cfg, procs, model):
     return norms, optimizers
 
 
-def work(rank, port, results, flags):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    mesh = dist.device_mesh.init_device_mesh("cpu", (2,), mesh_dim_names=("data",))
+def work(procs, flags):
     cfg = make_cfg(**flags)
     model = make_model(cfg)
-    norms, optimizers = train_two_steps(cfg, Processes(rank, rank, 2, CPU, mesh), model)
+    norms, optimizers = train_two_steps(cfg, procs, model)
     def whole(value):
         return value.full_tensor() if hasattr(value, "full_tensor") else value
 
@@ -71,39 +68,60 @@ def work(rank, port, results, flags):
     for optimizer in optimizers.all:
         for p, values in optimizers.state_of(optimizer).items():
             state[names[p]] = {k: whole(v) for k, v in values.items()}
-    results[rank] = dict(norms=norms, state=state, weights={n: p.detach().clone() for p, n in names.items()},
-                         exact={n: whole(w).clone() for n, w in optimizers.shards.exact_weights(names).items()})
-    dist.barrier()
-    dist.destroy_process_group()
+    return dict(norms=norms, state=state, weights={n: p.detach().clone() for p, n in names.items()},
+                exact={n: whole(w).clone() for n, w in optimizers.shards.exact_weights(names).items()})
 
 
-def on_two_ranks(function, flags):
-    """Call function(rank, port, results, flags) in two processes; return what each put into results.
+# What two ranks do, one after another in one pair of processes: {name: (function of this file, flags)}
+CASES = {
+    **{f"work {reduce} {gather}": ("work", PARTS | dict(muon_variant="normuon", REDUCE_FP32=reduce, GATHER_FP32=gather))
+       for reduce, gather in ((True, True), (False, True), (True, False))},
+    # Rows that two ranks cannot share evenly (515 tokens, 3 blocks' scalars)
+    **{f"gathered {reduce}": ("gathered_work", PARTS | dict(vocab_size=515, USE_FP8=False, REDUCE_FP32=reduce))
+       for reduce in (True, False)},
+    "fused": ("fused_work", PARTS | dict(n_layer=1, vocab_size=131, batch_size=1, block_size=16, total_batch_size=32,
+                                         USE_FP8=False)),
+}
+WORKER = textwrap.dedent("""
+    import sys, traceback
+    sys.path[:0] = [{root!r}, {tests!r}]
+    import helpers, test_zero, torch
+    procs, results = helpers.fork_ranks(), {{}}
+    for name in {names!r}:
+        function, flags = test_zero.CASES[name]
+        try:
+            result = getattr(test_zero, function)(procs, flags)
+        except Exception:  # on both ranks alike, or the other one hangs
+            result = traceback.format_exc()
+        results[name] = procs.gather(result)
+    if procs.is_main:
+        torch.save(results, sys.argv[1])
+    helpers.end_ranks(procs)
+""")
 
-    They are forked from a process that has imported torch, which takes seconds, and done nothing else.
-    """
-    mp.set_forkserver_preload(["torch.distributed.fsdp", "torch.distributed.checkpoint"])
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    with mp.get_context("forkserver").Manager() as manager:
-        results = manager.dict()
-        mp.start_processes(function, (port, results, flags), nprocs=2, start_method="forkserver")
-        return [results[0], results[1]]
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    """Do CASES: {name: what the function has returned on each rank, or the error there}."""
+    folder = tmp_path_factory.mktemp("zero")
+    names = [name for name in CASES if name != "fused" or INTERPRETS]
+    (folder / "worker.py").write_text(WORKER.format(root=str(ROOT), tests=str(ROOT / "tests"), names=names))
+    result = finish(start(folder / "worker.py", folder / "results.pt", cwd=folder))
+    assert result.code == 0, result.err[-4000:]
+    return torch.load(folder / "results.pt")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("reduce_fp32, gather_fp32", [(True, True), (False, True), (True, False)])
-def test_two_ranks_equal_one_process(reduce_fp32, gather_fp32):
+def test_two_ranks_equal_one_process(two_ranks, reduce_fp32, gather_fp32):
     """Norms to fp32 rounding; updates to 2%, because orthogonalisation in bf16 amplifies it; to 15% where gradients are
     added in bf16, which turns the sign of some small ones. Where weights are sent in bf16, their masters are compared;
     the model holds them rounded."""
-    flags = PARTS | dict(muon_variant="normuon", REDUCE_FP32=reduce_fp32, GATHER_FP32=gather_fp32)
-    cfg = make_cfg(**flags)
+    ranks = two_ranks[f"work {reduce_fp32} {gather_fp32}"]
+    assert not any(isinstance(rank, str) for rank in ranks), ranks
+    cfg = make_cfg(**CASES[f"work {reduce_fp32} {gather_fp32}"][1])
     model = make_model(cfg)
     start = {n: p.detach().clone() for n, p in model.named_parameters()}
     norms, optimizers = train_two_steps(cfg, Processes(0, 0, 1, CPU, None), model)
-    ranks = on_two_ranks(work, flags)
     tolerance = 0.02 if reduce_fp32 else 0.15
     small = {n for n, p in model.named_parameters() if p.ndim == 1 or p.numel() < 2 ** 12}
     names = {p: n for n, p in model.named_parameters()}
@@ -148,15 +166,12 @@ def test_all_parameters_are_divided_one_way_and_keep_their_values():
 # Gathered
 
 
-def gathered_work(rank, port, results, flags):
+def gathered_work(procs, flags):
     """Compare whole weights and summed gradients with what FSDP2's parameters say of them."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    mesh = dist.device_mesh.init_device_mesh("cpu", (2,), mesh_dim_names=("data",))
     cfg = make_cfg(**flags)
     model, twin = make_model(cfg), make_model(cfg)
     start = {name: p.detach() for name, p in twin.named_parameters()}
-    parallel = train.Parallel(model, "fsdp2", cfg, Processes(rank, rank, 2, CPU, mesh))
+    parallel = train.Parallel(model, "fsdp2", cfg, procs)
     sharded = dict(model.named_parameters())
 
     def whole():
@@ -174,7 +189,7 @@ def gathered_work(rank, port, results, flags):
         # Twice, by matmuls in place and by autograd: each adds to the sum, and nothing is left at the weight
         for step in range(2):
             for i, p in enumerate(model.parameters()):
-                grad = torch.full_like(p, (i + 1) * (rank + 1) * (step + 1))
+                grad = torch.full_like(p, (i + 1) * (procs.rank + 1) * (step + 1))
                 gradient_of(p).add_(grad) if i % 2 else (p * grad).sum().backward()
                 assert p.grad is None
     assert all(p is sharded[name] for name, p in model.named_parameters())
@@ -195,17 +210,13 @@ def gathered_work(rank, port, results, flags):
     parallel.zero_grad()
     assert not any(p.main_grad.any() for p in whole().values())
     assert addresses == {name: (p.data_ptr(), p.main_grad.data_ptr()) for name, p in whole().items()}
-    results[rank] = True
-    dist.barrier()
-    dist.destroy_process_group()
+    return True
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("reduce_fp32", [True, False])
-def test_whole_weights_and_summed_gradients_of_two_ranks(reduce_fp32):
-    """With rows that two ranks cannot share evenly (515 tokens, 3 blocks' scalars)."""
-    flags = PARTS | dict(vocab_size=515, USE_FP8=False, REDUCE_FP32=reduce_fp32)
-    assert on_two_ranks(gathered_work, flags) == [True, True]
+def test_whole_weights_and_summed_gradients_of_two_ranks(two_ranks, reduce_fp32):
+    """With rows that two ranks cannot share evenly."""
+    assert two_ranks[f"gathered {reduce_fp32}"] == [True, True]
 
 
 def fused_model(cfg):
@@ -217,11 +228,9 @@ def fused_model(cfg):
     return model
 
 
-def fused_work(rank, port, results, flags):
+def fused_work(procs, flags):
     """Compare the sums of gradients with those of a whole model that has the same weights, rounded to bf16."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    mesh = dist.device_mesh.init_device_mesh("cpu", (2,), mesh_dim_names=("data",))
+    rank = procs.rank
     cfg = make_cfg(**flags)
     with (mock.patch.object(fused, "INTERPRET_ON_CPU", True), mock.patch.object(train, "blocks_fit", lambda *_: True),
           mock.patch.object(train, "choose_quack", lambda *_: (epilogues.NO_QUACK, ""))):
@@ -237,7 +246,7 @@ def fused_work(rank, port, results, flags):
                 parallel.model(x, y, first=first, factor=0.01).backward()
 
         plain = train.Parallel(whole, "none", cfg, Processes(rank, rank, 2, CPU, None))
-        parallel = train.Parallel(model, "fsdp2", cfg, Processes(rank, rank, 2, CPU, mesh))
+        parallel = train.Parallel(model, "fsdp2", cfg, procs)
         micro_batch(plain, True)
         micro_batch(parallel, True)
         with parallel.whole_weights():
@@ -256,13 +265,9 @@ def fused_work(rank, port, results, flags):
         micro_batch(parallel, True, "write")
         for name, gradient in sums.items():
             assert torch.allclose(gradient, once[name], rtol=1e-4, atol=1e-6), name
-    results[rank] = True
-    dist.barrier()
-    dist.destroy_process_group()
+    return True
 
 
-@pytest.mark.slow
-@pytest.mark.skipif("fused.triton is None or torch.cuda.is_available()", reason="Triton's interpreter runs on CPUs")
-def test_fused_blocks_add_to_the_sums_and_write_over_them():
-    flags = PARTS | dict(n_layer=1, vocab_size=131, batch_size=1, block_size=16, total_batch_size=32, USE_FP8=False)
-    assert on_two_ranks(fused_work, flags) == [True, True]
+@pytest.mark.skipif("not INTERPRETS", reason="Triton's interpreter runs on CPUs")
+def test_fused_blocks_add_to_the_sums_and_write_over_them(two_ranks):
+    assert two_ranks["fused"] == [True, True]
