@@ -39,7 +39,6 @@ from helpers import (
     poisoned,
     records,
     script_env,
-    start,
     train_here,
     write_shard,
 )
@@ -446,12 +445,13 @@ def free_port():
         return s.getsockname()[1]
 
 
-def two_ranks(cwd, data, script=TRAIN, **changes):
+def start_pair(forker, folder, data, script=TRAIN, **changes):
     """Start two ranks without torchrun, as on two machines: nothing ends one when the other dies."""
-    port = free_port()
-    return [start("-u", script, *flag_args(data_dir=data, **ENDLESS | changes), cwd=cwd, RANK=str(rank),
-                  LOCAL_RANK=str(rank),
-                  WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)) for rank in range(2)]
+    folder.mkdir(exist_ok=True)
+    port = str(free_port())
+    return [forker.start(script, *flag_args(data_dir=data, **ENDLESS | changes), cwd=folder, RANK=str(rank),
+                         LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+            for rank in range(2)]
 
 
 def wait_for_step(process):
@@ -459,58 +459,94 @@ def wait_for_step(process):
     helpers.read_until(process, lambda line: line.startswith("step ") and "| loss" in line)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("dead,number",
-                         [(1, signal.SIGKILL), (1, signal.SIGSTOP), (0, signal.SIGKILL), (0, signal.SIGSTOP)])
-def test_a_dead_rank_ends_the_other_and_is_named(tmp_path, shards, dead, number):
-    """A killed rank breaks the connection; a stopped one is only silent. Rank 0 holds the store for the heartbeats."""
-    ranks = two_ranks(tmp_path, shards, rank_timeout=6)
-    try:
-        wait_for_step(ranks[0])
-        ranks[dead].send_signal(number)
-        begin = time.monotonic()
-        other = finish(ranks[1 - dead], timeout=60)
-        assert time.monotonic() - begin < 30
-        assert other.code == 1 and "Traceback" not in other.err  # torch's own C++ warnings come before our line
-        line = other.err.splitlines()[-1]
-        assert line.startswith("train.py: error: ") and f"rank {dead} has not responded for" in line, other.err
-        assert "--resume=auto" in line
-    finally:
-        for process in ranks:
-            process.kill()
-            process.wait()
+SLOW = """
+import os, sys, time
+sys.path.insert(0, {root!r})
+import train
+from nanofp8.runlog import Progress
+
+def slowly(function, rank):
+    waits = [8] if os.environ["RANK"] == rank else []  # once: an evaluation comes in each number format
+    return lambda *args: time.sleep(waits.pop() if waits else 0) or function(*args)
+
+train.evaluate = slowly(train.evaluate, "1")
+Progress.done = slowly(Progress.done, "0")
+train.main()
+"""
+DEAD = [(1, signal.SIGKILL), (1, signal.SIGSTOP), (0, signal.SIGKILL), (0, signal.SIGSTOP)]
 
 
-@pytest.mark.slow
-def test_a_signal_shortens_the_wait_for_a_dead_rank(tmp_path, shards):
-    """torchrun sends SIGTERM to the other ranks when one has died. Stuck in a collective, they must not wait for the
-    whole timeout."""
-    first, second = two_ranks(tmp_path, shards, rank_timeout=90)
-    try:
-        wait_for_step(first)
-        second.send_signal(signal.SIGSTOP)
-        time.sleep(3)
-        first.send_signal(signal.SIGTERM)
-        begin = time.monotonic()
-        result = finish(first, timeout=60)
-        assert time.monotonic() - begin < 25
-        assert result.code == 1 and "rank 1 has not responded for 10 s" in result.err.splitlines()[-1], result.err
-    finally:
-        for process in (first, second):
-            process.kill()
-            process.wait()
+@pytest.fixture(scope="module")
+def pairs(forker, shards, tmp_path_factory):
+    """How pairs of ranks ended: {name: two results}. They wait for their timeouts at the same time.
 
-
-@pytest.mark.slow
-def test_an_error_on_one_rank_ends_both(tmp_path, shards):
-    """Only rank 1 reads a token id beyond the vocabulary. It prints the error, and rank 0 names rank 1."""
+    A result has code, out, err, and seconds since the signal that its pair got.
+    """
+    folder, signalled = tmp_path_factory.mktemp("pairs"), {}
+    (folder / "bad").mkdir()
+    (folder / "slow.py").write_text(SLOW.format(root=str(ROOT)))
     tokens = helpers.markov_tokens(6000, seed=1)
     tokens[4096 + 64 + 5] = 600
-    write_shard(tmp_path / "data" / "synthetic" / "s_train_000001.bin", tokens)
-    shutil.copy(shards / "synthetic" / "s_val_000000.bin", tmp_path / "data" / "synthetic")
-    first, second = two_ranks(tmp_path, tmp_path / "data", rank_timeout=6)
-    assert_one_error_line(finish(second, timeout=90), 1, "token id 600")
-    assert_one_error_line(finish(first, timeout=60), 1, "rank 1 has not responded")
+    write_shard(folder / "bad" / "synthetic" / "s_train_000001.bin", tokens)
+    shutil.copy(shards / "synthetic" / "s_val_000000.bin", folder / "bad" / "synthetic")
+    started = {"error": start_pair(forker, folder / "error", folder / "bad", rank_timeout=6),
+               "slow": start_pair(forker, folder / "slow", shards, folder / "slow.py", max_iters=3, ckpt_interval=0,
+                                  rank_timeout=6)}
+    try:
+        started["shorter"] = start_pair(forker, folder / "shorter", shards, rank_timeout=90)
+        wait_for_step(started["shorter"][0])
+        started["shorter"][1].send_signal(signal.SIGSTOP)
+        stuck = time.monotonic() + 3
+        for dead, number in DEAD:
+            pair = start_pair(forker, folder / f"dead-{dead}-{number}", shards, rank_timeout=6)
+            started[dead, number] = pair
+            wait_for_step(pair[0])
+            pair[dead].send_signal(number)
+            signalled[dead, number] = time.time()
+        time.sleep(max(0, stuck - time.monotonic()))
+        started["shorter"][0].send_signal(signal.SIGTERM)
+        signalled["shorter"] = time.time()
+        survivors = {**{(dead, number): [1 - dead] for dead, number in DEAD}, "shorter": [0]}
+        results = {}
+        for name, pair in started.items():
+            results[name] = {rank: finish(pair[rank], timeout=120) for rank in survivors.get(name, (1, 0))}
+            for rank, result in results[name].items():
+                result.seconds = pair[rank].ended - signalled.get(name, 0)
+        return results
+    finally:
+        for pair in started.values():
+            for process in pair:
+                process.kill()
+
+
+@pytest.mark.parametrize("dead,number", DEAD)
+def test_a_dead_rank_ends_the_other_and_is_named(pairs, dead, number):
+    """A killed rank breaks the connection; a stopped one is only silent. Rank 0 holds the store for the heartbeats."""
+    other = pairs[dead, number][1 - dead]
+    assert other.seconds < 30
+    assert other.code == 1 and "Traceback" not in other.err  # torch's own C++ warnings come before our line
+    line = other.err.splitlines()[-1]
+    assert line.startswith("train.py: error: ") and f"rank {dead} has not responded for" in line, other.err
+    assert "--resume=auto" in line
+
+
+def test_a_signal_shortens_the_wait_for_a_dead_rank(pairs):
+    """torchrun sends SIGTERM to the other ranks when one has died. Stuck in a collective, they must not wait for the
+    whole timeout."""
+    result = pairs["shorter"][0]
+    assert result.seconds < 25
+    assert result.code == 1 and "rank 1 has not responded for 10 s" in result.err.splitlines()[-1], result.err
+
+
+def test_an_error_on_one_rank_ends_both(pairs):
+    """Only rank 1 reads a token id beyond the vocabulary. It prints the error, and rank 0 names rank 1."""
+    assert_one_error_line(pairs["error"][1], 1, "token id 600")
+    assert_one_error_line(pairs["error"][0], 1, "rank 1 has not responded")
+
+
+def test_slow_ranks_are_not_missed(pairs):
+    """Rank 1 takes longer than the timeout for an evaluation; rank 0 does for the end, after rank 1 has left."""
+    assert [pairs["slow"][rank].code for rank in (0, 1)] == [0, 0], pairs["slow"]
 
 
 @pytest.mark.parametrize("console", ["works", "reader has gone", "closed", "blocks"])
@@ -559,30 +595,6 @@ def test_a_silent_rank_ends_this_one_without_a_console(monkeypatch):
         heartbeat.close()
 
 
-SLOW = """
-import os, sys, time
-sys.path.insert(0, {root!r})
-import train
-from nanofp8.runlog import Progress
-
-def slowly(function, rank):
-    return lambda *args: time.sleep(8 if os.environ["RANK"] == rank else 0) or function(*args)
-
-train.evaluate = slowly(train.evaluate, "1")
-Progress.done = slowly(Progress.done, "0")
-train.main()
-"""
-
-
-@pytest.mark.slow
-def test_slow_ranks_are_not_missed(tmp_path, shards):
-    """Rank 1 takes longer than the timeout for an evaluation; rank 0 does for the end, after rank 1 has left."""
-    (tmp_path / "slow.py").write_text(SLOW.format(root=str(ROOT)))
-    results = [finish(p, timeout=120)
-               for p in two_ranks(tmp_path, shards, tmp_path / "slow.py", max_iters=3, ckpt_interval=0, rank_timeout=6)]
-    assert [r.code for r in results] == [0, 0], results
-
-
 # -----------------------------------------------------------------------------------------------------
 # run.sh with torchrun
 
@@ -623,8 +635,8 @@ def test_run_sh_with_two_processes(tmp_path, shards):
     out = tmp_path / "out"
     done = train_here(out, shards, run_name="again", **QUICK | dict(max_iters=4))  # a finished run of the same name
     runs = {}
-    for name, changes, env in (("stop", {}, {}), ("die", {}, {}),
-                               ("again", dict(max_iters=200), dict(MAX_RESTARTS="1"))):
+    for name, changes, env in (("again", dict(max_iters=100), dict(MAX_RESTARTS="1")), ("stop", {}, {}),
+                               ("die", {}, {})):
         args = flag_args(data_dir=shards, out_dir=out, run_name=name, **ENDLESS | changes)
         runs[name] = run_sh(tmp_path, f"--run_name={name}", *args, NPROC="2",
                             OF_RUN_SH=f"{os.getpid()}.--run_name={name}", **env)
@@ -651,7 +663,7 @@ def test_run_sh_with_two_processes(tmp_path, shards):
     assert again.code == 0, again.err
     assert "resumed from" in again.out and str(out / "again-2") in again.out
     log = records(out / "again-2")
-    assert [r["step"] for r in log if r["kind"] == "train"] == [*range(0, 200, 10), 199] and log[-1]["kind"] == "done"
+    assert [r["step"] for r in log if r["kind"] == "train"] == [*range(0, 100, 10), 99] and log[-1]["kind"] == "done"
     assert len(records(done, "train")) == 4  # the other one was left alone
 
 
