@@ -15,6 +15,13 @@ import train
 from helpers import ROOT, finish, flag_args, start, start_torchrun
 from nanofp8.config import UserError
 from nanofp8.plots import smooth
+from nanofp8.runlog import RunLog
+
+
+@pytest.fixture(autouse=True)
+def no_pictures_of_runs(monkeypatch):
+    """Runs draw no loss.png, which takes 0.2 s and which test_training.py looks for."""
+    monkeypatch.setattr(RunLog, "plot", lambda self: None)
 
 
 def small_flags(shards, out_dir, *without):
@@ -121,13 +128,26 @@ def test_emulation_compares_speeds(fresh, shards, tmp_path):
     assert all(r["tok_per_sec"] > 0 for r in rows) and "| NVFP4 |" in (tmp_path / "r.md").read_text()
 
 
+# bench.py, whose runs draw no pictures and collect no garbage
+BENCH = """
+import runpy, sys
+sys.path[:0] = [{root!r}, {tests!r}]
+import helpers
+from nanofp8.runlog import RunLog
+RunLog.plot = lambda self: None
+helpers.skip_full_collections()
+runpy.run_path({root!r} + "/bench.py", run_name="__main__")
+"""
+
+
 @pytest.mark.slow
 def test_speed_with_two_ranks(shards, tmp_path):
     """Every row of `speed` runs under torchrun, including the wrappers and train_orig.py."""
     flags = small_flags(shards, tmp_path, "warmup_iters", "max_iters", "eval_tokens")
-    result = finish(start_torchrun(2, ROOT / "bench.py", "speed", f"--out={tmp_path}/r", "--max_iters=3",
-                                   "--warmup_iters=1",
-                                   "--total_batch_size=1024", *flags, "--n_embd=128", "--batch_size=4", cwd=tmp_path))
+    (tmp_path / "bench.py").write_text(BENCH.format(root=str(ROOT), tests=str(ROOT / "tests")))
+    result = finish(start_torchrun(2, tmp_path / "bench.py", "speed", f"--out={tmp_path}/r", "--max_iters=2",
+                                   "--warmup_iters=1", "--total_batch_size=1024", *flags, "--n_embd=128",
+                                   "--batch_size=4", cwd=tmp_path))
     assert result.code == 0, result.err[-2000:]
     rows = {r["label"]: r for r in json.loads((tmp_path / "r.json").read_text())["rows"]}
     assert list(rows) == list(bench.MODES["speed"].variants), result.out[-2000:]

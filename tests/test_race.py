@@ -526,14 +526,14 @@ def test_a_race_from_start_to_end(fresh, shards, tmp_path, monkeypatch, capsys):
     own = ("max_iters", "eval_interval")
     given = [f for f in flag_args(out_dir=tmp_path, data_dir=shards) if f[2:].split("=")[0] not in own]
     arguments = ["race", f"--out={tmp_path}/t/r", *given, "--variants=base;big step: --total_batch_size=512",
-                 "--tokens=5120,10240", "--seeds=1", "--target=2.5"]
+                 "--tokens=2560,5120", "--seeds=1", "--target=2.5"]
     bench.main(arguments)
     result, printed = json.loads((tmp_path / "t" / "r.json").read_text()), capsys.readouterr().out
     rows = {(r["label"], r["length"]): r for r in result["rows"]}
     assert {key: r["steps"] for key, r in rows.items()} == {
-        ("base", 5120): 20, ("big step", 5120): 10, ("base", 10240): 40, ("big step", 10240): 20}
+        ("base", 2560): 10, ("big step", 2560): 5, ("base", 5120): 20, ("big step", 5120): 10}
     assert all(1 < r["val_loss"] < math.log(512) and r["minutes"] > 0 for r in rows.values())
-    assert rows["base", 10240]["val_loss"] < rows["base", 5120]["val_loss"]
+    assert rows["base", 5120]["val_loss"] < rows["base", 2560]["val_loss"]
     assert result["fits"]["base"]["b"] < 0 and len(result["worth"]) == 2 and len(result["reached"]) == 2
     assert (tmp_path / "t" / "r.md").read_text() in printed and (tmp_path / "t" / "r.png").exists()
     assert not list(tmp_path.glob("race-*/ckpt/step_*")) and len(list(tmp_path.glob("race-*.log"))) == 4
