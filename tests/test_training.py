@@ -51,12 +51,10 @@ TWO = dict(batch_size=4)
 RANKS = {
     "ddp-bf16": TWO | dict(USE_FP8=False, USE_DDP=True, eval_interval=3),
     "ddp-fp8": TWO | dict(USE_DDP=True),
-    "ddp-fp8-eval": TWO | dict(USE_DDP=True, eval_interval=1),
-    "ddp-fp8-stats": TWO | dict(USE_DDP=True, FP8_STATS_INTERVAL=3),
-    "fsdp2-fp8-stats": TWO | dict(USE_FSDP2=True, FP8_STATS_INTERVAL=3),
+    "ddp-fp8-watched": TWO | dict(USE_DDP=True, eval_interval=1, FP8_STATS_INTERVAL=3),
     "fsdp2-bf16": TWO | dict(USE_FP8=False, USE_FSDP2=True, eval_interval=3),
     "fsdp2-fp8": TWO | dict(USE_FSDP2=True),
-    "fsdp2-fp8-eval": TWO | dict(USE_FSDP2=True, eval_interval=1),
+    "fsdp2-fp8-watched": TWO | dict(USE_FSDP2=True, eval_interval=1, FP8_STATS_INTERVAL=3),
     "fsdp2-reshard-bf16": TWO | dict(USE_FP8=False, USE_FSDP2=True, FSDP2_RESHARD=True, eval_interval=3),
     "fsdp2-reshard-fp8": TWO | dict(USE_FSDP2=True, FSDP2_RESHARD=True),
     "ddp-bf16-accumulate": dict(USE_FP8=False, USE_DDP=True, batch_size=2),
@@ -486,16 +484,18 @@ def test_resharding_changes_little(two_ranks):
 
 @pytest.mark.parametrize("wrapper", ["ddp", "fsdp2"])
 def test_evaluation_does_not_touch_the_training_of_two_ranks(two_ranks, wrapper):
-    assert np.array_equal(losses(two_ranks[f"{wrapper}-fp8-eval"]), losses(two_ranks[f"{wrapper}-fp8"]))
-    assert val_losses(two_ranks[f"{wrapper}-fp8-eval"])[-1] == val_losses(two_ranks[f"{wrapper}-fp8"])[-1]
+    """... and statistics do not touch it either: the run "watched" has both."""
+    assert np.array_equal(losses(two_ranks[f"{wrapper}-fp8-watched"]), losses(two_ranks[f"{wrapper}-fp8"]))
+    assert val_losses(two_ranks[f"{wrapper}-fp8-watched"])[-1] == val_losses(two_ranks[f"{wrapper}-fp8"])[-1]
+    assert len(val_losses(two_ranks[f"{wrapper}-fp8-watched"])) == 6
 
 
 def test_statistics_of_two_ranks(two_ranks):
     """FP8_STATS_INTERVAL changes no loss. Sharded or not, rank 0's micro-batch gives nearly the same numbers."""
     found = {}
     for wrapper in ("ddp", "fsdp2"):
-        assert (losses(two_ranks[f"{wrapper}-fp8"]) == losses(two_ranks[f"{wrapper}-fp8-stats"])).all()
-        found[wrapper] = records(two_ranks[f"{wrapper}-fp8-stats"], "fp8_stats")
+        assert (losses(two_ranks[f"{wrapper}-fp8"]) == losses(two_ranks[f"{wrapper}-fp8-watched"])).all()
+        found[wrapper] = records(two_ranks[f"{wrapper}-fp8-watched"], "fp8_stats")
         assert [r["step"] for r in found[wrapper]] == [2, 5]
     for a, b in zip(found["ddp"][0]["layers"].values(), found["fsdp2"][0]["layers"].values(), strict=True):
         for kind in a:
