@@ -312,8 +312,6 @@ def data_rows(cfg: SimpleNamespace, procs: Processes, loader: Any, val_ring: Any
         ("batch", f"{cfg.total_batch_size:,} tokens = {procs.world_size} rank(s) x {loader.accumulation} "
                   f"micro-batch(es) x {cfg.batch_size} sequences x {cfg.block_size} tokens"),
         ("length", f"{cfg.max_iters:,} steps = {tokens:,} tokens = {epochs:.2f} epochs{again}"),
-        *([("  note", "value embeddings learn repeated text by heart: --n_value_embed=0 was better by far over four "
-                      "passes (docs/recipe.md)")] if cfg.n_value_embed and epochs >= 2 else []),
     ]
 
 
@@ -340,6 +338,7 @@ def print_table(run: Any, checkpoint: str | None) -> None:
         ("parameters", f"{run.parameters:,}"),
         *[(f"  {part}", f"{n:,} = {how}") for part, n, how in parameter_table(run.cfg)],
         *data_rows(run.cfg, run.procs, run.loader, run.val_ring),
+        ("  repeated text", schedule.repeated_text_note()),
         ("  micro-batch", run.batch_choice.reason),
         ("run folder", run.folder),
         ("resumed from", f"{checkpoint}, after {run.first_step:,} steps" if checkpoint else ""),

@@ -81,6 +81,12 @@ class Schedule:
         memory = max(MEMORY * self.steps_of_pass, SHORTEST_MEMORY)
         return min(1.0, again / (MEASURED_PASSES - 1)) / (memory * learning_rate * self.scale)
 
+    def repeated_text_note(self) -> str:
+        """Return a remark for the start-up table where value embeddings read text at least twice, else ""."""
+        if not self.cfg.n_value_embed or self.cfg.max_iters < 2 * self.steps_of_pass:
+            return ""
+        return "value embeddings learn it by heart; over four passes --n_value_embed=0 ended far lower (docs/recipe.md)"
+
     def rates(self, learning_rates: dict[str, float]) -> str:
         """Return the highest learning rates of parameter groups, {name: by its flag}, for the start-up table."""
         rates = ", ".join(f"{name} {lr * self.scale:.3g}" for name, lr in learning_rates.items())

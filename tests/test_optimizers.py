@@ -113,6 +113,13 @@ def test_tables_forget_what_they_read_again(steps, part, scaling, scale):
     assert s.table_decay(0.3, 0.02) == 0.3 and s.table_decay("auto", 0.0) == 0.0
 
 
+@pytest.mark.parametrize("steps, tables, noted", [(400, 0, False), (150, 3, False), (200, 3, True), (400, 3, True)])
+def test_value_embeddings_on_repeated_text_are_noted(steps, tables, noted):
+    """A pass is 100 steps."""
+    note = schedule(data_tokens=100 * 64, total_batch_size=64, max_iters=steps, n_value_embed=tables)
+    assert ("--n_value_embed=0" in note.repeated_text_note()) == noted
+
+
 def test_tables_do_not_forget_within_a_few_steps():
     """A pass of 2 steps would make the decay larger than the weight."""
     s = schedule(data_tokens=2 * 131072, max_iters=1000, total_batch_size=131072, lr_scaling="none")
