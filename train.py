@@ -156,7 +156,7 @@ lr_ratio_fc2: PositiveFloat = 1.0             # Muon; factor on the learning rat
 weight_decay: NonNegativeFloat = 0.17         # Muon; decoupled, multiplied by the learning rate
 weight_decay_end: NonNegativeFloat = 0.0      # Muon; the decay falls linearly to this fraction at the last step
 USE_CAUTIOUS_WD: bool = True                  # Muon; decay only where update and weight have the same sign
-weight_decay_embed: AutoNonNegativeFloat = "auto"  # AdamW, token and value embeddings; "auto": as for the head
+weight_decay_embed: AutoNonNegativeFloat = "auto"  # AdamW, token and value embeddings; "auto": by the same rule
 weight_decay_head: AutoNonNegativeFloat = "auto"  # AdamW, output head; "auto": by how often each token is read; once: 0
 weight_decay_gain: NonNegativeFloat = 0.0     # AdamW, RMSNorm gains
 adam_beta1: Fraction = 0.8                    # AdamW, average of gradients
@@ -392,8 +392,8 @@ class DataLoader:
         """Return inputs (B, T) int32 and targets (B, T) int64 of one micro-batch, on the CPU."""
         step, m = divmod(index, self.accumulation)
         start = step * self.step_tokens + (m * self.world_size + self.rank) * self.micro_tokens
-        starts = map(self.position, range(start, start + self.micro_tokens, self.block_size))
-        tokens = torch.from_numpy(np.stack([self.ring.read(start, self.block_size + 1) for start in starts]))
+        positions = map(self.position, range(start, start + self.micro_tokens, self.block_size))
+        tokens = torch.from_numpy(np.stack([self.ring.read(at, self.block_size + 1) for at in positions]))
         x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].long()
         return (x.pin_memory(), y.pin_memory()) if self.device.type == "cuda" else (x, y)
 

@@ -147,6 +147,8 @@ def writing(out_dir: str | os.PathLike) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if isinstance(error, (FileExistsError, NotADirectoryError)):
+            raise ValueError(f"{out_dir} is not a folder; choose another --out") from None
         raise ValueError(f"cannot write to {out_dir} ({error_line(error)}); free some space or choose another --out, "
                          "finished shards are kept") from None
 

@@ -53,6 +53,7 @@ from nanofp8.runlog import read_log
 from nanofp8.shards import PROJECT, ShardError, fingerprint
 
 TRAIN = os.path.join(PROJECT, "train.py")
+NOT_FINITE = "weights or optimizer state are not finite"
 LAST_WRITE = 120.0  # seconds that a run which ends by an error waits for the checkpoint being written
 
 # Flags that a resumed run cannot change
@@ -262,10 +263,13 @@ def check_resume(checkpoint: str, cfg: SimpleNamespace, ring: Any, shards: dict,
     is_now = data_fingerprint(ring, meta["tokens"])
     # More shards are fine until a run has come round to the first one again
     if was and was["crc32"] != is_now["crc32"]:
+        added = is_now["tokens"] > was["tokens"] and "shards" in was  # those that were there are still the same
+        remedy = ("it has read them all once, so shards can no longer be added; remove the new ones" if added else
+                  "bring those shards back")
         raise UserError(
             f"{checkpoint} was trained on other data: {was['tokens']:,} tokens with checksum {was['crc32']:08x} before "
             f"its position, and {data_folder} has {is_now['tokens']:,} with {is_now['crc32']:08x}; "
-            f"bring those shards back", 2)
+            f"{remedy}", 2)
     return meta
 
 
@@ -407,7 +411,7 @@ class Checkpoints:
             norms = torch._foreach_norm(tensors, math.inf) if tensors else []
             norms = [norm.float().to(self.procs.device) for norm in norms]
             if norms and not torch.stack(norms).isfinite().all():
-                raise ValueError("weights or optimizer state are not finite")
+                raise ValueError(NOT_FINITE)
             state = self.stager.stage(state)
         except Exception as error:
             vars(self).pop("stager", None)  # it may hold half a copy
@@ -586,6 +590,16 @@ def save_checkpoint(run: Any, steps: int) -> None:
         procs.print(f"step {steps}/{cfg.max_iters} | checkpoint started (blocked training for {blocked:.2f} s)")
 
 
+def python_command() -> str:
+    """Return how to start this process's Python from here: python, where that is the one, or its path."""
+    folder, name = os.path.split(os.path.abspath(sys.executable))
+    found = shutil.which("python")
+    if found and os.path.dirname(os.path.abspath(found)) == folder:
+        return "python"
+    inside = os.path.relpath(folder)
+    return shlex.quote(os.path.join(folder if inside.startswith("..") else inside, name))
+
+
 def report_end(run: Any, stopped: bool) -> None:
     """Report how a train.Run ended: at its last step, or stopped by a signal.
 
@@ -597,11 +611,14 @@ def report_end(run: Any, stopped: bool) -> None:
         run.progress.done()
     if run.cfg.keep_checkpoints and (newest is None or steps_of(newest) != steps):
         then = "continue with --resume=auto" if newest else "train again"
+        remedy = ("lower the learning rates or weight decay" if NOT_FINITE in str(failure) else
+                  "make room or choose another --out_dir")
         raise UserError(f"{'stopped by a signal' if stopped else 'trained to the end'} after {steps} steps, but their "
-                        f"checkpoint could not be written: {failure}. Newest checkpoint: {newest or 'none'}; make room "
-                        f"or choose another --out_dir, then {then}")
+                        f"checkpoint could not be written: {failure}. Newest checkpoint: {newest or 'none'}; "
+                        f"{remedy}, then {then}")
     if not stopped and newest and steps_of(newest) == steps:  # not one from before, with keep_checkpoints=0
-        run.procs.print(f"next: python sample.py --ckpt={shlex.quote(run.folder)} continues a text with this model")
+        run.procs.print(f"next: {python_command()} sample.py --ckpt={shlex.quote(run.folder)} continues a text with "
+                        f"this model")
     if stopped:
         run.procs.print(f"\nstopped by a signal after {steps} steps; continue with the same command and --resume=auto "
                         f"(from {newest or 'the start: no checkpoint was kept'})")

@@ -55,7 +55,8 @@ def choose_quack(cfg: SimpleNamespace, device: torch.device, blocks: str) -> tup
         return NO_QUACK, ""
     capability = torch.cuda.get_device_capability(device) if blocks else None
     if not blocks:
-        missing = "it needs our kernels, in bf16 or in FP8 with delayed scaling"
+        missing = ("there is no GPU" if device.type != "cuda" else
+                   "it needs our kernels, in bf16 or in FP8 with delayed scaling")
     elif capability[0] != 9:
         missing = "only on Hopper"
     elif cfg.USE_QUACK == "auto" and capability not in TRIED[blocks]:

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 from typing import Any, Callable, Iterator
 
 from nanofp8.config import UserError, flag_values
-from nanofp8.files import console, error_line
+from nanofp8.files import console, error_line, replace_file
 from nanofp8.machine import peak_flops, peak_memory_gb
 from nanofp8.plots import plot_losses
 from nanofp8.precision import fp8_state
@@ -51,7 +51,7 @@ def remove_if_empty(folder: str) -> None:
 
 def holds_only_a_log(folder: str) -> bool:
     """Whether a run folder holds nothing but the log of a run that was broken off before its first checkpoint."""
-    known = {"config.json", "log.jsonl", "loss.png", "fp8_stats.png", "ckpt", "wandb"}
+    known = {"config.json", "config.json.tmp", "log.jsonl", "loss.png", "fp8_stats.png", "ckpt", "wandb"}
     half = r"(step|\.writing|\.replaced)_\d+"  # half written or half deleted
     try:
         names = [name for name in os.listdir(folder) if not re.fullmatch(r"log-\d+\.jsonl", name)]
@@ -147,6 +147,12 @@ def flatten(tree: dict, prefix: str) -> Iterator[tuple[str, Any]]:
         yield from flatten(value, f"{prefix}/{key}") if isinstance(value, dict) else [(f"{prefix}/{key}", value)]
 
 
+def write_text(path: str, text: str) -> None:
+    """Write a text file in UTF-8."""
+    with open(path, "w", encoding="utf-8") as f:
+        f.write(text)
+
+
 class RunLog:
     """A run folder's log.jsonl, config.json and pictures, and wandb. Rank 0 alone has one.
 
@@ -170,9 +176,7 @@ class RunLog:
         try:
             if first_step:
                 self.records = [r for r in read_log(folder) if r["kind"] != "done" and r["step"] < first_step]
-                with open(path + ".new", "w", encoding="utf-8") as f:
-                    f.writelines(map(log_line, self.records))
-                os.replace(path + ".new", path)
+                replace_file(path, lambda new: write_text(new, "".join(map(log_line, self.records))))
             self.open_files()
         except OSError as error:
             raise UserError(f"{folder} cannot be written ({error.strerror}); make room, or choose another --out_dir",
@@ -188,8 +192,8 @@ class RunLog:
 
     def open_files(self) -> None:
         """Write config.json, and open log.jsonl to append to."""
-        with open(os.path.join(self.folder, "config.json"), "w", encoding="utf-8") as f:
-            json.dump(self.config, f, indent=2)
+        replace_file(os.path.join(self.folder, "config.json"),  # half a file would hide the run from --resume=auto
+                     lambda new: write_text(new, json.dumps(self.config, indent=2)))
         # Unbuffered, so that write_line() knows what was not written
         self.file = open(os.path.join(self.folder, "log.jsonl"), "ab", buffering=0)
 

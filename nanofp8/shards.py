@@ -134,7 +134,8 @@ def read_token_count(path: str | os.PathLike) -> int:
         raise ShardError(f"{path} has {size} bytes, fewer than the {HEADER_BYTES} of a shard's header")
     magic, version, tokens = struct.unpack("<3i", header[:12])
     if magic != SHARD_MAGIC:
-        raise ShardError(f"{path} is not a token shard (magic number is {magic}, expected {SHARD_MAGIC})")
+        raise ShardError(f"{path} is not a token shard (magic number is {magic}, expected {SHARD_MAGIC})",
+                         "if it should be one, delete it and fetch or build it again (data/README.md)")
     if version != SHARD_VERSION:
         raise ShardError(f"{path} has shard version {version}, expected {SHARD_VERSION}")
     if tokens < 1:

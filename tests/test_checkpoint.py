@@ -820,6 +820,29 @@ def test_all_shards_are_compared(tmp_path, shards, one_rank, how):
         assert CHANGED_DATA[how] in str(refusal.value) and refusal.value.status == 2
 
 
+def test_shards_added_after_the_first_pass_are_to_be_removed(tmp_path, shards, one_rank, monkeypatch):
+    """All shards that were there still are: the remedy must not be to bring them back."""
+    folder = copy_of_run(one_rank["fp8"].folder, tmp_path / "r", 3) / "ckpt" / "step_000003"
+    data = shutil.copytree(shards, tmp_path / "data")
+    cfg, procs = helpers.make_cfg(data_dir=str(data), resume=folder, **RUN), helpers.one_process()
+    rings = []
+    for add in (False, True):
+        if add:
+            change_data(data / "synthetic", "more shards")
+        loader, val_ring = train.open_data(cfg, procs)
+        loader.close()
+        rings.append((loader.ring, val_ring))
+    old = rings[0][0]
+    meta = checkpoint.read_checkpoint(str(folder)) | dict(tokens=old.total + 1024)
+    meta["data"] = meta["data"] | checkpoint.data_fingerprint(old, meta["tokens"])
+    monkeypatch.setattr(checkpoint, "read_checkpoint", lambda folder: meta)
+    found = [checkpoint.shard_fingerprints(*pair, procs) for pair in rings]
+    assert checkpoint.check_resume(str(folder), cfg, old, found[0], procs) is meta
+    with pytest.raises(UserError, match="other data: .*remove the new ones") as refusal:
+        checkpoint.check_resume(str(folder), cfg, rings[1][0], found[1], procs)
+    assert refusal.value.status == 2
+
+
 def test_a_shard_that_cannot_be_read_is_one_line(tmp_path, shards, capsys):
     with mock.patch.object(os, "pread", side_effect=OSError(errno.EIO, "Input/output error")):
         refused(capsys, tmp_path, shards, 1, ".bin cannot be read (Input/output error)", max_iters=1)
@@ -1352,6 +1375,34 @@ def test_only_what_exceeds_keep_is_deleted_before_a_write(tmp_path):
     save(6)
     assert in_ckpt(tmp_path) == ["step_000004", "step_000006"] and not checkpoints.failure
     checkpoints.close()
+
+
+@pytest.mark.parametrize("failure, remedy", [("No space left on device", "--out_dir"),
+                                             (checkpoint.NOT_FINITE, "learning rate")])
+def test_the_remedy_for_a_last_checkpoint_that_failed_fits(failure, remedy):
+    run = SimpleNamespace(
+        loader=SimpleNamespace(state_dict=lambda: dict(step=6)), procs=helpers.one_process(),
+        checkpoints=SimpleNamespace(last=None, failure=failure), cfg=SimpleNamespace(keep_checkpoints=2),
+        progress=SimpleNamespace(done=lambda: None))
+    with pytest.raises(UserError) as error:
+        checkpoint.report_end(run, stopped=False)
+    assert remedy in str(error.value) and failure in str(error.value)
+
+
+def test_the_python_to_start_sample_py_with(tmp_path, monkeypatch):
+    """The one that trained; it is "python" only where that is in the PATH."""
+    (tmp_path / "my venv" / "bin").mkdir(parents=True)
+    python = tmp_path / "my venv" / "bin" / "python"
+    python.write_text("#!/bin/sh")
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    monkeypatch.chdir(tmp_path)
+    assert checkpoint.python_command() == "'my venv/bin/python'"
+    monkeypatch.chdir("/")
+    assert checkpoint.python_command() in (f"'{python}'", f"'{str(python)[1:]}'")
+    monkeypatch.setenv("PATH", str(python.parent))
+    assert checkpoint.python_command() == "python"
 
 
 @pytest.mark.parametrize("where", ["model", "optim"])

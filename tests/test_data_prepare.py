@@ -1182,14 +1182,27 @@ def test_shakespeare_with_few_val_tokens(tmp_path, capsys):
     assert shakespeare(text, "--out", out) == 1
     err = capsys.readouterr().err
     assert "more text" in err and "--val_fraction" not in err
-    assert shakespeare(text, "--out", out, "--min_val_tokens=33") == 0
+    assert shakespeare(text, "--out", tmp_path / "small", "--min_val_tokens=33") == 0
+
+
+def test_shakespeare_does_not_replace_whole_shards(text_file, tmp_path, capsys):
+    """Runs that were trained on them could not be resumed."""
+    out = tmp_path / "out"
+    assert shakespeare(text_file, "--out", out) == 0
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert shakespeare(text_file, "--out", out) == 0  # the same again
+    assert shakespeare(text_file, "--out", out, "--val_fraction=0.3") == 1
+    err = capsys.readouterr().err
+    assert "--out" in err and "delete" in err and "shakespeare_val_000000.bin" in err
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    train = out / "shakespeare_train_000001.bin"
+    train.write_bytes(train.read_bytes()[:-2])  # a damaged one is written again
+    assert shakespeare(text_file, "--out", out) == 0 and train.read_bytes() == before[train.name]
 
 
 def test_shakespeare_broken_off_between_its_shards(text_file, tmp_path, monkeypatch):
-    """A new val shard beside the train shard of another text does not count."""
+    """A val shard without its train shard does not count, and may be replaced by that of another text."""
     out = tmp_path / "out"
-    assert shakespeare(text_file, "--out", out) == 0
-    text_file.write_text("Another paragraph.\n\n" * 8000)
     real = shards.replace_file
 
     def replace_or_fail(path, *args, **kwargs):
@@ -1202,6 +1215,7 @@ def test_shakespeare_broken_off_between_its_shards(text_file, tmp_path, monkeypa
     with pytest.raises(ShardError, match="unfinished"):
         find_shards(str(out), "train")
     monkeypatch.undo()
+    text_file.write_text("Another paragraph.\n\n" * 8000)
     assert shakespeare(text_file, "--out", out) == 0
     assert find_shards(str(out), "train") == ([str(out / "shakespeare_train_000001.bin")], [])
 

@@ -8,6 +8,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from helpers import records
+from nanofp8 import runlog
 from nanofp8.config import UserError
 from nanofp8.runlog import FolderLock, RunLog, format_duration, make_run_folder, read_log, saved_config
 
@@ -87,6 +88,22 @@ def test_a_deleted_log_that_cannot_be_written_again_at_once(tmp_path, capsys):
     assert (tmp_path / "r" / "config.json").exists()
     out = capsys.readouterr().out
     assert out.count("log.jsonl cannot be written") == 1 and out.count("log.jsonl was deleted") == 1
+
+
+def test_config_json_is_whole_or_the_old_one(tmp_path, monkeypatch):
+    """A kill or a full disk while it is written must not hide the run from --resume=auto."""
+    runlog.RunLog(str(tmp_path), runlog.FolderLock(str(tmp_path)), dict(run_name="gpt")).close()
+
+    def half(path, text):
+        with open(path, "w") as f:
+            f.write(text[:5])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(runlog, "write_text", half)
+    with pytest.raises(UserError, match="No space left"):
+        runlog.RunLog(str(tmp_path), runlog.FolderLock(str(tmp_path)), dict(run_name="gpt"), first_step=1)
+    assert runlog.saved_config(str(tmp_path)) == dict(run_name="gpt")
+    assert not [path for path in tmp_path.iterdir() if path.suffix in (".tmp", ".new")]
 
 
 def test_pictures_do_not_end_a_run(tmp_path, capsys):

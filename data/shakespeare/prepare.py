@@ -15,11 +15,14 @@ separate speeches, each of which answers the one before it. With 50256 before ea
 ignore the previous speech, and to stop after one speech when it generates text.
 """
 
+import contextlib
 import hashlib
 import math
 import sys
 import urllib.request
 from pathlib import Path
+
+import numpy as np
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent.parent), str(HERE.parent)]  # for nanofp8 and common, from any working directory
@@ -40,7 +43,7 @@ from common import (  # noqa: E402
     writing,
 )
 
-from nanofp8.shards import EOT, unfinished, write_shard  # noqa: E402
+from nanofp8.shards import EOT, UNFINISHED, ShardError, open_shard, unfinished, write_shard  # noqa: E402
 
 SOURCE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SOURCE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"  # of the text in the shipped shards
@@ -109,6 +112,16 @@ def tokenize(text: str, val_fraction: float, min_val_tokens: int) -> tuple[list[
     return encode(train), tokens
 
 
+def refuse_to_replace(shards: dict[Path, list[int]]) -> None:
+    """Raise ValueError if whole shards of these names hold other tokens: runs that were trained on them need them."""
+    for path, tokens in shards.items():
+        if path.exists() and not (path.parent / UNFINISHED).exists():
+            with contextlib.suppress(ShardError):  # a damaged one is written again
+                if not np.array_equal(open_shard(path), tokens):
+                    raise ValueError(f"{path} was made from another text or with other settings; delete the shards in "
+                                     f"{path.parent} or choose another --out")
+
+
 def main() -> None:
     """Build the shards that the command line asks for."""
     parser = OneLineParser(description=__doc__)
@@ -125,6 +138,7 @@ def main() -> None:
         train, val = tokenize(read_text(args.source), args.val_fraction, args.min_val_tokens)
         shards = {args.out / f"{args.name}_{part}.bin": tokens
                   for part, tokens in (("val_000000", val), ("train_000001", train))}
+        refuse_to_replace(shards)
         with writing(args.out):
             args.out.mkdir(parents=True, exist_ok=True)
             with unfinished(args.out, command_line()):  # a new val shard beside an old train shard must not count
