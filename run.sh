@@ -24,7 +24,7 @@ cd -P -- "$(dirname -- "$script")" >/dev/null
 
 say() { echo "run.sh: $*" >&2; }
 die() { say "$1"; exit "${2:-1}"; }
-positive() { case $2 in '' | 0* | *[!0-9]*) die "$1 must be a positive integer, got '$2'" 2 ;; esac; }
+positive() { case $2 in '' | 0* | *[!0-9]*) die "$1 must be ${3:-}a positive integer, got '$2'" 2 ;; esac; }
 
 flag() { # print the value of flag $1 among the arguments that follow, else train.py's: name: type = "value"
   local name=$1 value arg
@@ -59,7 +59,7 @@ requirements="requirements-cpu.txt"
 NPROC=${NPROC-$((gpus > 0 ? gpus : 1))}
 positive NPROC "$NPROC"
 MAX_RESTARTS=${MAX_RESTARTS:-0}
-[ "$MAX_RESTARTS" = 0 ] || positive MAX_RESTARTS "$MAX_RESTARTS"
+[ "$MAX_RESTARTS" = 0 ] || positive MAX_RESTARTS "$MAX_RESTARTS" "0 or "
 [ "$gpus" -eq 0 ] || [ "$NPROC" -le "$gpus" ] ||
   die "NPROC=$NPROC, but only $gpus GPUs may be used here; set NPROC to at most $gpus" 2
 
