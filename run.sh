@@ -288,23 +288,21 @@ fineweb() {
     printf -v name 'data/fineweb10B/fineweb_train_%06d.bin' "$i"
   done
 }
-# Print the data set of the checkpoint that --resume finds: a resumed run keeps it. Print nothing if there is none.
-resumed_dataset() {
-  [ -z "$(flag resume "$@")" ] || "$py" -W ignore -c 'import sys
+# Return 0 if --resume finds a checkpoint of another data set, which a resumed run keeps. It takes seconds.
+resumes_other_data() {
+  [ -n "$(flag resume "$@")" ] && quiet "$py" -W ignore -c 'import sys
 import train
 from nanofp8 import resuming
 checkpoint, _ = resuming.choose_checkpoint(train.read_flags(sys.argv[1:]))
-print(resuming.read_checkpoint(checkpoint)["flags"]["dataset"])' "$@" 2>/dev/null || true
+sys.exit(resuming.read_checkpoint(checkpoint)["flags"]["dataset"] == "fineweb10B")' "$@"
 }
-dataset=$(flag dataset "$@")
-if [ "$gpus" -gt 0 ] && [ "$dataset $(flag data_dir "$@")" = "fineweb10B data" ] && [ "$(flag preset "$@")" != tiny ] &&
-  { dataset=$(resumed_dataset "$@") && [ "${dataset:-fineweb10B}" = fineweb10B ]; }; then
+if [ "$gpus" -gt 0 ] && [ "$(flag dataset "$@") $(flag data_dir "$@")" = "fineweb10B data" ] && [ "$(flag preset "$@")" != tiny ]; then
   can_write
   {
     lock
     # How many train shards cachedfineweb10b.py was asked for. If that is unknown, add none to what is here.
     asked=$(sed -n 's/.*"train_shards": *\([1-9][0-9]\{0,2\}\),.*/\1/p' data/fineweb10B/download.json 2>/dev/null) || true
-    if ! here=$(fineweb "${asked:-0}") && { [ "$here" -eq 0 ] || [ -n "$asked" ]; }; then
+    if ! here=$(fineweb "${asked:-0}") && { [ "$here" -eq 0 ] || [ -n "$asked" ]; } && ! resumes_other_data "$@"; then
       asked=${asked:-9}
       if ! step "$py" data/cachedfineweb10b.py "$asked"; then
         here=$(fineweb 0) && [ "$here" -gt 0 ] && [ "$command" != setup ] ||
