@@ -9,6 +9,7 @@ import re
 import statistics
 import time
 import uuid
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Callable, Iterator
 
@@ -147,12 +148,6 @@ def flatten(tree: dict, prefix: str) -> Iterator[tuple[str, Any]]:
         yield from flatten(value, f"{prefix}/{key}") if isinstance(value, dict) else [(f"{prefix}/{key}", value)]
 
 
-def write_text(path: str, text: str) -> None:
-    """Write a text file in UTF-8."""
-    with open(path, "w", encoding="utf-8") as f:
-        f.write(text)
-
-
 class RunLog:
     """A run folder's log.jsonl, config.json and pictures, and wandb. Rank 0 alone has one.
 
@@ -176,7 +171,8 @@ class RunLog:
         try:
             if first_step:
                 self.records = [r for r in read_log(folder) if r["kind"] != "done" and r["step"] < first_step]
-                replace_file(path, lambda new: write_text(new, "".join(map(log_line, self.records))))
+                lines = "".join(map(log_line, self.records))
+                replace_file(path, lambda new: Path(new).write_text(lines, encoding="utf-8"))
             self.open_files()
         except OSError as error:
             raise UserError(f"{folder} cannot be written ({error.strerror}); make room, or choose another --out_dir",
@@ -193,7 +189,7 @@ class RunLog:
     def open_files(self) -> None:
         """Write config.json, and open log.jsonl to append to."""
         replace_file(os.path.join(self.folder, "config.json"),  # half a file would hide the run from --resume=auto
-                     lambda new: write_text(new, json.dumps(self.config, indent=2)))
+                     lambda new: Path(new).write_text(json.dumps(self.config, indent=2), encoding="utf-8"))
         # Unbuffered, so that write_line() knows what was not written
         self.file = open(os.path.join(self.folder, "log.jsonl"), "ab", buffering=0)
 

@@ -94,12 +94,11 @@ def test_config_json_is_whole_or_the_old_one(tmp_path, monkeypatch):
     """A kill or a full disk while it is written must not hide the run from --resume=auto."""
     runlog.RunLog(str(tmp_path), runlog.FolderLock(str(tmp_path)), dict(run_name="gpt")).close()
 
-    def half(path, text):
-        with open(path, "w") as f:
-            f.write(text[:5])
+    def half(path, text, **_):
+        path.write_bytes(text[:5].encode())
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(runlog, "write_text", half)
+    monkeypatch.setattr(runlog.Path, "write_text", half)
     with pytest.raises(UserError, match="No space left"):
         runlog.RunLog(str(tmp_path), runlog.FolderLock(str(tmp_path)), dict(run_name="gpt"), first_step=1)
     assert runlog.saved_config(str(tmp_path)) == dict(run_name="gpt")
