@@ -53,6 +53,7 @@ class Schedule:
         self.warmdown = cfg.warmdown_ratio if cfg.lr_schedule == "linear" else None
         self.scale = lr_scale(cfg)
         self.steps_of_pass = data_tokens / cfg.total_batch_size
+        self.passes = cfg.max_iters / self.steps_of_pass
 
     def lr(self, step: int) -> float:
         """Return the factor on all learning rates at a step (from 0)."""
@@ -68,14 +69,14 @@ class Schedule:
         Text that is read several times is learned by heart, and most of all by the head: there each token has weights
         of its own. "auto" makes a table forget: at its highest rate an update shrinks to 1/e within MEMORY of a pass
         over the data (the unit is that of arXiv 2405.13698), but not within less than SHORTEST_MEMORY steps. This is
-        for MEASURED_PASSES passes or more. Two passes get a third of that decay, one gets none: both were measured
-        (docs/recipe.md).
+        for MEASURED_PASSES passes or more; fewer get less, two a third and one none, which fits what was measured
+        there (docs/recipe.md).
 
         Args: flag: a number, or "auto". learning_rate: of the table, as its flag gives it.
         """
         if flag != "auto":
             return flag
-        again = self.cfg.max_iters / self.steps_of_pass - 1  # passes after the first
+        again = self.passes - 1
         if again <= 0 or not learning_rate:
             return 0.0
         memory = max(MEMORY * self.steps_of_pass, SHORTEST_MEMORY)
@@ -83,7 +84,7 @@ class Schedule:
 
     def repeated_text_note(self) -> str:
         """Return a remark for the start-up table where value embeddings read text at least twice, else ""."""
-        if not self.cfg.n_value_embed or self.cfg.max_iters < 2 * self.steps_of_pass:
+        if not self.cfg.n_value_embed or self.passes < 2:
             return ""
         return "value embeddings learn it by heart; over four passes --n_value_embed=0 ended far lower (docs/recipe.md)"
 
