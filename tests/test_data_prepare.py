@@ -1185,6 +1185,15 @@ def test_shakespeare_with_few_val_tokens(tmp_path, capsys):
     assert shakespeare(text, "--out", tmp_path / "small", "--min_val_tokens=33") == 0
 
 
+def test_shakespeare_into_a_file(text_file, tmp_path, capsys):
+    """More room would not help."""
+    (tmp_path / "file").write_text("mine")
+    assert shakespeare(text_file, "--out", tmp_path / "file") == 1
+    err = capsys.readouterr().err
+    assert "not a folder" in err and "--out" in err and "space" not in err
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 def test_shakespeare_does_not_replace_whole_shards(text_file, tmp_path, capsys):
     """Runs that were trained on them could not be resumed."""
     out = tmp_path / "out"
