@@ -98,7 +98,7 @@ from nanofp8.precision import (  # number formats and FP8's scaling state
 from nanofp8.prefetch import Prefetcher  # items made ahead of time by a thread
 from nanofp8.procs import Processes, command_line  # rank, device, mesh; start and end of a script
 from nanofp8.schedule import Schedule  # learning rates, weight decay and momentum at each step
-from nanofp8.shards import ShardError, find_shards, open_shard  # the token shard format
+from nanofp8.shards import Shard, ShardError, find_shards  # the token shard format
 from nanofp8.sizes import auto_batch, flops_per_token, parameter_table, windows  # what follows from the flags alone
 from nanofp8.zero import Gathered, Shards  # what USE_FSDP2 and USE_DDP do
 
@@ -317,14 +317,14 @@ class TokenRing:
     """All shards of a split end to end, read as a ring: position p is token p modulo the total."""
 
     def __init__(self, data_dir: str, dataset: str, split: str, vocab_size: int, need_tokens: int):
-        """Memory-map the shards of a split in data_dir/dataset, in the order of their numbers.
+        """Open the shards of a split in data_dir/dataset, in the order of their numbers.
 
         Raises: UserError if there are none, if one is damaged, or if they hold fewer than need_tokens tokens.
         """
         self.folder = os.path.join(data_dir, dataset)
         try:
             self.paths, self.ignored = find_shards(self.folder, split)
-            self.shards = [open_shard(path) for path in self.paths]
+            self.shards = [Shard(path) for path in self.paths]
         except ShardError as error:
             raise UserError(str(error)) from None
         self.starts = np.cumsum([0] + [len(shard) for shard in self.shards])
@@ -338,14 +338,16 @@ class TokenRing:
     def read(self, start: int, count: int) -> np.ndarray:
         """Return tokens start ... start+count-1 of the ring: int32, shape (count,).
 
-        Raises: UserError naming the shard if a token id is not below vocab_size.
+        Raises: UserError naming the shard if it cannot be read, or if a token id is not below vocab_size.
         """
         tokens, filled = np.empty(count, dtype=np.int32), 0
         while filled < count:
             position = (start + filled) % self.total
             i = int(np.searchsorted(self.starts, position, side="right")) - 1
-            offset = position - int(self.starts[i])
-            piece = self.shards[i][offset:offset + count - filled]
+            try:
+                piece = self.shards[i].read(position - int(self.starts[i]), count - filled)
+            except ShardError as error:
+                raise UserError(str(error), one_rank=True) from None
             if int(piece.max()) >= self.vocab_size:
                 raise UserError(f"{self.paths[i]} holds token id {int(piece.max())}, but vocab_size is "
                                 f"{self.vocab_size}; raise --vocab_size (only a new run can), or tokenize with GPT-2's "

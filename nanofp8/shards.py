@@ -12,10 +12,13 @@ A folder holds the shards of one data set: all have the same <name>.
 from __future__ import annotations  # some name numpy's types
 
 import contextlib
+import errno
 import os
 import re
+import resource
 import shlex
 import struct
+import weakref
 import zlib
 from typing import Iterator
 
@@ -50,8 +53,11 @@ class ShardError(ValueError):
 
 def unreadable(path: str | os.PathLike, error: OSError) -> ShardError:
     """Return the error for a shard that cannot be read. One that is there is not to be deleted for that."""
-    remedy = () if isinstance(error, FileNotFoundError) else ("check the disk and the file's permissions",)
-    return ShardError(f"{path} cannot be read ({error.strerror})", *remedy)
+    remedy = "check the disk and the file's permissions"
+    if error.errno == errno.EMFILE:
+        remedy = "raise the limit of open files (ulimit -n), or make fewer and larger shards"
+    return ShardError(f"{path} cannot be read ({error.strerror})",
+                      *(() if isinstance(error, FileNotFoundError) else (remedy,)))
 
 
 def find_shards(folder: str, split: str) -> tuple[list[str], list[str]]:
@@ -151,6 +157,44 @@ def open_shard(path: str | os.PathLike) -> np.memmap:
     """Memory-map the tokens of a shard: uint16, shape (tokens,), read-only. Raises ShardError."""
     tokens = read_token_count(path)
     return np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(tokens,))
+
+
+class Shard:
+    """The tokens of a shard, read piece by piece from a file that stays open. len() is their number.
+
+    Training reads so, not through open_shard(): where a disk fails, or another program shortens the file, a memory map
+    ends the process with SIGBUS. A file that is replaced does not change what is read.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        """Raises: ShardError, as read_token_count()."""
+        self.path, self.tokens = path, read_token_count(path)
+        try:
+            self.file = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise unreadable(path, error) from None
+        weakref.finalize(self, os.close, self.file)
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if self.file > soft // 2:  # often 1,024 files are allowed, and more if a process asks
+            resource.setrlimit(resource.RLIMIT_NOFILE,
+                               (4 * soft if hard == resource.RLIM_INFINITY else min(4 * soft, hard), hard))
+
+    def __len__(self) -> int:
+        return self.tokens
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """Return the tokens from `start` on, `count` or as many as there are: uint16, 1-D.
+
+        Raises: ShardError if the file cannot be read or has become shorter.
+        """
+        size = 2 * min(count, self.tokens - start)
+        try:
+            data = os.pread(self.file, size, HEADER_BYTES + 2 * start)
+        except OSError as error:
+            raise unreadable(self.path, error) from None
+        if len(data) < size:
+            raise ShardError(f"{self.path} has become shorter since the run started")
+        return np.frombuffer(data, dtype="<u2")
 
 
 WHOLE_BYTES, ENDS_BYTES, SAMPLES, SAMPLE_BYTES = 64 * 2**20, 2**20, 1024, 4096

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import subprocess
 import sys
 from unittest import mock
 
@@ -34,6 +35,20 @@ def test_shards_are_found_and_measured_without_numpy(tmp_path, monkeypatch):
     assert alone.find_shards(tmp_path, "train") == ([str(path)], []) and alone.read_token_count(path) == 3
     with pytest.raises(alone.ShardError, match="no val shards"):
         alone.find_shards(tmp_path, "val")
+
+
+@pytest.mark.parametrize("hard", [200, 60])
+def test_more_shards_than_files_may_be_open(tmp_path, hard):
+    """Each shard that is read stays open. A process may raise its limit up to the hard one."""
+    path = tmp_path / "x_train_000001.bin"
+    write_shard(path, [1, 2, 3])
+    code = ("import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (40, int(sys.argv[1])))\n"
+            "from nanofp8.shards import Shard\n"
+            "try: print(sum(len(shard) for shard in [Shard(sys.argv[2]) for _ in range(100)]))\n"
+            "except ValueError as error: print(error)")
+    result = subprocess.run([sys.executable, "-c", "import sys; " + code, str(hard), str(path)], cwd=shards.PROJECT,
+                            capture_output=True, text=True)
+    assert result.stdout.strip() == "300" if hard == 200 else "ulimit -n" in result.stdout, result
 
 
 @pytest.mark.parametrize("tokens", [[], [-1], [65536], [0.5], [[1, 2]]])

@@ -4,6 +4,7 @@ import os
 import threading
 import time
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -400,6 +401,34 @@ def test_a_data_folder_with_odd_characters_in_its_name(tmp_path):
     assert ring_of(folder).total == 100
 
 
-def test_a_shard_is_mapped_not_read(numbered):
-    """Opening the ring must not cost memory: 103 FineWeb shards are 20 GB."""
-    assert all(isinstance(shard, np.memmap) for shard in ring_of(numbered).shards)
+def test_opening_a_shard_does_not_read_it(tmp_path):
+    """103 FineWeb shards are 20 GB."""
+    path = write_shard(tmp_path / "n" / "n_train_000001.bin", [7])
+    path.write_bytes(shard_bytes([7], count=2**31 - 1))
+    os.truncate(path, 1024 + 2 * (2**31 - 1))  # 4 GB that take no room on the disk
+    ring = ring_of(tmp_path)
+    assert ring.total == 2**31 - 1 and ring.read(2**31 - 3, 4).tolist() == [0, 0, 7, 0]
+
+
+@pytest.mark.parametrize("fault", ["shortened", "disk"])
+def test_a_shard_that_fails_while_it_is_used(tmp_path, monkeypatch, fault):
+    """A memory map would end the process with SIGBUS."""
+    path = write_shard(tmp_path / "n" / "n_train_000001.bin", TOKENS)
+    ring = ring_of(tmp_path)
+    if fault == "shortened":
+        os.truncate(path, 1024 + 2 * 60)
+        assert ring.read(50, 10).tolist() == list(range(50, 60))
+    else:
+        monkeypatch.setattr(os, "pread", mock.Mock(side_effect=OSError(5, "Input/output error")))
+    with pytest.raises(UserError, match="shorter.*data/README.md" if fault == "shortened" else "Input/output.*disk"
+                       ) as caught:
+        ring.read(50, 11)
+    assert str(path) in str(caught.value) and caught.value.one_rank  # the other ranks may still wait for this one
+
+
+def test_a_shard_that_is_replaced_changes_nothing(tmp_path):
+    path = write_shard(tmp_path / "n" / "n_train_000001.bin", TOKENS)
+    ring = ring_of(tmp_path)
+    other = write_shard(tmp_path / "other", TOKENS[::-1])
+    os.replace(other, path)
+    assert ring.read(0, 100).tolist() == TOKENS.tolist() and ring_of(tmp_path).read(0, 1).tolist() == [99]
