@@ -178,7 +178,7 @@ USE_8BIT_ADAM: bool = False                   # bitsandbytes AdamW8bit for embed
 USE_FP8: bool = True                          # matmuls in FP8; on a GPU without FP8 only if given; False: bf16
 FP8_RECIPE: Literal["delayed", "current", "block", "mxfp8"] = "delayed"  # how FP8 scales are chosen (docs/precision.md)
 FP8_MARGIN: Exponent = 0                      # delayed: scale = fp8_max / amax / 2^margin
-FP8_AMAX_HISTORY: Positive = 1024             # delayed: the scale follows the largest amax of this many micro-batches
+FP8_AMAX_HISTORY: Window = 1024               # delayed: the scale follows the largest amax of this many micro-batches
 FP8_CALIBRATION_STEPS: Positive = 3           # delayed: number of first steps with a calibration pass before them
 USE_FP8_HEAD: bool = True                     # with USE_FP8: the head's matmuls in FP8 too, for every recipe
 USE_NVFP4: bool = False                       # matmuls of blocks in NVFP4, the head in bf16; replaces FP8

@@ -102,7 +102,7 @@ NonNegativeFloat = Annotated[float, Bounds(0)]
 Fraction = Annotated[float, Bounds(0, 1, open_high=True)]
 Seed = Annotated[int, Bounds(0, 2**32 - 1)]
 Exponent = Annotated[int, Bounds(-64, 64)]     # of a power of two that fits fp32 with room to spare
-Window = Annotated[int, Bounds(1, 1_000_000)]  # steps that are kept in memory
+Window = Annotated[int, Bounds(1, 1_000_000)]  # steps or micro-batches that are kept in memory
 Timeout = Annotated[float, Bounds(5)]          # seconds; heartbeats come every second
 FolderName = Annotated[str, Pattern(r"(?!\.)[^/\\\0]+", "a folder name without slashes or a leading dot")]
 Letters = Annotated[str, Pattern(r"[SL]+", "one or more of the letters S and L, such as SSSL")]
@@ -370,17 +370,22 @@ def check_command_line(path: str, argv: Sequence[str] | None = None, doctor: str
 
 def report_early_error(script: str, kind: type, error: BaseException, trace: Any) -> None:
     """Serve as sys.excepthook: print one line for Ctrl-C, which nothing else catches while torch is imported, and for a
-    Python without torch or NumPy; any other exception as Python does. The exit status is 130 or 1."""
+    Python without torch, NumPy or Matplotlib; any other exception as Python does. The exit status is 130 or 1."""
     line = ""
     if issubclass(kind, KeyboardInterrupt):
         line = "interrupted"
-    elif issubclass(kind, ModuleNotFoundError) and error.name in ("torch", "numpy"):
+    elif issubclass(kind, ModuleNotFoundError) and error.name in ("torch", "numpy", "matplotlib"):
         line = (f"error: {sys.executable} has no {error.name}; start with bash run.sh, which makes an environment, "
                 f"or use that environment's Python (.venv/bin/python)")
     if line and _is_main():
         print(f"{script}: {line}", file=sys.stderr, flush=True)
     elif not line:
         sys.__excepthook__(kind, error, trace)
+
+
+def explain_early_errors(path: str) -> None:
+    """From now on, let this script end with one line where Python has no torch, and at Ctrl-C that nothing catches."""
+    sys.excepthook = functools.partial(report_early_error, os.path.basename(path))
 
 
 def print_any_text() -> None:
@@ -395,7 +400,7 @@ def exit_on_ctrl_c(path: str) -> None:
 
     Where Ctrl-C is ignored or handled already, that stays. A Python without torch becomes one line too.
     """
-    sys.excepthook = functools.partial(report_early_error, os.path.basename(path))
+    explain_early_errors(path)
 
     def stop(*_: object) -> NoReturn:
         with contextlib.suppress(OSError, ValueError):

@@ -197,12 +197,16 @@ def test_ctrl_c_during_imports_is_one_line(tmp_path, script):
     assert result.code == 130 and result.err == f"{script}: stopped by Ctrl-C\n" and not result.out
 
 
-@pytest.mark.parametrize("script", ["train.py", "train_orig.py", "sample.py", "bench.py"])
-def test_a_python_without_torch_is_one_line(tmp_path, script):
+@pytest.mark.parametrize("path", [ROOT / "train.py", ROOT / "train_orig.py", ROOT / "sample.py", ROOT / "bench.py",
+                                  *sorted((ROOT / "tools").glob("*.py"))], ids=lambda path: path.name)
+def test_a_python_without_torch_is_one_line(tmp_path, path):
+    script = path.name
+    if script == "overview.py":  # it draws, and needs no torch
+        (tmp_path / "matplotlib.py").write_text("raise ModuleNotFoundError('none', name='matplotlib')")
     (tmp_path / "torch.py").write_text("raise ModuleNotFoundError('no torch', name='torch')")
-    result = finish(start(ROOT / script, cwd=tmp_path, PYTHONPATH=str(tmp_path)))
+    result = finish(start(path, cwd=tmp_path, PYTHONPATH=str(tmp_path)))
     assert result.code == 1 and not result.out and result.err.count("\n") == 1
-    assert result.err.startswith(f"{script}: error: ") and "torch" in result.err and "run.sh" in result.err
+    assert result.err.startswith(f"{script}: error: ") and "has no" in result.err and "run.sh" in result.err
 
 
 def test_ctrl_c_is_handed_over_to_the_script(monkeypatch):

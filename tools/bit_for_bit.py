@@ -21,6 +21,11 @@ from types import ModuleType
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "gpu")]
 
+from nanofp8.config import explain_early_errors
+
+if __name__ == "__main__":
+    explain_early_errors(__file__)
+
 import nvfp4_reference
 import torch
 

@@ -12,6 +12,11 @@ from typing import Any, Sequence
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from nanofp8.config import explain_early_errors
+
+if __name__ == "__main__":
+    explain_early_errors(__file__)
+
 from nanofp8 import cards
 from nanofp8.config import OneLineParser, UserError, exit_with
 from nanofp8.precision import FORMATS

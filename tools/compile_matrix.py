@@ -35,6 +35,11 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ.pop("TRITON_INTERPRET", None)  # the tests set it; interpreted kernels cannot be compiled
 
+from nanofp8.config import explain_early_errors
+
+if __name__ == "__main__":
+    explain_early_errors(__file__)
+
 from nanofp8.config import OneLineParser, UserError, exit_with
 
 

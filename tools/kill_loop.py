@@ -29,6 +29,11 @@ from typing import Callable
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+from nanofp8.config import explain_early_errors
+
+if __name__ == "__main__":
+    explain_early_errors(__file__)
+
 import torch
 
 from helpers import learned, marked_processes, script_env

@@ -13,6 +13,11 @@ import sys
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from nanofp8.config import explain_early_errors
+
+if __name__ == "__main__":
+    explain_early_errors(__file__)
+
 from nanofp8.files import replace_file
 from nanofp8.plots import smooth
 

@@ -19,6 +19,11 @@ from unittest import mock
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from nanofp8.config import explain_early_errors
+
+if __name__ == "__main__":
+    explain_early_errors(__file__)
+
 import torch
 
 from nanofp8 import fused
