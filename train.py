@@ -10,6 +10,9 @@ Train a GPT in FP8 (or NVFP4) with NVIDIA Transformer Engine. Read it top to bot
 
 The model is nanochat's d20 shape: 561M parameters, RoPE, RMSNorm, QK norm, relu^2, logit softcap.
 Muon (Microsoft's Dion library) trains the matrices in the blocks, AdamW trains the rest: embeddings, head, gains.
+
+main() reads the flags. run() builds a Run (set_up(): data, model, optimizers; a checkpoint, if it resumes) and calls
+train(), which takes one train_step() after another, saves and evaluates. If you read one function, read train_step().
 """
 
 from typing import Literal
@@ -22,6 +25,7 @@ from nanofp8.config import (  # types of flags, and what reads them
     Exponent,
     FolderName,
     Fraction,
+    Layers,
     Letters,
     NonNegative,
     NonNegativeFloat,
@@ -119,7 +123,7 @@ data_dir: str = "data"                        # relative to this file unless abs
 USE_SHUFFLE: bool = True                      # passes over the data after the first take its sequences in random order
 
 # Model
-n_layer: Positive = 20                        # transformer blocks
+n_layer: Layers = 20                          # transformer blocks
 n_embd: Positive = 1280                       # width of the residual stream
 n_head: Positive = 10                         # attention heads; the head size is n_embd / n_head
 vocab_size: Positive = 65536                  # rows of embedding and head; GPT-2's BPE uses the first 50,257
@@ -245,7 +249,7 @@ CLASSIC = dict(
 )
 PARTS = dict(qk_scale=1.2, window_pattern="SSSL", USE_X0=True, vocab_size=50304)  # the first three prevent export
 PRESETS = {
-    # Must repeat the default of every flag that a preset sets: a default that differs counts as edited
+    # d20 repeats the default of each flag that a preset sets. A default above that differs was edited and beats presets
     "d20": CLASSIC | dict(
         train_tokens=891289600, total_batch_size="auto", batch_size="auto", warmup_ratio=0.02, lr_schedule="linear",
         warmdown_ratio=0.75, min_lr_ratio=0.03, lr_scaling="length", learning_rate=0.04, learning_rate_embed=0.6,
@@ -292,8 +296,10 @@ def check_flags(cfg: SimpleNamespace, world_size: int, resumed: bool = False) ->
     (memory.choose() lowers it further). resumed: total_batch_size and block_size cannot change.
     """
     if cfg.n_embd % cfg.n_head or cfg.n_embd // cfg.n_head % 2:
+        fit = [n for n in range(1, min(cfg.n_embd, 4096)) if cfg.n_embd % (2 * n) == 0]
+        remedy = f"--n_head={min(fit, key=lambda n: abs(n - cfg.n_embd / 128))}" if fit else "an even --n_embd"
         raise UserError(f"n_embd={cfg.n_embd} over n_head={cfg.n_head} heads must give an even head size; "
-                        f"try --n_head={max(1, cfg.n_embd // 128)}", 2)
+                        f"try {remedy}", 2)
     if may_choose(cfg, "batch_size"):
         cfg.batch_size = next(iter(memory.batch_sizes(cfg, world_size)), cfg.batch_size)
     micro = world_size * cfg.batch_size * cfg.block_size
@@ -366,10 +372,10 @@ def pass_order(number: int, count: int) -> np.ndarray:
 class DataLoader:
     """Micro-batches of this rank in the order of the ring, prepared ahead of time by a thread.
 
-    Optimizer step k reads tokens k*G to (k+1)*G of the ring, G = total_batch_size, and one more as the last target.
-    Micro-batch m of rank r starts at k*G + (m*world_size + r)*B*T. So a step reads the same tokens for any number of
-    ranks and any micro-batch size. With USE_SHUFFLE, each pass over the ring after the first reads its sequences in a
-    random order of its own, which is the same in all runs: a sequence that comes back has other neighbours in its step.
+    Optimizer step k reads tokens k*G to (k+1)*G of the run, G = total_batch_size. Micro-batch m of rank r starts at
+    k*G + (m*world_size + r)*B*T. So a step reads the same tokens for any number of ranks and any micro-batch size.
+    position() says where in the ring they lie. With USE_SHUFFLE, each pass over the ring after the first reads its
+    sequences in a random order of its own, the same in all runs: one that comes back has other neighbours in its step.
     """
 
     def __init__(self, ring: TokenRing, cfg: SimpleNamespace, procs: Processes):
@@ -377,7 +383,7 @@ class DataLoader:
         self.rank, self.world_size, self.step_tokens = procs.rank, procs.world_size, cfg.total_batch_size
         self.micro_tokens, self.shuffle = self.batch_size * self.block_size, cfg.USE_SHUFFLE
         self.accumulation = self.step_tokens // (self.micro_tokens * self.world_size)  # micro-batches per step
-        # From a micro-batch's summed loss to its share of this rank's mean; DDP and FSDP2 average over the ranks
+        # A micro-batch's summed loss times this is its share of this rank's mean; gradients are averaged over ranks
         self.loss_weight = 1.0 / (self.accumulation * self.micro_tokens)
         self.index, self.prefetcher = 0, Prefetcher(self.micro_batch)  # index counts this rank's micro-batches
 
@@ -761,14 +767,6 @@ def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
-def clip_gradients(parameters: list[Tensor], max_norm: float, norm: Tensor | None = None) -> Tensor:
-    """Scale the gradients to at most max_norm (0: leave them). Returns their global norm (`norm`, if it is known)."""
-    norm = gradient_norm(parameters) if norm is None else norm
-    if max_norm > 0:
-        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm, foreach=True)
-    return norm
-
-
 # ======================================================================================================================
 # Evaluation
 
@@ -779,15 +777,16 @@ def evaluate(model: nn.Module, ring: TokenRing, cfg: SimpleNamespace, procs: Pro
     """Return the mean loss over the first eval_tokens of the val shards (nats per token), with all ranks taking part.
 
     Sequence s is tokens s*T ... s*T + T of the ring. Rank r takes sequences r, r + world_size, ...; rows without
-    targets fill the last batch. So the result is the same for any number of ranks and any batch size.
+    targets fill the last batch. So in bf16 the result is the same for any number of ranks and any batch size; an FP8
+    head has a scale for each micro-batch.
 
-    autocast: returns the context of a pass (bf16, or the format of training). after_batch: called after each pass.
+    autocast: returns the context of a batch (bf16, or the format of training). after_batch: called after each batch.
     """
     T, sequences = cfg.block_size, cfg.eval_tokens // cfg.block_size
-    per_pass = procs.world_size * cfg.batch_size
+    per_batch = procs.world_size * cfg.batch_size
     total = torch.zeros(2, dtype=torch.float64, device=procs.device)  # summed loss, targets
     model.eval()
-    for first in range(0, sequences, per_pass):
+    for first in range(0, sequences, per_batch):
         x = torch.zeros(cfg.batch_size, T, dtype=torch.int32)
         y = torch.full((cfg.batch_size, T), -1, dtype=torch.int64)
         for row in range(cfg.batch_size):
@@ -889,7 +888,7 @@ def train_step(run: Run) -> StepResult:
         restore_scales()
     else:
         if 0 < run.cfg.grad_clip < norm:
-            clip_gradients(run.optimizers.parameters(), run.cfg.grad_clip, shared[1])
+            nn.utils.clip_grads_with_norm_(run.optimizers.parameters(), run.cfg.grad_clip, shared[1], foreach=True)
         run.optimizers.step()
         parallel.gather_weights()
     if run.graphs is None:  # the graph of a step's first micro-batch overwrites the gradients
@@ -944,8 +943,8 @@ def train(run: Run) -> bool:
         if runlog.is_due(step, cfg.FP8_STATS_INTERVAL):
             runlog.log_fp8_stats(run, step)  # training is not touched
         due = result.save_due or runlog.is_due(step, cfg.ckpt_interval)
-        if last or result.stop or due and run.guard.healthy:
-            checkpoint.save_checkpoint(run, step + 1)  # before the evaluation: it leaves FSDP2's weights gathered
+        if last or result.stop or (due and run.guard.healthy):
+            checkpoint.save_checkpoint(run, step + 1)  # first: an evaluation leaves FSDP2's weights gathered
         if last or runlog.is_due(step, cfg.eval_interval):
             if result.stop:
                 checkpoints.finish(wait=True)  # the sender may kill this process during the evaluation
@@ -1065,6 +1064,7 @@ def build(cfg: SimpleNamespace, procs: Processes, loader: DataLoader) -> Run:
         import_bitsandbytes(procs.device, wrapper == "fsdp2")  # before the model is sharded
     parallel = Parallel(model, wrapper, cfg, procs)
     optimizers = Optimizers(model, cfg, procs, parallel, loader.ring.total)
+    torch.cuda.manual_seed(cfg.seed + procs.rank)  # Transformer Engine's stochastic rounding; nothing without a GPU
     guard = Guard(cfg, auto_grad_zscore=precision.grad_zscore)
     return Run(cfg, procs, precision, parallel, optimizers, loader, guard, reason, batch_choice, parameters,
                in_bf16=in_bf16)

@@ -17,6 +17,7 @@ from nanofp8.config import (  # types of flags, and what reads them
     AutoBool,
     FolderName,
     Fraction,
+    Layers,
     NonNegative,
     NonNegativeFloat,
     Positive,
@@ -49,7 +50,7 @@ from nanofp8.machine import describe_machine
 from nanofp8.procs import Processes, command_line
 from nanofp8.runlog import FolderLock, Progress, RunLog, data_rows, is_due, make_run_folder
 from nanofp8.schedule import lr_factor
-from train import DataLoader, TokenRing, check_flags, clip_gradients, evaluate, flops_per_token, open_data
+from train import DataLoader, TokenRing, check_flags, evaluate, flops_per_token, gradient_norm, open_data
 
 # ======================================================================================================================
 # Flags. Edit a value here, or give --name=value. The values below are those of preset "d20".
@@ -67,7 +68,7 @@ data_dir: str = "data"                    # relative to this file unless absolut
 USE_SHUFFLE: bool = True                  # passes over the data after the first take its sequences in random order
 
 # Model
-n_layer: Positive = 20                    # transformer blocks
+n_layer: Layers = 20                      # transformer blocks
 n_embd: Positive = 1280                   # width of the residual stream
 n_head: Positive = 10                     # attention heads; the head size is n_embd / n_head
 vocab_size: Positive = 50304              # rows of the embedding, also the head; 50,257 rounded up to 128s
@@ -225,6 +226,14 @@ def train_step(module: nn.Module, loader: DataLoader, optimizer: torch.optim.Opt
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return procs.sum(loss_sum) / procs.world_size, norm
+
+
+def clip_gradients(parameters: list[torch.Tensor], max_norm: float) -> torch.Tensor:
+    """Scale the gradients to a global norm of at most max_norm (0: leave them). Return the norm before that."""
+    norm = gradient_norm(parameters)
+    if max_norm > 0:
+        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm, foreach=True)
+    return norm
 
 
 def set_up(cfg: SimpleNamespace, procs: Processes, loader: DataLoader,

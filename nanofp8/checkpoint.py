@@ -62,6 +62,10 @@ FIXED_FLAGS = ("n_layer", "n_embd", "n_head", "vocab_size", "block_size", "rope_
                "USE_8BIT_ADAM", "muon_variant")
 # Those that older checkpoints do not name, with the values that these were trained with
 ADDED_FLAGS = dict(qk_scale=1.0, window_pattern="L", n_value_embed=0, USE_X0=False, muon_variant="muon")
+# The number format, with the defaults: a resumed run keeps its own as long as none of these is given or edited
+FORMAT_FLAGS = dict(USE_FP8=True, FP8_RECIPE="delayed", FP8_MARGIN=0, FP8_AMAX_HISTORY=1024, USE_FP8_HEAD=True,
+                    USE_NVFP4=False, NVFP4_HADAMARD=True, NVFP4_STOCHASTIC_ROUNDING=True, NVFP4_2D_WEIGHTS=True,
+                    HIGH_PRECISION_LAYERS="")
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What is saved
@@ -114,7 +118,8 @@ def data_fingerprint(ring: Any, tokens: int) -> dict:
     Args:
         ring: train.TokenRing of the train shards.
         tokens: tokens trained on so far.
-    Returns: `tokens` of all shards, and `crc32` of the last 4,096 tokens that were trained on.
+    Returns: `tokens` of all shards, and `crc32` of the 4,096 tokens of the ring before position `tokens`. It changes if
+        shards are added after the first pass. In shuffled passes these are not the tokens that were read last.
     """
     first = max(0, tokens - 4096)
     return dict(tokens=ring.total, crc32=zlib.crc32(ring.read(first, tokens - first).tobytes()))
@@ -146,9 +151,9 @@ def shard_fingerprints(train_ring: Any, val_ring: Any, procs: Processes) -> dict
 def adopt_flags(checkpoint: str, cfg: SimpleNamespace, recipe: dict, procs: Processes) -> dict:
     """Return the flags of a checkpoint that is to be resumed, after cfg has taken over some of them.
 
-    Taken are, unless they were given or edited, the flags that cannot change, and those of `recipe`: a run that goes on
-    without the flags of its first start must not jump to the present defaults. They are not taken if another preset is
-    given. Old code did not save all of `recipe`; it trained with these values.
+    Taken are, unless they were given or edited, the flags that cannot change, those of `recipe`, and the number format:
+    a run that goes on without the flags of its first start must not jump to the present defaults. The recipe is not
+    taken if another preset is given. Old code did not save all of `recipe`; it trained with these values.
     Raises: UserError.
     """
     saved = read_checkpoint(checkpoint)["flags"]
@@ -170,6 +175,8 @@ def adopt_flags(checkpoint: str, cfg: SimpleNamespace, recipe: dict, procs: Proc
         follow = {"lr_scaling"}  # once the default: the rates must not jump
     else:
         follow = set()
+    if not any(name in cfg.explicit or getattr(cfg, name) != default for name, default in FORMAT_FLAGS.items()):
+        follow |= FORMAT_FLAGS.keys()
     kinds = script_flags(TRAIN)
     others = left_out(sorted((follow & kinds.keys()) - {*FIXED_FLAGS}))
     for name, value in others.items():
@@ -270,6 +277,8 @@ def check_resume(checkpoint: str, cfg: SimpleNamespace, ring: Any, shards: dict,
             f"{checkpoint} was trained on other data: {was['tokens']:,} tokens with checksum {was['crc32']:08x} before "
             f"its position, and {data_folder} has {is_now['tokens']:,} with {is_now['crc32']:08x}; "
             f"{remedy}", 2)
+    if was and was["tokens"] != is_now["tokens"]:
+        procs.print(f"resume: the train shards held {was['tokens']:,} tokens, now {is_now['tokens']:,}")
     return meta
 
 

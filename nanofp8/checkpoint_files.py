@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.api import CheckpointException  # DCP's own, w
 
 from nanofp8.config import (
     FolderName,
+    Layers,
     Letters,
     NonNegative,
     NonNegativeFloat,
@@ -39,7 +40,7 @@ from nanofp8.files import error_line
 # Flags whose values a resumed run or sample.py takes from a checkpoint, with their types in train.py. Those of the
 # recipe, which only a resumed run takes, are checked there (checkpoint.adopt_flags)
 SAVED_FLAGS = dict(
-    n_layer=Positive, n_embd=Positive, n_head=Positive, vocab_size=Positive, block_size=Positive,
+    n_layer=Layers, n_embd=Positive, n_head=Positive, vocab_size=Positive, block_size=Positive,
     rope_base=PositiveFloat, norm_eps=PositiveFloat, logit_softcap=NonNegativeFloat, qk_scale=PositiveFloat,
     window_pattern=Letters, window_size=Positive, n_value_embed=NonNegative, USE_X0=bool, dataset=str,
     total_batch_size=Positive, USE_8BIT_ADAM=bool, muon_variant=Literal["muon", "normuon"], run_name=FolderName)

@@ -97,6 +97,7 @@ class Pattern:
 SMALLEST, LARGEST = 1.2e-38, 1e38  # size of a fractional number that is not 0: what fp32 holds
 Positive = Annotated[int, Bounds(1)]
 NonNegative = Annotated[int, Bounds(0)]
+Layers = Annotated[int, Bounds(1, 10_000)]     # of a model
 PositiveFloat = Annotated[float, Bounds(0, open_low=True)]
 NonNegativeFloat = Annotated[float, Bounds(0)]
 Fraction = Annotated[float, Bounds(0, 1, open_high=True)]

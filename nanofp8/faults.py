@@ -187,6 +187,16 @@ class Heartbeat:
         return (f"{who} has not responded for {seconds:g} s; stopping rank {self.rank}. "
                 f"Continue with the same command and --resume=auto")
 
+    def leaves_within(self, rank: int, seconds: float) -> bool:
+        """Wait, at most so long, until a rank has closed its heartbeat. True also if the store has gone with it."""
+        deadline = time.monotonic() + seconds
+        with contextlib.suppress(RuntimeError):
+            while self.store.get(self.keys[rank]) != b"left":
+                if time.monotonic() > deadline:
+                    return False
+                time.sleep(0.2)
+        return True
+
     def close(self) -> None:
         """Leave in good order. Joins the threads: one that is still in the store's C++ code when Python exits would
         abort the process."""

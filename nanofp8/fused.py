@@ -329,7 +329,8 @@ def weight_operand(weight: torch.nn.Parameter, scaling: Callable[[torch.Tensor],
 def current_scaling(x: torch.Tensor, dtype: torch.dtype) -> Scaling:
     """Return the Scaling that maps the largest |value| of x to the largest of the format; scale 1 if x is all zeros."""
     amax = torch.linalg.vector_norm(x.detach(), math.inf, dtype=torch.float32).reshape(1)
-    scale = torch.where(amax > 0, torch.finfo(dtype).max / amax, torch.ones_like(amax))
+    scale = (torch.finfo(dtype).max / amax).clamp(max=torch.finfo(torch.float32).max)  # inf times a zero would be NaN
+    scale = torch.where(amax == 0, 1.0, scale)
     return Scaling(scale, 1.0 / scale, None, dtype)
 
 

@@ -14,6 +14,7 @@ and with the tensors that fused blocks really make. tools/memory_model.py measur
 
 import contextlib
 import gc
+import os
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -177,6 +178,12 @@ class Prediction(NamedTuple):
         return max(self.peak, self.resident + self.passing + self.beside_graphs) * (1 + FRAGMENTATION)
 
 
+def parameter_count(cfg: SimpleNamespace) -> int:
+    """Return how many parameters the model has, scalars and gates left out."""
+    matrices, table = cfg.n_layer * 12 * cfg.n_embd ** 2, cfg.vocab_size * cfg.n_embd
+    return matrices + (2 + cfg.n_value_embed) * table + (2 * cfg.n_layer + 1) * cfg.n_embd
+
+
 def state_bytes(cfg: SimpleNamespace, kind: Kind, accumulates: bool) -> tuple[float, float, float, float]:
     """Return the bytes of weights, gradients and moments, and how many values of matrices a rank's Muon updates.
 
@@ -184,8 +191,8 @@ def state_bytes(cfg: SimpleNamespace, kind: Kind, accumulates: bool) -> tuple[fl
     """
     width, layers, vocab, ranks = cfg.n_embd, cfg.n_layer, cfg.vocab_size, kind.ranks
     matrices, table = layers * 12 * width ** 2, vocab * width
-    others = (2 + cfg.n_value_embed) * table + (2 * layers + 1) * width  # embeddings, head, gains
-    parameters, fsdp2 = matrices + others, kind.wrapper == "fsdp2"
+    parameters, fsdp2 = parameter_count(cfg), kind.wrapper == "fsdp2"
+    others = parameters - matrices  # embeddings, head, gains
     # An AdamW of 8 bits takes embedding and head
     own = matrices / ranks if fsdp2 else matrices
     weights = gradients = 4 * parameters
@@ -347,6 +354,10 @@ def choose(cfg: SimpleNamespace, precision: Precision, wrapper: str, procs: Proc
     auto = may_choose(cfg, "batch_size")
     how = "auto" if auto else "given"
     if procs.device.type != "cuda":
+        weights, memory = 4 * parameter_count(cfg), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if weights > memory:
+            raise UserError(f"the weights take {weights / GB:.1f} GB, and this machine has {memory / GB:.1f} GB; "
+                            f"use {smaller_model(cfg)}")
         return Choice(f"{cfg.batch_size} ({how})")
     memory = min(procs.gather(available(procs)))
     kind = kind_of(cfg, precision, wrapper, procs)

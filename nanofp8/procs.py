@@ -192,6 +192,8 @@ def command_line(run: Callable[[SimpleNamespace, Processes], Any],
             exit_with(error, script)
         finally:
             if heartbeat and argv is None:  # Python's own exit may abort in gloo's threads (pytorch issue 190489)
+                if procs.rank and not heartbeat.leaves_within(0, 5):  # it has not met this error, and waits
+                    exit_now(f"{script}: error: rank {procs.rank}: {error}", error.status)
                 heartbeat.close()
                 exit_now("", error.status)
     except KeyboardInterrupt:  # before training, which takes it as a request to stop, or a second one

@@ -138,8 +138,12 @@ def read_log(folder: str) -> list[dict]:
 
 def log_line(record: dict) -> str:
     """Return a record as a line of log.jsonl. JSON has no NaN: a non-finite number is written as null."""
-    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-    return json.dumps(finite) + "\n"
+    def finite(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: finite(v) for k, v in value.items()}
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(finite(record)) + "\n"
 
 
 def flatten(tree: dict, prefix: str) -> Iterator[tuple[str, Any]]:
@@ -474,3 +478,6 @@ class Progress:
                              f"({self.median_speed:,.0f} tokens/s, {memory:.1f} GB)\n"
                              f"run folder: {self.log.folder} "
                              f"(loss.png: curves; log.jsonl: every step; config.json: all flags)")
+        if not math.isfinite(self.val_loss):
+            raise UserError(f"the val loss is {self.val_loss}: this model is of no use; "
+                            f"try lower learning rates or less weight decay")

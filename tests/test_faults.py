@@ -445,11 +445,12 @@ def free_port():
         return s.getsockname()[1]
 
 
-def start_pair(forker, folder, data, script=TRAIN, **changes):
+def start_pair(forker, folder, data, script=TRAIN, data_of_rank_1=None, **changes):
     """Start two ranks without torchrun, as on two machines: nothing ends one when the other dies."""
+    data = data, data_of_rank_1 or data
     folder.mkdir(exist_ok=True)
     port = str(free_port())
-    return [forker.start(script, *flag_args(data_dir=data, **ENDLESS | changes), cwd=folder, RANK=str(rank),
+    return [forker.start(script, *flag_args(data_dir=data[rank], **ENDLESS | changes), cwd=folder, RANK=str(rank),
                          LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
             for rank in range(2)]
 
@@ -491,7 +492,9 @@ def pairs(forker, shards, tmp_path_factory):
     shutil.copy(shards / "synthetic" / "s_val_000000.bin", folder / "bad" / "synthetic")
     started = {"error": start_pair(forker, folder / "error", folder / "bad", rank_timeout=6),
                "slow": start_pair(forker, folder / "slow", shards, folder / "slow.py", max_iters=3, ckpt_interval=0,
-                                  rank_timeout=6)}
+                                  rank_timeout=6),
+               "no data": start_pair(forker, folder / "one", shards, rank_timeout=6, data_of_rank_1=folder / "none"),
+               "no data at all": start_pair(forker, folder / "both", folder / "none", rank_timeout=6)}
     try:
         started["shorter"] = start_pair(forker, folder / "shorter", shards, rank_timeout=90)
         wait_for_step(started["shorter"][0])
@@ -542,6 +545,16 @@ def test_an_error_on_one_rank_ends_both(pairs):
     """Only rank 1 reads a token id beyond the vocabulary. It prints the error, and rank 0 names rank 1."""
     assert_one_error_line(pairs["error"][1], 1, "token id 600")
     assert_one_error_line(pairs["error"][0], 1, "rank 1 has not responded")
+
+
+def test_data_missing_on_one_machine_is_said_there(pairs):
+    """Rank 0 waits for rank 1, and ends after the timeout. Where both lack data, only rank 0 says so."""
+    one, both = pairs["no data"], pairs["no data at all"]
+    assert_one_error_line(one[1], 1, "no train shards")
+    assert "rank 1" in one[1].err
+    assert_one_error_line(one[0], 1, "rank 1 has not responded")
+    assert_one_error_line(both[0], 1, "no train shards")
+    assert both[1].code == 1 and "train.py" not in both[1].err  # torch may say that the store of rank 0 has gone
 
 
 def test_slow_ranks_are_not_missed(pairs):

@@ -1,5 +1,7 @@
 """loss.py: the softcapped cross-entropy in chunks, and its FP8 form."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -184,6 +186,20 @@ def test_fp8_head_against_ml_dtypes(recompute):
     # a few gradients of logits fall on the other side of a rounding boundary in fp32
     assert relative(weight.grad, g8.T @ h8) < 5e-3 and relative(h.grad, g8 @ w8) < 5e-3
     assert relative(weight.grad, raw.grad.T @ h8) > 2e-2  # E5M2 does show
+
+
+@pytest.mark.parametrize("amax", [1e-37, 1e-42])
+def test_current_scaling_of_tiny_values_keeps_zeros(amax):
+    """448 / amax is beyond fp32 there, and inf times 0 would be NaN."""
+    x = torch.tensor([[amax, 0.0]])
+    s = current_scaling(x, torch.float8_e4m3fn)
+    assert s.scale.isfinite().all() and (x * s.scale).isfinite().all()
+
+
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_current_scaling_hides_nothing(bad):
+    s = current_scaling(torch.tensor([[1.0, bad]]), torch.float8_e4m3fn)
+    assert not (torch.tensor([[1.0, bad]]) * s.scale).isfinite().all()
 
 
 def test_current_scaling_of_zeros():

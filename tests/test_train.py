@@ -169,6 +169,29 @@ def test_a_resumed_run_keeps_the_scaling_that_was_the_default(monkeypatch):
     assert resumed(monkeypatch, saved, "--preset=classic").lr_scaling == "none"
 
 
+@pytest.mark.parametrize("given,expected", [
+    ([], True), (["--preset=d12"], True), (["--grad_clip=0"], True), (["--USE_NVFP4=False"], False),
+    (["--FP8_RECIPE=current"], False)])
+def test_a_resumed_run_keeps_its_number_format(monkeypatch, given, followed):
+    """Unless a flag of the format is given; then the others are the defaults."""
+    saved = vars(parse("--preset=d20", "--USE_NVFP4=True", "--NVFP4_HADAMARD=False", "--FP8_MARGIN=3"))
+    cfg = resumed(monkeypatch, saved, *given)
+    assert cfg.USE_NVFP4 == followed and cfg.NVFP4_HADAMARD == (not followed) and cfg.FP8_MARGIN == 3 * followed
+
+
+def test_an_edited_number_format_counts_as_given(tmp_path, monkeypatch):
+    module, _ = edited_copy(tmp_path, USE_FP8="False")
+    monkeypatch.setattr(train.checkpoint, "read_checkpoint", lambda folder: dict(flags=vars(parse("--preset=d20"))))
+    cfg = module.read_flags([], has_gpu=False)
+    train.checkpoint.adopt_flags("a", cfg, train.CLASSIC, one_process())
+    assert cfg.USE_FP8 is False
+
+
+def test_the_defaults_of_the_number_format_are_those_of_the_script():
+    cfg = parse()
+    assert {name: getattr(cfg, name) for name in train.checkpoint.FORMAT_FLAGS} == train.checkpoint.FORMAT_FLAGS
+
+
 def test_auto_batch_of_a_resumed_run_needs_no_length(monkeypatch):
     """Without a checkpoint to resume, it does."""
     cfg = parse("--preset=d20", "--train_tokens=0", "--max_iters=20", "--resume=auto")

@@ -49,7 +49,7 @@ def train_two_steps(cfg, procs, model):
             else:
                 p.grad = mean
         norm = procs.sum(parallel.reduce_gradients()).sqrt()
-        train.clip_gradients(optimizers.parameters(), 0.5, norm)
+        torch.nn.utils.clip_grads_with_norm_(optimizers.parameters(), 0.5, norm, foreach=True)
         optimizers.step()
         parallel.gather_weights()
         parallel.zero_grad()
