@@ -169,7 +169,7 @@ def test_a_resumed_run_keeps_the_scaling_that_was_the_default(monkeypatch):
     assert resumed(monkeypatch, saved, "--preset=classic").lr_scaling == "none"
 
 
-@pytest.mark.parametrize("given,expected", [
+@pytest.mark.parametrize("given,followed", [
     ([], True), (["--preset=d12"], True), (["--grad_clip=0"], True), (["--USE_NVFP4=False"], False),
     (["--FP8_RECIPE=current"], False)])
 def test_a_resumed_run_keeps_its_number_format(monkeypatch, given, followed):
