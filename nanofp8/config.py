@@ -358,7 +358,7 @@ def check_command_line(path: str, argv: Sequence[str] | None = None, doctor: str
         flags = script_flags(path)
         if "--help" in argv or "-h" in argv:
             if _is_main():
-                print(format_help(path, flags), flush=True)
+                print_answer(format_help(path, flags))
             raise SystemExit(0)
         given = [argument for argument in argv if argument != "--doctor" or not doctor]
         parse_arguments(given, flags)
@@ -393,6 +393,24 @@ def print_any_text() -> None:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError, OSError):
             stream.reconfigure(errors="backslashreplace")
+
+
+def print_answer(text: str) -> None:
+    """Print the text of --help. A reader that leaves early, as `head` does, ends the script quietly, with status 1.
+
+    Raises: UserError if it cannot be written for another reason.
+    """
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        with contextlib.suppress(OSError, ValueError):  # what is still buffered must not fail at exit
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, sys.stdout.fileno())
+            os.close(null)
+        if isinstance(error, BrokenPipeError):
+            raise SystemExit(1) from None
+        raise UserError(f"cannot write to stdout ({error.strerror}); let it go to a file or terminal that can be "
+                        f"written") from None
 
 
 def exit_on_ctrl_c(path: str) -> None:
@@ -454,3 +472,10 @@ class OneLineParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise UserError (status 2) where argparse would print its usage and exit."""
         raise UserError(f"{message} (see --help)", 2)
+
+    def print_help(self, file: Any = None) -> None:
+        """Print as print_answer() does. Raises: UserError."""
+        if file is None:
+            print_answer(self.format_help().rstrip("\n"))
+        else:
+            super().print_help(file)

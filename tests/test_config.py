@@ -1,5 +1,6 @@
 """config.py: names, types, presets and help of flags, and errors of wrong input."""
 
+import os
 import shutil
 import signal
 import subprocess
@@ -348,3 +349,21 @@ def test_ctrl_c_during_imports_is_one_line(capsys, monkeypatch):
     assert capsys.readouterr().err == "train.py: interrupted\n"
     sys.excepthook(RuntimeError, RuntimeError("no"), None)
     assert "RuntimeError: no" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+@pytest.mark.parametrize("code", [
+    f"check_command_line({str(TRAIN)!r}, ['--help'])", "print_answer('x' * 100_000)",
+    "OneLineParser(description='x' * 100_000).parse_args(['--help'])"])
+def test_help_that_cannot_be_written(code):
+    """A reader that has left: nothing is said. A full disk: one line. Python adds none of its own at exit."""
+    program = (f"from nanofp8.config import *\ntry: {code}\n"
+               f"except UserError as error: sys.exit(f'error: {{error}}')")
+    read, write = os.pipe()
+    os.close(read)
+    with open("/dev/full", "w") as full, open(write, "w") as closed:
+        for stream, lines in ((full, 1), (closed, 0)):
+            result = subprocess.run([sys.executable, "-c", program], stdout=stream, stderr=subprocess.PIPE, text=True,
+                                    cwd=helpers.ROOT)
+            assert result.returncode == 1 and result.stderr.count("\n") == lines, result.stderr
+            assert ("error: cannot write" in result.stderr and "No space left" in result.stderr) == bool(lines)
