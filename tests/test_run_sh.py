@@ -515,6 +515,24 @@ def test_several_machines_without_a_meeting_point(host, env):
     assert len(out.splitlines()) == 1 and "NNODES" in out
 
 
+@pytest.mark.parametrize("name, bad", [
+    ("NODE_RANK", "2"), ("NODE_RANK", "-1"), ("NODE_RANK", "x"), ("NODE_RANK", "1.5"), ("NODE_RANK", "01"),
+    ("NODE_RANK", "9" * 20), ("MASTER_PORT", "0"), ("MASTER_PORT", "65536"), ("MASTER_PORT", "-5"),
+    ("MASTER_PORT", "http"), ("MASTER_PORT", "9" * 20),
+])  # fmt: skip
+@pytest.mark.parametrize("command", [[], ["doctor"]])
+def test_several_machines_with_a_wrong_number(host, command, name, bad):
+    """Told at once, before anything is installed or started."""
+    out = host.run(*command, status=2, **{"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "node7", name: bad})
+    assert out.count("\n") == 1 and name in out and f"'{bad}'" in out and host.did == []
+    assert {"NODE_RANK": "0 to 1", "MASTER_PORT": "1 to 65535"}[name] in out
+
+
+def test_several_machines_with_a_port(host):
+    host.has("torch", "numpy").run(NNODES="2", NODE_RANK="1", MASTER_ADDR="node7", MASTER_PORT="65535")
+    assert "--node_rank=1 --master_addr=node7 --master_port=65535 train.py" in host.did[0]
+
+
 def test_slurm(host):
     step = {"SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NUM_TASKS": "2", "SLURM_NODEID": "1", "SLURM_JOB_ID": "123",
             "SLURM_STEP_NODELIST": "node[7-8]"}
