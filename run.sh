@@ -236,6 +236,9 @@ can_write() {
 python=${PYTHON:-${VIRTUAL_ENV:+$VIRTUAL_ENV/bin/python}}
 found=$(command -v "${python:=python3}" || true)
 [ -n "$found" ] || [ -z "${PYTHON:-}" ] || die "PYTHON=$PYTHON does not exist; set it to a Python of 3.10 or newer"
+[ -z "${PYTHON:-}" ] || # what it prints counts: /bin/true ends well too
+  [ "$("$PYTHON" -c 'import sys; print(sys.version_info >= (3, 10))' </dev/null 2>/dev/null)" = True ] ||
+  die "PYTHON=$PYTHON is not a Python of 3.10 or newer; set it to one, or unset it"
 unset RANK LOCAL_RANK WORLD_SIZE # ranks come from torchrun alone, not from whatever started this script
 command=train
 case ${1:-} in setup | test | doctor) command=$1 && shift ;; esac

@@ -406,6 +406,16 @@ def test_named_python(host):
     assert "PYTHON=/no/such/python" in host.run(status=1, PYTHON="/no/such/python")
 
 
+@pytest.mark.parametrize("command", [[], ["setup"], ["doctor"], ["test"], ["--help"]])
+@pytest.mark.parametrize("text", ["exit 0", 'echo "$*"', "echo False", "exit 1"])  # true, echo, an old Python, false
+def test_named_python_that_is_none(host, command, text):
+    """It is not taken for one that has done its work, and no other is taken instead."""
+    host.fake("python", f"#!/bin/bash\n{text}\n", host.tmp / "other" / "bin")
+    named = f"{host.tmp}/other/bin/python"
+    out = host.has("torch", "numpy").run(*command, status=1, PYTHON=named)
+    assert out.count("\n") == 1 and f"PYTHON={named}" in out and "3.10 or newer" in out and host.did == []
+
+
 def test_venv_is_made_from_named_python(host):
     other = host.fake("python", PYTHON, host.tmp / "other" / "bin")
     host.run(PYTHON=str(other))
