@@ -114,7 +114,8 @@ def time_once(variant: Variant, gpus: Sequence[str | None], folder: str, given: 
         while len(found) < len(children):
             time.sleep(POLL_SECONDS)
             if stop.requested:
-                raise UserError("stopped by a signal; nothing was written")
+                raise UserError(f"stopped by a signal; no report was written, and what the runs wrote stays in "
+                                f"{os.path.dirname(folder)}")
             for i, child in enumerate(children):
                 ended = child.process.poll() is not None
                 if i not in found and (records := measured(child.job.folder, warm, measure)):

@@ -110,9 +110,10 @@ def test_a_signal_ends_the_runs(toy):
         signal.raise_signal(signal.SIGTERM)
 
     threading.Thread(target=interrupt).start()
-    with pytest.raises(UserError, match="stopped by a signal"):
-        toy(variants="base", warm="100000")
+    with pytest.raises(UserError, match="stopped by a signal") as error:
+        toy(variants="base; other", warm="100000")
     assert not (toy.folder / "out.json").exists()
+    assert str(toy.folder / "out-runs") in str(error.value)  # what stays is named
 
 
 def test_what_is_measured(tmp_path):
