@@ -16,6 +16,7 @@ block_size. Text goes to stdout; the checkpoint's name, speed and errors go to s
 import argparse
 import codecs
 import contextlib
+import errno
 import functools
 import importlib.util
 import json
@@ -759,8 +760,13 @@ def export(
         for file in os.listdir(folder) if began else ():
             with contextlib.suppress(OSError):
                 os.remove(os.path.join(folder, file))
+        if isinstance(error, (FileExistsError, NotADirectoryError)):
+            raise UserError(f"--export={folder}: a file is in the way of this folder; give another one", 2) from error
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"--export={folder}: {reason}; free some disk space, or give another folder") from error
+        remedy = "give another folder"
+        if not isinstance(error, OSError) or error.errno in (errno.ENOSPC, errno.EDQUOT):
+            remedy = f"free some disk space, or {remedy}"
+        raise UserError(f"--export={folder}: {reason}; {remedy}") from error
 
 
 def upload(folder: str, repo: str) -> Any:

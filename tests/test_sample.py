@@ -729,10 +729,16 @@ def test_export_in_bf16_and_never_over_other_files(tmp_path, out_dir, tokenizer,
     with mock.patch.object(torch_file, "save_file", side_effect=OSError(28, "No space left on device")):
         result = main_here(capsys, f"--ckpt={out_dir}", f"--export={tmp_path}/again")
     assert result.code == 1 and "No space left on device" in result.err and "--export=" in result.err
+    assert "free some disk space" in result.err
     assert main_here(capsys, f"--ckpt={out_dir}", f"--export={tmp_path}/again").code == 0  # the same command again
     (tmp_path / "file").write_text("")
-    result = main_here(capsys, f"--ckpt={out_dir}", f"--export={tmp_path}/file")
-    assert result.code == 1 and result.err.splitlines()[-1].startswith("sample.py: error: --export=")
+    for name in ("file", "file/below"):
+        result = main_here(capsys, f"--ckpt={out_dir}", f"--export={tmp_path}/{name}")
+        line = result.err.splitlines()[-1]
+        assert result.code == 2 and f"--export={tmp_path}/{name}: a file is in the way" in line
+    with mock.patch("os.makedirs", side_effect=PermissionError(13, "Permission denied")):
+        result = main_here(capsys, f"--ckpt={out_dir}", f"--export={tmp_path}/other")
+    assert result.code == 1 and "Permission denied; give another folder" in result.err  # space would not help
 
 
 @pytest.mark.parametrize("mask, mode", [(0o022, 0o644), (0o027, 0o640)])
