@@ -51,6 +51,8 @@ from nanofp8.sizes import GATE_CHANNELS, windows
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 DEFAULT_NEW_TOKENS = 256
+DECODING = ("prompt", "num_samples", "max_new_tokens", "temperature", "top_k", "top_p", "seed", "no_cuda_graph",
+            "compile")  # options that --export has no use for
 EMPTY_PROMPT = "the prompt is empty; give it some text, or <|endoftext|> to start from nothing"
 
 
@@ -854,6 +856,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         raise UserError("--interactive and --export cannot be combined; leave one out", 2)
     if args.interactive and args.prompt is not None:
         raise UserError("--interactive reads its prompts from stdin; leave out --prompt", 2)
+    if args.interactive and sys.stdin is None:
+        raise UserError("--interactive reads its prompts from stdin, which is closed; open it, or give --prompt", 2)
+    if args.export is not None:  # an option keeps None where it is not given
+        given = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(DECODING)))
+        if useless := [f"--{name}" for name in DECODING if getattr(given, name) is not None]:
+            raise UserError(f"--export writes the model and no text; leave out {', '.join(useless)}", 2)
     return args
 
 
