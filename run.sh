@@ -242,7 +242,7 @@ found=$(command -v "${python:=python3}" || true)
 unset RANK LOCAL_RANK WORLD_SIZE # ranks come from torchrun alone, not from whatever started this script
 command=train
 case ${1:-} in setup | test | doctor) command=$1 && shift ;; esac
-[ "$command" != train ] || case " $* " in *' --doctor '*) command=doctor ;; esac
+[ "$command" != train ] || case " $* " in *' --doctor '* | *' --doctor='*) command=doctor ;; esac
 case $command in train | setup) check_flags "$@" ;; esac
 [ -z "${broken_gpu:-}" ] || [ "$command" != train ] || [ "$(flag preset "$@")" != auto ] ||
   die "the GPU does not answer (nvidia-smi: $broken_gpu); repair its driver, or train on the CPU: --preset=tiny"

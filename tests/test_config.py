@@ -165,6 +165,21 @@ def test_an_unknown_flag_names_the_nearest(given, nearest):
     assert f"--{nearest}?" in refused(f"--{given}=1")
 
 
+@pytest.mark.parametrize("given", ["foo", "x", "gpus", "lr", "doctor_who"])
+def test_a_flag_like_no_other_is_not_guessed(given):
+    line = refused(f"--{given}=1")
+    assert f"--{given}" in line and "did you mean" not in line and "--help" in line
+
+
+def test_switches_take_no_value(capsys):
+    for argument in ("--doctor=1", "--help=1"):
+        with pytest.raises(SystemExit) as caught:
+            check_command_line(TRAIN, [argument], doctor="nanofp8.doctor")
+        err = capsys.readouterr().err
+        name = argument[:-2]
+        assert caught.value.code == 2 and err.count("\n") == 1 and f"{name} has no value; write {name}\n" in err
+
+
 @pytest.mark.parametrize("arg", ["--seed", "seed=1", "-seed=1", "--", "", "train", "--=1", "--seed 1"])
 def test_an_argument_that_is_no_flag_is_shown_with_the_right_form(arg):
     line = refused(arg)

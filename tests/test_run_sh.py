@@ -324,7 +324,8 @@ def test_neither_venv_nor_uv(host):
 
 # The doctor
 
-@pytest.mark.parametrize("command", [["doctor", "--preset=d12"], ["--preset=d12", "--doctor"], ["doctor", "--doctor"]])
+@pytest.mark.parametrize("command", [["doctor", "--preset=d12"], ["--preset=d12", "--doctor"], ["doctor", "--doctor"],
+                                     ["--doctor=1"]])  # train.py refuses the last
 def test_doctor_changes_nothing(host, command):
     """The Python that is here answers; nothing is installed, downloaded or made, not even a lock."""
     before = sorted(host.repo.rglob("*"))
