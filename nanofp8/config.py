@@ -104,7 +104,10 @@ Seed = Annotated[int, Bounds(0, 2**32 - 1)]
 Exponent = Annotated[int, Bounds(-64, 64)]     # of a power of two that fits fp32 with room to spare
 Window = Annotated[int, Bounds(1, 1_000_000)]  # steps or micro-batches that are kept in memory
 Timeout = Annotated[float, Bounds(5)]          # seconds; heartbeats come every second
-FolderName = Annotated[str, Pattern(r"(?!\.)[^/\\\0]+", "a folder name without slashes or a leading dot")]
+# The codes from \x00 on are control characters; \u2028 and \u2029 end lines, too
+FolderName = Annotated[str, Pattern(r"(?!\.)(?!\s*$)[^/\\\x00-\x1f\x7f-\x9f\u2028\u2029]+",
+                                    "a folder name, not blank, without slashes, control characters or a leading dot")]
+NonEmpty = Annotated[str, Pattern(r"(?s).*\S.*", "text that is not blank")]
 Letters = Annotated[str, Pattern(r"[SL]+", "one or more of the letters S and L, such as SSSL")]
 AutoPositive = Union[Literal["auto"], Positive]
 AutoBool = Union[Literal["auto"], bool]

@@ -180,6 +180,27 @@ def test_switches_take_no_value(capsys):
         assert caught.value.code == 2 and err.count("\n") == 1 and f"{name} has no value; write {name}\n" in err
 
 
+@pytest.mark.parametrize("name", ["", " ", "\t", "a\nb", "a\x1b[2J", "a\x7f", "a\u2028b", "a\x85b", ".a", "a/b"])
+def test_a_run_name_is_one_visible_line(name):
+    line = refused(f"--run_name={name}")
+    assert "--run_name" in line and len(line.splitlines()) == 1 and line.isprintable()
+
+
+@pytest.mark.parametrize("name", ["a b", " a", "лес", "a.b", "-", "a\u00a0b"])
+def test_other_run_names_are_taken(name):
+    assert parse(f"--run_name={name}").run_name == name
+
+
+@pytest.mark.parametrize("name", ["out_dir", "dataset", "data_dir"])
+@pytest.mark.parametrize("text", ["", " ", "\n"])
+def test_folders_are_not_blank(name, text):
+    flags = script_flags(helpers.ROOT / "train_orig.py")
+    with pytest.raises(UserError, match=f"--{name} must be text that is not blank") as caught:
+        parse_arguments([f"--{name}={text}"], flags)
+    assert caught.value.status == 2 and "\n" not in str(caught.value)
+    assert parse_arguments([f"--{name}=../a\nb"], flags) == {name: "../a\nb"}
+
+
 @pytest.mark.parametrize("arg", ["--seed", "seed=1", "-seed=1", "--", "", "train", "--=1", "--seed 1"])
 def test_an_argument_that_is_no_flag_is_shown_with_the_right_form(arg):
     line = refused(arg)
