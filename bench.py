@@ -68,7 +68,7 @@ from dataclasses import dataclass, field
 from types import ModuleType, SimpleNamespace
 from typing import Any, Callable, Sequence
 
-from nanofp8.config import UserError, exit_on_ctrl_c, exit_with, raise_on_ctrl_c, script_flags
+from nanofp8.config import UserError, exit_on_ctrl_c, exit_with, print_answer, raise_on_ctrl_c, script_flags
 
 if __name__ == "__main__":
     exit_on_ctrl_c(__file__)  # importing torch takes seconds
@@ -543,7 +543,7 @@ def main(argv: Sequence[str]) -> None:
     """Do what the arguments say. Raises UserError."""
     name, arguments = (argv[0], argv[1:]) if argv else ("", [])
     if not name or {"--help", "-h"} & set(argv):
-        print(__doc__)
+        print_answer(__doc__)
         return
     ranks = os.environ.get("LOCAL_WORLD_SIZE")
     command = f"{f'torchrun --nproc_per_node={ranks}' if ranks else 'python'} bench.py {shlex.join(argv)}"

@@ -24,6 +24,7 @@ cd -P -- "$(dirname -- "$script")" >/dev/null
 
 say() { echo "run.sh: $*" >&2; }
 die() { say "$1"; exit "${2:-1}"; }
+whole() { case $1 in 0) ;; '' | 0* | *[!0-9]* | ??????????*) return 1 ;; esac; } # is $1 an integer of 1 to 9 digits?
 positive() { case $2 in '' | 0* | *[!0-9]*) die "$1 must be ${3:-}a positive integer, got '$2'" 2 ;; esac; }
 
 flag() { # print the value of flag $1 among the arguments that follow, else train.py's: name: type = "value"
@@ -72,7 +73,13 @@ if [ -z "$NNODES" ] && [ "${SLURM_STEP_NUM_NODES:-1}" -gt 1 ]; then
   MASTER_PORT=${MASTER_PORT:-$((20000 + ${SLURM_JOB_ID:-0} % 10000))} # one port per job, for jobs on one machine
   [ -n "$MASTER_ADDR" ] || read -r MASTER_ADDR < <(scontrol show hostnames "${SLURM_STEP_NODELIST:-}" 2>/dev/null) || true
 fi
-[ -z "$NNODES" ] || positive NNODES "$NNODES"
+if [ -n "$NNODES" ]; then
+  positive NNODES "$NNODES"
+  [ -z "$NODE_RANK" ] || { whole "$NODE_RANK" && [ "$NODE_RANK" -lt "$NNODES" ]; } ||
+    die "NODE_RANK must be an integer from 0 to $((NNODES - 1)) (NNODES - 1), got '$NODE_RANK'" 2
+  [ -z "${MASTER_PORT:-}" ] || { whole "$MASTER_PORT" && [ "$MASTER_PORT" -ge 1 ] && [ "$MASTER_PORT" -le 65535 ]; } ||
+    die "MASTER_PORT must be an integer from 1 to 65535, got '$MASTER_PORT'" 2
+fi
 if [ "${NNODES:-1}" -gt 1 ] && [ -z "$RDZV_ENDPOINT" ] && { [ -z "$NODE_RANK" ] || [ -z "$MASTER_ADDR" ]; }; then
   die "NNODES=$NNODES needs NODE_RANK (0 to $((NNODES - 1))) and MASTER_ADDR (of machine 0), or RDZV_ENDPOINT; set them" 2
 fi
@@ -229,10 +236,13 @@ can_write() {
 python=${PYTHON:-${VIRTUAL_ENV:+$VIRTUAL_ENV/bin/python}}
 found=$(command -v "${python:=python3}" || true)
 [ -n "$found" ] || [ -z "${PYTHON:-}" ] || die "PYTHON=$PYTHON does not exist; set it to a Python of 3.10 or newer"
+[ -z "${PYTHON:-}" ] || # what it prints counts: /bin/true ends well too
+  [ "$("$PYTHON" -c 'import sys; print(sys.version_info >= (3, 10))' </dev/null 2>/dev/null)" = True ] ||
+  die "PYTHON=$PYTHON is not a Python of 3.10 or newer; set it to one, or unset it"
 unset RANK LOCAL_RANK WORLD_SIZE # ranks come from torchrun alone, not from whatever started this script
 command=train
 case ${1:-} in setup | test | doctor) command=$1 && shift ;; esac
-[ "$command" != train ] || case " $* " in *' --doctor '*) command=doctor ;; esac
+[ "$command" != train ] || case " $* " in *' --doctor '* | *' --doctor='*) command=doctor ;; esac
 case $command in train | setup) check_flags "$@" ;; esac
 [ -z "${broken_gpu:-}" ] || [ "$command" != train ] || [ "$(flag preset "$@")" != auto ] ||
   die "the GPU does not answer (nvidia-smi: $broken_gpu); repair its driver, or train on the CPU: --preset=tiny"

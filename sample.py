@@ -16,6 +16,7 @@ block_size. Text goes to stdout; the checkpoint's name, speed and errors go to s
 import argparse
 import codecs
 import contextlib
+import errno
 import functools
 import importlib.util
 import json
@@ -50,6 +51,8 @@ from nanofp8.sizes import GATE_CHANNELS, windows
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 DEFAULT_NEW_TOKENS = 256
+DECODING = ("prompt", "num_samples", "max_new_tokens", "temperature", "top_k", "top_p", "seed", "no_cuda_graph",
+            "compile")  # options that --export has no use for
 EMPTY_PROMPT = "the prompt is empty; give it some text, or <|endoftext|> to start from nothing"
 
 
@@ -759,8 +762,13 @@ def export(
         for file in os.listdir(folder) if began else ():
             with contextlib.suppress(OSError):
                 os.remove(os.path.join(folder, file))
+        if isinstance(error, (FileExistsError, NotADirectoryError)):
+            raise UserError(f"--export={folder}: a file is in the way of this folder; give another one", 2) from error
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"--export={folder}: {reason}; free some disk space, or give another folder") from error
+        remedy = "give another folder"
+        if not isinstance(error, OSError) or error.errno in (errno.ENOSPC, errno.EDQUOT):
+            remedy = f"free some disk space, or {remedy}"
+        raise UserError(f"--export={folder}: {reason}; {remedy}") from error
 
 
 def upload(folder: str, repo: str) -> Any:
@@ -848,6 +856,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         raise UserError("--interactive and --export cannot be combined; leave one out", 2)
     if args.interactive and args.prompt is not None:
         raise UserError("--interactive reads its prompts from stdin; leave out --prompt", 2)
+    if args.interactive and sys.stdin is None:
+        raise UserError("--interactive reads its prompts from stdin, which is closed; open it, or give --prompt", 2)
+    if args.export is not None:  # an option keeps None where it is not given
+        given = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(DECODING)))
+        if useless := [f"--{name}" for name in DECODING if getattr(given, name) is not None]:
+            raise UserError(f"--export writes the model and no text; leave out {', '.join(useless)}", 2)
     return args
 
 

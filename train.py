@@ -27,6 +27,7 @@ from nanofp8.config import (  # types of flags, and what reads them
     Fraction,
     Layers,
     Letters,
+    NonEmpty,
     NonNegative,
     NonNegativeFloat,
     Positive,
@@ -113,13 +114,13 @@ from nanofp8.zero import Gathered, Shards  # what USE_FSDP2 and USE_DDP do
 # The run
 preset: Literal["auto", "d20", "speedrun", "d12", "tiny", "classic"] = "auto"  # "auto": d20 with a GPU, tiny without
 run_name: FolderName = "gpt"                  # the run folder is out_dir/run_name; a taken name gets a number
-out_dir: str = "out"                          # folder for run folders
+out_dir: NonEmpty = "out"                     # folder for run folders
 resume: str = ""                              # "auto": from this run_name's newest checkpoint; or a path to one
 seed: Seed = 1337                             # seed of initialisation and stochastic rounding; data order is fixed
 
 # Data
-dataset: str = "fineweb10B"                   # folder below data_dir: fineweb10B, openwebtext-100k, shakespeare, ...
-data_dir: str = "data"                        # relative to this file unless absolute
+dataset: NonEmpty = "fineweb10B"              # folder below data_dir: fineweb10B, openwebtext-100k, shakespeare, ...
+data_dir: NonEmpty = "data"                   # relative to this file unless absolute
 USE_SHUFFLE: bool = True                      # passes over the data after the first take its sequences in random order
 
 # Model
@@ -740,8 +741,7 @@ class Parallel:
         return self.buffers.in_model() if isinstance(self.buffers, Gathered) else contextlib.nullcontext()
 
     def reduce_gradients(self) -> Tensor:
-        """Average the gradients over the ranks; return this rank's share of their squared norm, on the device. The
-        shares add up over the ranks."""
+        """Average the gradients over the ranks; return this rank's share of the sum of their squares, on the device."""
         if self.buffers is not None:
             self.buffers.reduce()
             return self.buffers.squared_norm()

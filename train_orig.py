@@ -18,6 +18,7 @@ from nanofp8.config import (  # types of flags, and what reads them
     FolderName,
     Fraction,
     Layers,
+    NonEmpty,
     NonNegative,
     NonNegativeFloat,
     Positive,
@@ -59,12 +60,12 @@ from train import DataLoader, TokenRing, check_flags, evaluate, flops_per_token,
 # The run
 preset: Literal["auto", "d20", "d12", "tiny"] = "auto"  # "auto": d20 with a GPU, tiny without
 run_name: FolderName = "gpt2"             # the run folder is out_dir/run_name; a name that is taken gets a number
-out_dir: str = "out"                      # folder for run folders
+out_dir: NonEmpty = "out"                 # folder for run folders
 seed: Seed = 1337                         # seed of initialisation; data order is fixed
 
 # Data
-dataset: str = "fineweb10B"               # folder below data_dir: fineweb10B, openwebtext-100k, shakespeare, ...
-data_dir: str = "data"                    # relative to this file unless absolute
+dataset: NonEmpty = "fineweb10B"          # folder below data_dir: fineweb10B, openwebtext-100k, shakespeare, ...
+data_dir: NonEmpty = "data"               # relative to this file unless absolute
 USE_SHUFFLE: bool = True                  # passes over the data after the first take its sequences in random order
 
 # Model

@@ -114,7 +114,8 @@ def time_once(variant: Variant, gpus: Sequence[str | None], folder: str, given: 
         while len(found) < len(children):
             time.sleep(POLL_SECONDS)
             if stop.requested:
-                raise UserError("stopped by a signal; nothing was written")
+                raise UserError(f"stopped by a signal; no report was written, and what the runs wrote stays in "
+                                f"{os.path.dirname(folder)}")
             for i, child in enumerate(children):
                 ended = child.process.poll() is not None
                 if i not in found and (records := measured(child.job.folder, warm, measure)):
@@ -191,6 +192,8 @@ def run(options: Mapping[str, str], given: Sequence[str], tree: str, out: str, c
     for argument in (*given, *(flag for variant in variants for flag in variant.flags)):
         if (name := argument[2:].split("=")[0]) in OWN:
             raise UserError(f"alternate sets --{name} itself ({OWN[name]}); leave it out", 2)
+    if len(variants) < 2:
+        raise UserError("alternate compares 2 variants or more, but --variants names 1; add another", 2)
     machine = describe_machine(torch.device("cuda", 0) if has_gpu else torch.device("cpu"))
     with StopSignal() as stop:
         for i in range(rounds):

@@ -28,6 +28,7 @@ from nanofp8.config import (
     FolderName,
     Layers,
     Letters,
+    NonEmpty,
     NonNegative,
     NonNegativeFloat,
     Positive,
@@ -42,7 +43,7 @@ from nanofp8.files import error_line
 SAVED_FLAGS = dict(
     n_layer=Layers, n_embd=Positive, n_head=Positive, vocab_size=Positive, block_size=Positive,
     rope_base=PositiveFloat, norm_eps=PositiveFloat, logit_softcap=NonNegativeFloat, qk_scale=PositiveFloat,
-    window_pattern=Letters, window_size=Positive, n_value_embed=NonNegative, USE_X0=bool, dataset=str,
+    window_pattern=Letters, window_size=Positive, n_value_embed=NonNegative, USE_X0=bool, dataset=NonEmpty,
     total_batch_size=Positive, USE_8BIT_ADAM=bool, muon_variant=Literal["muon", "normuon"], run_name=FolderName)
 INDEX = ".metadata"
 BLOCK = 2 ** 26  # bytes that one checksum covers

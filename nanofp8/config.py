@@ -105,7 +105,10 @@ Seed = Annotated[int, Bounds(0, 2**32 - 1)]
 Exponent = Annotated[int, Bounds(-64, 64)]     # of a power of two that fits fp32 with room to spare
 Window = Annotated[int, Bounds(1, 1_000_000)]  # steps or micro-batches that are kept in memory
 Timeout = Annotated[float, Bounds(5)]          # seconds; heartbeats come every second
-FolderName = Annotated[str, Pattern(r"(?!\.)[^/\\\0]+", "a folder name without slashes or a leading dot")]
+# The codes from \x00 on are control characters; \u2028 and \u2029 end lines, too
+FolderName = Annotated[str, Pattern(r"(?!\.)(?!\s*$)[^/\\\x00-\x1f\x7f-\x9f\u2028\u2029]+",
+                                    "a folder name, not blank, without slashes, control characters or a leading dot")]
+NonEmpty = Annotated[str, Pattern(r"(?s).*\S.*", "text that is not blank")]
 Letters = Annotated[str, Pattern(r"[SL]+", "one or more of the letters S and L, such as SSSL")]
 AutoPositive = Union[Literal["auto"], Positive]
 AutoBool = Union[Literal["auto"], bool]
@@ -272,28 +275,40 @@ def _flags_of(text: str, script: str) -> dict[str, Flag]:
 
 
 def nearest(name: str, flags: Iterable[str]) -> str:
-    """Return the flag whose name is most like this one."""
+    """Return the flag whose name is most like this one; "" if none is similar."""
     by_lower = {known.lower(): known for known in flags}
-    return by_lower[difflib.get_close_matches(name.lower().replace("-", "_"), by_lower, 1, 0.0)[0]]
+    found = difflib.get_close_matches(name.lower().replace("-", "_"), by_lower, 1)
+    return by_lower[found[0]] if found else ""
 
 
-def parse_arguments(argv: Sequence[str], flags: Mapping[str, Flag]) -> dict[str, Any]:
+def quoted(text: str) -> str:
+    """Return a text in quotes, as a part of one line: characters that cannot be printed as escapes."""
+    return f"'{text}'" if text.isprintable() else repr(text)
+
+
+def parse_arguments(argv: Sequence[str], flags: Mapping[str, Flag],
+                    switches: Sequence[str] = ("help",)) -> dict[str, Any]:
     """Return {name: value} of arguments --name=value.
 
-    Raises: UserError (status 2) naming the nearest flag, or what the flag takes.
+    switches: arguments that are answered elsewhere, which have no value.
+    Raises: UserError (status 2) naming the flag that is meant, or what the flag takes.
     """
     given = {}
     for argument in argv:
         match = re.fullmatch(r"--([\w-]+)=(.*)", argument, re.S)
         if not match:
-            raise UserError(f"unknown argument '{argument}'; write flags as --name=value (see --help)", 2)
+            raise UserError(f"unknown argument {quoted(argument)}; write flags as --name=value (see --help)", 2)
         name, text = match.groups()
+        if name in switches:
+            raise UserError(f"--{name} has no value; write --{name}", 2)
         if name not in flags:
-            raise UserError(f"unknown flag --{name}; did you mean --{nearest(name, flags)}? (see --help)", 2)
+            meant = nearest(name, flags)
+            raise UserError(f"unknown flag --{name}; did you mean --{meant}? (see --help)" if meant else
+                            f"unknown flag --{name}; --help lists all flags", 2)
         try:
             given[name] = convert(flags[name].kind, text)
         except ValueError as error:
-            raise UserError(f"--{name} must be {error}, got '{text}'", 2) from None
+            raise UserError(f"--{name} must be {error}, got {quoted(text)}", 2) from None
     return given
 
 
@@ -321,8 +336,9 @@ def parse_flags(argv: Sequence[str], path: str | os.PathLike, presets: Mapping[s
     if preset not in presets:
         raise UserError(f"preset={preset} has no entry in PRESETS; add one, or choose {', '.join(presets)}", 2)
     if unknown := sorted(presets[preset].keys() - flags.keys()):
-        raise UserError(f"preset {preset} sets {unknown[0]}, which is no flag; did you mean "
-                        f"{nearest(unknown[0], flags)}?", 2)
+        meant = nearest(unknown[0], flags)
+        raise UserError(f"preset {preset} sets {unknown[0]}, which is no flag; "
+                        f"{f'did you mean {meant}?' if meant else 'remove it'}", 2)
     edited = {name for name, released in presets[GPU_PRESET].items() if values[name] != released}
     values |= {name: value for name, value in presets[preset].items() if name not in edited}
     values |= given | {"preset": preset}
@@ -359,10 +375,10 @@ def check_command_line(path: str, argv: Sequence[str] | None = None, doctor: str
         flags = script_flags(path)
         if "--help" in argv or "-h" in argv:
             if _is_main():
-                print(format_help(path, flags), flush=True)
+                print_answer(format_help(path, flags))
             raise SystemExit(0)
         given = [argument for argument in argv if argument != "--doctor" or not doctor]
-        parse_arguments(given, flags)
+        parse_arguments(given, flags, ("help", "doctor") if doctor else ("help",))
         if len(given) < len(argv):
             raise SystemExit(importlib.import_module(doctor).run(path, given) if _is_main() else 0)
     except UserError as error:
@@ -394,6 +410,24 @@ def print_any_text() -> None:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError, OSError):
             stream.reconfigure(errors="backslashreplace")
+
+
+def print_answer(text: str) -> None:
+    """Print the text of --help. A reader that leaves early, as `head` does, ends the script quietly, with status 1.
+
+    Raises: UserError if it cannot be written for another reason.
+    """
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        with contextlib.suppress(OSError, ValueError):  # what is still buffered must not fail at exit
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, sys.stdout.fileno())
+            os.close(null)
+        if isinstance(error, BrokenPipeError):
+            raise SystemExit(1) from None
+        raise UserError(f"cannot write to stdout ({error.strerror}); let it go to a file or terminal that can be "
+                        f"written") from None
 
 
 def exit_on_ctrl_c(path: str) -> None:
@@ -455,3 +489,10 @@ class OneLineParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise UserError (status 2) where argparse would print its usage and exit."""
         raise UserError(f"{message} (see --help)", 2)
+
+    def print_help(self, file: Any = None) -> None:
+        """Print as print_answer() does. Raises: UserError."""
+        if file is None:
+            print_answer(self.format_help().rstrip("\n"))
+        else:
+            super().print_help(file)

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any, Callable
 
 from nanofp8.config import UserError, flag_values, may_choose
+from nanofp8.files import console
 from nanofp8.runlog import read_log
 
 
@@ -94,5 +95,5 @@ def write_report(out: str, command: str, data: dict[str, Any], text: str, plot: 
     try:
         plot(out + ".png")
     except ImportError:
-        print("no plot: matplotlib is not installed")
-    print("\n" + text, flush=True)
+        console("no plot: matplotlib is not installed")
+    console("\n" + text)  # it has been written: a reader that leaves early is no error

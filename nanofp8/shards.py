@@ -56,6 +56,8 @@ def unreadable(path: str | os.PathLike, error: OSError) -> ShardError:
     remedy = "check the disk and the file's permissions"
     if error.errno == errno.EMFILE:
         remedy = "raise the limit of open files (ulimit -n), or make fewer and larger shards"
+    elif error.errno == errno.ELOOP:
+        remedy = "correct the link"
     return ShardError(f"{path} cannot be read ({error.strerror})",
                       *(() if isinstance(error, FileNotFoundError) else (remedy,)))
 
@@ -70,13 +72,22 @@ def find_shards(folder: str, split: str) -> tuple[list[str], list[str]]:
     try:
         # Hidden files do not count: macOS writes ._x.bin beside x.bin on foreign file systems
         names = sorted(name for name in os.listdir(folder) if name.endswith(".bin") and not name.startswith("."))
+        command = None
+        with contextlib.suppress(FileNotFoundError):  # no other error: a folder that only lists its files is an error
+            with open(os.path.join(folder, UNFINISHED), encoding="utf-8", errors="replace") as f:
+                command = " ".join(f.read(1000).split())
     except (FileNotFoundError, NotADirectoryError):
-        names = []
+        names, command = [], None
     except OSError as error:
-        raise ShardError(f"{folder} cannot be read ({error.strerror})", "correct its permissions") from None
-    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-        with open(os.path.join(folder, UNFINISHED), encoding="utf-8", errors="replace") as f:
-            command = " ".join(f.read(1000).split())
+        remedy = "check the disk and the folder's permissions"
+        if error.errno == errno.ELOOP:
+            remedy = "correct the link, or choose another --dataset or --data_dir"
+        elif error.errno == errno.ENAMETOOLONG:
+            remedy = "choose another --dataset or --data_dir"
+        elif isinstance(error, PermissionError):
+            remedy = "correct its permissions"
+        raise ShardError(f"{folder} cannot be read ({error.strerror})", remedy) from None
+    if command is not None:
         raise ShardError(f"the shards in {folder} are unfinished, because their preparation runs or was broken off",
                          f"wait for it, or run it again: `{command}`")
     matches = {name: FILE_NAME.fullmatch(name) for name in names}

@@ -68,15 +68,15 @@ def test_variants_in_turn(toy, capsys):
 def test_one_run_on_each_gpu(toy, monkeypatch):
     """The slowest counts: GPU 1 of the toy is half as fast."""
     monkeypatch.setattr(alternate, "visible_gpus", lambda limit: ["0", "1"])
-    (each,) = toy(variants="alone: each", rounds="1")["variants"]
-    assert set(each["steps"]) == {50, 55}
-    places = [path.read_text() for path in toy.folder.glob("out-runs/*/*/run/gpu")]
+    each, one = toy(variants="alone: each; one", rounds="1")["variants"]
+    assert set(each["steps"]) == {50, 55} and set(one["steps"]) == {100, 110}
+    places = [path.read_text() for path in toy.folder.glob("out-runs/alone-*/*/run/gpu")]
     assert sorted(places) == ["0", "1"]
 
 
 def test_a_run_that_fails_is_one_line(toy):
     with pytest.raises(UserError, match="wrong failed.*exit status 1.*--broken"):
-        toy(variants="wrong: --broken=1", rounds="1")
+        toy(variants="wrong: --broken=1; too: --broken=1", rounds="1")
 
 
 def test_the_error_line_is_found_above_what_torchrun_prints(tmp_path):
@@ -100,7 +100,7 @@ def test_a_variant_that_fails_does_not_take_the_others_along(toy, capsys):
 def test_output_that_cannot_be_written_is_one_line(toy):
     (toy.folder / "out-runs").write_text("a file where the folder should be")
     with pytest.raises(UserError, match="cannot start base.*--out"):
-        toy(variants="base")
+        toy(variants="base; other")
 
 
 def test_a_signal_ends_the_runs(toy):
@@ -110,9 +110,10 @@ def test_a_signal_ends_the_runs(toy):
         signal.raise_signal(signal.SIGTERM)
 
     threading.Thread(target=interrupt).start()
-    with pytest.raises(UserError, match="stopped by a signal"):
-        toy(variants="base", warm="100000")
+    with pytest.raises(UserError, match="stopped by a signal") as error:
+        toy(variants="base; other", warm="100000")
     assert not (toy.folder / "out.json").exists()
+    assert str(toy.folder / "out-runs") in str(error.value)  # what stays is named
 
 
 def test_what_is_measured(tmp_path):
@@ -141,6 +142,7 @@ def test_wrong_variants_are_one_line(text, message):
     (dict(rounds="0"), [], "--rounds"), (dict(warm="-1"), [], "--warm"), (dict(measure="soon"), [], "--measure.*soon"),
     ({}, ["--run_name=x"], "run_name"), ({}, ["--max_iters=9"], "max_iters.*--measure"),
     (dict(variants="a: --train_tokens=1e6"), [], "train_tokens.*--total_batch_size"),
+    (dict(variants="a"), [], "2 variants or more.*--variants"),
 ])
 def test_wrong_options_are_one_line(toy, options, given, message):
     with pytest.raises(UserError, match=message) as error:

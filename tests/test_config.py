@@ -1,5 +1,6 @@
 """config.py: names, types, presets and help of flags, and errors of wrong input."""
 
+import os
 import shutil
 import signal
 import subprocess
@@ -162,6 +163,42 @@ def test_a_path_in_the_home_folder(monkeypatch):
 ])
 def test_an_unknown_flag_names_the_nearest(given, nearest):
     assert f"--{nearest}?" in refused(f"--{given}=1")
+
+
+@pytest.mark.parametrize("given", ["foo", "x", "gpus", "lr", "doctor_who"])
+def test_a_flag_like_no_other_is_not_guessed(given):
+    line = refused(f"--{given}=1")
+    assert f"--{given}" in line and "did you mean" not in line and "--help" in line
+
+
+def test_switches_take_no_value(capsys):
+    for argument in ("--doctor=1", "--help=1"):
+        with pytest.raises(SystemExit) as caught:
+            check_command_line(TRAIN, [argument], doctor="nanofp8.doctor")
+        err = capsys.readouterr().err
+        name = argument[:-2]
+        assert caught.value.code == 2 and err.count("\n") == 1 and f"{name} has no value; write {name}\n" in err
+
+
+@pytest.mark.parametrize("name", ["", " ", "\t", "a\nb", "a\x1b[2J", "a\x7f", "a\u2028b", "a\x85b", ".a", "a/b"])
+def test_a_run_name_is_one_visible_line(name):
+    line = refused(f"--run_name={name}")
+    assert "--run_name" in line and len(line.splitlines()) == 1 and line.isprintable()
+
+
+@pytest.mark.parametrize("name", ["a b", " a", "лес", "a.b", "-", "a\u00a0b"])
+def test_other_run_names_are_taken(name):
+    assert parse(f"--run_name={name}").run_name == name
+
+
+@pytest.mark.parametrize("name", ["out_dir", "dataset", "data_dir"])
+@pytest.mark.parametrize("text", ["", " ", "\n"])
+def test_folders_are_not_blank(name, text):
+    flags = script_flags(helpers.ROOT / "train_orig.py")
+    with pytest.raises(UserError, match=f"--{name} must be text that is not blank") as caught:
+        parse_arguments([f"--{name}={text}"], flags)
+    assert caught.value.status == 2 and "\n" not in str(caught.value)
+    assert parse_arguments([f"--{name}=../a\nb"], flags) == {name: "../a\nb"}
 
 
 @pytest.mark.parametrize("arg", ["--seed", "seed=1", "-seed=1", "--", "", "train", "--=1", "--seed 1"])
@@ -348,3 +385,21 @@ def test_ctrl_c_during_imports_is_one_line(capsys, monkeypatch):
     assert capsys.readouterr().err == "train.py: interrupted\n"
     sys.excepthook(RuntimeError, RuntimeError("no"), None)
     assert "RuntimeError: no" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+@pytest.mark.parametrize("code", [
+    f"check_command_line({str(TRAIN)!r}, ['--help'])", "print_answer('x' * 100_000)",
+    "OneLineParser(description='x' * 100_000).parse_args(['--help'])"])
+def test_help_that_cannot_be_written(code):
+    """A reader that has left: nothing is said. A full disk: one line. Python adds none of its own at exit."""
+    program = (f"from nanofp8.config import *\ntry: {code}\n"
+               f"except UserError as error: sys.exit(f'error: {{error}}')")
+    read, write = os.pipe()
+    os.close(read)
+    with open("/dev/full", "w") as full, open(write, "w") as closed:
+        for stream, lines in ((full, 1), (closed, 0)):
+            result = subprocess.run([sys.executable, "-c", program], stdout=stream, stderr=subprocess.PIPE, text=True,
+                                    cwd=helpers.ROOT)
+            assert result.returncode == 1 and result.stderr.count("\n") == lines, result.stderr
+            assert ("error: cannot write" in result.stderr and "No space left" in result.stderr) == bool(lines)

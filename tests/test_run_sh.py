@@ -324,7 +324,8 @@ def test_neither_venv_nor_uv(host):
 
 # The doctor
 
-@pytest.mark.parametrize("command", [["doctor", "--preset=d12"], ["--preset=d12", "--doctor"], ["doctor", "--doctor"]])
+@pytest.mark.parametrize("command", [["doctor", "--preset=d12"], ["--preset=d12", "--doctor"], ["doctor", "--doctor"],
+                                     ["--doctor=1"]])  # train.py refuses the last
 def test_doctor_changes_nothing(host, command):
     """The Python that is here answers; nothing is installed, downloaded or made, not even a lock."""
     before = sorted(host.repo.rglob("*"))
@@ -404,6 +405,16 @@ def test_named_python(host):
     host.run(VIRTUAL_ENV=str(host.tmp / "other"))
     assert host.did == ["other train.py RANK="]
     assert "PYTHON=/no/such/python" in host.run(status=1, PYTHON="/no/such/python")
+
+
+@pytest.mark.parametrize("command", [[], ["setup"], ["doctor"], ["test"], ["--help"]])
+@pytest.mark.parametrize("text", ["exit 0", 'echo "$*"', "echo False", "exit 1"])  # true, echo, an old Python, false
+def test_named_python_that_is_none(host, command, text):
+    """It is not taken for one that has done its work, and no other is taken instead."""
+    host.fake("python", f"#!/bin/bash\n{text}\n", host.tmp / "other" / "bin")
+    named = f"{host.tmp}/other/bin/python"
+    out = host.has("torch", "numpy").run(*command, status=1, PYTHON=named)
+    assert out.count("\n") == 1 and f"PYTHON={named}" in out and "3.10 or newer" in out and host.did == []
 
 
 def test_venv_is_made_from_named_python(host):
@@ -513,6 +524,24 @@ def test_several_machines(host):
 def test_several_machines_without_a_meeting_point(host, env):
     out = host.run(status=2, **env)
     assert len(out.splitlines()) == 1 and "NNODES" in out
+
+
+@pytest.mark.parametrize("name, bad", [
+    ("NODE_RANK", "2"), ("NODE_RANK", "-1"), ("NODE_RANK", "x"), ("NODE_RANK", "1.5"), ("NODE_RANK", "01"),
+    ("NODE_RANK", "9" * 20), ("MASTER_PORT", "0"), ("MASTER_PORT", "65536"), ("MASTER_PORT", "-5"),
+    ("MASTER_PORT", "http"), ("MASTER_PORT", "9" * 20),
+])  # fmt: skip
+@pytest.mark.parametrize("command", [[], ["doctor"]])
+def test_several_machines_with_a_wrong_number(host, command, name, bad):
+    """Told at once, before anything is installed or started."""
+    out = host.run(*command, status=2, **{"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "node7", name: bad})
+    assert out.count("\n") == 1 and name in out and f"'{bad}'" in out and host.did == []
+    assert {"NODE_RANK": "0 to 1", "MASTER_PORT": "1 to 65535"}[name] in out
+
+
+def test_several_machines_with_a_port(host):
+    host.has("torch", "numpy").run(NNODES="2", NODE_RANK="1", MASTER_ADDR="node7", MASTER_PORT="65535")
+    assert "--node_rank=1 --master_addr=node7 --master_port=65535 train.py" in host.did[0]
 
 
 def test_slurm(host):

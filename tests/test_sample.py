@@ -499,6 +499,11 @@ def test_a_model_whose_blocks_have_one_token_has_no_room_for_a_prompt(tokenizer,
     assert result.code == 2 and "block_size is 1; take a model with a larger" in result.err
 
 
+def test_interactive_with_a_closed_stdin(out_dir, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    assert_refused(main_here(capsys, f"--ckpt={out_dir}", "--interactive"), 2, "stdin", "closed", "--prompt")
+
+
 @pytest.mark.slow
 def test_interactive_answers_each_line_and_survives_bad_ones(out_dir, tokenizer):
     """As a process: each line of stdin is a prompt; a prompt that is too long is reported, an empty line skipped."""
@@ -567,6 +572,11 @@ def test_a_run_of_train_py_can_be_sampled(shards, tmp_path, capsys, tokenizer):
     (["--export=x", "--push_to_hub=my name/x"], 2, ["OWNER/NAME"]),
     (["--interactive", "--prompt=a"], 2, ["--prompt"]),
     (["--interactive", "--export=x"], 2, ["--export"]),
+    (["--export=x", "--prompt=a"], 2, ["--export", "leave out --prompt"]),
+    (["--export=x", "--temperature=0.8", "--compile"], 2, ["leave out --temperature, --compile"]),  # a default, given
+    (["--export=x", "--seed=1", "--top_k=3", "--top_p=1"], 2, ["leave out --top_k, --top_p, --seed"]),
+    (["--export=x", "--num_samples=2", "--max_new_tokens=9", "--no_cuda_graph"], 2,
+     ["leave out --num_samples, --max_new_tokens, --no_cuda_graph"]),
     (["--prompt=" + "word " * 80], 2, ["82 tokens", "block_size is 64"]),
 ])
 def test_wrong_input_is_one_line(out_dir, tokenizer, capsys, tmp_path, monkeypatch, args, code, words):
@@ -729,10 +739,16 @@ def test_export_in_bf16_and_never_over_other_files(tmp_path, out_dir, tokenizer,
     with mock.patch.object(torch_file, "save_file", side_effect=OSError(28, "No space left on device")):
         result = main_here(capsys, f"--ckpt={out_dir}", f"--export={tmp_path}/again")
     assert result.code == 1 and "No space left on device" in result.err and "--export=" in result.err
+    assert "free some disk space" in result.err
     assert main_here(capsys, f"--ckpt={out_dir}", f"--export={tmp_path}/again").code == 0  # the same command again
     (tmp_path / "file").write_text("")
-    result = main_here(capsys, f"--ckpt={out_dir}", f"--export={tmp_path}/file")
-    assert result.code == 1 and result.err.splitlines()[-1].startswith("sample.py: error: --export=")
+    for name in ("file", "file/below"):
+        result = main_here(capsys, f"--ckpt={out_dir}", f"--export={tmp_path}/{name}")
+        line = result.err.splitlines()[-1]
+        assert result.code == 2 and f"--export={tmp_path}/{name}: a file is in the way" in line
+    with mock.patch("os.makedirs", side_effect=PermissionError(13, "Permission denied")):
+        result = main_here(capsys, f"--ckpt={out_dir}", f"--export={tmp_path}/other")
+    assert result.code == 1 and "Permission denied; give another folder" in result.err  # space would not help
 
 
 @pytest.mark.parametrize("mask, mode", [(0o022, 0o644), (0o027, 0o640)])

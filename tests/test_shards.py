@@ -11,7 +11,7 @@ import pytest
 
 from helpers import shard_bytes
 from nanofp8 import shards
-from nanofp8.shards import ShardError, fingerprint, open_shard, read_token_count, write_shard
+from nanofp8.shards import ShardError, find_shards, fingerprint, open_shard, read_token_count, write_shard
 
 
 def test_write_shard_has_the_published_layout(tmp_path):
@@ -97,6 +97,25 @@ def test_a_shard_without_permission_is_not_to_be_deleted(tmp_path, monkeypatch):
     monkeypatch.setattr("builtins.open", mock.Mock(side_effect=PermissionError(13, "Permission denied")))
     with pytest.raises(ShardError, match="Permission denied.*check the disk and the file's permissions"):
         read_token_count(tmp_path / "s_train_000001.bin")
+
+
+@pytest.mark.parametrize("name, remedy", [("loop", "correct the link.*--data_dir"), ("x" * 300, "choose another")])
+def test_a_folder_whose_name_leads_nowhere(tmp_path, name, remedy):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(ShardError, match=f"cannot be read.*{remedy}") as caught:
+        find_shards(str(tmp_path / name), "train")
+    assert "permissions" not in str(caught.value)
+    with pytest.raises(ShardError, match="cannot be read.*correct the link"):
+        read_token_count(tmp_path / "loop")
+
+
+@pytest.mark.parametrize("broken", ["os.listdir", "builtins.open"])  # open: the folder may be listed, but not entered
+@pytest.mark.parametrize("error, remedy", [(PermissionError(13, "Permission denied"), "correct its permissions"),
+                                           (OSError(5, "Input/output error"), "check the disk")])
+def test_a_folder_that_cannot_be_read(tmp_path, monkeypatch, broken, error, remedy):
+    monkeypatch.setattr(broken, mock.Mock(side_effect=error))
+    with pytest.raises(ShardError, match=f"{error.strerror}.*{remedy}"):
+        find_shards(str(tmp_path), "train")
 
 
 @pytest.mark.parametrize("name", BAD_SHARDS)
