@@ -19,6 +19,7 @@ from nanofp8.config import PositiveFloat, UserError, convert
 from nanofp8.faults import StopSignal
 from nanofp8.files import console
 from nanofp8.machine import describe_machine
+from nanofp8.parts import value_layers
 from nanofp8.procs import Processes
 from nanofp8.race_report import Race, amount, name_of, report
 from nanofp8.reports import RunData, finished_run, read_run
@@ -92,12 +93,12 @@ def visible_gpus(limit: int | None) -> list[str | None]:
 
     Raises: UserError if there are fewer than `limit`, or if they differ.
     """
-    if not torch.cuda.is_available():
-        return [None]
     count = torch.cuda.device_count()
     named = [part.strip() for part in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if part.strip()]
     if (limit or 0) > count:
         raise UserError(f"--gpus={limit}, but only {count} can be seen; lower it, or check CUDA_VISIBLE_DEVICES", 2)
+    if not count:
+        return [None]
     gpus = (named or [str(i) for i in range(count)])[:limit or count]
     models = sorted({torch.cuda.get_device_name(i) for i in range(len(gpus))})
     if len(models) > 1:
@@ -182,6 +183,7 @@ class Planner:
     def check(self, cfg: SimpleNamespace) -> SimpleNamespace:
         """Check flags and data as train.py does before it trains, and return the flags. Raises UserError."""
         self.script.check_flags(cfg, 1)
+        value_layers(cfg.n_layer, cfg.n_value_embed)
         self.script.open_data(cfg, Processes(0, 0, 1, torch.device("cpu"), None))[0].close()
         return cfg
 

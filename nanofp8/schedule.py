@@ -11,12 +11,13 @@ def lr_factor(step: int, warmup_iters: int, max_iters: int, min_lr_ratio: float,
               warmdown_ratio: float | None = None) -> float:
     """Return the learning-rate factor of a step (from 0): linear from 1/warmup_iters to 1 at step warmup_iters - 1,
     then a cosine from step warmup_iters to min_lr_ratio at step max_iters - 1. With warmdown_ratio, instead of the
-    cosine: 1, then linear to min_lr_ratio over that fraction of all steps (0: 1 to the end)."""
+    cosine: 1, then linear to min_lr_ratio over that fraction of all steps, or over those after the warm-up if they
+    are fewer (0: 1 to the end)."""
     if step < warmup_iters:
         return (step + 1) / warmup_iters
     if warmdown_ratio is not None:
-        length = warmdown_ratio * max_iters
-        left = min(1.0, max(0, max_iters - 1 - step) / length) if length else 1.0
+        length = min(warmdown_ratio * max_iters, max_iters - warmup_iters)
+        left = min(1.0, max(0, max_iters - 1 - step) / length) if length > 0 else 1.0
         return min_lr_ratio + (1 - min_lr_ratio) * left
     progress = min(1.0, (step - warmup_iters) / max(1, max_iters - 1 - warmup_iters))
     return min_lr_ratio + (1 - min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))

@@ -47,6 +47,13 @@ def test_linear_schedule_at_its_corners():
     assert all(lr_factor(step, 2, 20, 0.1, 0.0) == 1.0 for step in range(1, 20))  # no warm-down: not the cosine
 
 
+def test_a_warm_down_that_is_longer_than_what_the_warm_up_leaves():
+    """It starts after the warm-up; the rate does not jump."""
+    factors = [lr_factor(step, 10, 20, 0.0, 0.99) for step in range(20)]
+    assert factors[9] == 1.0 and factors[10:] == pytest.approx([left / 10 for left in range(9, -1, -1)])
+    assert lr_factor(4, 5, 5, 0.1, 0.75) == 1.0
+
+
 def schedule(data_tokens=10**12, **flags):
     return Schedule(make_cfg(**dict(max_iters=200, warmup_iters=7, muon_momentum_iters=9) | flags), data_tokens)
 

@@ -106,12 +106,13 @@ def test_each_child_gets_one_of_the_visible_gpus(monkeypatch, visible, limit, gp
     (["--variants=a;b: --bath_size=3"], "variant 'b': .*--batch_size"),
     (["--bath_size=3"], "^unknown flag --bath_size"), (["--variants=a: --max_iters=3"], "variant 'a': .*--tokens"),
     (["--seed=1"], "--seeds"), (["--resume=auto"], "resume"), (["--log_interval=5"], "--log_interval"),
-    (["--n_head=3"], "variant 'cosine': .*n_head"),
+    (["--n_head=3"], "variant 'cosine': .*n_head"), (["--n_value_embed=9"], "variant 'cosine': .*n_value_embed"),
     (["--tokens=many"], "--tokens.*60e6.*'many'"), (["--tokens=0"], "--tokens"), (["--tokens=60e6,60e6"], "twice"),
     (["--minutes=-3"], "--minutes"), (["--tokens=1e6", "--minutes=3"], "only one"),
     (["--tokens=100"], "variant 'cosine': 0.1k tokens is less than one step of 2,048"),
     (["--tokens=40960,40961"], "both 20 step.*farther apart"),
     (["--seeds=0"], "--seeds"), (["--seeds=2,1"], "--seeds"), (["--gpus=all"], "--gpus"),
+    (["--gpus=2"], "--gpus=2, but"),
     (["--target=low"], "--target"), (["--eval_tokens=1"], "--eval_tokens"),
 ])
 def test_wrong_input_is_one_line_before_anything_is_trained(fresh, monkeypatch, arguments, text):
@@ -137,7 +138,7 @@ def fake_script(tmp_path):
         tokens = given.get("train_tokens", 10000)
         batch = given.get("total_batch_size", 100 if tokens <= 5000 else 200)
         return SimpleNamespace(total_batch_size=batch, max_iters=given.get("max_iters", round(tokens / batch)),
-                               eval_tokens=1000, block_size=10)
+                               eval_tokens=1000, block_size=10, n_layer=1, n_value_embed=0)
 
     return SimpleNamespace(__file__=str(path), read_flags=read_flags, check_flags=lambda cfg, ranks: None,
                            open_data=lambda cfg, procs: (SimpleNamespace(close=lambda: None), None))
