@@ -2,7 +2,7 @@
 
 A flag is one line of the script, between the comments "# Flags" and "# End of flags":
 
-    n_layer: Positive = 20  # transformer blocks
+    n_layer: Layers = 20  # transformer blocks
 
 The annotation is the flag's type, range or choices, and nothing else lists them. The trailing comment is its help text.
 A comment on a line of its own names the group of the flags below it. The lines are read from the script's source, so

@@ -93,7 +93,7 @@ def visible_gpus(limit: int | None) -> list[str | None]:
 
     Raises: UserError if there are fewer than `limit`, or if they differ.
     """
-    count = torch.cuda.device_count()
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     named = [part.strip() for part in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if part.strip()]
     if (limit or 0) > max(1, count):  # without a GPU, runs are made one at a time
         raise UserError(f"--gpus={limit}, but only {count} can be seen; lower it, or check CUDA_VISIBLE_DEVICES", 2)
