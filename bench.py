@@ -112,7 +112,7 @@ class Mode:
 
 
 COMPARISON = dict(total_batch_size=65536, eval_interval=0, keep_checkpoints=0)
-SPEED = dict(warmup_iters=4, eval_interval=0, eval_tokens=1, keep_checkpoints=0)
+SPEED = dict(warmup_iters=4, batch_ramp="", eval_interval=0, eval_tokens=1, keep_checkpoints=0)
 STUDY_ON_A_CPU = dict(preset="tiny", eval_interval=0, keep_checkpoints=0)
 FP8 = dict(USE_FP8=True)  # given, so that a GPU without FP8 emulates it and does not train in bf16
 BF16, NVFP4, VOCAB = dict(USE_FP8=False), dict(USE_NVFP4=True), dict(vocab_size=50304)

@@ -32,12 +32,12 @@ from nanofp8.config import (  # types of flags, and what reads them
     NonNegativeFloat,
     Positive,
     PositiveFloat,
+    Ramp,
     Seed,
     Timeout,
     UserError,
     Window,
     check_command_line,
-    may_choose,
     parse_flags,
 )
 
@@ -89,10 +89,11 @@ from nanofp8.parts import (  # what preset "speedrun" adds
     ValueEmbedding,
     gradient_of,
     mix_residual,
+    take_off,
     token_order,
     value_layers,
 )
-from nanofp8.plain import MATRICES, rms_norm, rope_qk_norm, rope_tables  # parts of the model in plain PyTorch
+from nanofp8.plain import MATRICES, rms_norm, rope_qk_norm, rope_tables, spectral_init  # plain PyTorch
 from nanofp8.precision import (  # number formats and FP8's scaling state
     Precision,
     keep_high_precision,
@@ -103,8 +104,8 @@ from nanofp8.precision import (  # number formats and FP8's scaling state
 from nanofp8.prefetch import Prefetcher  # items made ahead of time by a thread
 from nanofp8.procs import Processes, command_line  # rank, device, mesh; start and end of a script
 from nanofp8.schedule import Schedule  # learning rates, weight decay and momentum at each step
-from nanofp8.shards import Shard, ShardError, find_shards  # the token shard format
-from nanofp8.sizes import auto_batch, flops_per_token, parameter_table, windows  # what follows from the flags alone
+from nanofp8.shards import Shard, ShardError, find_shards, pass_order  # the token shard format
+from nanofp8.sizes import BatchPlan, auto_batch, flops_per_token, parameter_table, steps_for, windows  # from flags
 from nanofp8.zero import Gathered, Shards  # what USE_FSDP2 and USE_DDP do
 
 # ======================================================================================================================
@@ -137,10 +138,12 @@ window_pattern: Letters = "L"                 # repeated over the blocks: S atte
 window_size: Positive = 512                   # tokens that S attends to, its own included; the last block is always L
 n_value_embed: NonNegative = 0                # blocks that add a vector per token to v: the last, the third last, ...
 USE_X0: bool = False                          # each block reads a * x + b * token embedding, a and b learned
+USE_BACKOUT: bool = False                     # the last norm reads x - c * (x in the middle block), c learned
 
 # Length, batch and schedule
 train_tokens: NonNegative = 891289600         # tokens to train on: 9 FineWeb shards, once; 0: use max_iters
 total_batch_size: AutoPositive = "auto"       # tokens per optimizer step, all ranks; "auto": by train_tokens alone
+batch_ramp: Ramp = ""                         # "0.25,0.6": the batch doubles after these fractions of the tokens
 batch_size: AutoPositive = "auto"             # sequences of a micro-batch; "auto": what fits, at most 16 (d12: 32)
 max_iters: Positive = 1700                    # optimizer steps; used if given or edited, or if train_tokens is 0
 warmup_iters: NonNegative = 100               # steps of linear warm-up of all learning rates
@@ -156,7 +159,7 @@ learning_rate_embed: NonNegativeFloat = 0.6   # AdamW, token embedding
 learning_rate_head: NonNegativeFloat = 0.008  # AdamW, output head
 learning_rate_gain: NonNegativeFloat = 0.016  # AdamW, RMSNorm gains, and gates of value embeddings
 learning_rate_value: NonNegativeFloat = 0.3   # AdamW, value embeddings
-learning_rate_x0: NonNegativeFloat = 0.5      # AdamW, scalars on the token embedding (USE_X0); those on x: 1% of it
+learning_rate_x0: NonNegativeFloat = 0.5      # AdamW, scalars on the token embedding; those on x: 1%, backout: 40%
 lr_ratio_fc2: PositiveFloat = 1.0             # Muon; factor on the learning rate of the MLP's second matrix
 weight_decay: NonNegativeFloat = 0.17         # Muon; decoupled, multiplied by the learning rate
 weight_decay_end: NonNegativeFloat = 0.0      # Muon; the decay falls linearly to this fraction at the last step
@@ -237,16 +240,17 @@ rank_timeout: Timeout = 120.0                 # seconds without a heartbeat befo
 # The default flags of commit 1ea897b, to compare later recipes with; checkpoints of that time are resumed with them
 CLASSIC = dict(
     dataset="fineweb10B", n_layer=20, n_embd=1280, n_head=10, vocab_size=65536, block_size=2048, rope_base=10000.0,
-    norm_eps=1e-6, logit_softcap=15.0, qk_scale=1.0, window_pattern="L", n_value_embed=0, USE_X0=False, train_tokens=0,
-    total_batch_size=524288, batch_size=16, max_iters=1700, warmup_iters=100, warmup_ratio=0.0, lr_schedule="cosine",
-    warmdown_ratio=0.65, min_lr_ratio=0.1, lr_scaling="none", learning_rate=0.02, learning_rate_embed=0.3,
-    learning_rate_head=0.004, learning_rate_gain=0.004, lr_ratio_fc2=1.0, weight_decay=0.1, weight_decay_end=1.0,
-    USE_CAUTIOUS_WD=False, weight_decay_embed=0.0, weight_decay_head=0.0, weight_decay_gain=0.0, adam_beta1=0.8,
-    adam_beta2=0.95, adam_beta2_embed=0.95, adam_eps=1e-10, muon_momentum_start=0.85, muon_momentum=0.95,
-    muon_momentum_iters=300, muon_momentum_ratio=0.0, muon_momentum_end=0.0, muon_variant="muon", grad_clip=1.0,
-    loss_chunk_size=8192, eval_interval=125, eval_tokens=10485760, ckpt_interval=250, ckpt_minutes=0.0,
-    keep_checkpoints=2, skip_grad_zscore=0.0, window_size=512, USE_8BIT_ADAM=False, muon_beta2=0.95,
-    learning_rate_value=0.3, learning_rate_x0=0.5, USE_SHUFFLE=False,
+    norm_eps=1e-6, logit_softcap=15.0, qk_scale=1.0, window_pattern="L", n_value_embed=0, USE_X0=False,
+    USE_BACKOUT=False, train_tokens=0, total_batch_size=524288, batch_ramp="", batch_size=16, max_iters=1700,
+    warmup_iters=100, warmup_ratio=0.0, lr_schedule="cosine", warmdown_ratio=0.65, min_lr_ratio=0.1, lr_scaling="none",
+    learning_rate=0.02, learning_rate_embed=0.3, learning_rate_head=0.004, learning_rate_gain=0.004, lr_ratio_fc2=1.0,
+    weight_decay=0.1, weight_decay_end=1.0, USE_CAUTIOUS_WD=False, weight_decay_embed=0.0, weight_decay_head=0.0,
+    weight_decay_gain=0.0, adam_beta1=0.8, adam_beta2=0.95, adam_beta2_embed=0.95, adam_eps=1e-10,
+    muon_momentum_start=0.85, muon_momentum=0.95, muon_momentum_iters=300, muon_momentum_ratio=0.0,
+    muon_momentum_end=0.0, muon_variant="muon", grad_clip=1.0, loss_chunk_size=8192, eval_interval=125,
+    eval_tokens=10485760, ckpt_interval=250, ckpt_minutes=0.0, keep_checkpoints=2, skip_grad_zscore=0.0,
+    window_size=512, USE_8BIT_ADAM=False, muon_beta2=0.95, learning_rate_value=0.3, learning_rate_x0=0.5,
+    USE_SHUFFLE=False,
 )
 PARTS = dict(qk_scale=1.2, window_pattern="SSSL", USE_X0=True, vocab_size=50304)  # the first three prevent export
 PRESETS = {
@@ -259,7 +263,7 @@ PRESETS = {
         skip_grad_zscore="auto", USE_SHUFFLE=True, weight_decay_embed="auto", weight_decay_head="auto",
     ),
     "speedrun": PARTS | dict(n_value_embed=5),
-    "d12": PARTS | dict(n_layer=12, n_embd=768, n_head=6, n_value_embed=3),
+    "d12": PARTS | dict(n_layer=12, n_embd=768, n_head=6, n_value_embed=3, batch_ramp="0.25,0.6", USE_BACKOUT=True),
     "tiny": dict(
         dataset="shakespeare", n_layer=4, n_embd=128, n_head=2, vocab_size=50304, block_size=128, lr_scaling="none",
         total_batch_size=2048, max_iters=60, loss_chunk_size=64, eval_interval=20, eval_tokens=16384, ckpt_interval=20,
@@ -273,6 +277,7 @@ LARGEST_BATCH = {"d12": 32, "tiny": 8}  # of batch_size="auto"; 16 in other pres
 def resolve_length(cfg: SimpleNamespace, saved: dict | None = None) -> None:
     """Set batch_size and total_batch_size if they are "auto", and max_iters by train_tokens, in place.
 
+    A total_batch_size that is given without batch_ramp is that of all steps, also where the preset has a ramp.
     saved: flags of the checkpoint that is resumed, whose total_batch_size stays if the flag is "auto"; {}: there is
     none; None: not known yet.
     """
@@ -285,35 +290,22 @@ def resolve_length(cfg: SimpleNamespace, saved: dict | None = None) -> None:
             if cfg.resume and saved is None:
                 return
             raise UserError("total_batch_size=auto needs --train_tokens; or give --total_batch_size=65536", 2)
-        cfg.total_batch_size = saved["total_batch_size"] if saved else auto_batch(cfg.train_tokens)
+        grows = 2 if cfg.batch_ramp else 1  # "auto" is the batch before the last doubling
+        cfg.total_batch_size = saved["total_batch_size"] if saved else grows * auto_batch(cfg.train_tokens)
+    elif "total_batch_size" in cfg.explicit and "batch_ramp" not in cfg.explicit and not saved:
+        cfg.batch_ramp = ""
     if cfg.train_tokens and "max_iters" not in cfg.explicit:
-        cfg.max_iters = max(1, round(cfg.train_tokens / cfg.total_batch_size))
+        cfg.max_iters = steps_for(cfg.train_tokens, cfg)
 
 
 def check_flags(cfg: SimpleNamespace, world_size: int, resumed: bool = False) -> None:
-    """Refuse combinations of flags that cannot work: UserError. Types and ranges were checked by parse_flags().
-
-    A batch_size that was not given is lowered until total_batch_size is a multiple of what all ranks read at once
-    (memory.choose() lowers it further). resumed: total_batch_size and block_size cannot change.
-    """
+    """Refuse combinations of flags that cannot work: UserError. Types and ranges were checked by parse_flags()."""
     if cfg.n_embd % cfg.n_head or cfg.n_embd // cfg.n_head % 2:
         fit = [n for n in range(1, min(cfg.n_embd, 4096)) if cfg.n_embd % (2 * n) == 0]
         remedy = f"--n_head={min(fit, key=lambda n: abs(n - cfg.n_embd / 128))}" if fit else "an even --n_embd"
         raise UserError(f"n_embd={cfg.n_embd} over n_head={cfg.n_head} heads must give an even head size; "
                         f"try {remedy}", 2)
-    if may_choose(cfg, "batch_size"):
-        cfg.batch_size = next(iter(memory.batch_sizes(cfg, world_size)), cfg.batch_size)
-    micro = world_size * cfg.batch_size * cfg.block_size
-    if cfg.total_batch_size % micro:
-        remedy = f"use --total_batch_size={max(1, round(cfg.total_batch_size / micro)) * micro}"
-        if cfg.total_batch_size % (world_size * cfg.block_size) == 0:
-            remedy += ", or leave out --batch_size"
-        if resumed:
-            fit = max(n for n in range(1, world_size + 1) if n == 1 or cfg.total_batch_size % (n * cfg.block_size) == 0)
-            remedy = "leave out --batch_size" if fit == world_size else f"continue on {fit} rank(s)"
-        raise UserError(
-            f"total_batch_size={cfg.total_batch_size} is not a multiple of ranks x batch_size x block_size = "
-            f"{world_size} x {cfg.batch_size} x {cfg.block_size} = {micro}; {remedy}", 2)
+    memory.check_batch(cfg, world_size, resumed)
 
 
 # ======================================================================================================================
@@ -364,43 +356,49 @@ class TokenRing:
         return tokens
 
 
-@functools.lru_cache(maxsize=2)
-def pass_order(number: int, count: int) -> np.ndarray:
-    """Return the order, shape (count,), of the sequences in pass `number` over the data."""
-    return np.random.RandomState(number).permutation(count)  # RandomState: the same numbers in every version of numpy
-
-
 class DataLoader:
     """Micro-batches of this rank in the order of the ring, prepared ahead of time by a thread.
 
-    Optimizer step k reads tokens k*G to (k+1)*G of the run, G = total_batch_size. Micro-batch m of rank r starts at
-    k*G + (m*world_size + r)*B*T. So a step reads the same tokens for any number of ranks and any micro-batch size.
-    position() says where in the ring they lie. With USE_SHUFFLE, each pass over the ring after the first reads its
-    sequences in a random order of its own, the same in all runs: one that comes back has other neighbours in its step.
+    Optimizer step k reads the next plan.batch(k) tokens of the run, those after the first S. Micro-batch m of rank r
+    starts at S + (m*world_size + r)*B*T. So a step reads the same tokens for any number of ranks and any micro-batch
+    size. position() says where in the ring they lie. With USE_SHUFFLE, each pass over the ring after the first reads
+    its sequences in a random order of its own, the same in all runs: one that comes back has other neighbours.
     """
 
     def __init__(self, ring: TokenRing, cfg: SimpleNamespace, procs: Processes):
         self.ring, self.batch_size, self.block_size, self.device = ring, cfg.batch_size, cfg.block_size, procs.device
-        self.rank, self.world_size, self.step_tokens = procs.rank, procs.world_size, cfg.total_batch_size
+        self.rank, self.world_size, self.plan = procs.rank, procs.world_size, BatchPlan(cfg)
         self.micro_tokens, self.shuffle = self.batch_size * self.block_size, cfg.USE_SHUFFLE
-        self.accumulation = self.step_tokens // (self.micro_tokens * self.world_size)  # micro-batches per step
-        # A micro-batch's summed loss times this is its share of this rank's mean; gradients are averaged over ranks
-        self.loss_weight = 1.0 / (self.accumulation * self.micro_tokens)
         self.index, self.prefetcher = 0, Prefetcher(self.micro_batch)  # index counts this rank's micro-batches
+        self.start_step(0)
+
+    def start_step(self, step: int, micro_batch: int = 0) -> None:
+        """Move to a micro-batch of an optimizer step; the position in the data stays."""
+        self.step, self.taken, accumulation = step, micro_batch, getattr(self, "accumulation", 0)
+        self.accumulation = self.plan.batch(step) // (self.micro_tokens * self.world_size)  # micro-batches of the step
+        if self.accumulation != accumulation:
+            # A micro-batch's summed loss times this is its share of the rank's mean; gradients are averaged over ranks
+            self.loss_weight = 1.0 / (self.accumulation * self.micro_tokens)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that all ranks have read."""
+        return self.index * self.micro_tokens * self.world_size
 
     def state_dict(self) -> dict[str, int]:
-        """Return the position: the next optimizer step, and the micro-batch within it."""
-        return {"step": self.index // self.accumulation, "micro_batch": self.index % self.accumulation}
+        """Return the position: the next optimizer step, the micro-batch within it, and the tokens before it."""
+        return {"step": self.step, "micro_batch": self.taken, "tokens": self.tokens}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Move to a saved position; drop micro-batches that were prepared."""
+        """Move to a saved position; drop micro-batches that were prepared. Old checkpoints have no tokens."""
         self.prefetcher.close()
-        self.index = state["step"] * self.accumulation + state["micro_batch"]
+        self.start_step(state["step"], state["micro_batch"])
+        tokens = state.get("tokens", self.plan.tokens(state["step"]))
+        self.index = tokens // (self.micro_tokens * self.world_size)
 
     def micro_batch(self, index: int) -> tuple[Tensor, Tensor]:
         """Return inputs (B, T) int32 and targets (B, T) int64 of one micro-batch, on the CPU."""
-        step, m = divmod(index, self.accumulation)
-        start = step * self.step_tokens + (m * self.world_size + self.rank) * self.micro_tokens
+        start = (index * self.world_size + self.rank) * self.micro_tokens
         positions = map(self.position, range(start, start + self.micro_tokens, self.block_size))
         tokens = torch.from_numpy(np.stack([self.ring.read(at, self.block_size + 1) for at in positions]))
         x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].long()
@@ -415,7 +413,9 @@ class DataLoader:
     def next(self) -> tuple[Tensor, Tensor]:
         """Return the next micro-batch on the device: inputs (B, T) int32, targets (B, T) int64."""
         x, y = self.prefetcher.next(self.index)
-        self.index += 1
+        self.index, self.taken = self.index + 1, self.taken + 1
+        if self.taken == self.accumulation:
+            self.start_step(self.step + 1)
         return x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
 
     def peek(self) -> tuple[Tensor, Tensor]:
@@ -440,12 +440,6 @@ def open_data(cfg: SimpleNamespace, procs: Processes) -> tuple[DataLoader, Token
 
 # ======================================================================================================================
 # Model
-
-
-def spectral_init(weight: Tensor) -> Tensor:
-    """Draw from a normal with std = 1/sqrt(fan_in) * min(1, sqrt(fan_out/fan_in)) (arXiv 2310.17813)."""
-    fan_out, fan_in = weight.shape
-    return nn.init.normal_(weight, std=fan_in ** -0.5 * min(1.0, math.sqrt(fan_out / fan_in)))
 
 
 class Attention(nn.Module):
@@ -497,15 +491,16 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, idx: Tensor, first: bool | None, x0: Tensor | None,
                 x_scale: Tensor | None, x0_scale: Tensor | None, delta: Tensor | None = None,
-                fused: tuple | None = None) -> Tensor | tuple[Tensor, ...]:
-        """Return the residual after this block; x (B, T, C) bf16 is the one before it. With `fused`, an entry of
-        FusedBlocks.blocks, return (x, delta, x0): the next block's first kernel adds delta, the MLP's output, to x."""
+                fused: tuple | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return (x, delta, x0), each (B, T, C) bf16: the residual between attention and MLP; the MLP's output, which
+        is still to be added to it; and x0 for the next block. fused: an entry of FusedBlocks.blocks, whose first kernel
+        adds the delta of the block before. Without it, x includes that."""
         attn, mlp, values = self.attn, self.mlp, self.attn.value_embed
         if fused is None:
             if x0 is not None:
                 x = self.mix(x, x0, x_scale, x0_scale)
             x = x + attn(x, cos, sin, idx, first)
-            return x + mlp(x, is_first_microbatch=first)
+            return x, mlp(x, is_first_microbatch=first), x0
         table, gate = (None, None) if values is None else (values.table, values.gate)
         x, q, k, v, x0 = FusedQKV.apply(x, delta, attn.qkv.layer_norm_weight, attn.qkv.weight, fused[0],
                                         x0, x_scale, x0_scale, table, gate)
@@ -532,7 +527,8 @@ class GPT(nn.Module):
         self.embed = TokenEmbedding(cfg, compiled(rms_norm), device)
         attention, *self.attention_texts = choose_attention(cfg, device, precision.emulated)
         self.blocks = nn.ModuleList(Block(cfg, i, self.te, attention, compiled, device) for i in range(cfg.n_layer))
-        self.scales = ResidualScalars(cfg.n_layer, device) if cfg.USE_X0 else None
+        self.scales = ResidualScalars(cfg, device) if cfg.USE_X0 or cfg.USE_BACKOUT else None
+        self.take_off = compiled(take_off)
         self.norm = self.te.RMSNorm(cfg.n_embd, eps=cfg.norm_eps, dtype=torch.float32, device=device)
         self.head = LMHead(cfg, device, quack.fp8)
         # arXiv 2310.17813 for one-hot inputs: entries of order 1 (the RMSNorm after it takes any scale)
@@ -551,37 +547,31 @@ class GPT(nn.Module):
                 step; None: quantize anew.
         """
         fp8_head = self.fp8_head and self.te.quantization.FP8GlobalStateManager.is_fp8_enabled()
-        if self.fused is not None:
-            h = self.fused_blocks(idx, first)
-        else:
-            x = self.embed(idx)                                            # (B, T, C) bf16
-            x0 = x if self.cfg.USE_X0 else None
-            for block, scales in zip(self.blocks, self.residual_scales(), strict=True):
-                arguments = x, self.cos, self.sin, idx, first, x0, *scales
-                if self.cfg.USE_AC_BLOCKS and self.training:
-                    x = self.te.checkpoint(block, *arguments, use_reentrant=False)
-                else:
-                    x = block(*arguments)
-            h = self.norm(x)
+        h = self.hidden(idx, first)
         return self.head(h, targets, first, fp8_head, self.in_place, factor)
+
+    def hidden(self, idx: Tensor, first: bool | None) -> Tensor:
+        """Return the final norm's output (B, T, C) bf16 for token ids (B, T)."""
+        where = token_order(idx, self.cfg.vocab_size) if self.fused is not None else None
+        x, delta = self.embed(idx, where, self.in_place), None             # (B, T, C) bf16
+        x0 = x if self.cfg.USE_X0 else None
+        scales, share = self.scales() if self.scales else ([(None, None)] * len(self.blocks), None)
+        if self.fused is not None:
+            self.fused.begin(x, first, self.in_place, where)
+        recompute = self.cfg.USE_AC_BLOCKS and self.training
+        for i, block in enumerate(self.blocks):
+            call = functools.partial(self.te.checkpoint, block, use_reentrant=False) if recompute else block
+            fused = () if self.fused is None else (delta, self.fused.blocks[i])
+            x, delta, x0 = call(x, self.cos, self.sin, idx, first, x0, *scales[i], *fused)
+            if share is not None and i == len(self.blocks) // 2:
+                middle = x
+            x = x if fused else x + delta
+        x = x if share is None else self.take_off(x, middle, share)
+        return AddNorm.apply(x, delta, self.norm.weight, self.cfg.norm_eps) if fused else self.norm(x)
 
     def matrices(self) -> list[Tensor]:
         """Return the weights that Muon trains."""
         return [p for name, p in self.blocks.named_parameters() if name.endswith(tuple(MATRICES.values()))]
-
-    def residual_scales(self) -> list[tuple[Tensor | None, Tensor | None]]:
-        """Return each block's scalars on x and on the token embedding (USE_X0)."""
-        return self.scales() if self.scales else [(None, None)] * self.cfg.n_layer
-
-    def fused_blocks(self, idx: Tensor, first: bool | None) -> Tensor:
-        """Return the final norm's output (B, T, C) bf16 for token ids (B, T), in our own kernels."""
-        where = token_order(idx, self.cfg.vocab_size)
-        x, delta = self.embed(idx, where, self.in_place), None
-        x0 = x if self.cfg.USE_X0 else None
-        self.fused.begin(x, first, self.in_place, where)
-        for block, scales, layers in zip(self.blocks, self.residual_scales(), self.fused.blocks, strict=True):
-            x, delta, x0 = block(x, self.cos, self.sin, idx, first, x0, *scales, delta, layers)
-        return AddNorm.apply(x, delta, self.norm.weight, self.cfg.norm_eps)
 
 
 # ======================================================================================================================
@@ -657,6 +647,9 @@ class Optimizers(OptimizerSet):
             groups += [dict(name="x0", params=[model.scales.x0], lr=cfg.learning_rate_x0, betas=(0.96, 0.95),
                             weight_decay=0.0),  # betas and the factor 1/100: nanochat's
                        dict(name="x", params=[model.scales.x], lr=cfg.learning_rate_x0 / 100, weight_decay=0.0)]
+        if cfg.USE_BACKOUT:
+            groups.append(dict(name="backout", params=[model.scales.backout], lr=cfg.learning_rate_x0 * 0.4,
+                               weight_decay=0.0))  # 0.2, as in nanochat
         return groups
 
     def set_schedule(self, step: int) -> dict[str, float]:
@@ -862,14 +855,15 @@ def train_step(run: Run) -> StepResult:
     parallel, loader, procs, device = run.parallel, run.loader, run.procs, run.procs.device
     restore_scales = snapshot_scales(run.model)
     loss_sum = torch.zeros((), device=device)
-    for m in range(loader.accumulation):
+    accumulation, factor = loader.accumulation, loader.loss_weight  # of this step; loader.next() may begin another
+    for m in range(accumulation):
         x, y = loader.next()
         if run.graphs is not None:
             loss_sum += run.graphs(x, y, m == 0)
             continue
-        with parallel.micro_batch(last=m == loader.accumulation - 1):
+        with parallel.micro_batch(last=m == accumulation - 1):
             with run.precision.autocast(procs):
-                loss = parallel.model(x, y, first=parallel.first_micro_batch(m), factor=loader.loss_weight)
+                loss = parallel.model(x, y, first=parallel.first_micro_batch(m), factor=factor)
             loss.backward()
         loss_sum += loss.detach()
     run.precision.share_amaxes(run.model, procs)
@@ -958,13 +952,17 @@ def train(run: Run) -> bool:
 
 
 def prepare_step(run: Run, step: int) -> None:
-    """Calibrate before the first steps (set_up() does it for step 0); then capture the CUDA graphs, once."""
+    """Calibrate before the first steps (set_up() does it for step 0); then capture the CUDA graphs, anew when the batch
+    grows: a graph keeps its loss_weight."""
     calibrations = run.precision.calibration_steps(run.cfg)
     if 0 < step < calibrations:
         # Head and output projections start at zero: layers below them get their first gradients later
         calibrate(run)
     use_graphs = run.cfg.USE_CUDA_GRAPHS and run.model.fused is not None and not run.parallel.by_hooks
-    if use_graphs and step == max(run.first_step + 3, calibrations):
+    outdated = run.graphs is not None and run.graphs.loss_weight != run.loader.loss_weight
+    if use_graphs and (step == max(run.first_step + 3, calibrations) or outdated):
+        run.graphs = None
+        torch.cuda.empty_cache()  # what the old graphs held
         run.graphs = MicroBatchGraphs(run.parallel, run.loader, run.precision, run.procs)
 
 
@@ -1018,6 +1016,7 @@ def set_up(cfg: SimpleNamespace, procs: Processes, cleanup: contextlib.ExitStack
     start = time.perf_counter()
     memory.fit(run, build)
     cleanup.callback(run.loader.close)
+    run.loader.start_step(run.first_step)
     calibrate(run)  # and compile, before training is timed
     if resumed:
         memory.compare(meta, cfg, procs)
@@ -1033,7 +1032,8 @@ def set_up(cfg: SimpleNamespace, procs: Processes, cleanup: contextlib.ExitStack
     cleanup.push(run.checkpoints.finish_after_error)
     run.stop = cleanup.enter_context(StopSignal())
     run.checkpoints.prepare(lambda: checkpoint.training_state(run))
-    run.progress = runlog.Progress(cfg, procs, run.log, flops_per_token(cfg), meta["train_seconds"] if meta else 0.0)
+    run.progress = runlog.Progress(cfg, procs, run.log, flops_per_token(cfg), meta["train_seconds"] if meta else 0.0,
+                                   run.loader.tokens - run.loader.plan.tokens(run.first_step))
     Clock(procs.device).wait()
     run.progress.compile_seconds = time.perf_counter() - start
     procs.print(f"ready after {run.progress.compile_seconds:.1f} s of compiling and calibration\n")

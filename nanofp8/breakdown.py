@@ -315,7 +315,8 @@ def plot(found: dict[str, Any], path: str) -> None:
 def run(train: ModuleType, given: list[str], procs: Any, out: str, command: str) -> None:
     """Do what `bench.py profile` says. given: train.py's flags. Raises: UserError."""
     def flags(max_iters: int) -> SimpleNamespace:
-        defaults = dict(max_iters=max_iters, eval_interval=0, eval_tokens=1, keep_checkpoints=0, run_name="profile")
+        defaults = dict(max_iters=max_iters, batch_ramp="", eval_interval=0, eval_tokens=1, keep_checkpoints=0,
+                        run_name="profile")
         return train.read_flags([f"--{name}={value}" for name, value in defaults.items()] + given)
 
     steps = 6

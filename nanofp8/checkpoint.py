@@ -51,6 +51,7 @@ from nanofp8.procs import Processes, report_good_end
 from nanofp8.resuming import find_checkpoint, run_folder_of, was_restarted
 from nanofp8.runlog import read_log
 from nanofp8.shards import PROJECT, ShardError, fingerprint
+from nanofp8.sizes import steps_for
 
 TRAIN = os.path.join(PROJECT, "train.py")
 NOT_FINITE = "weights or optimizer state are not finite"
@@ -58,10 +59,11 @@ LAST_WRITE = 120.0  # seconds that a run which ends by an error waits for the ch
 
 # Flags that a resumed run cannot change
 FIXED_FLAGS = ("n_layer", "n_embd", "n_head", "vocab_size", "block_size", "rope_base", "norm_eps", "logit_softcap",
-               "qk_scale", "window_pattern", "window_size", "n_value_embed", "USE_X0", "dataset", "total_batch_size",
-               "USE_8BIT_ADAM", "muon_variant")
+               "qk_scale", "window_pattern", "window_size", "n_value_embed", "USE_X0", "USE_BACKOUT", "dataset",
+               "total_batch_size", "batch_ramp", "USE_8BIT_ADAM", "muon_variant")
 # Those that older checkpoints do not name, with the values that these were trained with
-ADDED_FLAGS = dict(qk_scale=1.0, window_pattern="L", n_value_embed=0, USE_X0=False, muon_variant="muon")
+ADDED_FLAGS = dict(qk_scale=1.0, window_pattern="L", n_value_embed=0, USE_X0=False, USE_BACKOUT=False,
+                   batch_ramp="", muon_variant="muon")
 # The number format, with the defaults: a resumed run keeps its own as long as none of these is given or edited
 FORMAT_FLAGS = dict(USE_FP8=True, FP8_RECIPE="delayed", FP8_MARGIN=0, FP8_AMAX_HISTORY=1024, USE_FP8_HEAD=True,
                     USE_NVFP4=False, NVFP4_HADAMARD=True, NVFP4_STOCHASTIC_ROUNDING=True, NVFP4_2D_WEIGHTS=True,
@@ -185,8 +187,8 @@ def adopt_flags(checkpoint: str, cfg: SimpleNamespace, recipe: dict, procs: Proc
         except ValueError as error:
             raise UserError(f"cannot load checkpoint {checkpoint}: its flag {name} is {value!r:.200}, but must be "
                             f"{error}; name another checkpoint") from None
-    step_tokens = then.get("total_batch_size") or 1
-    if others.get("train_tokens") and max(1, round(others["train_tokens"] / step_tokens)) != others.get("max_iters"):
+    plan = SimpleNamespace(total_batch_size=then.get("total_batch_size") or 1, batch_ramp=then["batch_ramp"])
+    if others.get("train_tokens") and steps_for(others["train_tokens"], plan) != others.get("max_iters"):
         others["train_tokens"] = 0  # max_iters was given, then or now
     by_tokens = others.get("train_tokens", cfg.train_tokens)  # resolve_length() computes max_iters
     differing = [f"{name}={value}" for name, value in others.items() if value != getattr(cfg, name)
@@ -589,8 +591,8 @@ def save_checkpoint(run: Any, steps: int) -> None:
     cfg, procs = run.cfg, run.procs
     run.progress.flush()
     meta = dict(
-        step=steps, tokens=steps * cfg.total_batch_size, world_size=procs.world_size, loader=run.loader.state_dict(),
-        data=data_fingerprint(run.loader.ring, steps * cfg.total_batch_size) | dict(shards=run.fingerprints),
+        step=steps, tokens=run.loader.tokens, world_size=procs.world_size, loader=run.loader.state_dict(),
+        data=data_fingerprint(run.loader.ring, run.loader.tokens) | dict(shards=run.fingerprints),
         train_seconds=run.progress.train_seconds, parameters=run.parameters, versions=run.machine["versions"],
         **run.optimizers.meta, guard=run.guard.state_dict(), saved_at=time.time(), flags=flag_values(cfg))
     blocked = run.checkpoints.save(steps, lambda: training_state(run), meta)

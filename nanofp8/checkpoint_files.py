@@ -33,6 +33,7 @@ from nanofp8.config import (
     NonNegativeFloat,
     Positive,
     PositiveFloat,
+    Ramp,
     UserError,
     convert,
 )
@@ -43,8 +44,9 @@ from nanofp8.files import error_line
 SAVED_FLAGS = dict(
     n_layer=Layers, n_embd=Positive, n_head=Positive, vocab_size=Positive, block_size=Positive,
     rope_base=PositiveFloat, norm_eps=PositiveFloat, logit_softcap=NonNegativeFloat, qk_scale=PositiveFloat,
-    window_pattern=Letters, window_size=Positive, n_value_embed=NonNegative, USE_X0=bool, dataset=NonEmpty,
-    total_batch_size=Positive, USE_8BIT_ADAM=bool, muon_variant=Literal["muon", "normuon"], run_name=FolderName)
+    window_pattern=Letters, window_size=Positive, n_value_embed=NonNegative, USE_X0=bool, USE_BACKOUT=bool,
+    dataset=NonEmpty, total_batch_size=Positive, batch_ramp=Ramp, USE_8BIT_ADAM=bool,
+    muon_variant=Literal["muon", "normuon"], run_name=FolderName)
 INDEX = ".metadata"
 BLOCK = 2 ** 26  # bytes that one checksum covers
 
@@ -165,7 +167,8 @@ def check_meta(meta: dict, name: str) -> None:
         flags=isinstance(meta["flags"], dict), tokens=number(meta["tokens"], 1),
         step=number(meta["step"], 1) and (not named or meta["step"] == int(named[1])),
         world_size=number(meta["world_size"], 1), train_seconds=number(meta["train_seconds"], 0, real),
-        loader=all(number(meta["loader"][key], 0) for key in ("step", "micro_batch")),
+        loader=all(number(meta["loader"][key], 0) for key in ("step", "micro_batch"))
+        and number(meta["loader"].get("tokens", 0), 0),
         data=data is None or number(data["tokens"], 1) and number(data["crc32"], 0),
         shards=shards.keys() <= {"train", "val"} and all(
             isinstance(shard["name"], str) and number(shard["bytes"], 0) and number(shard["crc32"], 0)

@@ -94,6 +94,19 @@ class Pattern:
         return self.meaning
 
 
+class Ascending:
+    """Texts that list fractions between 0 and 1, each larger than the one before, such as "0.25,0.6"; or no text."""
+
+    def __contains__(self, value: str) -> bool:
+        if re.fullmatch(r"(0?\.\d{1,9}(,(?=.)|$))*", value) is None:
+            return False
+        points = [0.0, *(float(point) for point in value.split(",") if point)]
+        return all(a < b for a, b in zip(points, points[1:], strict=False))
+
+    def __str__(self) -> str:
+        return "ascending fractions between 0 and 1, such as 0.25,0.6, or empty"
+
+
 SMALLEST, LARGEST = 1.2e-38, 1e38  # size of a fractional number that is not 0: what fp32 holds
 Positive = Annotated[int, Bounds(1)]
 NonNegative = Annotated[int, Bounds(0)]
@@ -110,6 +123,7 @@ FolderName = Annotated[str, Pattern(r"(?!\.)(?!\s*$)[^/\\\x00-\x1f\x7f-\x9f\u202
                                     "a folder name, not blank, without slashes, control characters or a leading dot")]
 NonEmpty = Annotated[str, Pattern(r"(?s).*\S.*", "text that is not blank")]
 Letters = Annotated[str, Pattern(r"[SL]+", "one or more of the letters S and L, such as SSSL")]
+Ramp = Annotated[str, Ascending()]
 AutoPositive = Union[Literal["auto"], Positive]
 AutoBool = Union[Literal["auto"], bool]
 AutoNonNegativeFloat = Union[Literal["auto"], NonNegativeFloat]

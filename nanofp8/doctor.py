@@ -274,8 +274,8 @@ def check_flags(exam: Examination) -> Iterator[Verdict]:
     if exam.torch:
         from nanofp8 import memory
     exam.train = definitions(
-        exam.path, torch=exam.torch, memory=memory, auto_batch=sizes.auto_batch, may_choose=may_choose,
-        UserError=UserError)
+        exam.path, torch=exam.torch, memory=memory, auto_batch=sizes.auto_batch, steps_for=sizes.steps_for,
+        may_choose=may_choose, UserError=UserError)
     cfg = parse_flags(exam.given, exam.path, exam.train.PRESETS, bool(exam.gpus))
     saved = {}
     if not exam.gpus and "preset" in cfg.auto and exam.torch:
@@ -386,7 +386,7 @@ def check_data(exam: Examination) -> Iterator[Verdict]:
                             f"more; lower it, or add shards")
         found.append(f"{tokens:,} {split} tokens in {len(paths)} shard(s)")
         if split == "train":
-            length = cfg.max_iters * cfg.total_batch_size
+            length = sizes.BatchPlan(cfg).total
             found[0] += f" (the run reads {length:,}: {length / tokens:.2f} epochs)"
     yield OK, f"{cfg.dataset}: {', '.join(found)}"
 

@@ -875,7 +875,7 @@ class MicroBatchGraphs:
     def __init__(self, parallel: Any, loader: Any, precision: Any, procs: Any) -> None:
         """Allocate gradients and capture the graphs; arguments: train.Parallel, DataLoader, Precision, Processes."""
         self.model, self.loader, self.precision, self.procs = parallel.model, loader, precision, procs
-        self.graphs, self.pool = {}, torch.cuda.graph_pool_handle()
+        self.graphs, self.pool, self.loss_weight = {}, torch.cuda.graph_pool_handle(), loader.loss_weight
         self.batch, self.loss = list(loader.peek()), torch.zeros((), device=procs.device)
         with parallel.whole_weights():
             for parameter in self.model.parameters():
@@ -906,6 +906,6 @@ class MicroBatchGraphs:
             if first:
                 torch._foreach_zero_(self.summed_gradients)
             with self.precision.autocast(self.procs):
-                loss = self.model(*self.batch, first=first, factor=self.loader.loss_weight)
+                loss = self.model(*self.batch, first=first, factor=self.loss_weight)
             loss.backward()
             self.loss.copy_(loss.detach())

@@ -237,7 +237,9 @@ def predict(cfg: SimpleNamespace, kind: Kind, batch_size: int) -> Prediction:
     kept = (layers * 2 * width if cfg.USE_AC_BLOCKS else sum(saved)) * tokens
     # Token embedding: its norm's output is the first block's residual; in fp32, its rows, or 1 / RMS and the order of
     # the tokens. Tokens and targets
-    kept += tokens * ((2 * width if cfg.USE_X0 else 0) + (12 if kind.blocks == "fused" else 4 * width) + 16)
+    # Backout: the middle block's residual, in fp32 where the subtraction is not compiled
+    scalars = 2 * width * (cfg.USE_X0 + 2 * cfg.USE_BACKOUT)
+    kept += tokens * (scalars + (12 if kind.blocks == "fused" else 4 * width) + 16)
     kept += 8 * vocab if kind.blocks == "fused" else 0
     head = 6 * width * tokens + head_bytes(cfg, kind, tokens)  # the final norm's input, its output, that one's gradient
     backward = (max(block.backward for block in blocks) * width + recomputed) * tokens
@@ -310,7 +312,17 @@ def batch_sizes(cfg: SimpleNamespace, ranks: int) -> list[int]:
     Those that the format's blocks of values do not divide are left out, if others are left. cfg: flags of train.py, or
     of train_orig.py, which has no formats.
     """
-    return sizes.batch_sizes(cfg, ranks, choose_format(cfg).multiple if hasattr(cfg, "USE_FP8") else 1)
+    return sizes.batch_sizes(cfg, ranks, multiple_of(cfg))
+
+
+def check_batch(cfg: SimpleNamespace, ranks: int, resumed: bool) -> None:
+    """Do what sizes.check_batch() does, for the tokens that the flags' format wants."""
+    sizes.check_batch(cfg, ranks, resumed, multiple_of(cfg))
+
+
+def multiple_of(cfg: SimpleNamespace) -> int:
+    """Return what the tokens of a micro-batch should be a multiple of. train_orig.py has no formats."""
+    return choose_format(cfg).multiple if hasattr(cfg, "USE_FP8") else 1
 
 
 def adopt(checkpoint: str, cfg: SimpleNamespace, procs: Processes) -> None:
@@ -469,7 +481,8 @@ def one_pass(run: Any) -> None:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
     # FSDP2's hooks keep whole gradients from one micro-batch to the next
-    for last in (False, True) if parallel.by_hooks and loader.accumulation > 1 else (True,):
+    several = run.cfg.total_batch_size > loader.micro_tokens * loader.world_size
+    for last in (False, True) if parallel.by_hooks and several else (True,):
         x, y = loader.peek()
         with parallel.micro_batch(last=last):
             with run.precision.autocast(run.procs):

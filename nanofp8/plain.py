@@ -8,9 +8,11 @@ T tokens, width C, heads of size D.
 Of the optional parts (parts.py), add_values() is here; callers scale the residual and choose what attention sees.
 """
 
+import math
 from typing import Callable
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -19,6 +21,12 @@ MATRICES = {"attn.qkv": "attn.qkv.weight", "attn.proj": "attn.proj.weight", "mlp
             "mlp.fc2": "mlp.fc2_weight"}
 GAINS = {"attn.qkv": "attn.qkv.layer_norm_weight", "mlp.fc1": "mlp.layer_norm_weight"}
 TABLE, GATE = "attn.value_embed.table", "attn.value_embed.gate"  # of a block with a value embedding
+
+
+def spectral_init(weight: Tensor) -> Tensor:
+    """Draw from a normal with std = 1/sqrt(fan_in) * min(1, sqrt(fan_out/fan_in)) (arXiv 2310.17813)."""
+    fan_out, fan_in = weight.shape
+    return nn.init.normal_(weight, std=fan_in ** -0.5 * min(1.0, math.sqrt(fan_out / fan_in)))
 
 
 def rope_tables(
@@ -101,8 +109,8 @@ def softcap(logits: Tensor, cap: float) -> Tensor:
 def block_forward(
     x: Tensor, linear: Callable[[str, Tensor], Tensor], norm: Callable[[str, Tensor], Tensor],
     attend: Callable[[Tensor, Tensor], Tensor],
-) -> Tensor:
-    """Run one transformer block: x + attention(x), then x + MLP(x).
+) -> tuple[Tensor, Tensor]:
+    """Run one transformer block: x + attention(x), then x + MLP(x), whose last addition is left to the caller.
 
     The callers differ in how they multiply, normalize and attend, so they pass these three in.
 
@@ -113,8 +121,8 @@ def block_forward(
         norm: norm(name, h) applies the RMSNorm in front of the matmul `name` of GAINS.
         attend: attend(qkv, h) takes qkv (B, T, 3C) through RoPE, QK norm and causal attention to (B, T, C). h (B, T, C)
             is the input of qkv's matmul, which the gates of a value embedding need.
-    Returns: (B, T, C) in the dtype of x.
+    Returns: x + attention(x), and the MLP's output, both (B, T, C) in the dtype of x.
     """
     h = norm("attn.qkv", x)
     x = x + linear("attn.proj", attend(linear("attn.qkv", h), h))
-    return x + linear("mlp.fc2", relu2(linear("mlp.fc1", norm("mlp.fc1", x))))
+    return x, linear("mlp.fc2", relu2(linear("mlp.fc1", norm("mlp.fc1", x))))

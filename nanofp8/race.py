@@ -24,6 +24,7 @@ from nanofp8.procs import Processes
 from nanofp8.race_report import Race, amount, name_of, report
 from nanofp8.reports import RunData, finished_run, read_run
 from nanofp8.runlog import format_duration
+from nanofp8.sizes import BatchPlan
 
 OPTIONS = ("out", "variants", "tokens", "minutes", "seeds", "gpus", "target")
 FLAGS = dict(eval_interval=0, keep_checkpoints=0)  # of every run, unless the user says otherwise
@@ -144,7 +145,7 @@ class Job:
     @property
     def tokens(self) -> int:
         """Tokens to train on."""
-        return self.cfg.max_iters * self.cfg.total_batch_size
+        return BatchPlan(self.cfg).total
 
 
 @contextlib.contextmanager

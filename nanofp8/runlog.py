@@ -20,7 +20,7 @@ from nanofp8.plots import plot_losses
 from nanofp8.precision import fp8_state
 from nanofp8.procs import Processes
 from nanofp8.shards import NAME_PATTERN
-from nanofp8.sizes import parameter_table
+from nanofp8.sizes import BatchPlan, parameter_table
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Folder and lock
@@ -292,7 +292,7 @@ def log_fp8_stats(run: Any, step: int) -> None:
     layers = fp8_stats.collect(run.model, *run.loader.peek(), run.precision.recipe, fp8_state(run.model), run.in_bf16,
                                run.loader.loss_weight, LOGIT_GRAD_SCALE if run.model.fp8_head else None)
     if run.log:
-        run.log.write(dict(kind="fp8_stats", step=step, tokens=(step + 1) * run.cfg.total_batch_size,
+        run.log.write(dict(kind="fp8_stats", step=step, tokens=run.progress.tokens(step),
                            format=run.precision.name, seconds=time.perf_counter() - start, layers=layers))
 
 
@@ -305,7 +305,9 @@ def data_rows(cfg: SimpleNamespace, procs: Processes, loader: Any, val_ring: Any
 
     loader: train.DataLoader. val_ring: train.TokenRing of the val shards.
     """
-    ring, tokens = loader.ring, cfg.max_iters * cfg.total_batch_size
+    ring, plan = loader.ring, BatchPlan(cfg)
+    tokens, stages = plan.total, plan.describe()
+    micro_batches = cfg.total_batch_size // (loader.micro_tokens * procs.world_size)
     ignored, epochs = ", ".join(map(repr, ring.ignored)), tokens / ring.total
     order = "; later passes are shuffled" if loader.shuffle else ""
     again = f": each train token is read {epochs:.2f} times{order}" if epochs > 1 else ""
@@ -313,8 +315,9 @@ def data_rows(cfg: SimpleNamespace, procs: Processes, loader: Any, val_ring: Any
         ("data", f"{cfg.dataset}: {ring.total:,} train tokens in {len(ring.paths)} shard(s), "
                  f"{cfg.eval_tokens:,} of {val_ring.total:,} val tokens per evaluation"),
         *([("  ignored", f"{ignored}: a shard is named {NAME_PATTERN}")] if ignored else []),
-        ("batch", f"{cfg.total_batch_size:,} tokens = {procs.world_size} rank(s) x {loader.accumulation} "
+        ("batch", f"{cfg.total_batch_size:,} tokens = {procs.world_size} rank(s) x {micro_batches} "
                   f"micro-batch(es) x {cfg.batch_size} sequences x {cfg.block_size} tokens"),
+        *([("  ramp", f"{stages} tokens a step")] if stages else []),
         ("length", f"{cfg.max_iters:,} steps = {tokens:,} tokens = {epochs:.2f} epochs{again}"),
     ]
 
@@ -383,7 +386,7 @@ class Progress:
     """
 
     def __init__(self, cfg: SimpleNamespace, procs: Processes, log: RunLog | None, flops: float,
-                 train_seconds: float = 0.0):
+                 train_seconds: float = 0.0, read_before: int = 0):
         """Start counting.
 
         Args:
@@ -391,11 +394,17 @@ class Progress:
             log: of rank 0; None on others.
             flops: training FLOPs of one token, for MFU.
             train_seconds: seconds of training before a resumed run's first step.
+            read_before: tokens that a resumed run has read by then, beyond those of its plan, whose length may be new.
         """
+        self.plan, self.read_before = BatchPlan(cfg), read_before
         self.cfg, self.procs, self.log = cfg, procs, log
         self.flops, self.peak = flops, peak_flops(procs.device)
         self.train_seconds, self.speeds, self.pending = train_seconds, [], None
         self.val_loss, self.val_losses, self.compile_seconds = float("nan"), None, None
+
+    def tokens(self, step: int) -> int:
+        """Return the tokens that the run has read after a step."""
+        return self.plan.tokens(step + 1) + self.read_before
 
     @property
     def median_speed(self) -> float:
@@ -423,19 +432,19 @@ class Progress:
             return
         (step, rates, loss, norm, ms, skipped), self.pending = self.pending, None
         cfg, n, ms = self.cfg, self.cfg.max_iters, ms()
-        speed = cfg.total_batch_size / ms * 1000
+        speed = self.plan.batch(step) / ms * 1000
         self.train_seconds += ms / 1000
         self.speeds.append(speed)
         if self.procs.is_main and (step % cfg.log_interval == 0 or step == n - 1 or skipped):
             mfu = self.flops * speed / (self.peak * self.procs.world_size) if self.peak else None
             memory = peak_memory_gb(self.procs.device)
             reason = {"skipped": skipped} if skipped else {}
-            self.log.write(dict(kind="train", step=step, tokens=(step + 1) * cfg.total_batch_size, loss=loss,
+            self.log.write(dict(kind="train", step=step, tokens=self.tokens(step), loss=loss,
                                 grad_norm=norm, **rates, step_ms=ms, tok_per_sec=speed, mfu=mfu, peak_mem_gb=memory,
                                 **reason))
             rate = rates["lr_embed"] if rates["lr_muon"] is None else rates["lr_muon"]
             # Over the last 100 steps only: this is on the steps' path
-            eta = (n - 1 - step) * cfg.total_batch_size / statistics.median(self.speeds[-100:])
+            eta = (self.tokens(n - 1) - self.tokens(step)) / statistics.median(self.speeds[-100:])
             self.procs.print(f"step {step + 1:>{len(str(n))}}/{n} | loss {loss:7.4f} | norm {norm:8.2e} | "
                              f"lr {rate:.2e} | {ms:7.1f} ms | {speed:,.0f} tok/s | "
                              + (f"MFU {100 * mfu:4.1f}% | " if mfu else "")
@@ -454,7 +463,7 @@ class Progress:
         self.val_loss, self.val_losses = val_loss, val_losses
         if self.procs.is_main:
             several = {"val_losses": val_losses} if len(val_losses or ()) > 1 else {}
-            self.log.write(dict(kind="val", step=step, tokens=(step + 1) * self.cfg.total_batch_size, val_loss=val_loss,
+            self.log.write(dict(kind="val", step=step, tokens=self.tokens(step), val_loss=val_loss,
                                 train_seconds=self.train_seconds, **several))
             self.procs.print(f"step {step + 1}/{self.cfg.max_iters} | val loss {val_loss:.4f} over "
                              f"{self.cfg.eval_tokens:,} tokens | {format_duration(self.train_seconds)} of training")
@@ -464,7 +473,7 @@ class Progress:
         """Log the end of the run, and say where to look."""
         self.flush()
         if self.procs.is_main:
-            tokens = self.cfg.max_iters * self.cfg.total_batch_size
+            tokens = self.tokens(self.cfg.max_iters - 1)
             memory, several = peak_memory_gb(self.procs.device), self.val_losses or {}
             self.log.write(dict(kind="done", step=self.cfg.max_iters - 1, tokens=tokens, val_loss=self.val_loss,
                                 **({"val_losses": several} if several else {}), train_seconds=self.train_seconds,

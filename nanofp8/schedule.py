@@ -3,11 +3,13 @@
 import math
 from types import SimpleNamespace
 
+from nanofp8.sizes import BatchPlan
+
 REFERENCE_BATCH, REFERENCE_TOKENS, SHORTEST_TOKENS = 524288, 891289600, 50e6  # of lr_scale()
 MEMORY, MEASURED_PASSES, SHORTEST_MEMORY = 0.28, 4, 40  # of table_decay(): passes over the data, passes, steps
 
 
-def lr_factor(step: int, warmup_iters: int, max_iters: int, min_lr_ratio: float,
+def lr_factor(step: float, warmup_iters: int, max_iters: int, min_lr_ratio: float,
               warmdown_ratio: float | None = None) -> float:
     """Return the learning-rate factor of a step (from 0): linear from 1/warmup_iters to 1 at step warmup_iters - 1,
     then a cosine from step warmup_iters to min_lr_ratio at step max_iters - 1. With warmdown_ratio, instead of the
@@ -23,7 +25,7 @@ def lr_factor(step: int, warmup_iters: int, max_iters: int, min_lr_ratio: float,
     return min_lr_ratio + (1 - min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def momentum_at(step: int, start: float, end: float, iters: int) -> float:
+def momentum_at(step: float, start: float, end: float, iters: int) -> float:
     """Return Muon's momentum at a step: linear from `start` at step 0 to `end` at step `iters`, then constant."""
     return end if step >= iters else start + (end - start) * step / iters
 
@@ -38,31 +40,41 @@ def lr_scale(cfg: SimpleNamespace) -> float:
     if cfg.lr_scaling == "none":
         return 1.0
     by_batch = math.sqrt(cfg.total_batch_size / REFERENCE_BATCH)
-    tokens = max(SHORTEST_TOKENS, cfg.max_iters * cfg.total_batch_size)
+    tokens = max(SHORTEST_TOKENS, BatchPlan(cfg).total)
     return by_batch * (tokens / REFERENCE_TOKENS) ** -0.32 if cfg.lr_scaling == "length" else by_batch
 
 
 class Schedule:
-    """Learning-rate factor, Muon's weight decay and Muon's momentum at each step."""
+    """Learning-rate factor, Muon's weight decay and Muon's momentum at each step.
+
+    Where the batch grows, they follow the tokens that were read: `position` of BatchPlan stands in for the step.
+    """
 
     def __init__(self, cfg: SimpleNamespace, data_tokens: int):
         """Resolve fractions of the run to steps. cfg: all flags. data_tokens: tokens of the train shards."""
-        self.cfg = cfg
+        self.cfg, self.plan = cfg, BatchPlan(cfg)
         self.warmup, self.momentum_iters = (
             round(ratio * cfg.max_iters) if ratio else iters for ratio, iters in (
                 (cfg.warmup_ratio, cfg.warmup_iters), (cfg.muon_momentum_ratio, cfg.muon_momentum_iters)))
         self.warmdown = cfg.warmdown_ratio if cfg.lr_schedule == "linear" else None
         self.scale = lr_scale(cfg)
-        self.steps_of_pass = data_tokens / cfg.total_batch_size
-        self.passes = cfg.max_iters / self.steps_of_pass
+        self.passes = self.plan.total / data_tokens
+        self.steps_of_pass = cfg.max_iters / self.passes
 
     def lr(self, step: int) -> float:
         """Return the factor on all learning rates at a step (from 0)."""
-        return self.scale * lr_factor(step, self.warmup, self.cfg.max_iters, self.cfg.min_lr_ratio, self.warmdown)
+        factor = lr_factor(self.plan.position(step), self.warmup, self.cfg.max_iters, self.cfg.min_lr_ratio,
+                           self.warmdown)
+        return self.scale * self.of_batch(self.plan.batch(step)) * factor
+
+    def of_batch(self, tokens: float) -> float:
+        """Return what smaller steps than total_batch_size multiply the learning rates by, if these follow the batch."""
+        return 1.0 if self.cfg.lr_scaling == "none" else math.sqrt(tokens / self.cfg.total_batch_size)
 
     def weight_decay(self, step: int) -> float:
         """Return Muon's weight decay at a step; it is also multiplied by the learning rate."""
-        return self.cfg.weight_decay * (1 + (self.cfg.weight_decay_end - 1) * step / max(1, self.cfg.max_iters - 1))
+        done = self.plan.position(step) / max(1, self.cfg.max_iters - 1)
+        return self.cfg.weight_decay * (1 + (self.cfg.weight_decay_end - 1) * done)
 
     def table_decay(self, flag: float | str, learning_rate: float) -> float:
         """Return AdamW's weight decay of a table, the head or an embedding; it is also multiplied by the learning rate.
@@ -81,7 +93,8 @@ class Schedule:
         if again <= 0 or not learning_rate:
             return 0.0
         memory = max(MEMORY * self.steps_of_pass, SHORTEST_MEMORY)
-        return min(1.0, again / (MEASURED_PASSES - 1)) / (memory * learning_rate * self.scale)
+        mean = self.of_batch(self.plan.total / self.cfg.max_iters)
+        return min(1.0, again / (MEASURED_PASSES - 1)) / (memory * learning_rate * self.scale * mean)
 
     def repeated_text_note(self) -> str:
         """Return a remark for the start-up table where value embeddings read text at least twice, else ""."""
@@ -92,8 +105,9 @@ class Schedule:
     def rates(self, learning_rates: dict[str, float]) -> str:
         """Return the highest learning rates of parameter groups, {name: by its flag}, for the start-up table."""
         rates = ", ".join(f"{name} {lr * self.scale:.3g}" for name, lr in learning_rates.items())
+        ramp = self.plan.describe() and "up to "
         return rates if self.scale == 1 else (f"{rates} (flags x {self.scale:.3g} for {self.cfg.max_iters:,} steps of "
-                                              f"{self.cfg.total_batch_size:,} tokens)")
+                                              f"{ramp}{self.cfg.total_batch_size:,} tokens)")
 
     def decays(self, adam_groups: list[dict]) -> str:
         """Return the weight decays of Muon and of AdamW's parameter groups for the start-up table."""
@@ -103,7 +117,7 @@ class Schedule:
 
     def momentum(self, step: int) -> float:
         """Return Muon's momentum at a step: warm-up, then muon_momentum, or as the rates fall to muon_momentum_end."""
-        cfg = self.cfg
+        cfg, step = self.cfg, self.plan.position(step)
         momentum = momentum_at(step, cfg.muon_momentum_start, cfg.muon_momentum, self.momentum_iters)
         if cfg.muon_momentum_end:
             left = lr_factor(step, 0, cfg.max_iters, 0.0, self.warmdown)  # from 1 to 0, as the rates fall

@@ -13,6 +13,7 @@ from __future__ import annotations  # some name numpy's types
 
 import contextlib
 import errno
+import functools
 import os
 import re
 import resource
@@ -234,6 +235,12 @@ def fingerprint(path: str | os.PathLike) -> dict:
     except OSError as error:
         raise unreadable(path, error) from None
     return dict(name=os.path.basename(path), bytes=size, crc32=crc)
+
+
+@functools.lru_cache(maxsize=2)
+def pass_order(number: int, count: int) -> np.ndarray:
+    """Return the order, shape (count,), of the sequences in pass `number` over the data."""
+    return np.random.RandomState(number).permutation(count)  # RandomState: the same numbers in every version of numpy
 
 
 def write_shard(path: str | os.PathLike, tokens: np.ndarray) -> None:

@@ -1,7 +1,10 @@
 """Numbers that follow from the flags alone: parameters, FLOPs, windows, tokens of a step, micro-batches. No torch."""
 
+import itertools
 import math
 from types import SimpleNamespace
+
+from nanofp8.config import UserError, may_choose
 
 GATE_CHANNELS = 12  # values of a block's input that decide the gates of its value embedding, as in nanochat
 
@@ -18,6 +21,7 @@ def parameter_table(cfg: SimpleNamespace) -> list[tuple[str, int, str]]:
         ("MLP", n * 8 * width ** 2, f"{n} x (fc1, fc2: 2 x {width} x {4 * width})"),
         ("RMSNorm gains", (2 * n + 1) * width, f"(2 x {n} + 1) x {width}"),
         ("residual scalars", 2 * n if cfg.USE_X0 else 0, f"2 x {n}"),
+        ("backout", int(cfg.USE_BACKOUT), "1"),
         ("output head", vocab * width, f"{vocab} x {width}"),
     ]
     return [row for row in rows if row[1]]
@@ -63,12 +67,94 @@ def auto_batch(train_tokens: int) -> int:
     return 2 ** max(0, round(math.log2(65536 * (train_tokens / 70e6) ** 0.383)))
 
 
+def ramp_stages(cfg: SimpleNamespace) -> list[tuple[float, int]]:
+    """Return [(share of the run's tokens, tokens of a step)]: one entry, or with batch_ramp one more per doubling."""
+    points = [float(point) for point in getattr(cfg, "batch_ramp", "").split(",") if point]
+    pairs = itertools.pairwise([0.0, *points, 1.0])
+    return [(end - start, max(1, cfg.total_batch_size >> (len(points) - i))) for i, (start, end) in enumerate(pairs)]
+
+
+def step_multiple(cfg: SimpleNamespace) -> int:
+    """Return the ratio of the largest step of a run to its smallest: 1, or with batch_ramp a power of two."""
+    return 2 ** (len(ramp_stages(cfg)) - 1)
+
+
+def steps_for(tokens: float, cfg: SimpleNamespace) -> int:
+    """Return the optimizer steps that read about this many tokens, at least one."""
+    return max(1, round(sum(tokens * share / batch for share, batch in ramp_stages(cfg))))
+
+
+class BatchPlan:
+    """How many tokens each optimizer step of a run reads: total_batch_size, or with batch_ramp less at first."""
+
+    def __init__(self, cfg: SimpleNamespace):
+        """cfg: max_iters, total_batch_size, batch_ramp. A stage of a short run may have no step."""
+        self.steps, self.stages = cfg.max_iters, []  # first step, tokens before it, tokens of a step
+        stages = ramp_stages(cfg)
+        lengths = [share / batch for share, batch in stages]
+        for i, (_, batch) in enumerate(stages):
+            first = round(self.steps * sum(lengths[:i]) / sum(lengths))
+            self.stages.append((first, self.tokens(first) if i else 0, batch))
+
+    def batch(self, step: int) -> int:
+        """Return the tokens of a step (from 0)."""
+        return next(batch for first, _, batch in reversed(self.stages) if first <= step)
+
+    def tokens(self, step: int) -> int:
+        """Return the tokens of all steps before this one."""
+        return next(before + (step - first) * batch for first, before, batch in reversed(self.stages) if first <= step)
+
+    @property
+    def total(self) -> int:
+        """Tokens of the run."""
+        return self.tokens(self.steps)
+
+    def position(self, step: int) -> float:
+        """Return how far the run is at a step by its tokens, from 0 to steps - 1; without a ramp, the step itself."""
+        last = self.tokens(self.steps - 1)
+        return (self.steps - 1) * self.tokens(step) / last if last else float(step)
+
+    def describe(self) -> str:
+        """Return the stages of a ramp for the start-up table; "" without one."""
+        used = [(first, batch) for i, (first, _, batch) in enumerate(self.stages)
+                if [*(f for f, _, _ in self.stages), self.steps][i + 1] > first]
+        if len(self.stages) == 1:
+            return ""
+        return ", then ".join(f"{batch:,}" + (f" from step {first + 1:,}" if first else "") for first, batch in used)
+
+
 def batch_sizes(cfg: SimpleNamespace, ranks: int, multiple: int = 1) -> list[int]:
-    """Return the micro-batches up to cfg.batch_size that divide a step, largest first; [] if none does.
+    """Return the micro-batches up to cfg.batch_size that divide each step, largest first; [] if none does.
 
     Those that do not have a multiple of `multiple` tokens are left out, if others are left.
     """
-    sequences, rest = divmod(cfg.total_batch_size, ranks * cfg.block_size)
+    sequences, rest = divmod(cfg.total_batch_size, ranks * cfg.block_size * step_multiple(cfg))
     sizes = [] if rest or not sequences else [n for n in range(min(cfg.batch_size, sequences), 0, -1)
                                              if sequences % n == 0]
     return [n for n in sizes if n * cfg.block_size % multiple == 0] or sizes
+
+
+def check_batch(cfg: SimpleNamespace, ranks: int, resumed: bool, multiple: int = 1) -> None:
+    """Check that every step is a multiple of what all ranks read at once. Raises: UserError.
+
+    A batch_size that was not given is lowered until it is (memory.choose() lowers it further). multiple: as in
+    batch_sizes(). resumed: total_batch_size and block_size cannot change.
+    """
+    if may_choose(cfg, "batch_size"):
+        cfg.batch_size = next(iter(batch_sizes(cfg, ranks, multiple)), cfg.batch_size)
+    total, T, times = cfg.total_batch_size, cfg.block_size, step_multiple(cfg)
+    micro = ranks * cfg.batch_size * T * times
+    if total % micro == 0:
+        return
+    if resumed:
+        fit = max(n for n in range(1, ranks + 1) if n == 1 or total % (n * T * times) == 0)
+        remedy = "leave out --batch_size" if fit == ranks else f"continue on {fit} rank(s)"
+    else:
+        remedy = f"use --total_batch_size={max(1, round(total / micro)) * micro}"
+        if times > 1:
+            remedy += f" --batch_ramp={cfg.batch_ramp}, or --batch_ramp= for a constant batch"
+        if total % (ranks * T * times) == 0:
+            remedy += ", or leave out --batch_size"
+    by_ramp = (" x 2 for each doubling by batch_ramp", f" x {times}") if times > 1 else ("", "")
+    raise UserError(f"total_batch_size={total} is not a multiple of ranks x batch_size x block_size{by_ramp[0]} = "
+                    f"{ranks} x {cfg.batch_size} x {T}{by_ramp[1]} = {micro}; {remedy}", 2)

@@ -70,7 +70,7 @@ pytestmark = pytest.mark.usefixtures("fresh")
 # Six steps, evaluated after 3 and 6, with all checkpoints
 RUN = dict(eval_interval=3, ckpt_interval=1, keep_checkpoints=9)
 # FSDP2 rounds the residual's scalars to bf16; at their default rate the losses would move by more than ACROSS_GAP
-NORMUON_PARTS = PARTS | dict(muon_variant="normuon", learning_rate_x0=0.05)
+NORMUON_PARTS = PARTS | dict(muon_variant="normuon", learning_rate_x0=0.05, batch_ramp="0.3", batch_size=2)
 WHOLE = {
     "fp8": RUN, "bf16": RUN | dict(USE_FP8=False, batch_size=4),
     "nvfp4": RUN | dict(USE_NVFP4=True, n_embd=128, max_iters=4),
@@ -147,6 +147,31 @@ def test_saving_does_not_touch_training(tmp_path, shards, one_rank):
     assert learned(folder) == learned(one_rank["fp8"].folder) and not (folder / "ckpt").exists()
 
 
+def test_a_growing_batch_in_the_log_and_in_the_checkpoint(one_rank):
+    """Three steps of 128 tokens, three of 256."""
+    folder = one_rank["parts"].folder
+    assert [r["tokens"] for r in records(folder, "train")] == [128, 256, 384, 640, 896, 1152]
+    assert all(r["tok_per_sec"] * r["step_ms"] / 1000 == pytest.approx(128 if r["step"] < 3 else 256)
+               for r in records(folder, "train"))
+    assert records(folder, "done")[0]["tokens"] == records(folder, "val")[-1]["tokens"] == 1152
+    metas = [read_checkpoint(str(folder / "ckpt" / f"step_{step:06d}")) for step in (2, 4)]
+    assert [meta["tokens"] for meta in metas] == [meta["loader"]["tokens"] for meta in metas] == [256, 640]
+
+
+def test_a_run_with_a_growing_batch_gets_another_length(tmp_path, shards, one_rank, capsys):
+    """Twelve steps, of which six have 256 tokens: after three steps of 128 it goes on with another three of 128, and
+    counts what it really read."""
+    folder = copy_of_run(one_rank["parts"].folder, tmp_path / "r", 3)
+    train_here(tmp_path, shards, resume=folder, **WHOLE["parts"] | dict(max_iters=12))
+    tokens = [r["tokens"] for r in records(folder, "train")]
+    assert tokens == [128, 256, 384, 512, 640, 768, *range(1024, 2305, 256)]
+    folder = copy_of_run(one_rank["parts"].folder, tmp_path / "s", 5)  # 896 tokens; 5 steps of the new plan: 640
+    train_here(tmp_path, shards, resume=folder, **WHOLE["parts"] | dict(max_iters=12))
+    assert [r["tokens"] for r in records(folder, "train")][4:8] == [896, 1024, 1280, 1536]
+    meta = read_checkpoint(str(folder / "ckpt" / "step_000012"))
+    assert meta["tokens"] == meta["loader"]["tokens"] == records(folder, "done")[0]["tokens"] == 2560
+
+
 @pytest.mark.slow
 def test_a_finished_run_is_extended(tmp_path, shards):
     """With a learning rate that does not depend on max_iters, it equals the longer run. The earlier `done` record is
@@ -178,7 +203,7 @@ def test_a_checkpoint_is_complete_and_plain(one_rank):
     folder = run.folder / "ckpt" / "step_000004"
     meta = read_checkpoint(str(folder))
     assert meta["step"] == 4 and meta["tokens"] == 4 * 256 and meta["world_size"] == 1
-    assert meta["loader"] == {"step": 4, "micro_batch": 0} and meta["parameters"] == 164160
+    assert meta["loader"] == {"step": 4, "micro_batch": 0, "tokens": meta["tokens"]} and meta["parameters"] == 164160
     assert meta["flags"]["n_embd"] == 64 and meta["muon"] == "torch"
     assert same_tensors(read_weights(folder, run.saved[4]), run.saved[4])
     with pytest.raises(UserError, match="cannot load.*no_such"):
@@ -655,7 +680,7 @@ def test_the_gradient_scales_follow_the_world_size(tmp_path, shards, one_rank, t
     for name, live in fp8_state(model).items():
         factor = 1.0 if "scaling_fwd" in name else 2.0 if name.endswith("scale") else 0.5
         assert torch.equal(live, saved[name] * factor), name
-    assert loader.state_dict() == {"step": 3, "micro_batch": 0}
+    assert loader.state_dict() == {"step": 3, "micro_batch": 0, "tokens": 3 * loader.plan.batch(0)}
 
 
 # -----------------------------------------------------------------------------------------------------
@@ -708,8 +733,8 @@ def test_added_flags_are_fixed_and_sample_py_has_the_same_values():
     assert set(ADDED_FLAGS) <= set(checkpoint.FIXED_FLAGS)
     shape = sample.Shape.of({name: helpers.SMALL.get(name, 1) for name in sample.Shape.__dataclass_fields__
                              if name not in ADDED_FLAGS and name != "window_size"})
-    assert {name: getattr(shape, name) for name in ADDED_FLAGS if name != "muon_variant"} == {
-        name: value for name, value in ADDED_FLAGS.items() if name != "muon_variant"}
+    of_the_model = ADDED_FLAGS.keys() - {"muon_variant", "batch_ramp"}
+    assert {name: getattr(shape, name) for name in of_the_model} == {name: ADDED_FLAGS[name] for name in of_the_model}
 
 
 def test_a_run_continues_without_its_flags(tmp_path, shards, capsys, one_rank):

@@ -66,6 +66,8 @@ def good_value(name):
         value = default / 2 + 0.25
     elif name == "window_pattern":
         value = "SSSL"
+    elif name == "batch_ramp":
+        value = "0.25,.6"
     elif name in ("total_batch_size", "batch_size"):
         value = 4096
     elif name in ("skip_grad_zscore", "weight_decay_embed", "weight_decay_head"):
@@ -90,6 +92,8 @@ def bad_values(name):
         return ["automatic", "-1", "", "nan", "True"]
     if name in ("total_batch_size", "batch_size"):
         return ["automatic", "0", "-1", "", "1.5", "True"]
+    if name == "batch_ramp":
+        return ["0.6,0.25", "0.5,0.5", "0", "1", "0.5,", ",0.5", "0.5 0.6", "half", "1.5", "-0.5", "0.5,1.0", "0.0"]
     return []  # any text will do
 
 

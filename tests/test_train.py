@@ -132,7 +132,7 @@ def test_flags_of_the_recipe_that_were_not_given_come_from_the_checkpoint(monkey
     """So a forgotten flag changes neither the length nor the rates of a run. One that is given counts, and so does
     another preset."""
     saved = vars(parse("--preset=d12", "--train_tokens=70000000", "--learning_rate=0.031", "--USE_AC_BLOCKS=True"))
-    saved |= dict(total_batch_size=65536, max_iters=1068, preset="d20")
+    saved |= dict(total_batch_size=65536, batch_ramp="", max_iters=1068, preset="d20")
     for arguments in (["--preset=d20"], []):
         cfg = parse(*arguments)
         cfg.auto = cfg.auto if arguments else ["preset"]  # as with a GPU

@@ -37,8 +37,9 @@ def ring_of(folder, need=10, vocab=65536, split="train", dataset="n"):
     return train.TokenRing(str(folder), dataset, split, vocab, need)
 
 
-def loader_of(ring, rank=0, world=1, B=2, T=8, G=96, shuffle=False):
-    cfg = SimpleNamespace(batch_size=B, block_size=T, total_batch_size=G, USE_SHUFFLE=shuffle)
+def loader_of(ring, rank=0, world=1, B=2, T=8, G=96, shuffle=False, max_iters=10**6, ramp=""):
+    cfg = SimpleNamespace(batch_size=B, block_size=T, total_batch_size=G, max_iters=max_iters, batch_ramp=ramp,
+                          USE_SHUFFLE=shuffle)
     return train.DataLoader(ring, cfg, helpers.one_process(rank, world))
 
 
@@ -108,6 +109,30 @@ def read_steps(folder, steps, world=1, B=2, T=8, G=96, first=0, **flags):
     return torch.cat(inputs).view(steps, -1, T)
 
 
+@pytest.mark.parametrize("world,B", [(1, 1), (1, 3), (2, 1), (3, 2)])
+def test_steps_of_a_growing_batch_read_the_next_tokens_for_any_ranks_and_batch_size(numbered, world, B):
+    """4 steps of 48 tokens, 2 of 96, 4 of 192; a loader that is sent to a saved step goes on there."""
+    ranks = range(world)
+    loaders = [loader_of(ring_of(numbered), rank, world, B, G=192, max_iters=10, ramp="0.15,0.4") for rank in ranks]
+    sizes, at, states = [48] * 4 + [96] * 2 + [192] * 4, 0, []
+    for step, size in enumerate(sizes):
+        states.append(loaders[0].state_dict())
+        assert states[-1] == {"step": step, "micro_batch": 0, "tokens": at} and loaders[0].tokens == at
+        accumulation, weight = loaders[0].accumulation, loaders[0].loss_weight
+        assert weight == 1 / (size // world) and accumulation * world * B * 8 == size
+        inputs = [loader.next()[0].flatten() for _ in range(accumulation) for loader in loaders]
+        assert np.array_equal(torch.cat(inputs), ring_positions(at, size))
+        at += size
+    for step in (4, 6, 7):  # the first steps of two stages, and another
+        for loader in loaders:
+            loader.load_state_dict(states[step])
+        assert loaders[0].accumulation * world * B * 8 == sizes[step]
+        first = torch.cat([loader.next()[0].flatten() for loader in loaders])
+        assert np.array_equal(first, ring_positions(sum(sizes[:step]), world * B * 8))
+    for loader in loaders:
+        loader.close()
+
+
 SEQUENCES = (TOTAL - 1) // 8  # 150 of 8 tokens; with its last target, each lies in the ring
 
 
@@ -162,7 +187,7 @@ def test_state_is_the_position_of_next_whatever_was_prefetched(numbered, taken, 
             time.sleep(0.01)
         assert loader.prefetcher.items.full()
     state = loader.state_dict()
-    assert state == {"step": taken // 6, "micro_batch": taken % 6}
+    assert state == {"step": taken // 6, "micro_batch": taken % 6, "tokens": 16 * taken}
     expected = [loader.next() for _ in range(9)]
 
     for other in (make(), loader):  # a new loader, and the old one sent back
@@ -180,7 +205,7 @@ def test_a_step_boundary_restores_under_another_number_of_ranks(numbered):
     for _ in range(2 * first.accumulation):
         first.next()
     state = first.state_dict()
-    assert state == {"step": 2, "micro_batch": 0}
+    assert state == {"step": 2, "micro_batch": 0, "tokens": 2 * 96}
     first.close()
     parts = []
     for rank in range(3):

@@ -1,0 +1,102 @@
+"""BatchPlan: how many tokens each optimizer step reads, where the batch is constant and where it grows."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+
+import helpers
+import train
+from nanofp8.config import UserError
+from nanofp8.schedule import Schedule
+from nanofp8.sizes import BatchPlan, auto_batch, batch_sizes, steps_for
+
+
+def plan_of(steps=100, total=1024, ramp=""):
+    return BatchPlan(SimpleNamespace(max_iters=steps, total_batch_size=total, batch_ramp=ramp))
+
+
+def test_a_constant_batch():
+    plan = plan_of(7, 96)
+    assert [plan.batch(k) for k in range(7)] == [96] * 7
+    assert [plan.tokens(k) for k in range(8)] == list(range(0, 700, 96))
+    assert [plan.position(k) for k in range(7)] == list(range(7)) and plan.total == 672 and plan.describe() == ""
+    assert plan_of(1).position(0) == 0.0
+
+
+@pytest.mark.parametrize("ramp,shares", [
+    ("0.25,0.6", [0.25, 0.35, 0.4]), ("0.7", [0.7, 0.3]), (".1,.2,.3", [0.1, 0.1, 0.1, 0.7])])
+def test_the_batch_doubles_at_the_given_shares_of_the_tokens(ramp, shares):
+    plan, largest = plan_of(4000, 1024, ramp), len(shares) - 1
+    sizes = [plan.batch(k) for k in range(4000)]
+    assert plan.total == sum(sizes) and all(plan.tokens(k) == sum(sizes[:k]) for k in (1, 1999, 3500, 4000))
+    assert sorted(set(sizes)) == [1024 >> n for n in range(largest, -1, -1)] and sizes == sorted(sizes)
+    for i, share in enumerate(shares):
+        read = sum(size for size in sizes if size == 1024 >> (largest - i))
+        assert read / plan.total == pytest.approx(share, abs=0.001)
+    positions = [plan.position(k) for k in range(4000)]
+    assert positions[0] == 0 and positions[-1] == 3999 and positions == sorted(positions)
+
+
+@pytest.mark.parametrize("tokens,total,ramp", [
+    (10**6, 1024, ""), (10**6, 1024, "0.25,0.6"), (50 * 10**6, 131072, "0.25,0.6"), (12345678, 4096, "0.5")])
+def test_the_number_of_steps_follows_from_the_tokens(tokens, total, ramp):
+    cfg = SimpleNamespace(total_batch_size=total, batch_ramp=ramp)
+    cfg.max_iters = steps_for(tokens, cfg)
+    assert abs(BatchPlan(cfg).total - tokens) <= 2 * total
+
+
+def test_short_runs_skip_stages():
+    """A stage without a step is not named."""
+    assert [plan_of(steps, 1024, "0.25,0.6").batch(steps - 1) for steps in (1, 2, 3)] == [512, 512, 1024]
+    assert plan_of(2, 1024, "0.25,0.6").describe() == "256, then 512 from step 2"
+    assert plan_of(100, 1024, "0.25,0.6").describe() == "256, then 512 from step 49, then 1,024 from step 82"
+
+
+def test_rates_follow_the_batch_and_schedules_the_tokens():
+    """Where rates follow the batch, a step of a quarter of it has half of them. The last step ends all schedules."""
+    flags = dict(max_iters=200, total_batch_size=256, batch_ramp="0.25,0.6", warmup_iters=0, lr_schedule="linear",
+                 warmdown_ratio=0.5, min_lr_ratio=0.1, weight_decay=0.2, weight_decay_end=0.5)
+    followed, fixed = (Schedule(helpers.make_cfg(**flags, lr_scaling=scaling), 10**9) for scaling in ("sqrt", "none"))
+    assert [fixed.lr(0), followed.lr(0)] == pytest.approx([1.0, 0.5 * math.sqrt(256 / 524288)])
+    plan = followed.plan
+    half = next(k for k in range(200) if plan.tokens(k) >= 0.75 * plan.total)  # half of the warm-down
+    assert fixed.lr(half) == pytest.approx(0.55, abs=0.035) and half > 150
+    assert followed.lr(half) / fixed.lr(half) == pytest.approx(math.sqrt(256 / 524288))
+    assert fixed.lr(199) == pytest.approx(0.1) and fixed.weight_decay(199) == pytest.approx(0.1)
+    assert followed.passes == plan.total / 10**9
+    constant = Schedule(helpers.make_cfg(max_iters=100, total_batch_size=128, lr_scaling="sqrt"), 3200)
+    growing = Schedule(helpers.make_cfg(max_iters=150, total_batch_size=128, batch_ramp="0.5", lr_scaling="sqrt"), 3200)
+    assert constant.passes == growing.passes == 4  # the same tokens; the decay is that of the mean batch
+    mean, ratio = growing.plan.total / 150, constant.table_decay("auto", 0.1) / growing.table_decay("auto", 0.1)
+    assert ratio == pytest.approx((40 * math.sqrt(mean)) / (40 * math.sqrt(128)))
+
+
+def test_the_batch_of_a_ramp(monkeypatch):
+    """"auto" is the batch before the last doubling. total_batch_size alone is a constant batch."""
+    def flags(*given):
+        return train.read_flags(["--preset=d12", "--train_tokens=50000000", *given], has_gpu=False)
+
+    assert auto_batch(50 * 10**6) == 65536
+    cfg = flags()
+    assert (cfg.total_batch_size, cfg.batch_ramp, cfg.max_iters) == (131072, "0.25,0.6", 801)
+    assert flags("--batch_ramp=").total_batch_size == flags("--batch_ramp=", "--USE_X0=False").total_batch_size == 65536
+    cfg = flags("--total_batch_size=65536")
+    assert (cfg.total_batch_size, cfg.batch_ramp, cfg.max_iters) == (65536, "", 763)
+    cfg = flags("--total_batch_size=65536", "--batch_ramp=0.5")
+    assert (cfg.total_batch_size, cfg.batch_ramp) == (65536, "0.5")
+    assert train.read_flags(["--preset=d20"], has_gpu=False).batch_ramp == ""
+
+
+def test_ranks_that_do_not_divide_the_first_batch():
+    cfg = helpers.make_cfg(total_batch_size=1024, batch_ramp="0.25,0.6", batch_size=8)  # 256 = 8 sequences of 32
+    train.check_flags(cfg, 1)
+    with pytest.raises(UserError, match=r"total_batch_size=1024 .*batch_ramp = 3 x 8 x 32 x 4 = 3072; use "
+                                        r"--total_batch_size=3072 --batch_ramp=0.25,0.6, or --batch_ramp= ") as caught:
+        train.check_flags(cfg, 3)
+    assert caught.value.status == 2
+    with pytest.raises(UserError, match=r"continue on 2 rank\(s\)$"):
+        train.check_flags(cfg, 3, resumed=True)
+    with pytest.raises(UserError, match="leave out --batch_size"):
+        train.check_flags(cfg, 2)
+    assert batch_sizes(cfg, 2) == [4, 2, 1] and batch_sizes(cfg, 3) == []
