@@ -922,8 +922,8 @@ def train(run: Run) -> bool:
     for step in range(run.first_step, cfg.max_iters):
         last = step == cfg.max_iters - 1
         rates = run.optimizers.set_schedule(step)
-        prepare_step(run, step)
         begin = clock.mark()
+        prepare_step(run, step)
         with profiling(run.folder, run.procs, cfg.USE_PROFILE and step == min(run.first_step + 5, cfg.max_iters - 1)):
             result = train_step(run)
         end = clock.mark()

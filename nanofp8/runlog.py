@@ -317,7 +317,7 @@ def data_rows(cfg: SimpleNamespace, procs: Processes, loader: Any, val_ring: Any
         *([("  ignored", f"{ignored}: a shard is named {NAME_PATTERN}")] if ignored else []),
         ("batch", f"{cfg.total_batch_size:,} tokens = {procs.world_size} rank(s) x {micro_batches} "
                   f"micro-batch(es) x {cfg.batch_size} sequences x {cfg.block_size} tokens"),
-        *([("  ramp", f"{stages} tokens a step")] if stages else []),
+        *([("  ramp", stages)] if stages else []),
         ("length", f"{cfg.max_iters:,} steps = {tokens:,} tokens = {epochs:.2f} epochs{again}"),
     ]
 

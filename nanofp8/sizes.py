@@ -115,12 +115,13 @@ class BatchPlan:
         return (self.steps - 1) * self.tokens(step) / last if last else float(step)
 
     def describe(self) -> str:
-        """Return the stages of a ramp for the start-up table; "" without one."""
-        used = [(first, batch) for i, (first, _, batch) in enumerate(self.stages)
-                if [*(f for f, _, _ in self.stages), self.steps][i + 1] > first]
+        """Return the stages of a ramp for the start-up table; "" without one. Stages without a step are left out."""
         if len(self.stages) == 1:
             return ""
-        return ", then ".join(f"{batch:,}" + (f" from step {first + 1:,}" if first else "") for first, batch in used)
+        ends = [first for first, _, _ in self.stages[1:]] + [self.steps]
+        used = [(first, batch) for (first, _, batch), end in zip(self.stages, ends, strict=True) if end > first]
+        return ", ".join(f"{batch:,} from step {first + 1:,}" if first else f"{batch:,} tokens a step"
+                         for first, batch in used)
 
 
 def batch_sizes(cfg: SimpleNamespace, ranks: int, multiple: int = 1) -> list[int]:

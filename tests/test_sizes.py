@@ -49,8 +49,8 @@ def test_the_number_of_steps_follows_from_the_tokens(tokens, total, ramp):
 def test_short_runs_skip_stages():
     """A stage without a step is not named."""
     assert [plan_of(steps, 1024, "0.25,0.6").batch(steps - 1) for steps in (1, 2, 3)] == [512, 512, 1024]
-    assert plan_of(2, 1024, "0.25,0.6").describe() == "256, then 512 from step 2"
-    assert plan_of(100, 1024, "0.25,0.6").describe() == "256, then 512 from step 49, then 1,024 from step 82"
+    assert plan_of(2, 1024, "0.25,0.6").describe() == "256 tokens a step, 512 from step 2"
+    assert plan_of(100, 1024, "0.25,0.6").describe() == "256 tokens a step, 512 from step 49, 1,024 from step 82"
 
 
 def test_rates_follow_the_batch_and_schedules_the_tokens():
