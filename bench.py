@@ -302,13 +302,13 @@ def train_study(name: str, plan: dict[tuple, SimpleNamespace], procs: Processes)
     for key, cfg in missing.items():
         precision = train.select_precision(cfg, procs.device)
         slow = precision.emulated and precision.recipe is not None and procs.device.type == "cuda"
-        flops[key] = train.flops_per_token(cfg) * cfg.max_iters * cfg.total_batch_size * (3 if slow else 1)
+        flops[key] = train.flops_per_token(cfg) * train.BatchPlan(cfg).total * (3 if slow else 1)
     if missing:
         cfg, rate = next(iter(missing.values())), matmul_rate(procs.device)
         minutes = sum(flops.values()) / (rate * procs.world_size / 3) / 60
         procs.print(
             f"{name}: {len(missing)} runs to train ({len(plan) - len(missing)} are there) of "
-            f"{cfg.max_iters * cfg.total_batch_size / 1e6:.2f}M tokens, {train.flops_per_token(cfg) / 1e9:.2f} GFLOP a "
+            f"{train.BatchPlan(cfg).total / 1e6:.2f}M tokens, {train.flops_per_token(cfg) / 1e9:.2f} GFLOP a "
             f"token: about {minutes:.0f} minutes at a third of the {rate / 1e12:.2g} TFLOP/s measured here, without "
             f"compilation (emulated runs on a GPU counted three times)")
     start, trained = time.perf_counter(), 0.0

@@ -47,7 +47,7 @@ from nanofp8.checkpoint_files import find_damage, is_finite, load_weights, next_
 from nanofp8.files import replace_file
 from nanofp8.parts import value_layers
 from nanofp8.shards import EOT, GPT2_VOCAB
-from nanofp8.sizes import GATE_CHANNELS, windows
+from nanofp8.sizes import GATE_CHANNELS, middle_block, windows
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 DEFAULT_NEW_TOKENS = 256
@@ -356,7 +356,7 @@ class Sampler:
                 x_scale, x0_scale = self.x_scales[i]
                 x = x_scale * x + x0_scale * x0
             x, delta = self.block(i, block_cache, x, tokens, cos, sin, positions, span, masks[window])
-            middle = x if i == self.shape.n_layer // 2 else middle
+            middle = x if i == middle_block(self.shape.n_layer) else middle
             x = x + delta
         return self.norm(x - self.share * middle if self.share else x)
 

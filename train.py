@@ -84,7 +84,7 @@ from nanofp8.host import compiled_at_first_call  # torch.compile, but later
 from nanofp8.loss import LMHead  # output projection and softcapped cross-entropy, without all logits at once
 from nanofp8.machine import Clock, check_gpus, describe_machine, pause_garbage_collection, profiling
 from nanofp8.muon import OptimizerSet, import_bitsandbytes, make_muon, muon_groups  # Dion's Muon, or torch's
-from nanofp8.parts import (  # what preset "speedrun" adds
+from nanofp8.parts import (  # what presets "speedrun" and "d12" add
     ResidualScalars,
     ValueEmbedding,
     gradient_of,
@@ -105,7 +105,7 @@ from nanofp8.prefetch import Prefetcher  # items made ahead of time by a thread
 from nanofp8.procs import Processes, command_line  # rank, device, mesh; start and end of a script
 from nanofp8.schedule import Schedule  # learning rates, weight decay and momentum at each step
 from nanofp8.shards import Shard, ShardError, find_shards, pass_order  # the token shard format
-from nanofp8.sizes import BatchPlan, auto_batch, flops_per_token, parameter_table, steps_for, windows  # from flags
+from nanofp8.sizes import BatchPlan, auto_batch, flops_per_token, middle_block, parameter_table, steps_for, windows
 from nanofp8.zero import Gathered, Shards  # what USE_FSDP2 and USE_DDP do
 
 # ======================================================================================================================
@@ -142,7 +142,7 @@ USE_BACKOUT: bool = False                     # the last norm reads x - c * (x i
 
 # Length, batch and schedule
 train_tokens: NonNegative = 891289600         # tokens to train on: 9 FineWeb shards, once; 0: use max_iters
-total_batch_size: AutoPositive = "auto"       # tokens per optimizer step, all ranks; "auto": by train_tokens alone
+total_batch_size: AutoPositive = "auto"       # tokens per optimizer step, all ranks; "auto": by train_tokens (and ramp)
 batch_ramp: Ramp = ""                         # "0.25,0.6": the batch doubles after these fractions of the tokens
 batch_size: AutoPositive = "auto"             # sequences of a micro-batch; "auto": what fits, at most 16 (d12: 32)
 max_iters: Positive = 1700                    # optimizer steps; used if given or edited, or if train_tokens is 0
@@ -374,27 +374,20 @@ class DataLoader:
 
     def start_step(self, step: int, micro_batch: int = 0) -> None:
         """Move to a micro-batch of an optimizer step; the position in the data stays."""
-        self.step, self.taken, accumulation = step, micro_batch, getattr(self, "accumulation", 0)
+        self.step, self.taken = step, micro_batch
         self.accumulation = self.plan.batch(step) // (self.micro_tokens * self.world_size)  # micro-batches of the step
-        if self.accumulation != accumulation:
-            # A micro-batch's summed loss times this is its share of the rank's mean; gradients are averaged over ranks
-            self.loss_weight = 1.0 / (self.accumulation * self.micro_tokens)
-
-    @property
-    def tokens(self) -> int:
-        """Tokens that all ranks have read."""
-        return self.index * self.micro_tokens * self.world_size
+        # A micro-batch's summed loss times this is its share of this rank's mean; gradients are averaged over ranks
+        self.loss_weight = 1.0 / (self.accumulation * self.micro_tokens)
 
     def state_dict(self) -> dict[str, int]:
-        """Return the position: the next optimizer step, the micro-batch within it, and the tokens before it."""
-        return {"step": self.step, "micro_batch": self.taken, "tokens": self.tokens}
+        """Return the position: the next optimizer step, and the micro-batch within it."""
+        return {"step": self.step, "micro_batch": self.taken}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Move to a saved position; drop micro-batches that were prepared. Old checkpoints have no tokens."""
+        """Move to a saved position; drop micro-batches that were prepared."""
         self.prefetcher.close()
         self.start_step(state["step"], state["micro_batch"])
-        tokens = state.get("tokens", self.plan.tokens(state["step"]))
-        self.index = tokens // (self.micro_tokens * self.world_size)
+        self.index = self.plan.tokens(self.step) // (self.micro_tokens * self.world_size) + self.taken
 
     def micro_batch(self, index: int) -> tuple[Tensor, Tensor]:
         """Return inputs (B, T) int32 and targets (B, T) int64 of one micro-batch, on the CPU."""
@@ -491,16 +484,16 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, idx: Tensor, first: bool | None, x0: Tensor | None,
                 x_scale: Tensor | None, x0_scale: Tensor | None, delta: Tensor | None = None,
-                fused: tuple | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return (x, delta, x0), each (B, T, C) bf16: the residual between attention and MLP; the MLP's output, which
-        is still to be added to it; and x0 for the next block. fused: an entry of FusedBlocks.blocks, whose first kernel
-        adds the delta of the block before. Without it, x includes that."""
+                fused: tuple | None = None) -> tuple[Tensor | None, ...]:
+        """Return x, the residual between attention and MLP, and delta, the MLP's output, which is still to be added to
+        it; both (B, T, C) bf16. With fused, an entry of FusedBlocks.blocks, the block before has not added its delta,
+        and x0 for the next block is returned, too."""
         attn, mlp, values = self.attn, self.mlp, self.attn.value_embed
         if fused is None:
             if x0 is not None:
                 x = self.mix(x, x0, x_scale, x0_scale)
             x = x + attn(x, cos, sin, idx, first)
-            return x, mlp(x, is_first_microbatch=first), x0
+            return x, mlp(x, is_first_microbatch=first)
         table, gate = (None, None) if values is None else (values.table, values.gate)
         x, q, k, v, x0 = FusedQKV.apply(x, delta, attn.qkv.layer_norm_weight, attn.qkv.weight, fused[0],
                                         x0, x_scale, x0_scale, table, gate)
@@ -562,8 +555,9 @@ class GPT(nn.Module):
         for i, block in enumerate(self.blocks):
             call = functools.partial(self.te.checkpoint, block, use_reentrant=False) if recompute else block
             fused = () if self.fused is None else (delta, self.fused.blocks[i])
-            x, delta, x0 = call(x, self.cos, self.sin, idx, first, x0, *scales[i], *fused)
-            if share is not None and i == len(self.blocks) // 2:
+            x, delta, *x0s = call(x, self.cos, self.sin, idx, first, x0, *scales[i], *fused)
+            x0 = x0s[0] if x0s else x0
+            if share is not None and i == middle_block(len(self.blocks)):
                 middle = x
             x = x if fused else x + delta
         x = x if share is None else self.take_off(x, middle, share)
@@ -962,7 +956,8 @@ def prepare_step(run: Run, step: int) -> None:
     outdated = run.graphs is not None and run.graphs.loss_weight != run.loader.loss_weight
     if use_graphs and (step == max(run.first_step + 3, calibrations) or outdated):
         run.graphs = None
-        torch.cuda.empty_cache()  # what the old graphs held
+        for cache in (run.model.fused.cache, run.model.head.cache):
+            cache.clear()  # weights in the old graphs' memory
         run.graphs = MicroBatchGraphs(run.parallel, run.loader, run.precision, run.procs)
 
 
@@ -1032,8 +1027,7 @@ def set_up(cfg: SimpleNamespace, procs: Processes, cleanup: contextlib.ExitStack
     cleanup.push(run.checkpoints.finish_after_error)
     run.stop = cleanup.enter_context(StopSignal())
     run.checkpoints.prepare(lambda: checkpoint.training_state(run))
-    run.progress = runlog.Progress(cfg, procs, run.log, flops_per_token(cfg), meta["train_seconds"] if meta else 0.0,
-                                   run.loader.tokens - run.loader.plan.tokens(run.first_step))
+    run.progress = runlog.Progress(cfg, procs, run.log, flops_per_token(cfg), meta["train_seconds"] if meta else 0.0)
     Clock(procs.device).wait()
     run.progress.compile_seconds = time.perf_counter() - start
     procs.print(f"ready after {run.progress.compile_seconds:.1f} s of compiling and calibration\n")

@@ -158,7 +158,10 @@ def adopt_flags(checkpoint: str, cfg: SimpleNamespace, recipe: dict, procs: Proc
     taken if another preset is given. Old code did not save all of `recipe`; it trained with these values.
     Raises: UserError.
     """
-    saved = read_checkpoint(checkpoint)["flags"]
+    meta = read_checkpoint(checkpoint)
+    saved = meta["flags"]
+    if "stages" in meta:
+        cfg.batch_stages = meta["stages"]
     is_old = "lr_scaling" not in saved
     then = ADDED_FLAGS | dict(train_tokens=0, USE_SHUFFLE=False) | (recipe if is_old else {}) | saved
 
@@ -187,7 +190,8 @@ def adopt_flags(checkpoint: str, cfg: SimpleNamespace, recipe: dict, procs: Proc
         except ValueError as error:
             raise UserError(f"cannot load checkpoint {checkpoint}: its flag {name} is {value!r:.200}, but must be "
                             f"{error}; name another checkpoint") from None
-    plan = SimpleNamespace(total_batch_size=then.get("total_batch_size") or 1, batch_ramp=then["batch_ramp"])
+    plan = SimpleNamespace(total_batch_size=then.get("total_batch_size") or 1, batch_ramp=then["batch_ramp"],
+                           batch_stages=meta.get("stages"), max_iters=1)
     if others.get("train_tokens") and steps_for(others["train_tokens"], plan) != others.get("max_iters"):
         others["train_tokens"] = 0  # max_iters was given, then or now
     by_tokens = others.get("train_tokens", cfg.train_tokens)  # resolve_length() computes max_iters
@@ -589,12 +593,15 @@ class Checkpoints:
 def save_checkpoint(run: Any, steps: int) -> None:
     """Start a checkpoint of a train.Run after this many optimizer steps; it is written while training continues."""
     cfg, procs = run.cfg, run.procs
+    plan = run.loader.plan
+    tokens, stages = plan.tokens(steps), [(first, batch) for first, _, batch in plan.stages]
     run.progress.flush()
     meta = dict(
-        step=steps, tokens=run.loader.tokens, world_size=procs.world_size, loader=run.loader.state_dict(),
-        data=data_fingerprint(run.loader.ring, run.loader.tokens) | dict(shards=run.fingerprints),
+        step=steps, tokens=tokens, world_size=procs.world_size, loader=run.loader.state_dict(),
+        data=data_fingerprint(run.loader.ring, tokens) | dict(shards=run.fingerprints),
         train_seconds=run.progress.train_seconds, parameters=run.parameters, versions=run.machine["versions"],
-        **run.optimizers.meta, guard=run.guard.state_dict(), saved_at=time.time(), flags=flag_values(cfg))
+        **run.optimizers.meta, guard=run.guard.state_dict(), saved_at=time.time(), flags=flag_values(cfg),
+        **({"stages": stages} if len(stages) > 1 else {}))
     blocked = run.checkpoints.save(steps, lambda: training_state(run), meta)
     run.last_save = time.monotonic()
     if cfg.keep_checkpoints:

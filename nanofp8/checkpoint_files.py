@@ -167,8 +167,8 @@ def check_meta(meta: dict, name: str) -> None:
         flags=isinstance(meta["flags"], dict), tokens=number(meta["tokens"], 1),
         step=number(meta["step"], 1) and (not named or meta["step"] == int(named[1])),
         world_size=number(meta["world_size"], 1), train_seconds=number(meta["train_seconds"], 0, real),
-        loader=all(number(meta["loader"][key], 0) for key in ("step", "micro_batch"))
-        and number(meta["loader"].get("tokens", 0), 0),
+        loader=all(number(meta["loader"][key], 0) for key in ("step", "micro_batch")),
+        stages=all(number(first, 0) and number(batch, 1) for first, batch in meta.get("stages", ())),
         data=data is None or number(data["tokens"], 1) and number(data["crc32"], 0),
         shards=shards.keys() <= {"train", "val"} and all(
             isinstance(shard["name"], str) and number(shard["bytes"], 0) and number(shard["crc32"], 0)

@@ -270,7 +270,7 @@ def definitions(path: str, **known: Any) -> SimpleNamespace:
 
 def check_flags(exam: Examination) -> Iterator[Verdict]:
     """Resolve the flags as train.py does, with those of a checkpoint that is resumed. Raises UserError."""
-    memory = sizes  # has a function of this name too, which does not know the formats' multiples
+    memory = sizes  # check_batch() stands there too; it does not know the formats' multiples
     if exam.torch:
         from nanofp8 import memory
     exam.train = definitions(
@@ -308,7 +308,8 @@ def check_batch(exam: Examination) -> Iterator[Verdict]:
     micro_batches = cfg.total_batch_size // (exam.ranks * cfg.batch_size * cfg.block_size)
     at_most = " at most" if may_choose(cfg, "batch_size") and exam.gpus else ""
     yield OK, (f"{cfg.total_batch_size:,} tokens a step = {exam.ranks} rank(s) x {micro_batches} micro-batch(es) x "
-               f"{cfg.batch_size} sequences{at_most} x {cfg.block_size} tokens")
+               f"{cfg.batch_size} sequences{at_most} x {cfg.block_size} tokens"
+               + (f"; first {stages}" if (stages := sizes.BatchPlan(cfg).describe()) else ""))
 
 
 def check_precision(exam: Examination) -> Iterator[Verdict]:

@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 from nanofp8 import plain, te_emulation
 from nanofp8.files import replace_file
 from nanofp8.parts import mix_residual, take_off
-from nanofp8.sizes import windows
+from nanofp8.sizes import middle_block, windows
 
 KINDS = ("input", "weight", "gradient")
 TOKENS = 4096       # tokens of the micro-batch that the pass uses, in whole sequences; more hardly change the numbers
@@ -183,7 +183,7 @@ def run_pass(model: torch.nn.Module, x: Tensor, y: Tensor, recorder: Recorder) -
     embedding is not computed: no matmul gets it.
     """
     cfg, tokens = model.cfg, x.long()
-    share, half = whole(model.scales.backout).detach() if cfg.USE_BACKOUT else None, cfg.n_layer // 2
+    share, half = whole(model.scales.backout).detach() if cfg.USE_BACKOUT else None, middle_block(cfg.n_layer)
     with torch.no_grad():
         x0 = plain.rms_norm(F.embedding(tokens, whole(model.embed.weight)), cfg.norm_eps)
         inputs, middle = [x0], None

@@ -874,7 +874,7 @@ class MicroBatchGraphs:
 
     def __init__(self, parallel: Any, loader: Any, precision: Any, procs: Any) -> None:
         """Allocate gradients and capture the graphs; arguments: train.Parallel, DataLoader, Precision, Processes."""
-        self.model, self.loader, self.precision, self.procs = parallel.model, loader, precision, procs
+        self.model, self.precision, self.procs = parallel.model, precision, procs
         self.graphs, self.pool, self.loss_weight = {}, torch.cuda.graph_pool_handle(), loader.loss_weight
         self.batch, self.loss = list(loader.peek()), torch.zeros((), device=procs.device)
         with parallel.whole_weights():

@@ -237,9 +237,8 @@ def predict(cfg: SimpleNamespace, kind: Kind, batch_size: int) -> Prediction:
     kept = (layers * 2 * width if cfg.USE_AC_BLOCKS else sum(saved)) * tokens
     # Token embedding: its norm's output is the first block's residual; in fp32, its rows, or 1 / RMS and the order of
     # the tokens. Tokens and targets
-    # Backout: the middle block's residual, in fp32 where the subtraction is not compiled
-    scalars = 2 * width * (cfg.USE_X0 + 2 * cfg.USE_BACKOUT)
-    kept += tokens * (scalars + (12 if kind.blocks == "fused" else 4 * width) + 16)
+    parts = 2 * width * (cfg.USE_X0 + 2 * cfg.USE_BACKOUT)  # backout: in fp32 where the subtraction is not compiled
+    kept += tokens * (parts + (12 if kind.blocks == "fused" else 4 * width) + 16)
     kept += 8 * vocab if kind.blocks == "fused" else 0
     head = 6 * width * tokens + head_bytes(cfg, kind, tokens)  # the final norm's input, its output, that one's gradient
     backward = (max(block.backward for block in blocks) * width + recomputed) * tokens
@@ -255,7 +254,8 @@ def predict(cfg: SimpleNamespace, kind: Kind, batch_size: int) -> Prediction:
     if kind.wrapper == "ddp" and not cfg.GATHER_FP32:  # copies of all rows in bf16 wait for the end of Muon's step
         rows = 0 if cfg.USE_8BIT_ADAM or vocab % ranks else 2 * (2 + cfg.n_value_embed) * table
         step = max(step + rows, 2 * ranks * own + rows)
-    evaluation = max((50 if kind.blocks != "fused" else 39 if cfg.USE_X0 else 37) * width * tokens,
+    values = (50 if kind.blocks != "fused" else 39 if cfg.USE_X0 else 37) + 2 * cfg.USE_BACKOUT
+    evaluation = max(values * width * tokens,
                      4 * width * tokens + 2 * min(cfg.loss_chunk_size, tokens) * vocab + 2 * table)
     if cfg.FP8_STATS_INTERVAL:  # counted by running it
         from nanofp8.fp8_stats import HEAD_TOKENS, TOKENS
@@ -307,7 +307,7 @@ class Choice(NamedTuple):
 
 
 def batch_sizes(cfg: SimpleNamespace, ranks: int) -> list[int]:
-    """Return the micro-batches up to cfg.batch_size that divide a step, largest first; [] if none does.
+    """Return the micro-batches up to cfg.batch_size that divide each step, largest first; [] if none does.
 
     Those that the format's blocks of values do not divide are left out, if others are left. cfg: flags of train.py, or
     of train_orig.py, which has no formats.

@@ -1,4 +1,4 @@
-"""Parts of the model that preset "speedrun" adds to nanochat's shape; each is off by default.
+"""Parts of the model that presets "speedrun" and "d12" add to nanochat's shape; each is off by default.
 
 - Residual scalars: each block reads x_scale * x + x0_scale * x0, where x0 is the normalized token embedding and both
   scalars are learned (KellerJordan/modded-nanogpt, karpathy/nanochat).
@@ -45,7 +45,7 @@ class ResidualScalars(nn.Module):
     def __init__(self, cfg: SimpleNamespace, device: torch.device):
         """Start as nanochat does: most of the embedding goes to the first blocks. (n_layer,) each, and (1,); fp32."""
         super().__init__()
-        self.n_layer = cfg.n_layer
+        self.n_layer, self.x, self.x0 = cfg.n_layer, None, None
         if cfg.USE_X0:
             self.x = nn.Parameter(torch.linspace(1.15, 1.05, cfg.n_layer, device=device))
             self.x0 = nn.Parameter(torch.linspace(0.20, 0.05, cfg.n_layer, device=device))
@@ -54,9 +54,9 @@ class ResidualScalars(nn.Module):
     def forward(self) -> tuple[list[tuple[Tensor | None, Tensor | None]], Tensor | None]:
         """Return the two scalars of each block, and the share (1,); None for those that are off."""
         pairs = [(None, None)] * self.n_layer
-        if hasattr(self, "x0"):
+        if self.x0 is not None:
             pairs = list(zip(self.x.unbind(), self.x0.unbind(), strict=True))
-        # A copy: FSDP2 may free the parameter before the end of the forward pass
+        # A copy: FSDP2 puts a hook on each output, and on the parameter itself these would pile up
         return pairs, None if self.backout is None else self.backout.clone()
 
 

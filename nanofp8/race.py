@@ -24,7 +24,7 @@ from nanofp8.procs import Processes
 from nanofp8.race_report import Race, amount, name_of, report
 from nanofp8.reports import RunData, finished_run, read_run
 from nanofp8.runlog import format_duration
-from nanofp8.sizes import BatchPlan
+from nanofp8.sizes import BatchPlan, ramp_stages, steps_for
 
 OPTIONS = ("out", "variants", "tokens", "minutes", "seeds", "gpus", "target")
 FLAGS = dict(eval_interval=0, keep_checkpoints=0)  # of every run, unless the user says otherwise
@@ -36,7 +36,7 @@ DEFAULTS = {  # with and without a GPU: variants, tokens
     False: ("cosine: --lr_schedule=cosine; linear: --lr_schedule=linear", "40960,81920"),
 }
 FIRST_SEED = 1337
-PROBE_STEPS = 40    # of the short run that measures a variant's speed for --minutes; the first half does not count
+PROBE_STEPS = 40    # of the short run that measures a variant's speed for --minutes
 POLL_SECONDS = 0.1  # between looks at the children
 PATIENCE = 30       # seconds that a child gets to finish its step after a signal
 
@@ -157,6 +157,19 @@ def naming(variant: str) -> Iterator[None]:
         raise UserError(f"variant '{variant}': {error}", error.status) from None
 
 
+def speed_of(run: RunData) -> float:
+    """Return the tokens per second of a short run of PROBE_STEPS, without its first steps. Where its batch grows, each
+    stage counts by its share of the tokens."""
+    if not run.config.get("batch_ramp"):
+        return statistics.median_high(r["tok_per_sec"] for r in run.train[PROBE_STEPS // 2:])
+    cfg, late = SimpleNamespace(**run.config), run.train[PROBE_STEPS // 4:]
+    plan, speeds = BatchPlan(cfg), {}
+    for record in late:
+        speeds.setdefault(plan.batch(record["step"]), []).append(record["tok_per_sec"])
+    shares = [(share, statistics.median_high(speeds[batch])) for share, batch in ramp_stages(cfg) if batch in speeds]
+    return sum(share for share, _ in shares) / sum(share / speed for share, speed in shares)
+
+
 class Planner:
     """Makes the jobs of a race."""
 
@@ -200,6 +213,10 @@ class Planner:
         length = [f"--train_tokens={round(tokens)}"] if tokens else []
         return self.script.read_flags(self.given + self.race.variants[variant] + length).total_batch_size
 
+    def ramp(self, variant: str) -> str:
+        """Return a variant's batch_ramp."""
+        return getattr(self.script.read_flags(self.given + self.race.variants[variant]), "batch_ramp", "")
+
     def by_length(self) -> list[Job]:
         """Return the jobs of a race by tokens. Raises UserError."""
         return self.schedules({(v, n): n for v in self.race.variants for n in self.race.lengths})
@@ -213,13 +230,13 @@ class Planner:
         for _ in range(3):  # the batch may follow from the length, and the length follows from the speed at this batch
             batches = {(v, n): self.batch(v, tokens[v, n]) for v, n in tokens}
             probes = [self.job((v, batch), f"speed at {batch} tokens a step", seed=FIRST_SEED, max_iters=PROBE_STEPS,
-                               total_batch_size=batch, eval_tokens=1)
+                               total_batch_size=batch, eval_tokens=1, batch_ramp=self.ramp(v))
                       for v, batch in dict.fromkeys((v, batch) for (v, _), batch in batches.items())
                       if (v, batch) not in speeds]
             if not probes:
                 break
             for key, run in train(probes).items():
-                speeds[key] = statistics.median_high(r["tok_per_sec"] for r in run.train[PROBE_STEPS // 2:])
+                speeds[key] = speed_of(run)
             tokens = {(v, n): 60 * n * speeds[v, batch] for (v, n), batch in batches.items() if (v, batch) in speeds}
         return self.schedules(tokens)
 
@@ -232,8 +249,8 @@ class Planner:
         jobs, unit, seen = [], self.race.unit, {}
         for (variant, length), wanted in tokens.items():
             batch, what = self.batch(variant, wanted), name_of(length, unit)
-            steps = round(wanted / batch)
-            if not steps:
+            steps = steps_for(wanted, SimpleNamespace(total_batch_size=batch, batch_ramp=self.ramp(variant)))
+            if round(wanted / batch) == 0:
                 raise UserError(f"variant '{variant}': {what} is less than one step of {batch:,} tokens; "
                                 f"raise --{unit}, or lower --total_batch_size", 2)
             if (other := seen.setdefault((variant, batch, steps), what)) != what:

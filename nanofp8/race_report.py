@@ -92,6 +92,7 @@ def summarize_row(variant: str, length: float, own: Mapping[int, RunData]) -> di
         minutes=statistics.mean(minutes.values()),
         tok_per_sec=statistics.median_high(r["tok_per_sec"] for r in late),
         peak_mem_gb=max(r["peak_mem_gb"] for run in runs for r in run.train),
+        at=[r["tokens"] for r in runs[0].train],
         losses={s: [None if x is None else round(x, 5) for x in run.losses] for s, run in own.items()}, config=config)
 
 
@@ -205,7 +206,7 @@ def columns(rows: Sequence[dict], race: Race) -> list[tuple[str, Callable[[dict]
         ("parameters", lambda r: f"{r['parameters'] / 1e6:.1f}M" if len(sizes) > 1 else ""),
         ("asked for", lambda r: name_of(r["length"], race.unit) if race.unit == "minutes" else ""),
         ("tokens", lambda r: amount(r["tokens"])), ("steps", lambda r: f"{r['steps']:,}"),
-        ("tokens a step", lambda r: f"{r['total_batch_size']:,}"),
+        ("tokens a step", lambda r: ("up to " if r["config"].get("batch_ramp") else "") + f"{r['total_batch_size']:,}"),
         ("val loss", lambda r: "" if r["val_loss"] is None else f"{r['val_loss']:.4f}"),
         ("each seed", lambda r: each(r) if len(race.seeds) > 1 else ""),
         (f"minus {race.base}", difference),
@@ -318,7 +319,7 @@ def draw_curve(ax: Any, row: dict, scale: float, key: str, color: str) -> None:
     # A short run is smoothed less: an average over many steps would lag behind
     curves = [smooth(losses, min(0.98, row["steps"] / (row["steps"] + 20))) for losses in row["losses"].values()]
     steps = range(int(0.4 * row["steps"]), min(map(len, curves)))
-    ax.plot([row[key] * (i + 1) / row["steps"] / scale for i in steps],
+    ax.plot([row[key] * row["at"][i] / row["tokens"] / scale for i in steps],
             [statistics.mean(curve[i] for curve in curves) for i in steps], color=color, linewidth=1, alpha=0.6)
 
 

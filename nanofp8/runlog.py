@@ -322,6 +322,13 @@ def data_rows(cfg: SimpleNamespace, procs: Processes, loader: Any, val_ring: Any
     ]
 
 
+def history_in_steps(history: int, loader: Any) -> str:
+    """Return how many steps a number of micro-batches is: in the first step, and where the batch grows in the last."""
+    plan, micro_batch = loader.plan, loader.micro_tokens * loader.world_size
+    steps = [f"{history * micro_batch / plan.batch(step):,.4g}" for step in (0, plan.steps - 1)]
+    return " to ".join(dict.fromkeys(steps))
+
+
 def print_table(run: Any, checkpoint: str | None) -> None:
     """Print what is about to run, on rank 0. checkpoint: that a resumed run continues from."""
     precision, model, history = run.precision, run.model, run.cfg.FP8_AMAX_HISTORY
@@ -330,7 +337,7 @@ def print_table(run: Any, checkpoint: str | None) -> None:
         ("device", f"{run.procs.world_size} x {run.machine['device']}, torch {run.machine['versions']['torch']}"),
         ("precision", f"{precision.name} {precision.reason}"),
         ("  ingredients", precision.details),
-        ("  amax history", f"{history:,} micro-batches = {history / run.loader.accumulation:,.4g} steps"
+        ("  amax history", f"{history:,} micro-batches = {history_in_steps(history, run.loader)} steps"
          if precision.format.calibrated else ""),
         ("  head", "" if not precision.recipe else "FP8 (current scaling)" if model.fp8_head else "bf16"),
         ("  in bf16", ", ".join(run.in_bf16)),
@@ -386,7 +393,7 @@ class Progress:
     """
 
     def __init__(self, cfg: SimpleNamespace, procs: Processes, log: RunLog | None, flops: float,
-                 train_seconds: float = 0.0, read_before: int = 0):
+                 train_seconds: float = 0.0):
         """Start counting.
 
         Args:
@@ -394,9 +401,8 @@ class Progress:
             log: of rank 0; None on others.
             flops: training FLOPs of one token, for MFU.
             train_seconds: seconds of training before a resumed run's first step.
-            read_before: tokens that a resumed run has read by then, beyond those of its plan, whose length may be new.
         """
-        self.plan, self.read_before = BatchPlan(cfg), read_before
+        self.plan = BatchPlan(cfg)
         self.cfg, self.procs, self.log = cfg, procs, log
         self.flops, self.peak = flops, peak_flops(procs.device)
         self.train_seconds, self.speeds, self.pending = train_seconds, [], None
@@ -404,7 +410,7 @@ class Progress:
 
     def tokens(self, step: int) -> int:
         """Return the tokens that the run has read after a step."""
-        return self.plan.tokens(step + 1) + self.read_before
+        return self.plan.tokens(step + 1)
 
     @property
     def median_speed(self) -> float:

@@ -16,7 +16,7 @@ def lr_factor(step: float, warmup_iters: int, max_iters: int, min_lr_ratio: floa
     cosine: 1, then linear to min_lr_ratio over that fraction of all steps, or over those after the warm-up if they
     are fewer (0: 1 to the end)."""
     if step < warmup_iters:
-        return (step + 1) / warmup_iters
+        return min(1.0, (step + 1) / warmup_iters)  # where the batch grows, `step` may be a fraction
     if warmdown_ratio is not None:
         length = min(warmdown_ratio * max_iters, max_iters - warmup_iters)
         left = min(1.0, max(0, max_iters - 1 - step) / length) if length > 0 else 1.0
@@ -83,7 +83,7 @@ class Schedule:
         of its own. "auto" makes a table forget: at its highest rate an update shrinks to 1/e within MEMORY of a pass
         over the data (the unit is that of arXiv 2405.13698), but not within less than SHORTEST_MEMORY steps. This is
         for MEASURED_PASSES passes or more; fewer get less, two a third and one none, which fits what was measured
-        there (docs/recipe.md).
+        there (docs/recipe.md). Where the batch grows, a step of the run's mean batch counts.
 
         Args: flag: a number, or "auto". learning_rate: of the table, as its flag gives it.
         """
@@ -93,8 +93,8 @@ class Schedule:
         if again <= 0 or not learning_rate:
             return 0.0
         memory = max(MEMORY * self.steps_of_pass, SHORTEST_MEMORY)
-        mean = self.of_batch(self.plan.total / self.cfg.max_iters)
-        return min(1.0, again / (MEASURED_PASSES - 1)) / (memory * learning_rate * self.scale * mean)
+        highest = learning_rate * self.scale * self.of_batch(self.plan.total / self.cfg.max_iters)
+        return min(1.0, again / (MEASURED_PASSES - 1)) / (memory * highest)
 
     def repeated_text_note(self) -> str:
         """Return a remark for the start-up table where value embeddings read text at least twice, else ""."""
@@ -117,9 +117,9 @@ class Schedule:
 
     def momentum(self, step: int) -> float:
         """Return Muon's momentum at a step: warm-up, then muon_momentum, or as the rates fall to muon_momentum_end."""
-        cfg, step = self.cfg, self.plan.position(step)
-        momentum = momentum_at(step, cfg.muon_momentum_start, cfg.muon_momentum, self.momentum_iters)
+        cfg, position = self.cfg, self.plan.position(step)
+        momentum = momentum_at(position, cfg.muon_momentum_start, cfg.muon_momentum, self.momentum_iters)
         if cfg.muon_momentum_end:
-            left = lr_factor(step, 0, cfg.max_iters, 0.0, self.warmdown)  # from 1 to 0, as the rates fall
+            left = lr_factor(position, 0, cfg.max_iters, 0.0, self.warmdown)  # from 1 to 0, as the rates fall
             momentum = min(momentum, cfg.muon_momentum_end + (cfg.muon_momentum - cfg.muon_momentum_end) * left)
         return momentum

@@ -80,7 +80,10 @@ def step_multiple(cfg: SimpleNamespace) -> int:
 
 
 def steps_for(tokens: float, cfg: SimpleNamespace) -> int:
-    """Return the optimizer steps that read about this many tokens, at least one."""
+    """Return the optimizer steps that read about this many tokens, at least one. cfg: as for BatchPlan."""
+    if getattr(cfg, "batch_stages", None):
+        first, before, batch = next(stage for stage in reversed(BatchPlan(cfg).stages) if stage[1] <= tokens)
+        return max(1, first + round((tokens - before) / batch))
     return max(1, round(sum(tokens * share / batch for share, batch in ramp_stages(cfg))))
 
 
@@ -88,13 +91,18 @@ class BatchPlan:
     """How many tokens each optimizer step of a run reads: total_batch_size, or with batch_ramp less at first."""
 
     def __init__(self, cfg: SimpleNamespace):
-        """cfg: max_iters, total_batch_size, batch_ramp. A stage of a short run may have no step."""
+        """Resolve fractions of the run to steps. A stage of a short run may have no step.
+
+        cfg: max_iters, total_batch_size, batch_ramp, and batch_stages where a resumed run has them: [(first step,
+        tokens of a step)]. It keeps the steps at which its batch grows, also if its length is new.
+        """
         self.steps, self.stages = cfg.max_iters, []  # first step, tokens before it, tokens of a step
         stages = ramp_stages(cfg)
         lengths = [share / batch for share, batch in stages]
-        for i, (_, batch) in enumerate(stages):
-            first = round(self.steps * sum(lengths[:i]) / sum(lengths))
-            self.stages.append((first, self.tokens(first) if i else 0, batch))
+        starts = getattr(cfg, "batch_stages", None) or [
+            (round(self.steps * sum(lengths[:i]) / sum(lengths)), batch) for i, (_, batch) in enumerate(stages)]
+        for first, batch in starts:
+            self.stages.append((first, self.tokens(first) if self.stages else 0, batch))
 
     def batch(self, step: int) -> int:
         """Return the tokens of a step (from 0)."""
@@ -119,9 +127,15 @@ class BatchPlan:
         if len(self.stages) == 1:
             return ""
         ends = [first for first, _, _ in self.stages[1:]] + [self.steps]
-        used = [(first, batch) for (first, _, batch), end in zip(self.stages, ends, strict=True) if end > first]
+        used = [(first, batch) for (first, _, batch), end in zip(self.stages, ends, strict=True)
+                if min(end, self.steps) > first]
         return ", ".join(f"{batch:,} from step {first + 1:,}" if first else f"{batch:,} tokens a step"
                          for first, batch in used)
+
+
+def middle_block(n_layer: int) -> int:
+    """Return the block whose residual USE_BACKOUT takes off at the end."""
+    return n_layer // 2
 
 
 def batch_sizes(cfg: SimpleNamespace, ranks: int, multiple: int = 1) -> list[int]:

@@ -155,21 +155,25 @@ def test_a_growing_batch_in_the_log_and_in_the_checkpoint(one_rank):
                for r in records(folder, "train"))
     assert records(folder, "done")[0]["tokens"] == records(folder, "val")[-1]["tokens"] == 1152
     metas = [read_checkpoint(str(folder / "ckpt" / f"step_{step:06d}")) for step in (2, 4)]
-    assert [meta["tokens"] for meta in metas] == [meta["loader"]["tokens"] for meta in metas] == [256, 640]
+    assert [meta["tokens"] for meta in metas] == [256, 640]
+    assert [meta["stages"] for meta in metas] == [[[0, 128], [3, 256]]] * 2
 
 
-def test_a_run_with_a_growing_batch_gets_another_length(tmp_path, shards, one_rank, capsys):
-    """Twelve steps, of which six have 256 tokens: after three steps of 128 it goes on with another three of 128, and
-    counts what it really read."""
-    folder = copy_of_run(one_rank["parts"].folder, tmp_path / "r", 3)
-    train_here(tmp_path, shards, resume=folder, **WHOLE["parts"] | dict(max_iters=12))
+@pytest.mark.parametrize("step,length", [(2, dict(max_iters=9)), (5, dict(train_tokens=1920)), (3, dict(max_iters=4))])
+def test_a_run_with_a_growing_batch_gets_another_length(tmp_path, shards, one_rank, step, length):
+    """It keeps the step at which its batch grows, so that tokens stay a function of the step: nothing is read twice or
+    left out, and train_tokens is what it ends with."""
+    folder = copy_of_run(one_rank["parts"].folder, tmp_path / "r", step)
+    flags = {name: value for name, value in WHOLE["parts"].items() if name != "max_iters"}
+    arguments = [a for a in helpers.flag_args(**flags, **length, resume=folder, data_dir=shards, out_dir=tmp_path)
+                 if "max_iters" in length or not a.startswith("--max_iters")]
+    with mock.patch.object(runlog.RunLog, "plot"):
+        train.main(arguments)
     tokens = [r["tokens"] for r in records(folder, "train")]
-    assert tokens == [128, 256, 384, 512, 640, 768, *range(1024, 2305, 256)]
-    folder = copy_of_run(one_rank["parts"].folder, tmp_path / "s", 5)  # 896 tokens; 5 steps of the new plan: 640
-    train_here(tmp_path, shards, resume=folder, **WHOLE["parts"] | dict(max_iters=12))
-    assert [r["tokens"] for r in records(folder, "train")][4:8] == [896, 1024, 1280, 1536]
-    meta = read_checkpoint(str(folder / "ckpt" / "step_000012"))
-    assert meta["tokens"] == meta["loader"]["tokens"] == records(folder, "done")[0]["tokens"] == 2560
+    assert tokens == [128, 256, 384, *range(640, 1921, 256)][:length.get("max_iters", 9)]
+    meta = read_checkpoint(str(folder / "ckpt" / f"step_{len(tokens):06d}"))
+    assert meta["tokens"] == tokens[-1] == records(folder, "done")[0]["tokens"]
+    assert meta["stages"] == [[0, 128], [3, 256]]
 
 
 @pytest.mark.slow
@@ -203,7 +207,7 @@ def test_a_checkpoint_is_complete_and_plain(one_rank):
     folder = run.folder / "ckpt" / "step_000004"
     meta = read_checkpoint(str(folder))
     assert meta["step"] == 4 and meta["tokens"] == 4 * 256 and meta["world_size"] == 1
-    assert meta["loader"] == {"step": 4, "micro_batch": 0, "tokens": meta["tokens"]} and meta["parameters"] == 164160
+    assert meta["loader"] == {"step": 4, "micro_batch": 0} and meta["parameters"] == 164160
     assert meta["flags"]["n_embd"] == 64 and meta["muon"] == "torch"
     assert same_tensors(read_weights(folder, run.saved[4]), run.saved[4])
     with pytest.raises(UserError, match="cannot load.*no_such"):
@@ -645,7 +649,7 @@ def test_two_ranks_train_the_optional_parts_like_one(one_rank, two_ranks):
     want = losses(one_rank["parts"].folder)
     for name in ("ddp-parts", "fsdp2-parts"):
         gaps = np.abs(losses(two_ranks[name].folder) - want)
-        assert gaps.max() < ACROSS_GAP and want[0] - want[-1] > 1, (name, gaps)
+        assert gaps.max() < ACROSS_GAP and want[0] - want[-1] > 0.7, (name, gaps)
 
 
 @pytest.mark.parametrize("name", ["fsdp2-fp8", "ddp-fp8", "fsdp2-parts"])
@@ -680,7 +684,7 @@ def test_the_gradient_scales_follow_the_world_size(tmp_path, shards, one_rank, t
     for name, live in fp8_state(model).items():
         factor = 1.0 if "scaling_fwd" in name else 2.0 if name.endswith("scale") else 0.5
         assert torch.equal(live, saved[name] * factor), name
-    assert loader.state_dict() == {"step": 3, "micro_batch": 0, "tokens": 3 * loader.plan.batch(0)}
+    assert loader.state_dict() == {"step": 3, "micro_batch": 0}
 
 
 # -----------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from nanofp8 import race, race_report
 from nanofp8.config import UserError, flag_values
 from nanofp8.race_report import Race, amount, fit, markdown, name_of, plot, reach, round_ticks, summarize, worth
 from nanofp8.reports import RunData
+from nanofp8.sizes import BatchPlan
 
 LOSS_AT_1, SLOPE = 10.0, -0.4  # val loss of the first variant: LOSS_AT_1 + SLOPE x ln(tokens)
 
@@ -160,6 +161,14 @@ def test_a_batch_that_follows_from_the_length_gets_the_length(tmp_path):
     jobs = race.Planner(make_race("base", (4000, 20000), seeds=1), [], fake_script(tmp_path)).by_length()
     assert [(job.cfg.total_batch_size, job.cfg.max_iters) for job in jobs] == [(200, 100), (100, 40)]
     assert not any(a.startswith("--max_iters") for job in jobs for a in job.arguments)
+
+
+def test_the_speed_of_a_growing_batch():
+    """Half of the tokens at 100, half at 400 tokens/s: 160. The first steps, which compile, do not count."""
+    config = dict(max_iters=race.PROBE_STEPS, total_batch_size=64, batch_ramp="0.5")
+    stages = BatchPlan(SimpleNamespace(**config))
+    steps = [dict(step=k, tok_per_sec=1 if k < 5 else 100 if stages.batch(k) == 32 else 400) for k in range(40)]
+    assert race.speed_of(RunData(config, steps, [], None)) == pytest.approx(160)
 
 
 def test_equal_time_by_measured_speeds(tmp_path):

@@ -46,6 +46,25 @@ def test_the_number_of_steps_follows_from_the_tokens(tokens, total, ramp):
     assert abs(BatchPlan(cfg).total - tokens) <= 2 * total
 
 
+def test_a_resumed_run_keeps_its_stages():
+    """The steps at which the batch grows, though a run of twice the length would have others."""
+    cfg = SimpleNamespace(total_batch_size=1024, batch_ramp="0.25,0.6", max_iters=100)
+    first = BatchPlan(cfg)
+    cfg.batch_stages, cfg.max_iters = [(step, batch) for step, _, batch in first.stages], 200
+    longer = BatchPlan(cfg)
+    assert longer.stages == first.stages and longer.total == first.total + 100 * 1024
+    for steps in (7, 60, 100, 200):
+        assert steps_for(longer.tokens(steps), cfg) == steps
+
+
+@pytest.mark.parametrize("warmup", [1, 4, 16])
+@pytest.mark.parametrize("ramp", ["", "0.25,0.6", "0.9"])
+def test_the_warm_up_does_not_overshoot(ramp, warmup):
+    flags = dict(max_iters=200, total_batch_size=256, batch_ramp=ramp, warmup_iters=warmup, lr_scaling="none")
+    factors = [Schedule(helpers.make_cfg(**flags), 10**9).lr(step) for step in range(200)]
+    assert max(factors) <= 1 and factors[0] == 1 / warmup
+
+
 def test_short_runs_skip_stages():
     """A stage without a step is not named."""
     assert [plan_of(steps, 1024, "0.25,0.6").batch(steps - 1) for steps in (1, 2, 3)] == [512, 512, 1024]
