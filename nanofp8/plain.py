@@ -5,7 +5,8 @@ T tokens, width C, heads of size D.
 
     embedding -> RMSNorm -> n_layer x block_forward -> RMSNorm with gain -> head -> softcap
 
-Of the optional parts (parts.py), add_values() is here; callers scale the residual and choose what attention sees.
+Of the optional parts (parts.py), add_values() is here. Callers scale the residual, choose what attention sees, add the
+MLP's output, which block_forward() returns, and take off the middle block's residual.
 """
 
 import math
