@@ -60,6 +60,9 @@ def choose_attention(cfg: SimpleNamespace, device: torch.device, emulated: bool)
         return "torch", "torch's scaled_dot_product_attention", ""
     by_te = "torch, by the emulation" if emulated else "Transformer Engine"
     warning = unfused(cfg, device) if device.type == "cuda" and not emulated else ""
+    if wanted == "cudnn" and emulated:
+        raise UserError("attention='cudnn' cannot run: Transformer Engine, which calls it, is emulated here; use "
+                        "--attention=auto", 2)
     if wanted == "cudnn":
         return "te", by_te, warning
     if device.type != "cuda":

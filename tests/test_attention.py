@@ -126,7 +126,12 @@ def test_a_warning_where_cudnn_has_no_fused_attention(capability, cudnn, head, p
     cfg, device = flags(attention=wanted, n_embd=2 * head, n_head=2, window_pattern=pattern), torch.device("cuda")
     name, _, warning = choose_attention(cfg, device, False)
     assert name == "te" and bool(warning) == bool(words) and all(word in warning for word in words)
-    assert not choose_attention(cfg, device, True)[2] and not choose_attention(cfg, torch.device("cpu"), True)[2]
+    for other in (device, torch.device("cpu")):  # where Transformer Engine is emulated
+        if wanted == "auto":
+            assert not choose_attention(cfg, other, True)[2]
+        else:
+            with pytest.raises(UserError, match="attention='cudnn'.*--attention=auto"):
+                choose_attention(cfg, other, True)
 
 
 def test_torch_has_no_windows():
