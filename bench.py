@@ -335,7 +335,8 @@ def largest_gap(a: RunData, b: RunData) -> float | None:
 
 def alike(a: RunData, b: RunData) -> bool:
     """Whether a gap between two runs says something: the same model on the same tokens."""
-    return all(a.config[key] == b.config[key] for key in ("parameters", "total_batch_size"))
+    ramps = {run.config.get("batch_ramp", "") for run in (a, b)}
+    return all(a.config[key] == b.config[key] for key in ("parameters", "total_batch_size")) and len(ramps) == 1
 
 
 def summarize(runs: dict[tuple, RunData], study: bool) -> tuple[list[dict], float | None, float | None]:
@@ -379,7 +380,8 @@ def summarize_row(label: str, own: dict[int, RunData], paired: list[tuple[RunDat
         wrapper=config.get("wrapper"), gpus=config["world_size"], seeds=list(own), parameters=config["parameters"],
         in_bf16=config.get("HIGH_PRECISION_LAYERS", ""), vocab_size=config["vocab_size"],
         total_batch_size=config["total_batch_size"], batch_size=config["batch_size"], warmup=config["warmup_iters"],
-        tokens=runs[0].train[-1]["tokens"], train_loss=statistics.mean(smooth(run.losses)[-1] for run in runs),
+        tokens=runs[0].train[-1]["tokens"], at=[r["tokens"] for r in runs[0].train],
+        train_loss=statistics.mean(smooth(run.losses)[-1] for run in runs),
         val_losses=val_losses, val_loss=statistics.mean(known) if known else None, gaps=gaps,
         val_in_format={} if precision == "bf16" else in_format, largest_gap=max(largest, default=None),
         tok_per_sec=statistics.median_high(r["tok_per_sec"] for run in runs for r in run.timed),
@@ -467,7 +469,7 @@ def plot(rows: list[dict], noise: float | None, val_noise: float | None, path: s
     def draw(ax: Any, curves: list[list[float]], row: dict) -> None:
         """The mean over seeds, and their spread as a band."""
         steps = range(row["warmup"], min(map(len, curves)))
-        at = [(i + 1) * row["total_batch_size"] / unit for i in steps]
+        at = [row["at"][i] / unit for i in steps]
         across = [[curve[i] for curve in curves] for i in steps]
         color = colors[row["label"]]
         ax.plot(at, [statistics.mean(x) for x in across], color=color, linewidth=1.5, label=row["label"])

@@ -26,7 +26,7 @@ DEFAULT_VARIANTS = {True: "fp8: --preset=classic; bf16: --preset=classic --USE_F
 FLAGS = dict(max_iters=10**7, eval_interval=0, keep_checkpoints=0, ckpt_interval=0)
 LENGTH = "use --warm and --measure; for the batch of a shorter run, give --total_batch_size"
 OWN = {"max_iters": LENGTH, "train_tokens": LENGTH, "run_name": "use names of variants", "out_dir": "use --out",
-       "resume": "every run starts anew"}
+       "resume": "every run starts anew", "batch_ramp": "one speed, not that of each stage"}
 POLL_SECONDS = 0.2
 
 
@@ -87,7 +87,7 @@ def start(variant: Variant, gpu: str | None, folder: str, given: Sequence[str]) 
     script = os.path.join(variant.tree, "train.py")
     with open(script, encoding="utf-8-sig") as f:
         if "\nbatch_ramp: " in f.read():  # older trees refuse the flag
-            arguments.insert(0, "--batch_ramp=")  # one speed, not that of each stage
+            arguments.insert(0, "--batch_ramp=")
     process = spawn([*launcher, script, *arguments], log, variant.name, gpu, variant.tree)
     return Child(SimpleNamespace(label=variant.name, folder=os.path.join(folder, "run")), process, log)
 

@@ -314,6 +314,9 @@ def plot(found: dict[str, Any], path: str) -> None:
 
 def run(train: ModuleType, given: list[str], procs: Any, out: str, command: str) -> None:
     """Do what `bench.py profile` says. given: train.py's flags. Raises: UserError."""
+    if any(argument.startswith("--batch_ramp=") for argument in given):
+        raise UserError("profile sets --batch_ramp itself (one step is profiled); leave it out", 2)
+
     def flags(max_iters: int) -> SimpleNamespace:
         defaults = dict(max_iters=max_iters, batch_ramp="", eval_interval=0, eval_tokens=1, keep_checkpoints=0,
                         run_name="profile")

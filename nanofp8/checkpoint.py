@@ -51,7 +51,7 @@ from nanofp8.procs import Processes, report_good_end
 from nanofp8.resuming import find_checkpoint, run_folder_of, was_restarted
 from nanofp8.runlog import read_log
 from nanofp8.shards import PROJECT, ShardError, fingerprint
-from nanofp8.sizes import steps_for
+from nanofp8.sizes import ramp_points, steps_for
 
 TRAIN = os.path.join(PROJECT, "train.py")
 NOT_FINITE = "weights or optimizer state are not finite"
@@ -169,7 +169,7 @@ def adopt_flags(checkpoint: str, cfg: SimpleNamespace, recipe: dict, procs: Proc
         return {name: then[name] for name in names if name not in cfg.explicit and name in then}
 
     taken = left_out(FIXED_FLAGS)
-    if differing := [f"{name}={value}" for name, value in taken.items() if value != getattr(cfg, name)]:
+    if differing := [f"{name}={shown(value)}" for name, value in taken.items() if value != getattr(cfg, name)]:
         procs.print(f"resume: taken from the checkpoint, because they cannot change: {', '.join(differing)}")
     if is_old:
         follow = {*recipe}
@@ -213,9 +213,17 @@ def check_fixed_flags(checkpoint: str, cfg: SimpleNamespace) -> None:
     """Check that flags which cannot change are those of the checkpoint. Raises UserError (status 2)."""
     then = ADDED_FLAGS | read_checkpoint(checkpoint)["flags"]
     for name in FIXED_FLAGS:
-        if name in then and then[name] != getattr(cfg, name):
-            raise UserError(f"{checkpoint} was trained with {name}={then[name]}, which cannot change to "
-                            f"{getattr(cfg, name)}; set --{name}={then[name]}", 2)
+        now = getattr(cfg, name)
+        if name == "batch_ramp" and ramp_points(now) == ramp_points(then[name]):
+            continue  # written in another way
+        if name in then and then[name] != now:
+            raise UserError(f"{checkpoint} was trained with {name}={shown(then[name])}, which cannot change to "
+                            f"{shown(now)}; set --{name}={then[name]}", 2)
+
+
+def shown(value: Any) -> Any:
+    """Return a flag's value as messages show it: an empty text would not be seen."""
+    return value if value != "" else "''"
 
 
 def check_shards(checkpoint: str, saved: dict[str, list], shards: dict[str, list], folder: str) -> None:

@@ -24,7 +24,7 @@ from nanofp8.procs import Processes
 from nanofp8.race_report import Race, amount, name_of, report
 from nanofp8.reports import RunData, finished_run, read_run
 from nanofp8.runlog import format_duration
-from nanofp8.sizes import BatchPlan, ramp_stages, steps_for
+from nanofp8.sizes import BatchPlan, ramp_stages, steps_of
 
 OPTIONS = ("out", "variants", "tokens", "minutes", "seeds", "gpus", "target")
 FLAGS = dict(eval_interval=0, keep_checkpoints=0)  # of every run, unless the user says otherwise
@@ -249,13 +249,14 @@ class Planner:
         jobs, unit, seen = [], self.race.unit, {}
         for (variant, length), wanted in tokens.items():
             batch, what = self.batch(variant, wanted), name_of(length, unit)
-            steps = steps_for(wanted, SimpleNamespace(total_batch_size=batch, batch_ramp=self.ramp(variant)))
-            if round(wanted / batch) == 0:
-                raise UserError(f"variant '{variant}': {what} is less than one step of {batch:,} tokens; "
+            stages = ramp_stages(SimpleNamespace(total_batch_size=batch, batch_ramp=self.ramp(variant)))
+            steps, of_a_step = steps_of(wanted, stages), f"{'at most ' if len(stages) > 1 else ''}{batch:,} tokens"
+            if not steps:
+                raise UserError(f"variant '{variant}': {what} is less than one step of {of_a_step}; "
                                 f"raise --{unit}, or lower --total_batch_size", 2)
             if (other := seen.setdefault((variant, batch, steps), what)) != what:
-                raise UserError(f"variant '{variant}': {other} and {what} are both {steps} step(s) of {batch:,} "
-                                f"tokens; choose --{unit} farther apart", 2)
+                raise UserError(f"variant '{variant}': {other} and {what} are both {steps} step(s) of {of_a_step}; "
+                                f"choose --{unit} farther apart", 2)
             jobs += [self.job((variant, length, seed), f"{what}, seed {seed}", seed=seed, train_tokens=round(wanted))
                      for seed in self.race.seeds]
         return sorted(jobs, key=lambda job: -job.tokens)

@@ -104,10 +104,12 @@ class Schedule:
 
     def rates(self, learning_rates: dict[str, float]) -> str:
         """Return the highest learning rates of parameter groups, {name: by its flag}, for the start-up table."""
-        rates = ", ".join(f"{name} {lr * self.scale:.3g}" for name, lr in learning_rates.items())
-        ramp = self.plan.describe() and "up to "
-        return rates if self.scale == 1 else (f"{rates} (flags x {self.scale:.3g} for {self.cfg.max_iters:,} steps of "
-                                              f"{ramp}{self.cfg.total_batch_size:,} tokens)")
+        highest, ramp = self.scale, self.plan.describe() and "up to "
+        if ramp:  # a larger batch may come when the rates already fall
+            highest = max(self.lr(step) for step in range(self.cfg.max_iters))
+        rates = ", ".join(f"{name} {lr * highest:.3g}" for name, lr in learning_rates.items())
+        return rates if highest == 1 else (f"{rates} (flags x {highest:.3g} for {self.cfg.max_iters:,} steps of "
+                                           f"{ramp}{self.cfg.total_batch_size:,} tokens)")
 
     def decays(self, adam_groups: list[dict]) -> str:
         """Return the weight decays of Muon and of AdamW's parameter groups for the start-up table."""

@@ -67,9 +67,14 @@ def auto_batch(train_tokens: int) -> int:
     return 2 ** max(0, round(math.log2(65536 * (train_tokens / 70e6) ** 0.383)))
 
 
+def ramp_points(text: str) -> list[float]:
+    """Return the fractions that batch_ramp lists."""
+    return [float(point) for point in text.split(",") if point]
+
+
 def ramp_stages(cfg: SimpleNamespace) -> list[tuple[float, int]]:
     """Return [(share of the run's tokens, tokens of a step)]: one entry, or with batch_ramp one more per doubling."""
-    points = [float(point) for point in getattr(cfg, "batch_ramp", "").split(",") if point]
+    points = ramp_points(getattr(cfg, "batch_ramp", ""))
     pairs = itertools.pairwise([0.0, *points, 1.0])
     return [(end - start, max(1, cfg.total_batch_size >> (len(points) - i))) for i, (start, end) in enumerate(pairs)]
 
@@ -79,12 +84,17 @@ def step_multiple(cfg: SimpleNamespace) -> int:
     return 2 ** (len(ramp_stages(cfg)) - 1)
 
 
+def steps_of(tokens: float, stages: list[tuple[float, int]]) -> int:
+    """Return how many steps read this many tokens, rounded. stages: of ramp_stages()."""
+    return round(sum(tokens * share / batch for share, batch in stages))
+
+
 def steps_for(tokens: float, cfg: SimpleNamespace) -> int:
     """Return the optimizer steps that read about this many tokens, at least one. cfg: as for BatchPlan."""
     if getattr(cfg, "batch_stages", None):
         first, before, batch = next(stage for stage in reversed(BatchPlan(cfg).stages) if stage[1] <= tokens)
         return max(1, first + round((tokens - before) / batch))
-    return max(1, round(sum(tokens * share / batch for share, batch in ramp_stages(cfg))))
+    return max(1, steps_of(tokens, ramp_stages(cfg)))
 
 
 class BatchPlan:
@@ -129,6 +139,8 @@ class BatchPlan:
         ends = [first for first, _, _ in self.stages[1:]] + [self.steps]
         used = [(first, batch) for (first, _, batch), end in zip(self.stages, ends, strict=True)
                 if min(end, self.steps) > first]
+        if len(used) == 1:
+            return f"{used[0][1]:,} tokens in all steps"
         return ", ".join(f"{batch:,} from step {first + 1:,}" if first else f"{batch:,} tokens a step"
                          for first, batch in used)
 

@@ -163,6 +163,20 @@ def test_a_batch_that_follows_from_the_length_gets_the_length(tmp_path):
     assert not any(a.startswith("--max_iters") for job in jobs for a in job.arguments)
 
 
+def test_lengths_of_a_growing_batch_are_told_apart_by_their_steps(fresh):
+    """Steps of 1,024 and 2,048 tokens: 4,500 tokens are three, 4,600 too, 200 are none. 700 are one, though they are
+    less than half of the largest."""
+    def steps(*lengths):
+        contest = make_race("ramp: --total_batch_size=2048 --batch_ramp=0.5", lengths=lengths, seeds=1)
+        return [job.cfg.max_iters for job in race.Planner(contest, [], train).by_length()]
+
+    assert steps(700.0) == [1] and steps(4500.0) == [3] and sorted(steps(3000.0, 4500.0)) == [2, 3]
+    with pytest.raises(UserError, match=r"both 3 step\(s\) of at most 2,048 tokens; choose --tokens"):
+        steps(4500.0, 4600.0)
+    with pytest.raises(UserError, match="less than one step of at most 2,048 tokens; raise --tokens"):
+        steps(200.0)
+
+
 def test_the_speed_of_a_growing_batch():
     """Half of the tokens at 100, half at 400 tokens/s: 160. The first steps, which compile, do not count."""
     config = dict(max_iters=race.PROBE_STEPS, total_batch_size=64, batch_ramp="0.5")

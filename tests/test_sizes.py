@@ -68,6 +68,7 @@ def test_the_warm_up_does_not_overshoot(ramp, warmup):
 def test_short_runs_skip_stages():
     """A stage without a step is not named."""
     assert [plan_of(steps, 1024, "0.25,0.6").batch(steps - 1) for steps in (1, 2, 3)] == [512, 512, 1024]
+    assert plan_of(1, 1024, "0.25,0.6").describe() == "512 tokens in all steps"
     assert plan_of(2, 1024, "0.25,0.6").describe() == "256 tokens a step, 512 from step 2"
     assert plan_of(100, 1024, "0.25,0.6").describe() == "256 tokens a step, 512 from step 49, 1,024 from step 82"
 
@@ -83,6 +84,10 @@ def test_rates_follow_the_batch_and_schedules_the_tokens():
     assert fixed.lr(half) == pytest.approx(0.55, abs=0.035) and half > 150
     assert followed.lr(half) / fixed.lr(half) == pytest.approx(math.sqrt(256 / 524288))
     assert fixed.lr(199) == pytest.approx(0.1) and fixed.weight_decay(199) == pytest.approx(0.1)
+    highest = max(map(followed.lr, range(200)))
+    said = f"muon {0.02 * highest:.3g} (flags x {highest:.3g} for 200 steps of up to 256"
+    assert said in followed.rates(dict(muon=0.02))
+    assert highest < 0.95 * followed.scale  # the last doubling comes when the rates already fall
     assert followed.passes == plan.total / 10**9
     constant = Schedule(helpers.make_cfg(max_iters=100, total_batch_size=128, lr_scaling="sqrt"), 3200)
     growing = Schedule(helpers.make_cfg(max_iters=150, total_batch_size=128, batch_ramp="0.5", lr_scaling="sqrt"), 3200)
