@@ -142,7 +142,7 @@ USE_BACKOUT: bool = False                     # the last norm reads x - c * (x i
 
 # Length, batch and schedule
 train_tokens: NonNegative = 891289600         # tokens to train on: 9 FineWeb shards, once; 0: use max_iters
-total_batch_size: AutoPositive = "auto"       # tokens per optimizer step, all ranks; "auto": by train_tokens (and ramp)
+total_batch_size: AutoPositive = "auto"       # tokens per optimizer step, all ranks; "auto": by train_tokens, batch_ramp
 batch_ramp: Ramp = ""                         # "0.25,0.6": the batch doubles after these fractions of the tokens
 batch_size: AutoPositive = "auto"             # sequences of a micro-batch; "auto": what fits, at most 16 (d12: 32)
 max_iters: Positive = 1700                    # optimizer steps; used if given or edited, or if train_tokens is 0
@@ -551,17 +551,21 @@ class GPT(nn.Module):
         scales, share = self.scales() if self.scales else ([(None, None)] * len(self.blocks), None)
         if self.fused is not None:
             self.fused.begin(x, first, self.in_place, where)
-        recompute = self.cfg.USE_AC_BLOCKS and self.training
+        shared, recompute = (self.cos, self.sin, idx, first), self.cfg.USE_AC_BLOCKS and self.training
         for i, block in enumerate(self.blocks):
-            call = functools.partial(self.te.checkpoint, block, use_reentrant=False) if recompute else block
-            fused = () if self.fused is None else (delta, self.fused.blocks[i])
-            x, delta, *x0s = call(x, self.cos, self.sin, idx, first, x0, *scales[i], *fused)
-            x0 = x0s[0] if x0s else x0
+            if self.fused is not None:
+                x, delta, x0 = block(x, *shared, x0, *scales[i], delta, self.fused.blocks[i])
+            else:
+                call = functools.partial(self.te.checkpoint, block, use_reentrant=False) if recompute else block
+                x, delta = call(x, *shared, x0, *scales[i])
             if share is not None and i == middle_block(len(self.blocks)):
                 middle = x
-            x = x if fused else x + delta
+            if self.fused is None:  # a fused block adds the delta of the block before it
+                x = x + delta
         x = x if share is None else self.take_off(x, middle, share)
-        return AddNorm.apply(x, delta, self.norm.weight, self.cfg.norm_eps) if fused else self.norm(x)
+        if self.fused is not None:
+            return AddNorm.apply(x, delta, self.norm.weight, self.cfg.norm_eps)
+        return self.norm(x)
 
     def matrices(self) -> list[Tensor]:
         """Return the weights that Muon trains."""
