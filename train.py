@@ -142,7 +142,7 @@ USE_BACKOUT: bool = False                     # the last norm reads x - c * (x i
 
 # Length, batch and schedule
 train_tokens: NonNegative = 891289600         # tokens to train on: 9 FineWeb shards, once; 0: use max_iters
-total_batch_size: AutoPositive = "auto"       # tokens per optimizer step, all ranks; "auto": by train_tokens, batch_ramp
+total_batch_size: AutoPositive = "auto"       # tokens per optimizer step, all ranks; "auto": by length and batch_ramp
 batch_ramp: Ramp = ""                         # "0.25,0.6": the batch doubles after these fractions of the tokens
 batch_size: AutoPositive = "auto"             # sequences of a micro-batch; "auto": what fits, at most 16 (d12: 32)
 max_iters: Positive = 1700                    # optimizer steps; used if given or edited, or if train_tokens is 0
