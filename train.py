@@ -106,7 +106,7 @@ from nanofp8.procs import Processes, command_line  # rank, device, mesh; start a
 from nanofp8.schedule import Schedule  # learning rates, weight decay and momentum at each step
 from nanofp8.shards import Shard, ShardError, find_shards, pass_order  # the token shard format
 from nanofp8.sizes import BatchPlan, auto_batch, flops_per_token, middle_block, parameter_table, steps_for, windows
-from nanofp8.zero import Gathered, Shards  # what USE_FSDP2 and USE_DDP do
+from nanofp8.zero import Gathered, Zero2  # what USE_FSDP2 and USE_DDP do
 
 # ======================================================================================================================
 # Flags. Edit a value here, or give --name=value. The values below are those of preset "d20".
@@ -583,7 +583,7 @@ class Optimizers(OptimizerSet):
         """Sort the parameters into groups. data_tokens: tokens of the train shards. Raises: UserError if an optimizer
         cannot run here."""
         self.schedule = Schedule(cfg, data_tokens)
-        sharded, self.shards, self.buffers = parallel.wrapper == "fsdp2", parallel.shards, parallel.buffers
+        sharded, self.zero2, self.buffers = parallel.wrapper == "fsdp2", parallel.zero2, parallel.buffers
         blocks = list(model.blocks.named_parameters())
         muon = dict(lr=cfg.learning_rate, weight_decay=cfg.weight_decay, mu=cfg.muon_momentum_start,
                     cautious_wd=cfg.USE_CAUTIOUS_WD)
@@ -597,9 +597,9 @@ class Optimizers(OptimizerSet):
                  params=[p for n, p in blocks if n.endswith("fc2_weight")]),
         ]
         adam_groups = self.adam_groups(model, cfg)
-        if self.shards is not None:
+        if self.zero2 is not None:
             for group in matrix_groups + adam_groups:
-                group["params"] = self.shards.own(group["params"])
+                group["params"] = self.zero2.own(group["params"])
         # Before Dion turns its groups' "lr" into tensors on the device
         self.base_lr = {g["name"]: g["lr"] for g in matrix_groups + adam_groups}
 
@@ -697,10 +697,10 @@ class Parallel:
         """Prepare the model in place. wrapper: "none", "ddp" (every rank holds all weights) or "fsdp2"."""
         self.model, self.wrapper, self.world_size = model, wrapper, procs.world_size
         self.by_hooks = wrapper == "fsdp2" and cfg.FSDP2_RESHARD  # FSDP2 gathers weights and reduces gradients itself
-        self.shards = self.buffers = None  # the parameters that this rank updates (DDP); gradients that stay in place
+        self.zero2 = self.buffers = None  # the parameters that this rank updates (DDP); gradients that stay in place
         reduce, gather = (torch.float32 if on else torch.bfloat16 for on in (cfg.REDUCE_FP32, cfg.GATHER_FP32))
         if wrapper == "ddp":
-            self.buffers = self.shards = Shards(model, model.matrices(), procs, reduce, gather, not cfg.USE_8BIT_ADAM)
+            self.buffers = self.zero2 = Zero2(model, model.matrices(), procs, reduce, gather, not cfg.USE_8BIT_ADAM)
         elif wrapper == "fsdp2":
             # Inputs are not cast: RoPE's tables must stay fp32; the rest is bf16 or integers
             policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, cast_forward_inputs=False, reduce_dtype=reduce)

@@ -108,8 +108,8 @@ def training_state(run: Any) -> dict:
     for optimizer in run.optimizers.all:
         for p, state in run.optimizers.state_of(optimizer).items():
             optim[names[p]] = {k: v if torch.is_tensor(v) else torch.tensor(v) for k, v in state.items()}
-    shards = run.parallel.shards
-    model = shards.exact_weights(names) if shards else {name: p.detach() for p, name in names.items()}
+    zero2 = run.parallel.zero2
+    model = zero2.exact_weights(names) if zero2 else {name: p.detach() for p, name in names.items()}
     return dict(model=model, optim=optim, fp8=fp8_state(run.model),
                 rng={str(run.procs.rank): random_state(run.procs, run.precision.te)})
 

@@ -283,14 +283,14 @@ class OptimizerSet:
     """Several optimizers stepped as one: what does not depend on who optimizes what.
 
     A subclass sets `muon`, `all` (muon first), `groups` ({name: parameter group}), `compiled` (Dion's update),
-    `shards` (zero.Shards, or None) and `buffers` (the same, or zero.Gathered).
+    `zero2` (zero.Zero2, or None) and `buffers` (the same, or zero.Gathered).
     """
 
     muon: torch.optim.Optimizer
     all: list[torch.optim.Optimizer]
     groups: dict[str, dict]
     compiled: bool
-    shards: Any
+    zero2: Any
     buffers: Any
 
     def step(self) -> None:
@@ -321,7 +321,7 @@ class OptimizerSet:
                      for p, buffer in optimizer.buffers().items()}
         else:
             state = optimizer.state
-        return state if self.shards is None else self.shards.whole_state(state)
+        return state if self.zero2 is None else self.zero2.whole_state(state)
 
     def load_state(self, saved: dict[str, dict], parameters: dict[str, torch.Tensor], meta: dict) -> None:
         """Take over a checkpoint's state. Muon's buffers are converted if the other library wrote them.
@@ -332,8 +332,8 @@ class OptimizerSet:
             meta: what `meta` was when the state was saved.
         """
         names = {p: name for name, p in parameters.items()}
-        if self.shards is not None:
-            names |= {part: names[p] for p, part in self.shards.parts.items()}
+        if self.zero2 is not None:
+            names |= {part: names[p] for p, part in self.zero2.parts.items()}
         if isinstance(self.muon, TorchMuon):
             load = self.muon.load_momentum if meta["muon"] == "dion" else self.muon.load_buffers
             load({p: saved[names[p]]["momentum"] for p in self.muon.parts}, meta["muon_momentum"])

@@ -1,6 +1,6 @@
 """Divide gradients, optimizer state and updates among the ranks (ZeRO, arXiv 1910.02054).
 
-**Shards** is what USE_DDP does: ZeRO-2, in which all ranks hold the whole model. All micro-batches of a step add to the
+**Zero2** is what USE_DDP does: ZeRO-2, in which all ranks hold the whole model. All micro-batches of a step add to the
 same fp32 gradients, without communication, so that they can be CUDA graphs. Then each gradient is averaged over the
 ranks, but only its owner gets the result (reduce-scatter). The owner updates its weights and sends them to the others
 (all-gather). Together that moves as many bytes as DDP's all-reduce, and each rank does 1 / world_size of the
@@ -75,7 +75,7 @@ class Buffers:
             result.copy_(received)
 
 
-class Shards(Buffers):
+class Zero2(Buffers):
     """Buffers that hold parameters and gradients so that each rank's part of them is one piece of memory."""
 
     def __init__(self, model: torch.nn.Module, matrices: Iterable[Tensor], procs: Any, reduce_dtype: torch.dtype,

@@ -13,7 +13,7 @@ from helpers import CPU, ROOT, finish, make_cfg, make_model, random_grads, start
 from nanofp8 import epilogues, fused
 from nanofp8.parts import gradient_of
 from nanofp8.procs import Processes
-from nanofp8.zero import Shards, assign_owners
+from nanofp8.zero import Zero2, assign_owners
 
 PARTS = dict(n_value_embed=1, USE_X0=True, USE_BACKOUT=True, n_layer=3)
 INTERPRETS = fused.triton is not None and not torch.cuda.is_available()  # Triton's interpreter runs on CPUs
@@ -69,7 +69,7 @@ def work(procs, flags):
         for p, values in optimizers.state_of(optimizer).items():
             state[names[p]] = {k: whole(v) for k, v in values.items()}
     return dict(norms=norms, state=state, weights={n: p.detach().clone() for p, n in names.items()},
-                exact={n: whole(w).clone() for n, w in optimizers.shards.exact_weights(names).items()})
+                exact={n: whole(w).clone() for n, w in optimizers.zero2.exact_weights(names).items()})
 
 
 # What two ranks do, one after another in one pair of processes: {name: (function of this file, flags)}
@@ -148,17 +148,17 @@ def test_all_parameters_are_divided_one_way_and_keep_their_values():
     cfg = make_cfg(**PARTS)
     model, twin = make_model(cfg), make_model(cfg)
     procs = SimpleNamespace(rank=1, world_size=2, device=CPU, mesh=None)
-    shards = Shards(model, model.matrices(), procs, torch.float32)
-    assert len(shards.rows) == 3 and len(shards.owners) == 12  # embedding, head, value table
-    assert len(shards.rows) + len(shards.owners) + len(shards.small) == len(list(model.parameters()))
+    zero2 = Zero2(model, model.matrices(), procs, torch.float32)
+    assert len(zero2.rows) == 3 and len(zero2.owners) == 12  # embedding, head, value table
+    assert len(zero2.rows) + len(zero2.owners) + len(zero2.small) == len(list(model.parameters()))
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
-    own = shards.own(model.parameters())
+    own = zero2.own(model.parameters())
     assert sum(p.numel() for p in own if p.ndim == 2) < 0.6 * sum(p.numel() for p in model.parameters())
     for p in own:
         p.grad.add_(1)
-    for p, q in zip(shards.rows, shards.own(shards.rows), strict=True):
+    for p, q in zip(zero2.rows, zero2.own(zero2.rows), strict=True):
         assert q.data_ptr() == p[p.shape[0] // 2:].data_ptr() and p.grad[p.shape[0] // 2:].eq(1).all()
-    shards.zero_grad()
+    zero2.zero_grad()
     assert not any(p.grad.any() for p in model.parameters())
 
 
