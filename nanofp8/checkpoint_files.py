@@ -162,13 +162,15 @@ def check_meta(meta: dict, name: str) -> None:
 
     named, real = re.fullmatch(r"step_(\d+)", name), (int, float)
     data, guard, files = (meta.get(key) for key in ("data", "guard", "files"))
-    shards = (data or {}).get("shards", {})
+    shards, stages = (data or {}).get("shards", {}), meta.get("stages", [])
     fits = dict(
         flags=isinstance(meta["flags"], dict), tokens=number(meta["tokens"], 1),
         step=number(meta["step"], 1) and (not named or meta["step"] == int(named[1])),
         world_size=number(meta["world_size"], 1), train_seconds=number(meta["train_seconds"], 0, real),
         loader=all(number(meta["loader"][key], 0) for key in ("step", "micro_batch")),
-        stages=all(number(first, 0) and number(batch, 1) for first, batch in meta.get("stages", ())),
+        stages=not stages or all(number(first, 0) for first, _ in stages) and stages[0][0] == 0
+        and stages == sorted(stages) and [batch for _, batch in stages] == [
+            meta["flags"]["total_batch_size"] >> n for n in reversed(range(len(stages)))],
         data=data is None or number(data["tokens"], 1) and number(data["crc32"], 0),
         shards=shards.keys() <= {"train", "val"} and all(
             isinstance(shard["name"], str) and number(shard["bytes"], 0) and number(shard["crc32"], 0)

@@ -1478,8 +1478,9 @@ def damage(folder, how):
             json.loads((folder / "meta.json").read_text()) | ODD_META[how]))
 
 
-ODD_META = {f"meta {key}": {key: value} for key,
-            value in (("step", 5), ("tokens", "9"), ("world_size", 0), ("loader", {}), ("train_seconds", None))}
+ODD_META = {f"meta {key} {value}": {key: value} for key, value in (
+    ("step", 5), ("tokens", "9"), ("world_size", 0), ("loader", {}), ("train_seconds", None), ("stages", "often"),
+    ("stages", [[0, 64], [2, 256]]), ("stages", [[1, 128], [2, 256]]), ("stages", [[0, 128], [-1, 256]]))}
 
 
 @pytest.mark.parametrize("how",
