@@ -17,6 +17,7 @@ import stat
 import warnings
 import zlib
 from multiprocessing.pool import ThreadPool
+from types import SimpleNamespace
 from typing import Any, BinaryIO, Callable, Literal
 
 import torch
@@ -38,6 +39,7 @@ from nanofp8.config import (
     convert,
 )
 from nanofp8.files import error_line
+from nanofp8.sizes import BatchPlan, ramp_stages
 
 # Flags whose values a resumed run or sample.py takes from a checkpoint, with their types in train.py. Those of the
 # recipe, which only a resumed run takes, are checked there (checkpoint.adopt_flags)
@@ -151,6 +153,20 @@ def read_checkpoint(folder: str) -> dict:
                                 "name a folder step_NNNNNN or a run folder") from None
 
 
+def stages_fit(meta: dict) -> bool:
+    """Whether the stages of a growing batch are those of the flags, and give the tokens that were read."""
+    flags, stages = SimpleNamespace(**meta["flags"]), meta.get("stages")
+    if stages is None or not getattr(flags, "batch_ramp", ""):
+        return stages is None and not getattr(flags, "batch_ramp", "")
+    firsts = [first for first, _ in stages]
+    if not all(type(first) is int for first in firsts) or firsts != sorted(firsts) or firsts[0] != 0:
+        return False
+    if [batch for _, batch in stages] != [batch for _, batch in ramp_stages(flags)]:
+        return False
+    flags.batch_stages = stages
+    return BatchPlan(flags).tokens(meta["step"]) == meta["tokens"]
+
+
 def check_meta(meta: dict, name: str) -> None:
     """Check the content of meta.json of a checkpoint of this name.
 
@@ -162,15 +178,13 @@ def check_meta(meta: dict, name: str) -> None:
 
     named, real = re.fullmatch(r"step_(\d+)", name), (int, float)
     data, guard, files = (meta.get(key) for key in ("data", "guard", "files"))
-    shards, stages = (data or {}).get("shards", {}), meta.get("stages", [])
+    shards = (data or {}).get("shards", {})
     fits = dict(
         flags=isinstance(meta["flags"], dict), tokens=number(meta["tokens"], 1),
         step=number(meta["step"], 1) and (not named or meta["step"] == int(named[1])),
         world_size=number(meta["world_size"], 1), train_seconds=number(meta["train_seconds"], 0, real),
         loader=all(number(meta["loader"][key], 0) for key in ("step", "micro_batch")),
-        stages=not stages or all(number(first, 0) for first, _ in stages) and stages[0][0] == 0
-        and stages == sorted(stages) and [batch for _, batch in stages] == [
-            meta["flags"]["total_batch_size"] >> n for n in reversed(range(len(stages)))],
+        stages=stages_fit(meta),
         data=data is None or number(data["tokens"], 1) and number(data["crc32"], 0),
         shards=shards.keys() <= {"train", "val"} and all(
             isinstance(shard["name"], str) and number(shard["bytes"], 0) and number(shard["crc32"], 0)

@@ -362,7 +362,7 @@ def parse_flags(argv: Sequence[str], path: str | os.PathLike, presets: Mapping[s
 
 def flag_values(cfg: SimpleNamespace) -> dict[str, Any]:
     """Return all flags as a dict, for config.json and meta.json."""
-    return {name: value for name, value in vars(cfg).items() if name not in ("explicit", "auto")}
+    return {name: value for name, value in vars(cfg).items() if name not in ("explicit", "auto", "batch_stages")}
 
 
 def may_choose(cfg: SimpleNamespace, name: str) -> bool:

@@ -24,7 +24,7 @@ from nanofp8.procs import Processes
 from nanofp8.race_report import Race, amount, name_of, report
 from nanofp8.reports import RunData, finished_run, read_run
 from nanofp8.runlog import format_duration
-from nanofp8.sizes import BatchPlan, ramp_stages, steps_of
+from nanofp8.sizes import BatchPlan, ramp_stages, steps_for, steps_of
 
 OPTIONS = ("out", "variants", "tokens", "minutes", "seeds", "gpus", "target")
 FLAGS = dict(eval_interval=0, keep_checkpoints=0)  # of every run, unless the user says otherwise
@@ -164,7 +164,8 @@ def speed_of(run: RunData) -> float:
         return statistics.median_high(r["tok_per_sec"] for r in run.train[PROBE_STEPS // 2:])
     cfg, late = SimpleNamespace(**run.config), run.train[PROBE_STEPS // 4:]
     plan, speeds = BatchPlan(cfg), {}
-    for record in late:
+    firsts = {first for first, _ in plan.starts}  # a stage's first step captures CUDA graphs
+    for record in [r for r in late if r["step"] not in firsts]:
         speeds.setdefault(plan.batch(record["step"]), []).append(record["tok_per_sec"])
     shares = [(share, statistics.median_high(speeds[batch])) for share, batch in ramp_stages(cfg) if batch in speeds]
     return sum(share for share, _ in shares) / sum(share / speed for share, speed in shares)
@@ -250,8 +251,9 @@ class Planner:
         for (variant, length), wanted in tokens.items():
             batch, what = self.batch(variant, wanted), name_of(length, unit)
             stages = ramp_stages(SimpleNamespace(total_batch_size=batch, batch_ramp=self.ramp(variant)))
-            steps, of_a_step = steps_of(wanted, stages), f"{'at most ' if len(stages) > 1 else ''}{batch:,} tokens"
-            if not steps:
+            steps = steps_for(wanted, SimpleNamespace(total_batch_size=batch, batch_ramp=self.ramp(variant)))
+            of_a_step = f"{'at most ' if len(stages) > 1 else ''}{batch:,} tokens"
+            if not steps_of(wanted, stages):
                 raise UserError(f"variant '{variant}': {what} is less than one step of {of_a_step}; "
                                 f"raise --{unit}, or lower --total_batch_size", 2)
             if (other := seen.setdefault((variant, batch, steps), what)) != what:

@@ -85,14 +85,20 @@ def summarize_row(variant: str, length: float, own: Mapping[int, RunData]) -> di
     config = runs[0].config
     late = [r for run in runs for r in run.train if r["step"] >= SPEED_FROM] or [r for run in runs for r in run.timed]
     minutes = {seed: run.done["train_seconds"] / 60 for seed, run in own.items()}
+    speed = statistics.median_high(r["tok_per_sec"] for r in late)
+    if config.get("batch_ramp"):  # small steps are slower than large ones
+        speed = statistics.mean(run.done["tokens"] / run.done["train_seconds"] for run in runs)
+    tokens = [r["tokens"] for r in runs[0].train]
+    seconds = list(itertools.accumulate((b - a) / r["tok_per_sec"] for a, b, r in zip(
+        [0, *tokens], tokens, runs[0].train, strict=False)))
     return dict(
         label=variant, length=length, tokens=runs[0].done["tokens"], steps=config["max_iters"],
         total_batch_size=config["total_batch_size"], parameters=config["parameters"],
         val_losses={seed: run.val_loss for seed, run in own.items()}, each_minutes=minutes,
         minutes=statistics.mean(minutes.values()),
-        tok_per_sec=statistics.median_high(r["tok_per_sec"] for r in late),
+        tok_per_sec=speed,
         peak_mem_gb=max(r["peak_mem_gb"] for run in runs for r in run.train),
-        at=[r["tokens"] for r in runs[0].train],
+        at=dict(tokens=[t / tokens[-1] for t in tokens], minutes=[s / seconds[-1] for s in seconds]),
         losses={s: [None if x is None else round(x, 5) for x in run.losses] for s, run in own.items()}, config=config)
 
 
@@ -277,7 +283,8 @@ def markdown(rows: list[dict], race: Race, noise: float | None, freedom: int, co
         *table(rows, columns(rows, race)), "",
         f"Val loss is that after the last step, evaluated in bf16 over {config['eval_tokens']:,} tokens"
         f"{f', the mean over seeds {seeds}' if len(race.seeds) > 1 else ''}. Tokens/s is the median from "
-        f"step {SPEED_FROM} on (in shorter runs, after the warm-up). Minutes are those of training alone, without "
+        f"step {SPEED_FROM} on (in shorter runs, after the warm-up); where the batch grows, the mean of all steps. "
+        f"Minutes are those of training alone, without "
         f"start-up and evaluation.", "",
         noise_text(rows, race, noise, freedom), ""]
     if fits:
@@ -319,7 +326,7 @@ def draw_curve(ax: Any, row: dict, scale: float, key: str, color: str) -> None:
     # A short run is smoothed less: an average over many steps would lag behind
     curves = [smooth(losses, min(0.98, row["steps"] / (row["steps"] + 20))) for losses in row["losses"].values()]
     steps = range(int(0.4 * row["steps"]), min(map(len, curves)))
-    ax.plot([row[key] * row["at"][i] / row["tokens"] / scale for i in steps],
+    ax.plot([row[key] * row["at"][key][i] / scale for i in steps],
             [statistics.mean(curve[i] for curve in curves) for i in steps], color=color, linewidth=1, alpha=0.6)
 
 

@@ -16,7 +16,7 @@ def lr_factor(step: float, warmup_iters: int, max_iters: int, min_lr_ratio: floa
     cosine: 1, then linear to min_lr_ratio over that fraction of all steps, or over those after the warm-up if they
     are fewer (0: 1 to the end)."""
     if step < warmup_iters:
-        return min(1.0, (step + 1) / warmup_iters)  # where the batch grows, `step` may be a fraction
+        return (step + 1) / warmup_iters
     if warmdown_ratio is not None:
         length = min(warmdown_ratio * max_iters, max_iters - warmup_iters)
         left = min(1.0, max(0, max_iters - 1 - step) / length) if length > 0 else 1.0
@@ -47,14 +47,15 @@ def lr_scale(cfg: SimpleNamespace) -> float:
 class Schedule:
     """Learning-rate factor, Muon's weight decay and Muon's momentum at each step.
 
-    Where the batch grows, they follow the tokens that were read: `position` of BatchPlan stands in for the step.
+    Where the batch grows, they follow the tokens that were read: `position` of BatchPlan stands in for the step. Only
+    the two warm-ups count steps; their fractions are fractions of the tokens.
     """
 
     def __init__(self, cfg: SimpleNamespace, data_tokens: int):
         """Resolve fractions of the run to steps. cfg: all flags. data_tokens: tokens of the train shards."""
         self.cfg, self.plan = cfg, BatchPlan(cfg)
         self.warmup, self.momentum_iters = (
-            round(ratio * cfg.max_iters) if ratio else iters for ratio, iters in (
+            self.plan.steps_until(ratio) if ratio else iters for ratio, iters in (
                 (cfg.warmup_ratio, cfg.warmup_iters), (cfg.muon_momentum_ratio, cfg.muon_momentum_iters)))
         self.warmdown = cfg.warmdown_ratio if cfg.lr_schedule == "linear" else None
         self.scale = lr_scale(cfg)
@@ -63,8 +64,10 @@ class Schedule:
 
     def lr(self, step: int) -> float:
         """Return the factor on all learning rates at a step (from 0)."""
-        factor = lr_factor(self.plan.position(step), self.warmup, self.cfg.max_iters, self.cfg.min_lr_ratio,
-                           self.warmdown)
+        at, warmup = step, self.warmup
+        if step >= warmup:
+            at, warmup = self.plan.position(step), self.plan.position(warmup)
+        factor = lr_factor(at, warmup, self.cfg.max_iters, self.cfg.min_lr_ratio, self.warmdown)
         return self.scale * self.of_batch(self.plan.batch(step)) * factor
 
     def of_batch(self, tokens: float) -> float:
@@ -106,7 +109,9 @@ class Schedule:
         """Return the highest learning rates of parameter groups, {name: by its flag}, for the start-up table."""
         highest, ramp = self.scale, self.plan.describe() and "up to "
         if ramp:  # a larger batch may come when the rates already fall
-            highest = max(self.lr(step) for step in range(self.cfg.max_iters))
+            starts = [first for first, _ in self.plan.starts]
+            steps = {self.warmup - 1, self.warmup, *starts, *(first - 1 for first in starts), self.cfg.max_iters - 1}
+            highest = max(self.lr(step) for step in steps if 0 <= step < self.cfg.max_iters)
         rates = ", ".join(f"{name} {lr * highest:.3g}" for name, lr in learning_rates.items())
         return rates if highest == 1 else (f"{rates} (flags x {highest:.3g} for {self.cfg.max_iters:,} steps of "
                                            f"{ramp}{self.cfg.total_batch_size:,} tokens)")
@@ -120,7 +125,7 @@ class Schedule:
     def momentum(self, step: int) -> float:
         """Return Muon's momentum at a step: warm-up, then muon_momentum, or as the rates fall to muon_momentum_end."""
         cfg, position = self.cfg, self.plan.position(step)
-        momentum = momentum_at(position, cfg.muon_momentum_start, cfg.muon_momentum, self.momentum_iters)
+        momentum = momentum_at(step, cfg.muon_momentum_start, cfg.muon_momentum, self.momentum_iters)
         if cfg.muon_momentum_end:
             left = lr_factor(position, 0, cfg.max_iters, 0.0, self.warmdown)  # from 1 to 0, as the rates fall
             momentum = min(momentum, cfg.muon_momentum_end + (cfg.muon_momentum - cfg.muon_momentum_end) * left)

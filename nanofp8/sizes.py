@@ -91,10 +91,14 @@ def steps_of(tokens: float, stages: list[tuple[float, int]]) -> int:
 
 def steps_for(tokens: float, cfg: SimpleNamespace) -> int:
     """Return the optimizer steps that read about this many tokens, at least one. cfg: as for BatchPlan."""
-    if getattr(cfg, "batch_stages", None):
-        first, before, batch = next(stage for stage in reversed(BatchPlan(cfg).stages) if stage[1] <= tokens)
-        return max(1, first + round((tokens - before) / batch))
-    return max(1, steps_of(tokens, ramp_stages(cfg)))
+    stages, kept = ramp_stages(cfg), getattr(cfg, "batch_stages", None)
+    about, flags = steps_of(tokens, stages), vars(cfg) | dict(batch_stages=None)
+    plans = [BatchPlan(SimpleNamespace(**flags | dict(max_iters=n))) for n in (about, about - 1, about + 1) if n > 0]
+    plan = min(plans, key=lambda plan: abs(plan.total - tokens))
+    if not kept or plan.starts == [tuple(start) for start in kept]:
+        return plan.steps
+    first, before, batch = next(stage for stage in reversed(BatchPlan(cfg).stages) if stage[1] <= tokens)
+    return max(1, first + round((tokens - before) / batch))
 
 
 class BatchPlan:
@@ -111,7 +115,8 @@ class BatchPlan:
         lengths = [share / batch for share, batch in stages]
         starts = getattr(cfg, "batch_stages", None) or [
             (round(self.steps * sum(lengths[:i]) / sum(lengths)), batch) for i, (_, batch) in enumerate(stages)]
-        for first, batch in starts:
+        self.starts = [(first, batch) for first, batch in starts]  # as batch_stages
+        for first, batch in self.starts:
             self.stages.append((first, self.tokens(first) if self.stages else 0, batch))
 
     def batch(self, step: int) -> int:
@@ -131,6 +136,14 @@ class BatchPlan:
         """Return how far the run is at a step by its tokens, from 0 to steps - 1; without a ramp, the step itself."""
         last = self.tokens(self.steps - 1)
         return (self.steps - 1) * self.tokens(step) / last if last else float(step)
+
+    def steps_until(self, fraction: float) -> int:
+        """Return the steps that read this fraction of the run's tokens, rounded."""
+        if len(self.stages) == 1:
+            return round(fraction * self.steps)
+        tokens = fraction * self.total
+        first, before, batch = next(stage for stage in reversed(self.stages) if stage[1] <= tokens)
+        return first + round((tokens - before) / batch)
 
     def describe(self) -> str:
         """Return the stages of a ramp for the start-up table; "" without one. Stages without a step are left out."""

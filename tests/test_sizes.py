@@ -53,8 +53,38 @@ def test_a_resumed_run_keeps_its_stages():
     cfg.batch_stages, cfg.max_iters = [(step, batch) for step, _, batch in first.stages], 200
     longer = BatchPlan(cfg)
     assert longer.stages == first.stages and longer.total == first.total + 100 * 1024
-    for steps in (7, 60, 100, 200):
+    for steps in (7, 60, 110, 200):
         assert steps_for(longer.tokens(steps), cfg) == steps
+
+
+@pytest.mark.parametrize("ramp", ["", "0.25,0.6", "0.3", "0.5,0.9"])
+def test_the_same_command_gives_the_same_steps_again(ramp):
+    """A resumed run, which keeps its stages, must not become longer or shorter by rounding. Its tokens are off by at
+    most half of the largest step."""
+    for tokens in range(4000, 200000, 977):
+        cfg = SimpleNamespace(total_batch_size=1024, batch_ramp=ramp)
+        cfg.max_iters = steps_for(tokens, cfg)
+        plan = BatchPlan(cfg)
+        assert abs(plan.total - tokens) <= 512
+        cfg.batch_stages = [list(start) for start in plan.starts]
+        assert steps_for(tokens, cfg) == cfg.max_iters, tokens
+
+
+def test_warm_ups_are_over_after_their_steps_also_in_a_longer_run():
+    """They count steps, which a new length does not move. Fractions are fractions of the tokens."""
+    flags = dict(total_batch_size=256, batch_ramp="0.25,0.6", warmup_iters=30, muon_momentum_iters=40,
+                 lr_scaling="none", lr_schedule="linear", warmdown_ratio=0.1)
+    cfg = helpers.make_cfg(**flags, max_iters=200)
+    short = Schedule(cfg, 10**9)
+    cfg.batch_stages, cfg.max_iters = short.plan.starts, 800
+    longer = Schedule(cfg, 10**9)
+    for step in (0, 15, 29, 30, 39, 40, 100, 150):
+        assert short.lr(step) == longer.lr(step) and short.momentum(step) == longer.momentum(step), step
+    assert short.lr(15) < short.lr(29) == short.lr(30) == 1 and short.momentum(40) == 0.95 > short.momentum(39)
+    ratios = dict(warmup_ratio=0.3, muon_momentum_ratio=0.6)
+    by_ratio = Schedule(helpers.make_cfg(**flags | ratios, max_iters=200), 10**9)
+    for steps, ratio in ((by_ratio.warmup, 0.3), (by_ratio.momentum_iters, 0.6)):
+        assert by_ratio.plan.tokens(steps) / by_ratio.plan.total == pytest.approx(ratio, abs=0.01)
 
 
 @pytest.mark.parametrize("warmup", [1, 4, 16])
