@@ -70,11 +70,12 @@ pytestmark = pytest.mark.usefixtures("fresh")
 # Six steps, evaluated after 3 and 6, with all checkpoints
 RUN = dict(eval_interval=3, ckpt_interval=1, keep_checkpoints=9)
 # FSDP2 rounds the residual's scalars to bf16; at their default rate the losses would move by more than ACROSS_GAP
-NORMUON_PARTS = PARTS | dict(muon_variant="normuon", learning_rate_x0=0.05, batch_ramp="0.3", batch_size=2)
+NORMUON_PARTS = PARTS | dict(muon_variant="normuon", learning_rate_x0=0.05)
+RAMP = dict(batch_ramp="0.3", batch_size=2)  # three steps of 128 tokens, three of 256
 WHOLE = {
     "fp8": RUN, "bf16": RUN | dict(USE_FP8=False, batch_size=4),
     "nvfp4": RUN | dict(USE_NVFP4=True, n_embd=128, max_iters=4),
-    "parts": RUN | NORMUON_PARTS,
+    "parts": RUN | NORMUON_PARTS, "ramp": RUN | RAMP,
 }
 
 
@@ -122,7 +123,7 @@ def kill():
 # A resumed run equals the uninterrupted one, bit for bit
 
 
-@pytest.mark.parametrize("name,step", [("fp8", 2), ("nvfp4", 1), ("parts", 3), *[
+@pytest.mark.parametrize("name,step", [("fp8", 2), ("nvfp4", 1), ("parts", 3), ("ramp", 3), *[
     pytest.param(*case, marks=pytest.mark.slow) for case in (("fp8", 1), ("fp8", 4), ("bf16", 3), ("nvfp4", 3))]])
 def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, shards, one_rank, name, step):
     """All of log.jsonl is equal except for times. The interrupted run had already written its `done` record and half a
@@ -149,7 +150,7 @@ def test_saving_does_not_touch_training(tmp_path, shards, one_rank):
 
 def test_a_growing_batch_in_the_log_and_in_the_checkpoint(one_rank):
     """Three steps of 128 tokens, three of 256."""
-    folder = one_rank["parts"].folder
+    folder = one_rank["ramp"].folder
     assert [r["tokens"] for r in records(folder, "train")] == [128, 256, 384, 640, 896, 1152]
     assert all(r["tok_per_sec"] * r["step_ms"] / 1000 == pytest.approx(128 if r["step"] < 3 else 256)
                for r in records(folder, "train"))
@@ -163,8 +164,8 @@ def test_a_growing_batch_in_the_log_and_in_the_checkpoint(one_rank):
 def test_a_run_with_a_growing_batch_gets_another_length(tmp_path, shards, one_rank, step, length):
     """It keeps the step at which its batch grows, so that tokens stay a function of the step: nothing is read twice or
     left out, and train_tokens is what it ends with."""
-    folder = copy_of_run(one_rank["parts"].folder, tmp_path / "r", step)
-    flags = {name: value for name, value in WHOLE["parts"].items() if name != "max_iters"}
+    folder = copy_of_run(one_rank["ramp"].folder, tmp_path / "r", step)
+    flags = {name: value for name, value in WHOLE["ramp"].items() if name != "max_iters"}
     arguments = [a for a in helpers.flag_args(**flags, **length, resume=folder, data_dir=shards, out_dir=tmp_path)
                  if "max_iters" in length or not a.startswith("--max_iters")]
     with mock.patch.object(runlog.RunLog, "plot"):
@@ -437,6 +438,8 @@ RANKS = {
     "fsdp2-to-ddp": (DDP, "fsdp2-fp8", 3),
     "ddp-parts": (DDP | NORMUON_PARTS, None, 0), "fsdp2-parts": (FSDP2 | NORMUON_PARTS, None, 0),
     "fsdp2-parts-resumed": (FSDP2 | NORMUON_PARTS, "fsdp2-parts", 3),
+    "ddp-ramp": (DDP | RAMP, None, 0), "fsdp2-ramp": (FSDP2 | RAMP, None, 0),
+    "fsdp2-ramp-resumed": (FSDP2 | RAMP, "fsdp2-ramp", 3),
     "fsdp2-poisoned": (FSDP2, None, 0), "ddp-poisoned": (DDP, None, 0),
     "minutes": (FSDP2 | dict(ckpt_interval=0), None, 0), "one-fails": (FSDP2 | dict(ckpt_interval=2), None, 0),
     "stopped": (FSDP2 | dict(ckpt_interval=0), None, 0), "stopped-resumed": (FSDP2, "stopped", 2),
@@ -524,7 +527,7 @@ def two_ranks(tmp_path_factory, shards, one_rank):
     return runs
 
 
-@pytest.mark.parametrize("name", ["ddp-fp8", "fsdp2-fp8", "fsdp2-bf16", "fsdp2-nvfp4", "fsdp2-parts"])
+@pytest.mark.parametrize("name", ["ddp-fp8", "fsdp2-fp8", "fsdp2-bf16", "fsdp2-nvfp4", "fsdp2-parts", "fsdp2-ramp"])
 def test_two_ranks_continue_bit_for_bit(two_ranks, name):
     """A resumed run with as many ranks and the same wrapper equals the uninterrupted one. Each rank has its own random
     state (NVFP4)."""
@@ -644,12 +647,21 @@ def test_ddp_continues_from_fsdp2(two_ranks):
     assert_continues(two_ranks["fsdp2-to-ddp"].folder, two_ranks["fsdp2-to-ddp"].restored, two_ranks["fsdp2-fp8"], 3)
 
 
+def test_two_ranks_let_the_batch_grow_like_one(one_rank, two_ranks):
+    """DDP and FSDP2: the same tokens, and the losses of one process within the gap of other models."""
+    folder = one_rank["ramp"].folder
+    for name in ("ddp-ramp", "fsdp2-ramp"):
+        other = two_ranks[name].folder
+        assert [r["tokens"] for r in records(other, "train")] == [r["tokens"] for r in records(folder, "train")]
+        assert np.abs(losses(other) - losses(folder)).max() < ACROSS_GAP, name
+
+
 def test_two_ranks_train_the_optional_parts_like_one(one_rank, two_ranks):
     """DDP and FSDP2, with NorMuon: the losses of one process, within the gap of other models."""
     want = losses(one_rank["parts"].folder)
     for name in ("ddp-parts", "fsdp2-parts"):
         gaps = np.abs(losses(two_ranks[name].folder) - want)
-        assert gaps.max() < ACROSS_GAP and want[0] - want[-1] > 0.7, (name, gaps)
+        assert gaps.max() < ACROSS_GAP and want[0] - want[-1] > 1, (name, gaps)
 
 
 @pytest.mark.parametrize("name", ["fsdp2-fp8", "ddp-fp8", "fsdp2-parts"])
