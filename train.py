@@ -38,6 +38,7 @@ from nanofp8.config import (  # types of flags, and what reads them
     UserError,
     Window,
     check_command_line,
+    may_choose,
     parse_flags,
 )
 
@@ -105,7 +106,7 @@ from nanofp8.prefetch import Prefetcher  # items made ahead of time by a thread
 from nanofp8.procs import Processes, command_line  # rank, device, mesh; start and end of a script
 from nanofp8.schedule import Schedule  # learning rates, weight decay and momentum at each step
 from nanofp8.shards import Shard, ShardError, find_shards, pass_order  # the token shard format
-from nanofp8.sizes import BatchPlan, auto_batch, flops_per_token, middle_block, parameter_table, steps_for, windows
+from nanofp8.sizes import BatchPlan, auto_batch, batch_error, flops_per_token, parameter_table, steps_for, windows
 from nanofp8.zero import Gathered, Zero2  # what USE_FSDP2 and USE_DDP do
 
 # ======================================================================================================================
@@ -305,7 +306,10 @@ def check_flags(cfg: SimpleNamespace, world_size: int, resumed: bool = False) ->
         remedy = f"--n_head={min(fit, key=lambda n: abs(n - cfg.n_embd / 128))}" if fit else "an even --n_embd"
         raise UserError(f"n_embd={cfg.n_embd} over n_head={cfg.n_head} heads must give an even head size; "
                         f"try {remedy}", 2)
-    memory.check_batch(cfg, world_size, resumed)
+    if may_choose(cfg, "batch_size"):  # lowered until it divides a step; memory.choose() lowers it further
+        cfg.batch_size = next(iter(memory.batch_sizes(cfg, world_size)), cfg.batch_size)
+    if error := batch_error(cfg, world_size, resumed):
+        raise UserError(error, 2)
 
 
 # ======================================================================================================================
@@ -558,14 +562,12 @@ class GPT(nn.Module):
             else:
                 call = functools.partial(self.te.checkpoint, block, use_reentrant=False) if recompute else block
                 x, delta = call(x, *shared, x0, *scales[i])
-            if share is not None and i == middle_block(len(self.blocks)):
+            if share is not None and i == self.scales.middle:
                 middle = x
             if self.fused is None:  # a fused block adds the delta of the block before it
                 x = x + delta
         x = x if share is None else self.take_off(x, middle, share)
-        if self.fused is not None:
-            return AddNorm.apply(x, delta, self.norm.weight, self.cfg.norm_eps)
-        return self.norm(x)
+        return self.norm(x) if self.fused is None else AddNorm.apply(x, delta, self.norm.weight, self.cfg.norm_eps)
 
     def matrices(self) -> list[Tensor]:
         """Return the weights that Muon trains."""

@@ -601,8 +601,7 @@ class Checkpoints:
 def save_checkpoint(run: Any, steps: int) -> None:
     """Start a checkpoint of a train.Run after this many optimizer steps; it is written while training continues."""
     cfg, procs = run.cfg, run.procs
-    plan = run.loader.plan
-    tokens, stages = plan.tokens(steps), [(first, batch) for first, _, batch in plan.stages]
+    tokens, stages = run.loader.plan.tokens(steps), run.loader.plan.starts
     run.progress.flush()
     meta = dict(
         step=steps, tokens=tokens, world_size=procs.world_size, loader=run.loader.state_dict(),

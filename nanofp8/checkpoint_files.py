@@ -156,8 +156,8 @@ def read_checkpoint(folder: str) -> dict:
 def stages_fit(meta: dict) -> bool:
     """Whether the stages of a growing batch are those of the flags, and give the tokens that were read."""
     flags, stages = SimpleNamespace(**meta["flags"]), meta.get("stages")
-    if stages is None or not getattr(flags, "batch_ramp", ""):
-        return stages is None and not getattr(flags, "batch_ramp", "")
+    if not getattr(flags, "batch_ramp", "") or stages is None:
+        return not getattr(flags, "batch_ramp", "") and stages is None
     firsts = [first for first, _ in stages]
     if not all(type(first) is int for first in firsts) or firsts != sorted(firsts) or firsts[0] != 0:
         return False

@@ -270,12 +270,12 @@ def definitions(path: str, **known: Any) -> SimpleNamespace:
 
 def check_flags(exam: Examination) -> Iterator[Verdict]:
     """Resolve the flags as train.py does, with those of a checkpoint that is resumed. Raises UserError."""
-    memory = sizes  # check_batch() stands there too; it does not know the formats' multiples
+    memory = sizes  # batch_sizes() stands there too; it does not know the formats' multiples
     if exam.torch:
         from nanofp8 import memory
     exam.train = definitions(
         exam.path, torch=exam.torch, memory=memory, auto_batch=sizes.auto_batch, steps_for=sizes.steps_for,
-        may_choose=may_choose, UserError=UserError)
+        batch_error=sizes.batch_error, may_choose=may_choose, UserError=UserError)
     cfg = parse_flags(exam.given, exam.path, exam.train.PRESETS, bool(exam.gpus))
     saved = {}
     if not exam.gpus and "preset" in cfg.auto and exam.torch:

@@ -312,17 +312,7 @@ def batch_sizes(cfg: SimpleNamespace, ranks: int) -> list[int]:
     Those that the format's blocks of values do not divide are left out, if others are left. cfg: flags of train.py, or
     of train_orig.py, which has no formats.
     """
-    return sizes.batch_sizes(cfg, ranks, multiple_of(cfg))
-
-
-def check_batch(cfg: SimpleNamespace, ranks: int, resumed: bool) -> None:
-    """Do what sizes.check_batch() does, for the tokens that the flags' format wants."""
-    sizes.check_batch(cfg, ranks, resumed, multiple_of(cfg))
-
-
-def multiple_of(cfg: SimpleNamespace) -> int:
-    """Return what the tokens of a micro-batch should be a multiple of. train_orig.py has no formats."""
-    return choose_format(cfg).multiple if hasattr(cfg, "USE_FP8") else 1
+    return sizes.batch_sizes(cfg, ranks, choose_format(cfg).multiple if hasattr(cfg, "USE_FP8") else 1)
 
 
 def adopt(checkpoint: str, cfg: SimpleNamespace, procs: Processes) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from nanofp8.config import UserError
 from nanofp8.plain import inverse_rms
-from nanofp8.sizes import GATE_CHANNELS
+from nanofp8.sizes import GATE_CHANNELS, middle_block
 
 try:
     import triton
@@ -45,7 +45,7 @@ class ResidualScalars(nn.Module):
     def __init__(self, cfg: SimpleNamespace, device: torch.device):
         """Start as nanochat does: most of the embedding goes to the first blocks. (n_layer,) each, and (1,); fp32."""
         super().__init__()
-        self.n_layer, self.x, self.x0 = cfg.n_layer, None, None
+        self.n_layer, self.middle, self.x, self.x0 = cfg.n_layer, middle_block(cfg.n_layer), None, None
         if cfg.USE_X0:
             self.x = nn.Parameter(torch.linspace(1.15, 1.05, cfg.n_layer, device=device))
             self.x0 = nn.Parameter(torch.linspace(0.20, 0.05, cfg.n_layer, device=device))

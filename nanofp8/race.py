@@ -24,7 +24,7 @@ from nanofp8.procs import Processes
 from nanofp8.race_report import Race, amount, name_of, report
 from nanofp8.reports import RunData, finished_run, read_run
 from nanofp8.runlog import format_duration
-from nanofp8.sizes import BatchPlan, ramp_stages, steps_for, steps_of
+from nanofp8.sizes import BatchPlan, ramp_stages
 
 OPTIONS = ("out", "variants", "tokens", "minutes", "seeds", "gpus", "target")
 FLAGS = dict(eval_interval=0, keep_checkpoints=0)  # of every run, unless the user says otherwise
@@ -209,14 +209,10 @@ class Planner:
         with naming(key[0]):
             return Job(key, f"{key[0]}, {what}", arguments, self.check(self.script.read_flags(arguments)))
 
-    def batch(self, variant: str, tokens: float | None) -> int:
-        """Return a variant's tokens per step in a run of this many tokens (None: of its usual length)."""
+    def flags(self, variant: str, tokens: float | None) -> SimpleNamespace:
+        """Return a variant's flags in a run of this many tokens (None: of its usual length)."""
         length = [f"--train_tokens={round(tokens)}"] if tokens else []
-        return self.script.read_flags(self.given + self.race.variants[variant] + length).total_batch_size
-
-    def ramp(self, variant: str) -> str:
-        """Return a variant's batch_ramp."""
-        return getattr(self.script.read_flags(self.given + self.race.variants[variant]), "batch_ramp", "")
+        return self.script.read_flags(self.given + self.race.variants[variant] + length)
 
     def by_length(self) -> list[Job]:
         """Return the jobs of a race by tokens. Raises UserError."""
@@ -229,9 +225,9 @@ class Planner:
         """
         speeds, tokens = {}, {(v, n): None for v in self.race.variants for n in self.race.lengths}
         for _ in range(3):  # the batch may follow from the length, and the length follows from the speed at this batch
-            batches = {(v, n): self.batch(v, tokens[v, n]) for v, n in tokens}
+            batches = {(v, n): self.flags(v, tokens[v, n]).total_batch_size for v, n in tokens}
             probes = [self.job((v, batch), f"speed at {batch} tokens a step", seed=FIRST_SEED, max_iters=PROBE_STEPS,
-                               total_batch_size=batch, eval_tokens=1, batch_ramp=self.ramp(v))
+                               total_batch_size=batch, eval_tokens=1, batch_ramp=self.flags(v, None).batch_ramp)
                       for v, batch in dict.fromkeys((v, batch) for (v, _), batch in batches.items())
                       if (v, batch) not in speeds]
             if not probes:
@@ -249,11 +245,10 @@ class Planner:
         """
         jobs, unit, seen = [], self.race.unit, {}
         for (variant, length), wanted in tokens.items():
-            batch, what = self.batch(variant, wanted), name_of(length, unit)
-            stages = ramp_stages(SimpleNamespace(total_batch_size=batch, batch_ramp=self.ramp(variant)))
-            steps = steps_for(wanted, SimpleNamespace(total_batch_size=batch, batch_ramp=self.ramp(variant)))
-            of_a_step = f"{'at most ' if len(stages) > 1 else ''}{batch:,} tokens"
-            if not steps_of(wanted, stages):
+            cfg, what = self.flags(variant, wanted), name_of(length, unit)
+            batch, steps, smallest = cfg.total_batch_size, cfg.max_iters, ramp_stages(cfg)[0][1]
+            of_a_step = f"{'at most ' if smallest < batch else ''}{batch:,} tokens"
+            if wanted <= smallest / 2:
                 raise UserError(f"variant '{variant}': {what} is less than one step of {of_a_step}; "
                                 f"raise --{unit}, or lower --total_batch_size", 2)
             if (other := seen.setdefault((variant, batch, steps), what)) != what:

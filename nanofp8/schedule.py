@@ -9,7 +9,7 @@ REFERENCE_BATCH, REFERENCE_TOKENS, SHORTEST_TOKENS = 524288, 891289600, 50e6  # 
 MEMORY, MEASURED_PASSES, SHORTEST_MEMORY = 0.28, 4, 40  # of table_decay(): passes over the data, passes, steps
 
 
-def lr_factor(step: float, warmup_iters: int, max_iters: int, min_lr_ratio: float,
+def lr_factor(step: float, warmup_iters: float, max_iters: int, min_lr_ratio: float,
               warmdown_ratio: float | None = None) -> float:
     """Return the learning-rate factor of a step (from 0): linear from 1/warmup_iters to 1 at step warmup_iters - 1,
     then a cosine from step warmup_iters to min_lr_ratio at step max_iters - 1. With warmdown_ratio, instead of the
@@ -25,7 +25,7 @@ def lr_factor(step: float, warmup_iters: int, max_iters: int, min_lr_ratio: floa
     return min_lr_ratio + (1 - min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def momentum_at(step: float, start: float, end: float, iters: int) -> float:
+def momentum_at(step: int, start: float, end: float, iters: int) -> float:
     """Return Muon's momentum at a step: linear from `start` at step 0 to `end` at step `iters`, then constant."""
     return end if step >= iters else start + (end - start) * step / iters
 
@@ -55,7 +55,7 @@ class Schedule:
         """Resolve fractions of the run to steps. cfg: all flags. data_tokens: tokens of the train shards."""
         self.cfg, self.plan = cfg, BatchPlan(cfg)
         self.warmup, self.momentum_iters = (
-            self.plan.steps_until(ratio) if ratio else iters for ratio, iters in (
+            self.plan.steps_until(ratio * self.plan.total) if ratio else iters for ratio, iters in (
                 (cfg.warmup_ratio, cfg.warmup_iters), (cfg.muon_momentum_ratio, cfg.muon_momentum_iters)))
         self.warmdown = cfg.warmdown_ratio if cfg.lr_schedule == "linear" else None
         self.scale = lr_scale(cfg)
@@ -124,9 +124,10 @@ class Schedule:
 
     def momentum(self, step: int) -> float:
         """Return Muon's momentum at a step: warm-up, then muon_momentum, or as the rates fall to muon_momentum_end."""
-        cfg, position = self.cfg, self.plan.position(step)
+        cfg = self.cfg
         momentum = momentum_at(step, cfg.muon_momentum_start, cfg.muon_momentum, self.momentum_iters)
         if cfg.muon_momentum_end:
-            left = lr_factor(position, 0, cfg.max_iters, 0.0, self.warmdown)  # from 1 to 0, as the rates fall
+            # From 1 to 0, as the rates fall
+            left = lr_factor(self.plan.position(step), 0, cfg.max_iters, 0.0, self.warmdown)
             momentum = min(momentum, cfg.muon_momentum_end + (cfg.muon_momentum - cfg.muon_momentum_end) * left)
         return momentum

@@ -4,8 +4,6 @@ import itertools
 import math
 from types import SimpleNamespace
 
-from nanofp8.config import UserError, may_choose
-
 GATE_CHANNELS = 12  # values of a block's input that decide the gates of its value embedding, as in nanochat
 
 
@@ -84,21 +82,15 @@ def step_multiple(cfg: SimpleNamespace) -> int:
     return 2 ** (len(ramp_stages(cfg)) - 1)
 
 
-def steps_of(tokens: float, stages: list[tuple[float, int]]) -> int:
-    """Return how many steps read this many tokens, rounded. stages: of ramp_stages()."""
-    return round(sum(tokens * share / batch for share, batch in stages))
-
-
 def steps_for(tokens: float, cfg: SimpleNamespace) -> int:
     """Return the optimizer steps that read about this many tokens, at least one. cfg: as for BatchPlan."""
-    stages, kept = ramp_stages(cfg), getattr(cfg, "batch_stages", None)
-    about, flags = steps_of(tokens, stages), vars(cfg) | dict(batch_stages=None)
+    about = round(sum(tokens * share / batch for share, batch in ramp_stages(cfg)))
+    kept, flags = getattr(cfg, "batch_stages", None), vars(cfg) | dict(batch_stages=None)
     plans = [BatchPlan(SimpleNamespace(**flags | dict(max_iters=n))) for n in (about, about - 1, about + 1) if n > 0]
     plan = min(plans, key=lambda plan: abs(plan.total - tokens))
     if not kept or plan.starts == [tuple(start) for start in kept]:
         return plan.steps
-    first, before, batch = next(stage for stage in reversed(BatchPlan(cfg).stages) if stage[1] <= tokens)
-    return max(1, first + round((tokens - before) / batch))
+    return max(1, BatchPlan(cfg).steps_until(tokens))
 
 
 class BatchPlan:
@@ -107,17 +99,20 @@ class BatchPlan:
     def __init__(self, cfg: SimpleNamespace):
         """Resolve fractions of the run to steps. A stage of a short run may have no step.
 
-        cfg: max_iters, total_batch_size, batch_ramp, and batch_stages where a resumed run has them: [(first step,
-        tokens of a step)]. It keeps the steps at which its batch grows, also if its length is new.
+        cfg: max_iters, total_batch_size, batch_ramp, and batch_stages where a resumed run has them: its `starts`. It
+        keeps the steps at which its batch grows, also if its length is new.
         """
-        self.steps, self.stages = cfg.max_iters, []  # first step, tokens before it, tokens of a step
-        stages = ramp_stages(cfg)
+        self.steps, stages, self.stages = cfg.max_iters, ramp_stages(cfg), []
         lengths = [share / batch for share, batch in stages]
         starts = getattr(cfg, "batch_stages", None) or [
             (round(self.steps * sum(lengths[:i]) / sum(lengths)), batch) for i, (_, batch) in enumerate(stages)]
-        self.starts = [(first, batch) for first, batch in starts]  # as batch_stages
-        for first, batch in self.starts:
+        for first, batch in starts:  # first step of a stage, tokens before it, tokens of each of its steps
             self.stages.append((first, self.tokens(first) if self.stages else 0, batch))
+
+    @property
+    def starts(self) -> list[tuple[int, int]]:
+        """First step and tokens of a step of each stage."""
+        return [(first, batch) for first, _, batch in self.stages]
 
     def batch(self, step: int) -> int:
         """Return the tokens of a step (from 0)."""
@@ -126,6 +121,11 @@ class BatchPlan:
     def tokens(self, step: int) -> int:
         """Return the tokens of all steps before this one."""
         return next(before + (step - first) * batch for first, before, batch in reversed(self.stages) if first <= step)
+
+    def steps_until(self, tokens: float) -> int:
+        """Return the number of steps that read this many tokens, rounded."""
+        first, before, batch = next(stage for stage in reversed(self.stages) if stage[1] <= tokens)
+        return first + round((tokens - before) / batch)
 
     @property
     def total(self) -> int:
@@ -136,14 +136,6 @@ class BatchPlan:
         """Return how far the run is at a step by its tokens, from 0 to steps - 1; without a ramp, the step itself."""
         last = self.tokens(self.steps - 1)
         return (self.steps - 1) * self.tokens(step) / last if last else float(step)
-
-    def steps_until(self, fraction: float) -> int:
-        """Return the steps that read this fraction of the run's tokens, rounded."""
-        if len(self.stages) == 1:
-            return round(fraction * self.steps)
-        tokens = fraction * self.total
-        first, before, batch = next(stage for stage in reversed(self.stages) if stage[1] <= tokens)
-        return first + round((tokens - before) / batch)
 
     def describe(self) -> str:
         """Return the stages of a ramp for the start-up table; "" without one. Stages without a step are left out."""
@@ -174,18 +166,15 @@ def batch_sizes(cfg: SimpleNamespace, ranks: int, multiple: int = 1) -> list[int
     return [n for n in sizes if n * cfg.block_size % multiple == 0] or sizes
 
 
-def check_batch(cfg: SimpleNamespace, ranks: int, resumed: bool, multiple: int = 1) -> None:
-    """Check that every step is a multiple of what all ranks read at once. Raises: UserError.
+def batch_error(cfg: SimpleNamespace, ranks: int, resumed: bool) -> str:
+    """Return why the steps are no multiples of what all ranks read at once, and what to do; "" if they are.
 
-    A batch_size that was not given is lowered until it is (memory.choose() lowers it further). multiple: as in
-    batch_sizes(). resumed: total_batch_size and block_size cannot change.
+    resumed: total_batch_size and block_size cannot change.
     """
-    if may_choose(cfg, "batch_size"):
-        cfg.batch_size = next(iter(batch_sizes(cfg, ranks, multiple)), cfg.batch_size)
     total, T, times = cfg.total_batch_size, cfg.block_size, step_multiple(cfg)
     micro = ranks * cfg.batch_size * T * times
     if total % micro == 0:
-        return
+        return ""
     if resumed:
         fit = max(n for n in range(1, ranks + 1) if n == 1 or total % (n * T * times) == 0)
         remedy = "leave out --batch_size" if fit == ranks else f"continue on {fit} rank(s)"
@@ -196,5 +185,5 @@ def check_batch(cfg: SimpleNamespace, ranks: int, resumed: bool, multiple: int =
         if total % (ranks * T * times) == 0:
             remedy += ", or leave out --batch_size"
     by_ramp = (" x 2 for each doubling by batch_ramp", f" x {times}") if times > 1 else ("", "")
-    raise UserError(f"total_batch_size={total} is not a multiple of ranks x batch_size x block_size{by_ramp[0]} = "
-                    f"{ranks} x {cfg.batch_size} x {T}{by_ramp[1]} = {micro}; {remedy}", 2)
+    return (f"total_batch_size={total} is not a multiple of ranks x batch_size x block_size{by_ramp[0]} = "
+            f"{ranks} x {cfg.batch_size} x {T}{by_ramp[1]} = {micro}; {remedy}")

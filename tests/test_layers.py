@@ -8,8 +8,8 @@ from helpers import ROOT
 
 # Each module may import those of the lines above it, and those before it in its own line
 ORDER = """
-    prefetch files cards
-    config sizes schedule host kernels shards te_emulation plain zero
+    prefetch files cards sizes
+    config schedule host kernels shards te_emulation plain zero
     parts attention
     machine plots faults precision epilogue_functions epilogues muon ahead fused
     fp8_stats loss procs runlog checkpoint_files resuming
@@ -51,7 +51,7 @@ def test_a_module_imports_only_what_stands_before_it(name):
 
 
 def test_the_modules_that_import_nothing_of_the_project():
-    alone = "prefetch files cards config kernels te_emulation plain zero epilogue_functions".split()
+    alone = "prefetch files cards sizes config kernels te_emulation plain zero epilogue_functions".split()
     assert not any(imported(path_of(name)) for name in alone)
 
 

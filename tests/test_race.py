@@ -139,7 +139,7 @@ def fake_script(tmp_path):
         tokens = given.get("train_tokens", 10000)
         batch = given.get("total_batch_size", 100 if tokens <= 5000 else 200)
         return SimpleNamespace(total_batch_size=batch, max_iters=given.get("max_iters", round(tokens / batch)),
-                               eval_tokens=1000, block_size=10, n_layer=1, n_value_embed=0)
+                               eval_tokens=1000, block_size=10, n_layer=1, n_value_embed=0, batch_ramp="")
 
     return SimpleNamespace(__file__=str(path), read_flags=read_flags, check_flags=lambda cfg, ranks: None,
                            open_data=lambda cfg, procs: (SimpleNamespace(close=lambda: None), None))
