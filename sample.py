@@ -47,7 +47,7 @@ from nanofp8.checkpoint_files import find_damage, is_finite, load_weights, next_
 from nanofp8.files import replace_file
 from nanofp8.parts import value_layers
 from nanofp8.shards import EOT, GPT2_VOCAB
-from nanofp8.sizes import GATE_CHANNELS, middle_block, windows
+from nanofp8.sizes import GATE_CHANNELS, windows
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 DEFAULT_NEW_TOKENS = 256
@@ -88,7 +88,6 @@ class Shape:
     window_size: int = 0  # has no effect with this pattern
     n_value_embed: int = 0
     USE_X0: bool = False
-    USE_BACKOUT: bool = False
 
     @classmethod
     def of(cls, flags: dict[str, Any]) -> "Shape":
@@ -109,8 +108,6 @@ def weight_shapes(shape: Shape) -> dict[str, tuple[int, ...]]:
                    f"blocks.{i}.{plain.GATE}": (shape.n_head, min(GATE_CHANNELS, C))}
     if shape.USE_X0:
         shapes |= {"scales.x": (shape.n_layer,), "scales.x0": (shape.n_layer,)}
-    if shape.USE_BACKOUT:
-        shapes["scales.backout"] = (1,)
     return shapes | {"norm.weight": (C,), "head.weight": (shape.vocab_size, C)}
 
 
@@ -274,7 +271,6 @@ class Sampler:
         self.x_scales = None  # each block's factors of the residual and of the token embedding
         if shape.USE_X0:
             self.x_scales = list(zip(weights["scales.x"].tolist(), weights["scales.x0"].tolist(), strict=True))
-        self.share = weights["scales.backout"].item() if shape.USE_BACKOUT else 0.0  # of the middle block's residual
         weights = {name: weight.to(self.device, dtype) for name, weight in weights.items()}
         self.embed, self.head = weights["embed.weight"], weights["head.weight"]
         self.blocks = [block_weights(weights, i) for i in range(shape.n_layer)]
@@ -311,10 +307,10 @@ class Sampler:
     def block(
         self, i: int, cache: Tensor, x: Tensor, tokens: Tensor, cos: Tensor, sin: Tensor, positions: Tensor,
         span: int, mask: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Tensor:
         """Run block number i on x (B, T, C), with its cache (2, B, H, S, D); for the rest see hidden() and mask().
 
-        Returns as plain.block_forward(). cos, sin: (T, D/2) fp32, the RoPE tables at `positions`.
+        Returns: (B, T, C). cos, sin: (T, D/2) fp32, the RoPE tables at `positions`.
         """
         weights, (keys, values) = self.blocks[i], cache
 
@@ -350,15 +346,13 @@ class Sampler:
         """
         cos, sin = self.cos[positions], self.sin[positions]
         masks = {window: self.mask(positions, span, window, static) for window in dict.fromkeys(self.windows)}
-        x = x0 = middle = self.norm(F.embedding(tokens, self.embed))
+        x = x0 = self.norm(F.embedding(tokens, self.embed))
         for i, (block_cache, window) in enumerate(zip(cache, self.windows, strict=True)):
             if self.x_scales is not None:
                 x_scale, x0_scale = self.x_scales[i]
                 x = x_scale * x + x0_scale * x0
-            x, delta = self.block(i, block_cache, x, tokens, cos, sin, positions, span, masks[window])
-            middle = x if i == middle_block(self.shape.n_layer) else middle
-            x = x + delta
-        return self.norm(x - self.share * middle if self.share else x)
+            x = self.block(i, block_cache, x, tokens, cos, sin, positions, span, masks[window])
+        return self.norm(x)
 
     def logits(self, h: Tensor, head: Tensor | None = None) -> Tensor:
         """Compute softcapped logits (..., rows of the head) fp32 of h (..., C). `head`: use these rows only."""
@@ -699,7 +693,7 @@ def hf_json_files(shape: Shape, dtype: torch.dtype) -> dict[str, dict[str, Any]]
 
 def check_exportable(shape: Shape) -> None:
     """Raise UserError if the model has parts that transformers' NanoChatForCausalLM lacks."""
-    off = dict(qk_scale=1.0, n_value_embed=0, USE_X0=False, USE_BACKOUT=False)
+    off = dict(qk_scale=1.0, n_value_embed=0, USE_X0=False)
     parts = [name for name, value in off.items() if getattr(shape, name) != value]
     if min(windows(shape)) < shape.block_size:
         parts += ["window_pattern", "window_size"]

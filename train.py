@@ -90,7 +90,6 @@ from nanofp8.parts import (  # what presets "speedrun" and "d12" add
     ValueEmbedding,
     gradient_of,
     mix_residual,
-    take_off,
     token_order,
     value_layers,
 )
@@ -139,7 +138,6 @@ window_pattern: Letters = "L"                 # repeated over the blocks: S atte
 window_size: Positive = 512                   # tokens that S attends to, its own included; the last block is always L
 n_value_embed: NonNegative = 0                # blocks that add a vector per token to v: the last, the third last, ...
 USE_X0: bool = False                          # each block reads a * x + b * token embedding, a and b learned
-USE_BACKOUT: bool = False                     # the last norm reads x - c * (x in the middle block), c learned
 
 # Length, batch and schedule
 train_tokens: NonNegative = 891289600         # tokens to train on: 9 FineWeb shards, once; 0: use max_iters
@@ -160,7 +158,7 @@ learning_rate_embed: NonNegativeFloat = 0.6   # AdamW, token embedding
 learning_rate_head: NonNegativeFloat = 0.008  # AdamW, output head
 learning_rate_gain: NonNegativeFloat = 0.016  # AdamW, RMSNorm gains, and gates of value embeddings
 learning_rate_value: NonNegativeFloat = 0.3   # AdamW, value embeddings
-learning_rate_x0: NonNegativeFloat = 0.5      # AdamW, scalars on the token embedding; those on x: 1%, backout: 40%
+learning_rate_x0: NonNegativeFloat = 0.5      # AdamW, scalars on the token embedding; those on x: 1% of it
 lr_ratio_fc2: PositiveFloat = 1.0             # Muon; factor on the learning rate of the MLP's second matrix
 weight_decay: NonNegativeFloat = 0.17         # Muon; decoupled, multiplied by the learning rate
 weight_decay_end: NonNegativeFloat = 0.0      # Muon; the decay falls linearly to this fraction at the last step
@@ -242,7 +240,7 @@ rank_timeout: Timeout = 120.0                 # seconds without a heartbeat befo
 CLASSIC = dict(
     dataset="fineweb10B", n_layer=20, n_embd=1280, n_head=10, vocab_size=65536, block_size=2048, rope_base=10000.0,
     norm_eps=1e-6, logit_softcap=15.0, qk_scale=1.0, window_pattern="L", n_value_embed=0, USE_X0=False,
-    USE_BACKOUT=False, train_tokens=0, total_batch_size=524288, batch_ramp="", batch_size=16, max_iters=1700,
+    train_tokens=0, total_batch_size=524288, batch_ramp="", batch_size=16, max_iters=1700,
     warmup_iters=100, warmup_ratio=0.0, lr_schedule="cosine", warmdown_ratio=0.65, min_lr_ratio=0.1, lr_scaling="none",
     learning_rate=0.02, learning_rate_embed=0.3, learning_rate_head=0.004, learning_rate_gain=0.004, lr_ratio_fc2=1.0,
     weight_decay=0.1, weight_decay_end=1.0, USE_CAUTIOUS_WD=False, weight_decay_embed=0.0, weight_decay_head=0.0,
@@ -264,7 +262,7 @@ PRESETS = {
         skip_grad_zscore="auto", USE_SHUFFLE=True, weight_decay_embed="auto", weight_decay_head="auto",
     ),
     "speedrun": PARTS | dict(n_value_embed=5),
-    "d12": PARTS | dict(n_layer=12, n_embd=768, n_head=6, n_value_embed=3, batch_ramp="0.25,0.6", USE_BACKOUT=True),
+    "d12": PARTS | dict(n_layer=12, n_embd=768, n_head=6, n_value_embed=3, batch_ramp="0.25,0.6"),
     "tiny": dict(
         dataset="shakespeare", n_layer=4, n_embd=128, n_head=2, vocab_size=50304, block_size=128, lr_scaling="none",
         total_batch_size=2048, max_iters=60, loss_chunk_size=64, eval_interval=20, eval_tokens=16384, ckpt_interval=20,
@@ -488,16 +486,16 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, idx: Tensor, first: bool | None, x0: Tensor | None,
                 x_scale: Tensor | None, x0_scale: Tensor | None, delta: Tensor | None = None,
-                fused: tuple | None = None) -> tuple[Tensor | None, ...]:
-        """Return x, the residual between attention and MLP, and delta, the MLP's output, which is still to be added to
-        it; both (B, T, C) bf16. With fused, an entry of FusedBlocks.blocks, the block before has not added its delta,
-        and x0 for the next block is returned, too."""
+                fused: tuple | None = None) -> Tensor | tuple[Tensor, Tensor, Tensor | None]:
+        """Return the block's output (B, T, C) bf16. With fused, an entry of FusedBlocks.blocks, it comes in two parts
+        that the next block's first kernel adds up: the residual after attention, and delta, the MLP's output. x0 is the
+        third that is returned then."""
         attn, mlp, values = self.attn, self.mlp, self.attn.value_embed
         if fused is None:
             if x0 is not None:
                 x = self.mix(x, x0, x_scale, x0_scale)
             x = x + attn(x, cos, sin, idx, first)
-            return x, mlp(x, is_first_microbatch=first)
+            return x + mlp(x, is_first_microbatch=first)
         table, gate = (None, None) if values is None else (values.table, values.gate)
         x, q, k, v, x0 = FusedQKV.apply(x, delta, attn.qkv.layer_norm_weight, attn.qkv.weight, fused[0],
                                         x0, x_scale, x0_scale, table, gate)
@@ -524,8 +522,7 @@ class GPT(nn.Module):
         self.embed = TokenEmbedding(cfg, compiled(rms_norm), device)
         attention, *self.attention_texts = choose_attention(cfg, device, precision.emulated)
         self.blocks = nn.ModuleList(Block(cfg, i, self.te, attention, compiled, device) for i in range(cfg.n_layer))
-        self.scales = ResidualScalars(cfg, device) if cfg.USE_X0 or cfg.USE_BACKOUT else None
-        self.take_off = compiled(take_off)
+        self.scales = ResidualScalars(cfg.n_layer, device) if cfg.USE_X0 else None
         self.norm = self.te.RMSNorm(cfg.n_embd, eps=cfg.norm_eps, dtype=torch.float32, device=device)
         self.head = LMHead(cfg, device, quack.fp8)
         # arXiv 2310.17813 for one-hot inputs: entries of order 1 (the RMSNorm after it takes any scale)
@@ -552,7 +549,7 @@ class GPT(nn.Module):
         where = token_order(idx, self.cfg.vocab_size) if self.fused is not None else None
         x, delta = self.embed(idx, where, self.in_place), None             # (B, T, C) bf16
         x0 = x if self.cfg.USE_X0 else None
-        scales, share = self.scales() if self.scales else ([(None, None)] * len(self.blocks), None)
+        scales = self.scales() if self.scales else [(None, None)] * len(self.blocks)
         if self.fused is not None:
             self.fused.begin(x, first, self.in_place, where)
         shared, recompute = (self.cos, self.sin, idx, first), self.cfg.USE_AC_BLOCKS and self.training
@@ -561,12 +558,7 @@ class GPT(nn.Module):
                 x, delta, x0 = block(x, *shared, x0, *scales[i], delta, self.fused.blocks[i])
             else:
                 call = functools.partial(self.te.checkpoint, block, use_reentrant=False) if recompute else block
-                x, delta = call(x, *shared, x0, *scales[i])
-            if share is not None and i == self.scales.middle:
-                middle = x
-            if self.fused is None:  # a fused block adds the delta of the block before it
-                x = x + delta
-        x = x if share is None else self.take_off(x, middle, share)
+                x = call(x, *shared, x0, *scales[i])
         return self.norm(x) if self.fused is None else AddNorm.apply(x, delta, self.norm.weight, self.cfg.norm_eps)
 
     def matrices(self) -> list[Tensor]:
@@ -647,9 +639,6 @@ class Optimizers(OptimizerSet):
             groups += [dict(name="x0", params=[model.scales.x0], lr=cfg.learning_rate_x0, betas=(0.96, 0.95),
                             weight_decay=0.0),  # betas and the factor 1/100: nanochat's
                        dict(name="x", params=[model.scales.x], lr=cfg.learning_rate_x0 / 100, weight_decay=0.0)]
-        if cfg.USE_BACKOUT:
-            groups.append(dict(name="backout", params=[model.scales.backout], lr=cfg.learning_rate_x0 * 0.4,
-                               weight_decay=0.0))  # 0.2, as in nanochat
         return groups
 
     def set_schedule(self, step: int) -> dict[str, float]:

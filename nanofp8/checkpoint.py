@@ -59,11 +59,11 @@ LAST_WRITE = 120.0  # seconds that a run which ends by an error waits for the ch
 
 # Flags that a resumed run cannot change
 FIXED_FLAGS = ("n_layer", "n_embd", "n_head", "vocab_size", "block_size", "rope_base", "norm_eps", "logit_softcap",
-               "qk_scale", "window_pattern", "window_size", "n_value_embed", "USE_X0", "USE_BACKOUT", "dataset",
+               "qk_scale", "window_pattern", "window_size", "n_value_embed", "USE_X0", "dataset",
                "total_batch_size", "batch_ramp", "USE_8BIT_ADAM", "muon_variant")
 # Those that older checkpoints do not name, with the values that these were trained with
-ADDED_FLAGS = dict(qk_scale=1.0, window_pattern="L", n_value_embed=0, USE_X0=False, USE_BACKOUT=False,
-                   batch_ramp="", muon_variant="muon")
+ADDED_FLAGS = dict(qk_scale=1.0, window_pattern="L", n_value_embed=0, USE_X0=False, batch_ramp="",
+                   muon_variant="muon")
 # The number format, with the defaults: a resumed run keeps its own as long as none of these is given or edited
 FORMAT_FLAGS = dict(USE_FP8=True, FP8_RECIPE="delayed", FP8_MARGIN=0, FP8_AMAX_HISTORY=1024, USE_FP8_HEAD=True,
                     USE_NVFP4=False, NVFP4_HADAMARD=True, NVFP4_STOCHASTIC_ROUNDING=True, NVFP4_2D_WEIGHTS=True,
@@ -303,6 +303,10 @@ def restore(run: Any, folder: str, meta: dict) -> bool:
     Returns: whether all scales were restored. Raises: UserError.
     """
     saved, state, procs = read_index(folder).state_dict_metadata, training_state(run), run.procs
+    unknown = sorted(n for n in saved if n.startswith("model.") and n.removeprefix("model.") not in state["model"])
+    if unknown:  # of a part that this version lacks: without it, the loss would jump
+        raise UserError(f"checkpoint {folder} has weights that this version of train.py does not train "
+                        f"({', '.join(unknown[:3])}); resume it with the version that wrote it", 2)
 
     def known(tree: Any, prefix: str) -> Any:
         """The part of a nested dict that the checkpoint has, in the same shapes."""

@@ -46,8 +46,8 @@ from nanofp8.sizes import BatchPlan, ramp_stages
 SAVED_FLAGS = dict(
     n_layer=Layers, n_embd=Positive, n_head=Positive, vocab_size=Positive, block_size=Positive,
     rope_base=PositiveFloat, norm_eps=PositiveFloat, logit_softcap=NonNegativeFloat, qk_scale=PositiveFloat,
-    window_pattern=Letters, window_size=Positive, n_value_embed=NonNegative, USE_X0=bool, USE_BACKOUT=bool,
-    dataset=NonEmpty, total_batch_size=Positive, batch_ramp=Ramp, USE_8BIT_ADAM=bool,
+    window_pattern=Letters, window_size=Positive, n_value_embed=NonNegative, USE_X0=bool, dataset=NonEmpty,
+    total_batch_size=Positive, batch_ramp=Ramp, USE_8BIT_ADAM=bool,
     muon_variant=Literal["muon", "normuon"], run_name=FolderName)
 INDEX = ".metadata"
 BLOCK = 2 ** 26  # bytes that one checksum covers

@@ -23,8 +23,8 @@ from torch.distributed.tensor import DTensor
 
 from nanofp8 import plain, te_emulation
 from nanofp8.files import replace_file
-from nanofp8.parts import mix_residual, take_off
-from nanofp8.sizes import middle_block, windows
+from nanofp8.parts import mix_residual
+from nanofp8.sizes import windows
 
 KINDS = ("input", "weight", "gradient")
 TOKENS = 4096       # tokens of the micro-batch that the pass uses, in whole sequences; more hardly change the numbers
@@ -72,9 +72,8 @@ class WatchedMatmul(torch.autograd.Function):
 
 def block_forward(
     model: torch.nn.Module, i: int, tokens: Tensor, x: Tensor, x0: Tensor, see: Callable[[str, str, Tensor], None],
-) -> tuple[Tensor, Tensor]:
-    """Run block number i of train.py's model on x (B, T, C) bf16, with its present weights and gains; return the
-    residual between attention and MLP, and that after the block.
+) -> Tensor:
+    """Run block number i of train.py's model on x (B, T, C) bf16, with its present weights and gains.
 
     tokens (B, T) int64; x0 (B, T, C) bf16, their normalized embeddings (used with USE_X0). see(matmul, kind, tensor) is
     called with each operand of the block's matmuls as a matrix; with gradients in backward.
@@ -102,8 +101,7 @@ def block_forward(
 
     if cfg.USE_X0:
         x = mix_residual(x, x0, whole(model.scales.x)[i], whole(model.scales.x0)[i])
-    x, delta = plain.block_forward(x, linear, norm, attend)
-    return x, x + delta
+    return plain.block_forward(x, linear, norm, attend)
 
 
 def head_gradient(
@@ -183,27 +181,19 @@ def run_pass(model: torch.nn.Module, x: Tensor, y: Tensor, recorder: Recorder) -
     embedding is not computed: no matmul gets it.
     """
     cfg, tokens = model.cfg, x.long()
-    share, half = whole(model.scales.backout).detach() if cfg.USE_BACKOUT else None, middle_block(cfg.n_layer)
     with torch.no_grad():
         x0 = plain.rms_norm(F.embedding(tokens, whole(model.embed.weight)), cfg.norm_eps)
-        inputs, middle = [x0], None
+        inputs = [x0]
         for i in range(cfg.n_layer):
-            between, after = block_forward(model, i, tokens, inputs[-1], x0, lambda *_: None)
-            middle = between if i == half else middle
-            inputs.append(after)
-        last = inputs.pop() if share is None else take_off(inputs.pop(), middle, share)
-    last.requires_grad_()
+            inputs.append(block_forward(model, i, tokens, inputs[-1], x0, lambda *_: None))
+    last = inputs.pop().requires_grad_()
     h = rms_norm_with_gain(last, cfg.norm_eps, whole(model.norm.weight))
     gradient = head_gradient(model.head, h.detach().flatten(0, 1), y.flatten(), recorder.loss_scale, recorder.see_head)
     (gradient,) = torch.autograd.grad(h, last, gradient.view_as(h))
-    of_middle = None if share is None else -share.to(gradient.dtype) * gradient
     for i in reversed(range(cfg.n_layer)):
         h = inputs.pop().detach().requires_grad_()  # the first block's is x0, which must stay without gradients
-        between, after = block_forward(model, i, tokens, h, x0, functools.partial(recorder.see_block, i))
-        if of_middle is not None and i == half:
-            (gradient,) = torch.autograd.grad((after, between), h, (gradient, of_middle))
-        else:
-            (gradient,) = torch.autograd.grad(after, h, gradient)
+        out = block_forward(model, i, tokens, h, x0, functools.partial(recorder.see_block, i))
+        (gradient,) = torch.autograd.grad(out, h, gradient)
 
 
 def collect(

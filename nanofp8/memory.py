@@ -237,8 +237,7 @@ def predict(cfg: SimpleNamespace, kind: Kind, batch_size: int) -> Prediction:
     kept = (layers * 2 * width if cfg.USE_AC_BLOCKS else sum(saved)) * tokens
     # Token embedding: its norm's output is the first block's residual; in fp32, its rows, or 1 / RMS and the order of
     # the tokens. Tokens and targets
-    parts = 2 * width * (cfg.USE_X0 + 2 * cfg.USE_BACKOUT)  # backout: in fp32 where the subtraction is not compiled
-    kept += tokens * (parts + (12 if kind.blocks == "fused" else 4 * width) + 16)
+    kept += tokens * ((2 * width if cfg.USE_X0 else 0) + (12 if kind.blocks == "fused" else 4 * width) + 16)
     kept += 8 * vocab if kind.blocks == "fused" else 0
     head = 6 * width * tokens + head_bytes(cfg, kind, tokens)  # the final norm's input, its output, that one's gradient
     backward = (max(block.backward for block in blocks) * width + recomputed) * tokens
@@ -254,7 +253,7 @@ def predict(cfg: SimpleNamespace, kind: Kind, batch_size: int) -> Prediction:
     if kind.wrapper == "ddp" and not cfg.GATHER_FP32:  # copies of all rows in bf16 wait for the end of Muon's step
         rows = 0 if cfg.USE_8BIT_ADAM or vocab % ranks else 2 * (2 + cfg.n_value_embed) * table
         step = max(step + rows, 2 * ranks * own + rows)
-    values = (50 if kind.blocks != "fused" else 39 if cfg.USE_X0 else 37) + 2 * cfg.USE_BACKOUT
+    values = 50 if kind.blocks != "fused" else 39 if cfg.USE_X0 else 37
     evaluation = max(values * width * tokens,
                      4 * width * tokens + 2 * min(cfg.loss_chunk_size, tokens) * vocab + 2 * table)
     if cfg.FP8_STATS_INTERVAL:  # counted by running it

@@ -2,8 +2,6 @@
 
 - Residual scalars: each block reads x_scale * x + x0_scale * x0, where x0 is the normalized token embedding and both
   scalars are learned (KellerJordan/modded-nanogpt, karpathy/nanochat).
-- Backout: the last norm reads x - c * x', where x' is the residual between attention and MLP of block n_layer // 2 and
-  c is learned. So the head need not see what only the first half of the blocks is for (modded-nanogpt, nanochat).
 - Value embeddings: some blocks add gate * table[token] to v; each head's gate depends on the block's input
   (arXiv 2410.17897; tables and gates as in modded-nanogpt and nanochat).
 - Sliding windows: blocks marked S in window_pattern attend to the last window_size tokens only (arXiv 2004.05150).
@@ -20,7 +18,7 @@ from torch import Tensor
 
 from nanofp8.config import UserError
 from nanofp8.plain import inverse_rms
-from nanofp8.sizes import GATE_CHANNELS, middle_block
+from nanofp8.sizes import GATE_CHANNELS
 
 try:
     import triton
@@ -39,35 +37,22 @@ def value_layers(n_layer: int, n_value_embed: int) -> list[int]:
 
 
 class ResidualScalars(nn.Module):
-    """Learned scalars by which each block mixes the residual x and the token embedding x0, a * x + b * x0 (USE_X0), and
-    the share of the middle block's residual that is taken off at the end (USE_BACKOUT)."""
+    """Learned scalars by which each block mixes the residual x and the token embedding x0: a * x + b * x0."""
 
-    def __init__(self, cfg: SimpleNamespace, device: torch.device):
-        """Start as nanochat does: most of the embedding goes to the first blocks. (n_layer,) each, and (1,); fp32."""
+    def __init__(self, n_layer: int, device: torch.device):
+        """Start as nanochat does: most of the embedding goes to the first blocks. (n_layer,) each, fp32."""
         super().__init__()
-        self.n_layer, self.middle, self.x, self.x0 = cfg.n_layer, middle_block(cfg.n_layer), None, None
-        if cfg.USE_X0:
-            self.x = nn.Parameter(torch.linspace(1.15, 1.05, cfg.n_layer, device=device))
-            self.x0 = nn.Parameter(torch.linspace(0.20, 0.05, cfg.n_layer, device=device))
-        self.backout = nn.Parameter(torch.full((1,), 0.2, device=device)) if cfg.USE_BACKOUT else None
+        self.x = nn.Parameter(torch.linspace(1.15, 1.05, n_layer, device=device))
+        self.x0 = nn.Parameter(torch.linspace(0.20, 0.05, n_layer, device=device))
 
-    def forward(self) -> tuple[list[tuple[Tensor | None, Tensor | None]], Tensor | None]:
-        """Return the two scalars of each block, and the share (1,); None for those that are off."""
-        pairs = [(None, None)] * self.n_layer
-        if self.x0 is not None:
-            pairs = list(zip(self.x.unbind(), self.x0.unbind(), strict=True))
-        # A copy: FSDP2 puts a hook on each output, and on the parameter itself these would pile up
-        return pairs, None if self.backout is None else self.backout.clone()
+    def forward(self) -> list[tuple[Tensor, Tensor]]:
+        """Return the two scalars of each block."""
+        return list(zip(self.x.unbind(), self.x0.unbind(), strict=True))
 
 
 def mix_residual(x: Tensor, x0: Tensor, x_scale: Tensor, x0_scale: Tensor) -> Tensor:
     """Return x_scale * x + x0_scale * x0 in the dtype of x, computed in fp32. The scales are scalars."""
     return (x_scale.float() * x.float() + x0_scale.float() * x0.float()).to(x.dtype)
-
-
-def take_off(x: Tensor, middle: Tensor, share: Tensor) -> Tensor:
-    """Return x - share * middle in the dtype of x, computed in fp32. x, middle (B, T, C); share (1,)."""
-    return (x.float() - share.float() * middle.float()).to(x.dtype)
 
 
 class ValueEmbedding(nn.Module):

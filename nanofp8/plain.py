@@ -5,8 +5,7 @@ T tokens, width C, heads of size D.
 
     embedding -> RMSNorm -> n_layer x block_forward -> RMSNorm with gain -> head -> softcap
 
-Of the optional parts (parts.py), add_values() is here. Callers scale the residual, choose what attention sees, add the
-MLP's output, which block_forward() returns, and take off the middle block's residual.
+Of the optional parts (parts.py), add_values() is here. Callers scale the residual and choose what attention sees.
 """
 
 import math
@@ -110,8 +109,8 @@ def softcap(logits: Tensor, cap: float) -> Tensor:
 def block_forward(
     x: Tensor, linear: Callable[[str, Tensor], Tensor], norm: Callable[[str, Tensor], Tensor],
     attend: Callable[[Tensor, Tensor], Tensor],
-) -> tuple[Tensor, Tensor]:
-    """Run one transformer block: x + attention(x), then x + MLP(x), whose last addition is left to the caller.
+) -> Tensor:
+    """Run one transformer block: x + attention(x), then x + MLP(x).
 
     The callers differ in how they multiply, normalize and attend, so they pass these three in.
 
@@ -122,8 +121,8 @@ def block_forward(
         norm: norm(name, h) applies the RMSNorm in front of the matmul `name` of GAINS.
         attend: attend(qkv, h) takes qkv (B, T, 3C) through RoPE, QK norm and causal attention to (B, T, C). h (B, T, C)
             is the input of qkv's matmul, which the gates of a value embedding need.
-    Returns: x + attention(x), and the MLP's output, both (B, T, C) in the dtype of x.
+    Returns: (B, T, C) in the dtype of x.
     """
     h = norm("attn.qkv", x)
     x = x + linear("attn.proj", attend(linear("attn.qkv", h), h))
-    return x, linear("mlp.fc2", relu2(linear("mlp.fc1", norm("mlp.fc1", x))))
+    return x + linear("mlp.fc2", relu2(linear("mlp.fc1", norm("mlp.fc1", x))))

@@ -19,7 +19,6 @@ def parameter_table(cfg: SimpleNamespace) -> list[tuple[str, int, str]]:
         ("MLP", n * 8 * width ** 2, f"{n} x (fc1, fc2: 2 x {width} x {4 * width})"),
         ("RMSNorm gains", (2 * n + 1) * width, f"(2 x {n} + 1) x {width}"),
         ("residual scalars", 2 * n if cfg.USE_X0 else 0, f"2 x {n}"),
-        ("backout", int(cfg.USE_BACKOUT), "1"),
         ("output head", vocab * width, f"{vocab} x {width}"),
     ]
     return [row for row in rows if row[1]]
@@ -148,11 +147,6 @@ class BatchPlan:
             return f"{used[0][1]:,} tokens in all steps"
         return ", ".join(f"{batch:,} from step {first + 1:,}" if first else f"{batch:,} tokens a step"
                          for first, batch in used)
-
-
-def middle_block(n_layer: int) -> int:
-    """Return the block whose residual USE_BACKOUT takes off at the end."""
-    return n_layer // 2
 
 
 def batch_sizes(cfg: SimpleNamespace, ranks: int, multiple: int = 1) -> list[int]:

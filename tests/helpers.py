@@ -50,7 +50,7 @@ SMALL = dict(
 
 
 # All optional parts of the model; a window that is shorter than block_size
-PARTS = dict(n_value_embed=1, USE_X0=True, USE_BACKOUT=True, qk_scale=1.2, window_pattern="SL", window_size=8)
+PARTS = dict(n_value_embed=1, USE_X0=True, qk_scale=1.2, window_pattern="SL", window_size=8)
 
 
 def flag_args(**changes):
@@ -520,8 +520,7 @@ def poisoned(how, *steps, factor=float("nan")):
             hook = None
         elif how == "an inf inside":
             hook = model.blocks[0].register_forward_hook(lambda block, args,
-                                                         out: (out[0] * torch.where(out[0] > 1, torch.inf, 1.0),
-                                                               *out[1:]))
+                                                         out: out * torch.where(out > 1, torch.inf, 1.0))
         else:
             hook = model.head.weight.register_hook(lambda grad: grad * torch.inf)
         try:

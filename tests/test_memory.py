@@ -316,7 +316,7 @@ def too_large(*sizes, where="forward"):
         if x.shape[0] in sizes and torch.is_grad_enabled():
             if where == "forward":
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-            result[1].register_hook(run_out)
+            result.register_hook(run_out)
         return result
 
     def run_out(grad):

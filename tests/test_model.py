@@ -43,8 +43,7 @@ def test_parameter_count_at_the_default_flags():
 
 
 @pytest.mark.parametrize("changes, more", [
-    ({}, []), (PARTS | dict(n_value_embed=2), ["value embeddings", "residual scalars", "backout"])],
-    ids=["plain", "parts"])
+    ({}, []), (PARTS | dict(n_value_embed=2), ["value embeddings", "residual scalars"])], ids=["plain", "parts"])
 def test_the_parameter_table_adds_up(changes, more):
     model = make_model(n_layer=3, n_embd=96, n_head=3, vocab_size=VOCAB + 7, **changes)
     table = parameter_table(model.cfg)
@@ -69,7 +68,7 @@ def test_parameter_names_and_shapes(changes):
     expected |= {f"blocks.{i}.{name}": shape for i in range(2) for name, shape in block.items()}
     if changes:
         expected |= {"blocks.1.attn.value_embed.table": (V, C), "blocks.1.attn.value_embed.gate": (2, 12),
-                     "scales.x": (2,), "scales.x0": (2,), "scales.backout": (1,)}
+                     "scales.x": (2,), "scales.x0": (2,)}
     assert {name: tuple(p.shape) for name, p in model.named_parameters()} == expected
     assert set(model.state_dict()) == set(expected)  # no buffer, no extra state
     assert all(p.dtype == torch.float32 for p in model.parameters())

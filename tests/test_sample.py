@@ -704,10 +704,9 @@ def test_export_loads_in_transformers_with_the_same_logits(tmp_path, tokenizer, 
 
 @pytest.mark.parametrize("changes, flag", [
     (dict(n_value_embed=1), "n_value_embed=1"), (dict(USE_X0=True), "USE_X0=True"),
-    (dict(USE_BACKOUT=True), "USE_BACKOUT=True"),
     (dict(qk_scale=1.2), "qk_scale=1.2"),
     (dict(window_pattern="SSL", window_size=8), "window_pattern=SSL, window_size=8"),
-    (PARTS, "qk_scale=1.2, n_value_embed=1, USE_X0=True, USE_BACKOUT=True, window_pattern=SL, window_size=8")])
+    (PARTS, "qk_scale=1.2, n_value_embed=1, USE_X0=True, window_pattern=SL, window_size=8")])
 def test_export_refuses_parts_that_transformers_lacks(tmp_path, capsys, changes, flag):
     """The line names the flags, and no folder is made."""
     save(text_model(**changes), tmp_path / "run" / "ckpt" / "step_000001")

@@ -15,7 +15,7 @@ from nanofp8.parts import gradient_of
 from nanofp8.procs import Processes
 from nanofp8.zero import Zero2, assign_owners
 
-PARTS = dict(n_value_embed=1, USE_X0=True, USE_BACKOUT=True, n_layer=3)
+PARTS = dict(n_value_embed=1, USE_X0=True, n_layer=3)
 INTERPRETS = fused.triton is not None and not torch.cuda.is_available()  # Triton's interpreter runs on CPUs
 
 

@@ -42,7 +42,7 @@ FLAGS = dict(
     learning_rate=0.02, learning_rate_embed=0.3, learning_rate_head=0.01, learning_rate_gain=0.004,
 )
 # All parts of the model that preset speedrun adds; x0's scalars move less than there, because eight steps amplify them
-PARTS = dict(n_value_embed=1, USE_X0=True, USE_BACKOUT=True, qk_scale=1.2, window_pattern="SL", window_size=64,
+PARTS = dict(n_value_embed=1, USE_X0=True, qk_scale=1.2, window_pattern="SL", window_size=64,
              learning_rate_x0=0.05, muon_variant="normuon")
 RAMP = dict(batch_ramp="0.2,0.55", batch_size=4)  # 3 steps of one micro-batch, 3 of two, 2 of four
 SAME = dict(loss=0.02, norm=0.05)
