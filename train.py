@@ -104,7 +104,7 @@ from nanofp8.precision import (  # number formats and FP8's scaling state
 from nanofp8.prefetch import Prefetcher  # items made ahead of time by a thread
 from nanofp8.procs import Processes, command_line  # rank, device, mesh; start and end of a script
 from nanofp8.schedule import Schedule  # learning rates, weight decay and momentum at each step
-from nanofp8.shards import Shard, ShardError, find_shards, pass_order  # the token shard format
+from nanofp8.shards import Shard, ShardError, epoch_order, find_shards  # the token shard format
 from nanofp8.sizes import BatchPlan, auto_batch, batch_error, flops_per_token, parameter_table, steps_for, windows
 from nanofp8.zero import Gathered, Zero2  # what USE_FSDP2 and USE_DDP do
 
@@ -122,7 +122,7 @@ seed: Seed = 1337                             # seed of initialisation and stoch
 # Data
 dataset: NonEmpty = "fineweb10B"              # folder below data_dir: fineweb10B, openwebtext-100k, shakespeare, ...
 data_dir: NonEmpty = "data"                   # relative to this file unless absolute
-USE_SHUFFLE: bool = True                      # passes over the data after the first take its sequences in random order
+USE_SHUFFLE: bool = True                      # epochs after the first read the sequences in random order
 
 # Model
 n_layer: Layers = 20                          # transformer blocks
@@ -363,8 +363,8 @@ class DataLoader:
 
     Optimizer step k reads the next plan.batch(k) tokens of the run, those after the first S. Micro-batch m of rank r
     starts at S + (m*world_size + r)*B*T. So a step reads the same tokens for any number of ranks and any micro-batch
-    size. position() says where in the ring they lie. With USE_SHUFFLE, each pass over the ring after the first reads
-    its sequences in a random order of its own, the same in all runs: one that comes back has other neighbours.
+    size. position() says where in the ring they lie. With USE_SHUFFLE, each epoch after the first reads the ring's
+    sequences in a random order of its own, the same in all runs: one that comes back has other neighbours.
     """
 
     def __init__(self, ring: TokenRing, cfg: SimpleNamespace, procs: Processes):
@@ -401,9 +401,9 @@ class DataLoader:
 
     def position(self, start: int) -> int:
         """Return where in the ring the sequence lies that is read as token `start` of the run and those after it."""
-        whole = (self.ring.total - 1) // self.block_size  # sequences of a pass; the tokens after them are left out
-        number, i = divmod(start // self.block_size, whole)
-        return int(pass_order(number, whole)[i]) * self.block_size if self.shuffle and number else start
+        whole = (self.ring.total - 1) // self.block_size  # sequences of an epoch; the tokens after them are left out
+        epoch, i = divmod(start // self.block_size, whole)
+        return int(epoch_order(epoch, whole)[i]) * self.block_size if self.shuffle and epoch else start
 
     def next(self) -> tuple[Tensor, Tensor]:
         """Return the next micro-batch on the device: inputs (B, T) int32, targets (B, T) int64."""

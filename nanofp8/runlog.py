@@ -309,7 +309,7 @@ def data_rows(cfg: SimpleNamespace, procs: Processes, loader: Any, val_ring: Any
     tokens, stages = plan.total, plan.describe()
     micro_batches = cfg.total_batch_size // (loader.micro_tokens * procs.world_size)
     ignored, epochs = ", ".join(map(repr, ring.ignored)), tokens / ring.total
-    order = "; later passes are shuffled" if loader.shuffle else ""
+    order = "; later epochs are shuffled" if loader.shuffle else ""
     again = f": each train token is read {epochs:.2f} times{order}" if epochs > 1 else ""
     return [
         ("data", f"{cfg.dataset}: {ring.total:,} train tokens in {len(ring.paths)} shard(s), "

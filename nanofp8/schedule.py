@@ -6,7 +6,7 @@ from types import SimpleNamespace
 from nanofp8.sizes import BatchPlan
 
 REFERENCE_BATCH, REFERENCE_TOKENS, SHORTEST_TOKENS = 524288, 891289600, 50e6  # of lr_scale()
-MEMORY, MEASURED_PASSES, SHORTEST_MEMORY = 0.28, 4, 40  # of table_decay(): passes over the data, passes, steps
+MEMORY, MEASURED_EPOCHS, SHORTEST_MEMORY = 0.28, 4, 40  # of table_decay(): epochs, epochs, steps
 
 
 def lr_factor(step: float, warmup_iters: float, max_iters: int, min_lr_ratio: float,
@@ -59,8 +59,8 @@ class Schedule:
                 (cfg.warmup_ratio, cfg.warmup_iters), (cfg.muon_momentum_ratio, cfg.muon_momentum_iters)))
         self.warmdown = cfg.warmdown_ratio if cfg.lr_schedule == "linear" else None
         self.scale = lr_scale(cfg)
-        self.passes = self.plan.total / data_tokens
-        self.steps_of_pass = cfg.max_iters / self.passes
+        self.epochs = self.plan.total / data_tokens
+        self.steps_of_epoch = cfg.max_iters / self.epochs
 
     def lr(self, step: int) -> float:
         """Return the factor on all learning rates at a step (from 0)."""
@@ -83,27 +83,27 @@ class Schedule:
         """Return AdamW's weight decay of a table, the head or an embedding; it is also multiplied by the learning rate.
 
         Text that is read several times is learned by heart, and most of all by the head: there each token has weights
-        of its own. "auto" makes a table forget: at its highest rate an update shrinks to 1/e within MEMORY of a pass
-        over the data (the unit is that of arXiv 2405.13698), but not within less than SHORTEST_MEMORY steps. This is
-        for MEASURED_PASSES passes or more; fewer get less, two a third and one none, which fits what was measured
+        of its own. "auto" makes a table forget: at its highest rate an update shrinks to 1/e within MEMORY
+        epochs (the unit is that of arXiv 2405.13698), but not within less than SHORTEST_MEMORY steps. This is for
+        MEASURED_EPOCHS or more; fewer get less, two a third and one none, which fits what was measured
         there (docs/recipe.md). Where the batch grows, a step of the run's mean batch counts.
 
         Args: flag: a number, or "auto". learning_rate: of the table, as its flag gives it.
         """
         if flag != "auto":
             return flag
-        again = self.passes - 1
+        again = self.epochs - 1
         if again <= 0 or not learning_rate:
             return 0.0
-        memory = max(MEMORY * self.steps_of_pass, SHORTEST_MEMORY)
+        memory = max(MEMORY * self.steps_of_epoch, SHORTEST_MEMORY)
         highest = learning_rate * self.scale * self.of_batch(self.plan.total / self.cfg.max_iters)
-        return min(1.0, again / (MEASURED_PASSES - 1)) / (memory * highest)
+        return min(1.0, again / (MEASURED_EPOCHS - 1)) / (memory * highest)
 
     def repeated_text_note(self) -> str:
         """Return a remark for the start-up table where value embeddings read text at least twice, else ""."""
-        if not self.cfg.n_value_embed or self.passes < 2:
+        if not self.cfg.n_value_embed or self.epochs < 2:
             return ""
-        return "value embeddings learn it by heart; over four passes --n_value_embed=0 ended far lower (docs/recipe.md)"
+        return "value embeddings learn it by heart; over four epochs --n_value_embed=0 ended far lower (docs/recipe.md)"
 
     def rates(self, learning_rates: dict[str, float]) -> str:
         """Return the highest learning rates of parameter groups, {name: by its flag}, for the start-up table."""

@@ -238,9 +238,9 @@ def fingerprint(path: str | os.PathLike) -> dict:
 
 
 @functools.lru_cache(maxsize=2)
-def pass_order(number: int, count: int) -> np.ndarray:
-    """Return the order, shape (count,), of the sequences in pass `number` over the data."""
-    return np.random.RandomState(number).permutation(count)  # RandomState: the same numbers in every version of numpy
+def epoch_order(epoch: int, count: int) -> np.ndarray:
+    """Return the order, shape (count,), of the sequences in an epoch, counted from 0."""
+    return np.random.RandomState(epoch).permutation(count)  # RandomState: the same numbers in every version of numpy
 
 
 def write_shard(path: str | os.PathLike, tokens: np.ndarray) -> None:

@@ -118,10 +118,10 @@ def test_rates_follow_the_batch_and_schedules_the_tokens():
     said = f"muon {0.02 * highest:.3g} (flags x {highest:.3g} for 200 steps of up to 256"
     assert said in followed.rates(dict(muon=0.02))
     assert highest < 0.95 * followed.scale  # the last doubling comes when the rates already fall
-    assert followed.passes == plan.total / 10**9
+    assert followed.epochs == plan.total / 10**9
     constant = Schedule(helpers.make_cfg(max_iters=100, total_batch_size=128, lr_scaling="sqrt"), 3200)
     growing = Schedule(helpers.make_cfg(max_iters=150, total_batch_size=128, batch_ramp="0.5", lr_scaling="sqrt"), 3200)
-    assert constant.passes == growing.passes == 4  # the same tokens; the decay is that of the mean batch
+    assert constant.epochs == growing.epochs == 4  # the same tokens; the decay is that of the mean batch
     mean, ratio = growing.plan.total / 150, constant.table_decay("auto", 0.1) / growing.table_decay("auto", 0.1)
     assert ratio == pytest.approx((40 * math.sqrt(mean)) / (40 * math.sqrt(128)))
 

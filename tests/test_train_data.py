@@ -136,8 +136,8 @@ def test_steps_of_a_growing_batch_read_the_next_tokens_for_any_ranks_and_batch_s
 SEQUENCES = (TOTAL - 1) // 8  # 150 of 8 tokens; with its last target, each lies in the ring
 
 
-def test_later_passes_are_shuffled(numbered):
-    """25 steps of 96 tokens read 300 sequences: the first pass in order, the second in another, each sequence once."""
+def test_later_epochs_are_shuffled(numbered):
+    """25 steps of 96 tokens read 300 sequences: the first epoch in order, the second in another, each sequence once."""
     first, second = read_steps(numbered, 25, shuffle=True).view(2, SEQUENCES, 8)
     assert np.array_equal(first.flatten(), np.arange(SEQUENCES * 8))
     starts = second[:, 0].numpy()
@@ -146,15 +146,15 @@ def test_later_passes_are_shuffled(numbered):
     assert (np.diff(starts) == 8).mean() < 0.05
 
 
-def test_each_pass_has_its_own_order_which_never_changes():
-    orders = [train.pass_order(number, SEQUENCES) for number in (1, 2, 3)]
+def test_each_epoch_has_its_own_order_which_never_changes():
+    orders = [train.epoch_order(number, SEQUENCES) for number in (1, 2, 3)]
     assert not any(np.array_equal(a, b) for a, b in zip(orders, orders[1:], strict=False))
-    assert train.pass_order(1, 8).tolist() == [7, 2, 1, 6, 0, 4, 3, 5]  # a resumed run depends on it
+    assert train.epoch_order(1, 8).tolist() == [7, 2, 1, 6, 0, 4, 3, 5]  # a resumed run depends on it
 
 
 @pytest.mark.parametrize("world, B", [(1, 1), (1, 4), (2, 2), (3, 4)])
 def test_shuffled_steps_are_the_same_for_any_ranks_and_batch_size(numbered, world, B):
-    """12.5 steps are a pass: the 13th and 26th step lie in two."""
+    """12.5 steps are an epoch: the 13th and 26th step lie in two."""
     expected = read_steps(numbered, 30, shuffle=True)
     assert torch.equal(read_steps(numbered, 30, world, B, shuffle=True), expected)
     assert torch.equal(read_steps(numbered, 3, world, B, shuffle=True, first=25), expected[25:28])  # resumed
