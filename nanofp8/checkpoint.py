@@ -45,7 +45,7 @@ from nanofp8.checkpoint_files import (
     steps_of,
 )
 from nanofp8.config import UserError, convert, flag_values, may_choose, script_flags
-from nanofp8.files import error_line, is_seen, sync_to_disk
+from nanofp8.files import console, error_line, is_seen, sync_to_disk
 from nanofp8.precision import fp8_state
 from nanofp8.procs import Processes, report_good_end
 from nanofp8.resuming import find_checkpoint, run_folder_of, was_restarted
@@ -303,7 +303,8 @@ def restore(run: Any, folder: str, meta: dict) -> bool:
     Returns: whether all scales were restored. Raises: UserError.
     """
     saved, state, procs = read_index(folder).state_dict_metadata, training_state(run), run.procs
-    unknown = sorted(n for n in saved if n.startswith("model.") and n.removeprefix("model.") not in state["model"])
+    trained = {f"model.{name}" for name, _ in run.model.named_parameters()}
+    unknown = sorted(name for name in saved if name.startswith("model.") and name not in trained)
     if unknown:  # of a part that this version lacks: without it, the loss would jump
         raise UserError(f"checkpoint {folder} has weights that this version of train.py does not train "
                         f"({', '.join(unknown[:3])}); resume it with the version that wrote it", 2)
@@ -387,6 +388,7 @@ class Checkpoints:
         # A new thread's GPU is number 0. What DCP asks CUDA there would make a context of each rank on it
         on_its_gpu = (torch.cuda.set_device, (procs.device,)) if procs.device.type == "cuda" else ()
         self.writer = ThreadPoolExecutor(1, "checkpoint", *on_its_gpu)
+        self.pinned = procs.device.type == "cuda"  # whether the copies are in pinned memory
         self.failure = ""  # why the last write failed
         if procs.is_main:
             for name in os.listdir(self.folder) if os.path.isdir(self.folder) else ():
@@ -399,8 +401,22 @@ class Checkpoints:
 
     @functools.cached_property
     def stager(self) -> Any:
-        """Copies the state. On a GPU it keeps its pinned memory (DefaultStager of torch 2.11 works only once)."""
-        return dcp.staging.BlockingAsyncStager(cache_staged_state_dict=self.procs.device.type == "cuda")
+        """Copies the state. It keeps its memory if that is pinned (DefaultStager of torch 2.11 works only once)."""
+        return dcp.staging.BlockingAsyncStager(cache_staged_state_dict=self.pinned)
+
+    def stage(self, state: dict) -> dict:
+        """Return a copy of the state in the host's memory; for a GPU in pinned memory, as long as there is enough: WSL2
+        may have no more than 0.5 to 1 GB (microsoft/WSL, issues 8447 and 14078)."""
+        try:
+            return self.stager.stage(state)
+        except RuntimeError as error:
+            vars(self).pop("stager", None)  # it may hold half a copy
+            if not self.pinned:
+                raise
+            self.pinned = False
+            console(f"checkpoints: rank {self.procs.rank} has too little pinned memory ({error_line(error)}); saving "
+                    f"works without it, but blocks training for longer")
+        return self.stager.stage(state)
 
     def prepare(self, make_state: Callable[[], dict]) -> None:
         """Copy the state once before training is timed, which allocates the pinned memory of a GPU.
@@ -408,10 +424,8 @@ class Checkpoints:
         Without it the first save of 561M parameters blocked training for 1.6 s on an H100.
         """
         if self.keep and self.procs.device.type == "cuda":
-            try:
-                self.stager.stage(make_state())
-            except RuntimeError as error:  # too little memory: each save will say so, and training continues
-                self.procs.print(f"checkpoints: no pinned memory ({error_line(error)})")
+            with contextlib.suppress(RuntimeError):  # too little memory: each save will say so, and training continues
+                self.stage(make_state())
 
     def save(self, step: int, make_state: Callable[[], dict], meta: dict) -> float:
         """Start a checkpoint after `step` optimizer steps; return the seconds that it blocked training.
@@ -439,7 +453,7 @@ class Checkpoints:
             norms = [norm.float().to(self.procs.device) for norm in norms]
             if norms and not torch.stack(norms).isfinite().all():
                 raise ValueError(NOT_FINITE)
-            state = self.stager.stage(state)
+            state = self.stage(state)
         except Exception as error:
             vars(self).pop("stager", None)  # it may hold half a copy
             failure = error_line(error)

@@ -78,5 +78,7 @@ def console(*words: object) -> None:
 
 
 def error_line(error: BaseException) -> str:
-    """Return the last line of an exception's message; the name of its type if it has no message."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
+    """Return the last line of an exception's message, where most say what happened, or CUDA's line; the name of its
+    type if it has no message."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return next((line for line in lines if line.startswith("CUDA error")), lines[-1])  # torch adds advice after CUDA's

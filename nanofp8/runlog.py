@@ -187,6 +187,8 @@ class RunLog:
                 # A run that continues goes on under its own id
                 self.wandb = wandb.init(project=wandb_project, name=os.path.basename(folder), config=config, dir=folder,
                                         id=config.get("wandb_id"), resume="allow")
+                # wandb's own step never goes back, and what is logged for an earlier one is lost: a resumed run's steps
+                self.wandb.define_metric("*", step_metric="step")
             except Exception as error:  # no wandb, no network, no login: the run continues
                 console(f"wandb is off: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
 
@@ -204,7 +206,7 @@ class RunLog:
         if self.wandb is not None:
             try:
                 values = {k: v for k, v in record.items() if k not in ("kind", "step")}
-                self.wandb.log(dict(flatten(values, record["kind"])), step=record["step"])
+                self.wandb.log(dict(flatten(values, record["kind"])) | dict(step=record["step"]))
             except Exception as error:
                 console(f"wandb is off: {error}")
                 self.wandb = None

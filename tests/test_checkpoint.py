@@ -1376,6 +1376,29 @@ def small_checkpoints(folder, keep=2, *steps):
     return checkpoints, save
 
 
+def test_too_little_pinned_memory_is_said_once_and_saving_goes_on(tmp_path, capsys, monkeypatch):
+    """As under WSL2, where CUDA pins less than the state of the default model."""
+    checkpoints, save = small_checkpoints(tmp_path)
+    kinds, real = [], dcp.staging.BlockingAsyncStager
+
+    def stager(cache_staged_state_dict):
+        kinds.append(cache_staged_state_dict)
+        if not cache_staged_state_dict:
+            return real(cache_staged_state_dict=False)
+
+        def fail(state):
+            raise RuntimeError("CUDA error: out of memory\nCompile with `TORCH_USE_CUDA_DSA`.")
+        return SimpleNamespace(stage=fail)
+
+    monkeypatch.setattr(dcp.staging, "BlockingAsyncStager", stager)
+    checkpoints.pinned = True  # as on a GPU
+    save(1)
+    save(2)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "pinned" in line]
+    assert "rank 0" in line and "CUDA error: out of memory" in line
+    assert kinds == [True, False] and in_ckpt(tmp_path) == ["step_000001", "step_000002"]
+
+
 @pytest.mark.parametrize("failures,free,names", [
     (1, 1000, ["step_000003", "step_000004"]), (2, 1000, ["step_000003"]),
     (2, 1e9, ["step_000001", "step_000002", "step_000003"])])

@@ -249,8 +249,8 @@ def test_sharded_optional_parts_are_gathered(fresh, shards, tmp_path):
 
 def test_wandb_gets_a_curve_for_each_number(fresh, shards, tmp_path, monkeypatch):
     logged = {}
-    fake = SimpleNamespace(log=lambda values, step: logged.update({(k, step): v for k, v in values.items()}),
-                           finish=lambda: None)
+    fake = SimpleNamespace(log=lambda values: logged.update({(k, values["step"]): v for k, v in values.items()}),
+                           finish=lambda: None, define_metric=lambda name, step_metric: None)
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **_: fake))
     folder = train_here(tmp_path, shards, max_iters=2, FP8_STATS_INTERVAL=2, USE_WANDB=True)
     (record,), (done,) = records(folder, "fp8_stats"), records(folder, "done")

@@ -18,7 +18,7 @@ def test_a_wandb_that_fails_later_is_switched_off(tmp_path, monkeypatch, capsys)
         raise RuntimeError("no network")
 
     stub = ModuleType("wandb")
-    stub.init = lambda **kwargs: SimpleNamespace(log=fail, finish=fail)
+    stub.init = lambda **kwargs: SimpleNamespace(log=fail, finish=fail, define_metric=lambda *_, **__: None)
     monkeypatch.setitem(sys.modules, "wandb", stub)
     log = RunLog(str(tmp_path), FolderLock(str(tmp_path)), {}, wandb_project="x")
     log.write(dict(kind="train", step=0, tokens=1, loss=1.0))
@@ -43,11 +43,13 @@ def test_wandb_gets_the_id_of_the_run_and_whether_it_failed(tmp_path, monkeypatc
         raise RuntimeError("no network")
 
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(
-        init=lambda **kwargs: calls.append((kwargs["id"], kwargs["resume"])) or SimpleNamespace(finish=finish)))
+        init=lambda **kwargs: calls.append((kwargs["id"], kwargs["resume"])) or SimpleNamespace(
+            finish=finish, define_metric=lambda name, step_metric: calls.append((name, step_metric)))))
     for failed in (False, True):
         log = RunLog(str(tmp_path), FolderLock(str(tmp_path)), dict(wandb_id="abc"), wandb_project="x")
         log.close(failed)
-    assert calls == [("abc", "allow"), 0, ("abc", "allow"), 1]
+    axis = "*", "step"  # a resumed run may go back to an earlier step, which wandb's own steps cannot
+    assert calls == [("abc", "allow"), axis, 0, ("abc", "allow"), axis, 1]
     assert saved_config(str(tmp_path)) == dict(wandb_id="abc")
     (tmp_path / "config.json").write_text("[1, ")
     assert saved_config(str(tmp_path)) == {} == saved_config(str(tmp_path / "none"))
