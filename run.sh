@@ -37,9 +37,18 @@ flag() { # print the value of flag $1 among the arguments that follow, else trai
 
 # All GPUs in the machine decide what is installed; the GPUs that CUDA_VISIBLE_DEVICES allows decide what runs. CUDA
 # uses the entries before the first that is not a GPU.
+[ ! -d /usr/lib/wsl/lib ] || PATH=$PATH:/usr/lib/wsl/lib # WSL2's nvidia-smi; PATH lacks it under sudo and ssh
 smi_status=0
 smi=$(nvidia-smi -L 2>&1) || smi_status=$?
 machine_gpus=$(grep -c '^GPU ' <<<"$smi" || true)
+newest=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sort -n | tail -n 1) || true
+no_gpu='' # why none can train here, unless none was asked for: training on the CPU instead would be a surprise
+case $newest in
+  [1-7].[0-9]) machine_gpus=0 no_gpu="the newest GPU has compute capability $newest, but training needs 8.0 (A100) or newer; use another one" ;;
+esac
+[ "$smi_status" -eq 0 ] || [[ $smi == *"No devices"* ]] || ! command -v nvidia-smi >/dev/null ||
+  no_gpu="the GPU does not answer (nvidia-smi: ${smi%%$'\n'*}); repair its driver"
+case ${CUDA_VISIBLE_DEVICES-0} in [0-9]* | GPU-* | MIG-*) ;; *) no_gpu='' ;; esac
 gpus=$machine_gpus
 if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
   gpus=0
@@ -52,8 +61,6 @@ if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
     esac
     gpus=$((gpus + 1))
   done
-elif [ "$smi_status" -ne 0 ] && command -v nvidia-smi >/dev/null && [[ $smi != *"No devices"* ]]; then
-  broken_gpu=${smi%%$'\n'*} # training on the CPU instead would be a surprise
 fi
 requirements="requirements-cpu.txt"
 [ "$machine_gpus" -eq 0 ] || requirements="requirements.txt"
@@ -66,9 +73,9 @@ MAX_RESTARTS=${MAX_RESTARTS:-0}
 
 # Under srun every machine runs this script once. Rank 0 is on the first machine of the job step.
 NNODES=${NNODES:-} NODE_RANK=${NODE_RANK:-} MASTER_ADDR=${MASTER_ADDR:-} RDZV_ENDPOINT=${RDZV_ENDPOINT:-}
+[ -n "$NNODES" ] || [ "${SLURM_STEP_NUM_TASKS:-1}" -le "${SLURM_STEP_NUM_NODES:-1}" ] ||
+  die "srun started several tasks per machine; use --ntasks-per-node=1 and set NPROC for processes per machine" 2
 if [ -z "$NNODES" ] && [ "${SLURM_STEP_NUM_NODES:-1}" -gt 1 ]; then
-  [ "${SLURM_STEP_NUM_TASKS:-1}" -le "$SLURM_STEP_NUM_NODES" ] ||
-    die "srun started several tasks per machine; use --ntasks-per-node=1 and set NPROC for processes per machine" 2
   NNODES=$SLURM_STEP_NUM_NODES NODE_RANK=${NODE_RANK:-${SLURM_NODEID:-}}
   MASTER_PORT=${MASTER_PORT:-$((20000 + ${SLURM_JOB_ID:-0} % 10000))} # one port per job, for jobs on one machine
   [ -n "$MASTER_ADDR" ] || read -r MASTER_ADDR < <(scontrol show hostnames "${SLURM_STEP_NODELIST:-}" 2>/dev/null) || true
@@ -193,7 +200,8 @@ install() {
     [[ $title != *'no build isolation'* ]] || option=--no-build-isolation
     say "installing $title"
     step .venv/bin/python -m pip install "$@" "$option" -r ".venv/part$part.txt" && continue
-    [[ $title == *optional* ]] || die "installation failed (pip's error is above); run the same command again to retry"
+    [[ $title == *optional* ]] ||
+      die "installation failed (pip's error is above); run the same command again to retry, with MAX_JOBS=1 in front of it if a compiler was killed: it had too little memory"
     say "that failed, but training works without it; to retry: .venv/bin/python -m pip install -r .venv/part$part.txt"
   done
   key "$requirements" >.venv/installed.new && mv .venv/installed.new .venv/installed
@@ -223,10 +231,12 @@ sys.exit(100)
   done
 }
 
-# Allow one set-up or download at a time in this folder; a second one waits (not on macOS, which has no flock).
+# Allow one set-up or download at a time in this folder; a second one waits (not on macOS, which has no flock, nor on
+# file systems without locks).
 lock() {
-  command -v flock >/dev/null || return 0
-  flock -n 9 || { say "another run.sh is setting up here; waiting for it" && flock 9; }
+  local status=0
+  ! command -v flock >/dev/null || flock -n 9 2>/dev/null || status=$?
+  [ "$status" -ne 1 ] || { say "another run.sh is setting up here; waiting for it" && flock 9; }
 }
 
 can_write() {
@@ -244,8 +254,8 @@ command=train
 case ${1:-} in setup | test | doctor) command=$1 && shift ;; esac
 [ "$command" != train ] || case " $* " in *' --doctor '* | *' --doctor='*) command=doctor ;; esac
 case $command in train | setup) check_flags "$@" ;; esac
-[ -z "${broken_gpu:-}" ] || [ "$command" != train ] || [ "$(flag preset "$@")" != auto ] ||
-  die "the GPU does not answer (nvidia-smi: $broken_gpu); repair its driver, or train on the CPU: --preset=tiny"
+[ -z "$no_gpu" ] || [ "$command" != train ] || [ "$(flag preset "$@")" != auto ] ||
+  die "$no_gpu, or train on the CPU: --preset=tiny"
 # Whether the Python that was found can train as it is. Run.sh's own .venv does not count: it must be complete.
 found_is_ready() {
   [ -n "$found" ] && { [ ! -f .venv/installed ] || [ ! "${found%/*}" -ef .venv/bin ]; } && usable "$found"
@@ -338,6 +348,14 @@ RDZV_ID=${RDZV_ID:-${SLURM_JOB_ID:+$SLURM_JOB_ID.${SLURM_STEP_ID:-0}}}
 if [ "${NNODES:-1}" -eq 1 ]; then
   set -- --standalone --local_addr=127.0.0.1 "$@" # a host name that does not resolve would block for minutes
 elif [ -n "$RDZV_ENDPOINT" ]; then
+  # torchrun would use this machine's name, which may mean 127.0.1.1 here and nothing elsewhere: give it the address, and
+  # say whether this machine is the endpoint's host
+  read -r address endpoint < <("$py" -c 'import socket, sys; from nanofp8.host import own_address
+print(own_address(sys.argv[1]), socket.gethostbyname(sys.argv[1]))' "${RDZV_ENDPOINT%:*}" 2>/dev/null) || true
+  if [ -n "${endpoint:-}" ]; then
+    set -- --local_addr="$address" "$@"
+    case $endpoint in "$address" | 127.*) set -- --rdzv_conf=is_host=1 "$@" ;; esac
+  fi
   set -- --nnodes="$NNODES" --rdzv_backend=c10d --rdzv_endpoint="$RDZV_ENDPOINT" --rdzv_id="${RDZV_ID:-nanogpt-fp8}" "$@"
 else
   [ "$NODE_RANK" -eq 0 ] || say "machine $NODE_RANK of $NNODES: training is reported on machine 0, $MASTER_ADDR"

@@ -165,6 +165,7 @@ CARDS = (
     Card("RTX 50, RTX PRO Blackwell", (12, 0)), Card("GB10", (12, 1)),
 )
 HAS_RUN = ((9, 0),)          # what is said of all others is read from source code
+OLDEST = (8, 0)              # before it, GPUs have no bf16, and CUDA 13 ends at 7.5
 NO_TRITON = ((11, 0),)       # Triton 3.6's ptxas is of CUDA 12.9, which does not know these (machine.check_triton)
 MXFP8_FOR_BLOCK = (10, 0)    # from here on block scaling runs by MXFP8's matmuls (csrc/extensions/gemm.cpp:314)
 
@@ -184,13 +185,20 @@ def supports(question: str, capability: tuple[int, int], cuda: float = 13.0, cub
         and cuda >= need.cuda and cublaslt >= need.cublaslt for need in SUPPORT[question].needs)
 
 
+def age_fault(capability: tuple[int, int]) -> str:
+    """Return why a GPU of this compute capability is too old, or ""."""
+    if capability >= OLDEST:
+        return ""
+    return f"the GPU has compute capability {dotted(capability)}, but training needs 8.0 (A100) or newer; use another"
+
+
 def verdict(question: str, capability: tuple[int, int], asked: bool) -> str:
     """Return what a run does with the format that Transformer Engine's function `question` is about.
 
     asked: whether a flag asked for a format.
     Returns: "native", "emulated", "bf16" (which runs instead) or "refused".
     """
-    if capability in NO_TRITON:
+    if capability < OLDEST or capability in NO_TRITON:
         return "refused"
     if supports(question, capability):
         return "native"

@@ -211,17 +211,19 @@ def check_driver(exam: Examination) -> Iterator[Verdict]:
 def check_gpus(exam: Examination) -> Iterator[Verdict]:
     """List the GPUs and their memory, and compare their number with the processes."""
     if exam.torch and exam.torch.cuda.is_available():
+        from nanofp8.machine import gpu_memory
         cuda = exam.torch.cuda
         for i in range(cuda.device_count()):
             try:
-                exam.gpus.append(Gpu(cuda.get_device_name(i), cuda.get_device_capability(i), *cuda.mem_get_info(i)))
+                exam.gpus.append(Gpu(cuda.get_device_name(i), cuda.get_device_capability(i), *gpu_memory(i)))
             except RuntimeError as error:
                 line = str(error).strip().splitlines()[0]
                 yield FAIL, f"GPU {i} cannot be used ({line}); see nvidia-smi, choose others by CUDA_VISIBLE_DEVICES"
     elif exam.torch is None and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
         for name, capability, free, total in host.ask_nvidia_smi("name,compute_cap,memory.free,memory.total")[0]:
             major, minor = map(int, capability.split("."))
-            exam.gpus.append(Gpu(name, (major, minor), int(free) * 2 ** 20, int(total) * 2 ** 20))
+            sizes_of = [int(size) * 2 ** 20 if size.isdecimal() else host.free_memory() for size in (free, total)]
+            exam.gpus.append(Gpu(name, (major, minor), *sizes_of))  # a GPU that shares the machine's memory: [N/A]
     if not exam.gpus:
         yield NOTE, "none that torch can use; training runs on the CPU" if exam.torch else "none"
     for (name, capability), count in Counter(gpu[:2] for gpu in exam.gpus).items():
@@ -246,6 +248,9 @@ def check_formats(exam: Examination) -> Iterator[Verdict]:
         for name, question in questions.items():
             by_verdict.setdefault(cards.verdict(question, capability, asked=True), []).append(name)
         yield NOTE, "; ".join(f"{verdict}: {', '.join(names)}" for verdict, names in by_verdict.items())
+        if fault := cards.age_fault(capability):
+            yield FAIL, fault
+            continue
         if capability not in cards.HAS_RUN:
             yield NOTE, (f"read from source, never run on compute capability {cards.dotted(capability)}; please send "
                          f"what `python bench.py card` writes (docs/cards.md)")

@@ -5,7 +5,10 @@ import functools
 import importlib.metadata
 import os
 import shutil
+import socket
+import struct
 import subprocess
+import sys
 import sysconfig
 from types import ModuleType
 from typing import Any, Callable, Iterator
@@ -94,6 +97,59 @@ def ask_nvidia_smi(fields: str) -> tuple[list[list[str]], str]:
     if done.returncode:
         return [], f"nvidia-smi: {(lines + done.stderr.strip().splitlines() or [f'status {done.returncode}'])[0]}"
     return [[text.strip() for text in line.split(",")] for line in lines], ""
+
+
+def free_memory() -> int:
+    """Return the bytes of this machine's memory that processes can get, files in the page cache included; 0: unknown.
+
+    A GPU that shares this memory (DGX Spark) does not count that cache as free, though it is given up on demand.
+    """
+    try:
+        with open("/proc/meminfo", encoding="ascii") as f:
+            return next(int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return 0
+
+
+def own_address(host: str) -> str:
+    """Return this machine's IPv4 address by which a host, and other machines like it, reach this one; "" if that is
+    not known, or if the host is 127.0.0.1: then all is on one machine.
+
+    gloo and torchrun would look up this machine's own name, which Debian and Ubuntu give the address 127.0.1.1: no
+    other machine reaches that. On the host itself its name may have that address, too: there the default route counts.
+    """
+    def source(target: str) -> str:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((target, 9))  # sends nothing
+            return probe.getsockname()[0]
+
+    try:
+        address = socket.gethostbyname(host)
+        own = source(address)
+        if own.startswith("127."):
+            return "" if address == "127.0.0.1" else source("192.0.2.1")  # RFC 5737: no machine has it
+        return own
+    except OSError:
+        return ""
+
+
+def interface_to(host: str) -> str | None:
+    """Return the network interface that has own_address(), for gloo; None: gloo may choose."""
+    own = own_address(host)
+    return next((name for _, name in socket.if_nameindex() if own and address_of(name) == own), None)
+
+
+def address_of(interface: str) -> str:
+    """Return the IPv4 address of a network interface; "" if it has none, and on other systems than Linux."""
+    if sys.platform != "linux":
+        return ""
+    import fcntl
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked:
+        try:
+            SIOCGIFADDR = 0x8915  # netdevice(7)
+            return socket.inet_ntoa(fcntl.ioctl(asked, SIOCGIFADDR, struct.pack("256s", interface.encode()))[20:24])
+        except OSError:
+            return ""
 
 
 def c_compiler() -> str | None:

@@ -45,11 +45,13 @@ OTHER_CARDS = {"laptop", "mobile", "max-q", "server", "d", "ti", "super", "mig"}
 
 
 def check_gpus() -> None:
-    """Raise UserError if nvidia-smi lists GPUs, or fails, although torch sees none and CUDA_VISIBLE_DEVICES is not set.
+    """Raise UserError if nvidia-smi lists GPUs, or fails, although torch sees none and CUDA_VISIBLE_DEVICES hides none.
 
     nvidia-smi that finds no devices is all right: a login node. A driver that is too old is named.
     """
-    if "CUDA_VISIBLE_DEVICES" in os.environ or not shutil.which("nvidia-smi"):
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    hidden = visible is not None and not re.match(r"\d|GPU-|MIG-", visible)
+    if hidden or not shutil.which("nvidia-smi"):
         return
     try:
         smi = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60)
@@ -59,6 +61,8 @@ def check_gpus() -> None:
             if fault := cards.driver_fault(drivers[0][0], torch.version.cuda or ""):
                 raise UserError(f"{fault}, or train on the CPU: --preset=tiny")
         reason = listed and f"nvidia-smi lists {listed.split(' (')[0]}, but torch {torch.__version__} finds no GPU"
+        if reason and visible:
+            reason += f" with CUDA_VISIBLE_DEVICES={visible}"
         if failed:
             lines = (smi.stdout + smi.stderr).strip().splitlines() or [f"status {smi.returncode}"]
             reason = f"the GPU does not answer (nvidia-smi: {lines[0]})"
@@ -66,6 +70,12 @@ def check_gpus() -> None:
         reason = f"the GPU does not answer (nvidia-smi: {error_line(error)})"
     if reason:
         raise UserError(f"{reason}; repair driver or torch, or train on the CPU: --preset=tiny")
+
+
+def check_capability(capability: tuple[int, int]) -> None:
+    """Raise UserError if a GPU is too old to train."""
+    if fault := cards.age_fault(capability):
+        raise UserError(f"{fault}, or train on the CPU: CUDA_VISIBLE_DEVICES= and --preset=tiny")
 
 
 def check_triton(capability: tuple[int, int]) -> None:
@@ -97,6 +107,14 @@ def check_compiler() -> None:
     """
     if importlib.util.find_spec("triton") and (fault := host.compiler_fault()):
         raise UserError(fault)
+
+
+def gpu_memory(device: torch.device | int) -> tuple[int, int]:
+    """Return the free and all bytes of a GPU's memory."""
+    free, total = torch.cuda.mem_get_info(device)
+    if getattr(torch.cuda.get_device_properties(device), "is_integrated", 0):  # newer versions of torch say
+        free = max(free, min(host.free_memory(), total))
+    return free, total
 
 
 def peak_of(name: str) -> float | None:

@@ -28,6 +28,7 @@ from nanofp8.checkpoint_files import read_checkpoint
 from nanofp8.config import UserError, may_choose
 from nanofp8.epilogues import NO_QUACK, Quack, choose_quack
 from nanofp8.fused import blocks_fit, kernels_fit, needs_transposes
+from nanofp8.machine import gpu_memory
 from nanofp8.parts import GATE_CHANNELS, value_layers
 from nanofp8.precision import Precision, choose_format, fp8_state, layer_names, match_layers
 from nanofp8.procs import Processes
@@ -340,7 +341,7 @@ def available(procs: Processes) -> float:
     torch.cuda.set_per_process_memory_fraction() leaves.
     """
     device = procs.device
-    free, total = torch.cuda.mem_get_info(device)
+    free, total = gpu_memory(device)
     allocated, reserved = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
     fraction = getattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0)  # older torch lacks it
     limit = fraction(device) * total - allocated

@@ -20,7 +20,7 @@ import torch.nn as nn
 from nanofp8 import cards
 from nanofp8.config import UserError
 from nanofp8.files import error_line
-from nanofp8.machine import check_compiler, check_triton
+from nanofp8.machine import check_capability, check_compiler, check_triton
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Formats
@@ -257,6 +257,7 @@ def select_precision(cfg: SimpleNamespace, device: torch.device) -> Precision:
     chosen, missing, note, lacking, why_lacking = choose_format(cfg), "", "", (), ""
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
+        check_capability(capability)
         check_triton(capability)
         check_compiler()
     if cfg.USE_EMULATION is True:

@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from nanofp8.config import UserError, exit_with, print_any_text, raise_on_ctrl_c
 from nanofp8.faults import Heartbeat, exit_now
 from nanofp8.files import console, error_line
-from nanofp8.host import shared_memory_fault
+from nanofp8.host import interface_to, shared_memory_fault
 
 
 @dataclass
@@ -83,6 +83,8 @@ def start_processes() -> Processes:
     """
     rank, local_rank, world_size = read_ranks()
     use_cuda = torch.cuda.is_available()
+    local_size = os.environ.get("LOCAL_WORLD_SIZE", "1")  # torchrun sets it
+    local_size = int(local_size) if local_size.isdecimal() else 1
     if use_cuda:
         if local_rank >= torch.cuda.device_count():
             raise UserError(f"local rank {local_rank} has no GPU: this machine has {torch.cuda.device_count()}; "
@@ -92,12 +94,13 @@ def start_processes() -> Processes:
         except RuntimeError as error:
             raise UserError(f"GPU {local_rank} cannot be used: {str(error).splitlines()[0]}; see nvidia-smi, and "
                             f"choose another with CUDA_VISIBLE_DEVICES", one_rank=True) from None
-        local_size = os.environ.get("LOCAL_WORLD_SIZE", "1")  # torchrun sets it
-        fault = shared_memory_fault(int(local_size) if local_size.isdecimal() else 1)
+        fault = shared_memory_fault(local_size)
         if fault and local_rank == 0:  # before NCCL starts: if it fails, the reason is on the screen
             console(f"warning: {fault}")
     device = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
     if not dist.is_initialized():
+        if world_size > local_size and (interface := interface_to(os.environ["MASTER_ADDR"])):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         # gloo beside NCCL: objects and CPU tensors travel without touching the GPU's stream
         backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
         try:
@@ -108,6 +111,11 @@ def start_processes() -> Processes:
             where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             raise UserError(f"rank {rank} cannot connect to the others at {where} ({error_line(error)}); "
                             f"check MASTER_ADDR, or choose another MASTER_PORT", one_rank=True) from None
+        except RuntimeError as error:  # gloo's and NCCL's
+            remedy = ("set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the network interface between the machines"
+                      if world_size > local_size else "with NCCL_DEBUG=INFO, NCCL says more")
+            raise UserError(f"rank {rank} cannot connect to the others ({error_line(error)}); {remedy}",
+                            one_rank=True) from None
     mesh = init_device_mesh(device.type, (world_size,), mesh_dim_names=("data",))
     return Processes(rank, local_rank, world_size, device, mesh)
 

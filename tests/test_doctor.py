@@ -236,6 +236,24 @@ def test_without_torch_and_numpy(shards, tmp_path, capsys, monkeypatch):
     assert "checkpoints of 5.16 GB" in of(lines, "disk") and "131,072" in of(lines, "data", doctor.FAIL)
 
 
+@pytest.mark.parametrize("row, words", [
+    (["NVIDIA GB10", "12.1", "[N/A]", "[N/A]"], ["100.0 of 100.0 GB free", "native: fp8"]),
+    (["Tesla T4", "7.5", "15000", "15360"], ["7.5, but training needs 8.0", "use another"])])
+def test_gpus_before_anything_is_installed(shards, tmp_path, capsys, monkeypatch, row, words):
+    """GB10 shares the machine's memory; nvidia-smi names none of its own."""
+    for name in ("torch", "numpy"):
+        monkeypatch.setitem(sys.modules, name, None)
+    answers = {"driver_version": [["580.95.05"]], "name,compute_cap,memory.free,memory.total": [row]}
+    monkeypatch.setattr(host, "ask_nvidia_smi", lambda fields: (answers[fields], ""))
+    monkeypatch.setattr(host, "free_memory", lambda: 100 * 10 ** 9)
+    monkeypatch.setattr(host, "compiler_fault", lambda: "")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    _, lines, text = report(capsys, f"--data_dir={shards}", "--dataset=synthetic", f"--out_dir={tmp_path}")
+    text = " ".join(text.split())
+    assert all(word in text for word in words) and "could not be checked" not in text
+    assert ("8.0" in str(faults(lines))) == (row[1] == "7.5")
+
+
 @pytest.mark.parametrize("module, error, mark", [
     ("torch", 'OSError("libcudart.so.13: cannot open shared object file")', doctor.FAIL),
     ("torch", 'SystemError("bad")', doctor.FAIL), ("numpy", 'ImportError("a\\nb")', doctor.FAIL),

@@ -1,6 +1,7 @@
 """machine.py: peaks of GPUs, what config.json says of machine and code."""
 
 import shutil
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -118,6 +119,69 @@ def test_gpus_that_torch_does_not_see(tmp_path, monkeypatch, script, words):
         assert all(word in str(caught.value) for word in [*words, "--preset=tiny"])
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     check_gpus()
+
+
+@pytest.mark.parametrize("visible, meant", [("0", True), ("GPU-1", True), ("", False), ("-1", False),
+                                            ("NoDevFiles", False)])
+def test_gpus_that_are_asked_for_by_name_and_not_seen(tmp_path, monkeypatch, visible, meant):
+    """Slurm sets CUDA_VISIBLE_DEVICES in every job: to NoDevFiles without GPUs."""
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text("#!/bin/sh\necho 'GPU 0: NVIDIA H100 (UUID: GPU-1)'\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    with pytest.raises(UserError, match=f"GPU 0: NVIDIA H100.*{visible}.*--preset=tiny") if meant else nullcontext():
+        check_gpus()
+
+
+@pytest.mark.parametrize("host_address, own, default, found", [
+    ("10.0.0.7", "10.0.0.8", None, "10.0.0.8"),     # another machine
+    ("10.0.0.8", "10.0.0.8", None, "10.0.0.8"),     # this one, by its address
+    ("127.0.1.1", "127.0.0.1", "10.0.0.8", "10.0.0.8"),  # this one, by Debian's name for it
+    ("127.0.1.1", "127.0.0.1", None, ""), ("127.0.0.1", "127.0.0.1", "10.0.0.8", ""), (None, None, None, ""),
+])
+def test_the_address_by_which_other_machines_reach_this_one(monkeypatch, host_address, own, default, found):
+    class Probe:
+        def __init__(self, *kind):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+        def connect(self, address):
+            self.own = own if address[0] == host_address else default
+            if self.own is None:
+                raise OSError("Network is unreachable")
+
+        def getsockname(self):
+            return self.own, 9
+
+    def look_up(name):
+        if host_address is None:
+            raise OSError("Name or service not known")
+        return host_address
+
+    monkeypatch.setattr(host.socket, "gethostbyname", look_up)
+    monkeypatch.setattr(host.socket, "socket", Probe)
+    monkeypatch.setattr(host.socket, "if_nameindex", lambda: [(1, "lo"), (2, "ib0"), (3, "eth0")])
+    monkeypatch.setattr(host, "address_of", dict(lo="127.0.0.1", ib0="", eth0="10.0.0.8").get)
+    assert host.own_address("node1") == found and host.interface_to("node1") == ("eth0" if found else None)
+
+
+def test_the_addresses_of_this_machines_interfaces():
+    names = [name for _, name in host.socket.if_nameindex()]
+    assert "lo" not in names or host.address_of("lo") in ("127.0.0.1", "")  # "": not up, or not Linux
+    assert host.address_of("none such") == ""
+
+
+@pytest.mark.parametrize("capability, fault", [((7, 0), "7.0"), ((7, 5), "7.5"), ((8, 0), ""), ((12, 1), "")])
+def test_a_gpu_that_is_too_old(capability, fault):
+    with pytest.raises(UserError, match=f"{fault}.*8.0.*--preset=tiny") if fault else nullcontext():
+        machine.check_capability(capability)
+    assert (cards.verdict("is_fp8_available", capability, asked=True) == "refused") == bool(fault)
 
 
 def test_an_optional_package_that_compiles_functions_is_imported_without_inductor(tmp_path, monkeypatch):

@@ -289,6 +289,12 @@ def test_interrupted_setup(host, sig, status):
     assert len(host.pips()) == CPU_PARTS and not (host.repo / ".venv" / "half").exists()
 
 
+def test_a_file_system_without_locks(host):
+    """flock's status is 1 only where another process holds the lock."""
+    host.fake("flock", '#!/bin/bash\necho "flock: 9: Function not implemented" >&2; exit 71\n')
+    assert "waiting" not in host.run() and len(host.pips()) == CPU_PARTS and host.did[-1].startswith(".venv train.py")
+
+
 @pytest.mark.skipif(shutil.which("flock", path="/usr/bin:/bin") is None, reason="no flock")
 def test_two_starts_set_up_once(host):
     host.fake("flock", '#!/bin/bash\n/usr/bin/env -i /usr/bin/flock "$@" || { s=$?; touch "$LOG.waits"; exit $s; }\n')
@@ -488,11 +494,22 @@ def test_a_gpu_that_does_not_answer_stops_training_unless_the_cpu_is_meant(host)
     host.has("torch", "numpy").fake("nvidia-smi", "#!/bin/bash\necho 'NVIDIA-SMI has failed: no driver' >&2; exit 9\n")
     out = host.run(status=1)
     assert "NVIDIA-SMI has failed" in out and "--preset=tiny" in out and host.did == []
-    for arguments, env in ((["--preset=tiny"], {}), ([], dict(CUDA_VISIBLE_DEVICES=""))):
+    for visible in ("0", "GPU-1"):  # Slurm sets it in every job
+        assert "NVIDIA-SMI has failed" in host.run(status=1, CUDA_VISIBLE_DEVICES=visible) and host.did == []
+    for arguments, env in ((["--preset=tiny"], {}), *(([], dict(CUDA_VISIBLE_DEVICES=v)) for v in ("", "NoDevFiles"))):
         host.run(*arguments, **env)
         assert host.did[-1].startswith("fake train.py")
     host.gpus(0).run()  # nvidia-smi without a GPU: a login node
     assert host.did == ["fake train.py RANK="]
+
+
+def test_gpus_that_are_too_old_get_one_line_before_anything_is_installed(host):
+    out = host.gpus(2, capability="7.5").run(status=1)
+    assert "7.5" in out and "8.0" in out and "--preset=tiny" in out and host.did == []
+    host.run("--preset=tiny")  # on the CPU, with the packages for it
+    assert len(host.pips()) == CPU_PARTS and host.did[-1].startswith(".venv train.py")
+    host.gpus(1, capability="12.0").run("--dataset=shakespeare")
+    assert len(host.pips()) == GPU_PARTS - 1  # no flash-attn-4: not Hopper
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(host):
@@ -551,6 +568,7 @@ def test_slurm(host):
     assert ("--nproc_per_node=4 --nnodes=2 --node_rank=1 --master_addr=node7 --master_port=20123 --rdzv_id=123.0 "
             "train.py") in host.did[0]
     assert "--ntasks-per-node=1" in host.run(status=2, **{**step, "SLURM_STEP_NUM_TASKS": "16"})
+    assert "--ntasks-per-node=1" in host.run(status=2, **{**step, "SLURM_STEP_NUM_NODES": "1"})  # two runs otherwise
     host.run(**{**step, "SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_NUM_TASKS": "1"})
     assert host.did == ["fake train.py RANK="]
     host.fake("scontrol", "#!/bin/bash\nexit 1\n")
