@@ -96,6 +96,7 @@ from nanofp8.parts import (  # what presets "speedrun" and "d12" add
 from nanofp8.plain import MATRICES, rms_norm, rope_qk_norm, rope_tables, spectral_init  # plain PyTorch
 from nanofp8.precision import (  # number formats and FP8's scaling state
     Precision,
+    check_one_format,
     keep_high_precision,
     preserved_scales,
     select_precision,
@@ -675,7 +676,7 @@ def choose_wrapper(cfg: SimpleNamespace, procs: Processes, parameters: int) -> t
         return "ddp", f"{ranks} ranks on CPUs"
     # fp32 weight and gradient on every rank; at most two fp32 moments (Muon has one) divided among them
     state_gb = (8 + 8 / ranks) * parameters / 1e9
-    memory_gb = torch.cuda.get_device_properties(procs.device).total_memory / 1e9
+    memory_gb = min(procs.gather(torch.cuda.get_device_properties(procs.device).total_memory)) / 1e9
     if state_gb < memory_gb / 4:
         return "ddp", f"{ranks} ranks; {state_gb:.1f} GB of state are under a quarter of a {memory_gb:.0f} GB GPU"
     return "fsdp2", f"{ranks} ranks; {state_gb:.1f} GB of state are over a quarter of a {memory_gb:.0f} GB GPU"
@@ -1036,6 +1037,7 @@ def build(cfg: SimpleNamespace, procs: Processes, loader: DataLoader) -> Run:
     np.random.seed(cfg.seed)
     random.seed(cfg.seed)
     precision = select_precision(cfg, procs.device)
+    check_one_format(precision, procs)
     parameters = sum(count for _, count, _ in parameter_table(cfg))
     wrapper, reason = choose_wrapper(cfg, procs, parameters)
     batch_choice = memory.choose(cfg, precision, wrapper, procs)

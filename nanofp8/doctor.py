@@ -355,6 +355,7 @@ def check_optimizers(exam: Examination) -> Iterator[Verdict]:
         return
     from nanofp8.muon import dion_muon, import_bitsandbytes
     cfg, procs = exam.cfg, SimpleNamespace(world_size=exam.ranks, device=exam.device)
+    procs.gather = lambda _: [gpu.total for gpu in exam.gpus]
     wrapper, reason = exam.train.choose_wrapper(cfg, procs, sum(n for _, n, _ in sizes.parameter_table(cfg)))
     if cfg.USE_8BIT_ADAM:
         import_bitsandbytes(exam.device, wrapper == "fsdp2")

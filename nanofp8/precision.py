@@ -292,6 +292,15 @@ def select_precision(cfg: SimpleNamespace, device: torch.device) -> Precision:
                      cards.GRAD_ZSCORE_12 if fp8_on_12 else 0.0)
 
 
+def check_one_format(precision: Precision, procs: Any) -> None:
+    """Raise UserError if the ranks' GPUs, of several kinds, would train in different formats: each rank chose alone."""
+    chosen = procs.gather(f"{'emulated ' * precision.emulated}{precision.name}")
+    for rank, name in enumerate(chosen):
+        if name != chosen[0]:
+            raise UserError(f"rank {rank} would train in {name}, rank 0 in {chosen[0]}; choose GPUs of one kind by "
+                            f"CUDA_VISIBLE_DEVICES, or --USE_FP8=False, which all have", 2)
+
+
 def check_nvfp4(cfg: SimpleNamespace, capability: tuple[int, int], version: str) -> tuple[Collection[str], str]:
     """Return the flags of NVFP4 that Transformer Engine cannot follow on this GPU, and why.
 

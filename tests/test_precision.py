@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import math
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ from nanofp8.config import UserError
 from nanofp8.precision import (
     NVFP4_INGREDIENTS,
     TE_PARTS,
+    check_one_format,
     fp8_state,
     keep_high_precision,
     layer_names,
@@ -378,6 +380,15 @@ def test_statistics_of_fp8_on_an_a100_need_fp8_to_be_asked_for(monkeypatch):
 def test_outliers_are_skipped_in_fp8_on_an_rtx_50(monkeypatch, capability, changes, zscore):
     helpers.fake_transformer_engine(monkeypatch, capability=capability)
     assert train.select_precision(make_cfg(**changes), helpers.GPU).grad_zscore == zscore
+
+
+def test_gpus_of_several_kinds_must_train_in_one_format():
+    """A 4090 beside a 3090: each rank would choose alone, and their collectives would not match."""
+    precision = SimpleNamespace(name="fp8-delayed", emulated=False)
+    check_one_format(precision, SimpleNamespace(gather=lambda chosen: [chosen] * 2))
+    for other in ("bf16", "emulated fp8-delayed"):
+        with pytest.raises(UserError, match=f"rank 1 would train in {other}, rank 0 in fp8-delayed.*USE_FP8=False"):
+            check_one_format(precision, SimpleNamespace(gather=lambda chosen, other=other: [chosen, other]))
 
 
 def test_ranks_share_amaxes(monkeypatch):

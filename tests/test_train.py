@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Literal, get_args, get_origin
 
 import pytest
+import torch
 
 import helpers
 import train
@@ -303,6 +304,14 @@ def test_the_wrapper_and_its_reason(fsdp2, ddp, world, expected):
     cfg = make_cfg(USE_FSDP2=fsdp2, USE_DDP=ddp)
     wrapper, reason = train.choose_wrapper(cfg, one_process(world_size=world), 1000)
     assert wrapper == expected and reason
+
+
+@pytest.mark.parametrize("memory,expected", [((80e9, 80e9), "ddp"), ((34e9, 25e9), "fsdp2"), ((25e9, 34e9), "fsdp2")])
+def test_the_smallest_gpu_decides_the_wrapper(monkeypatch, memory, expected):
+    """All ranks choose the same one: 561M parameters take 6.7 GB on two."""
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=memory[0]))
+    procs = SimpleNamespace(world_size=2, device=torch.device("cuda", 0), gather=lambda own: [own, memory[1]])
+    assert train.choose_wrapper(make_cfg(), procs, 561_040_640)[0] == expected
 
 
 @pytest.mark.parametrize("fsdp2,ddp,world", [(True, True, 1), (True, True, 2), (False, False, 2)])
