@@ -142,18 +142,18 @@ USE_X0: bool = False                          # each block reads a * x + b * tok
 
 # Length, batch and schedule
 train_tokens: NonNegative = 891289600         # tokens to train on: 9 FineWeb shards, once; 0: use max_iters
-total_batch_size: AutoPositive = "auto"       # tokens per optimizer step, all ranks; "auto": by length and batch_ramp
+total_batch_size: AutoPositive = "auto"       # tokens per step, all ranks (batch_ramp: the last); "auto": by length
 batch_ramp: Ramp = ""                         # "0.25,0.6": the batch doubles after these fractions of the tokens
-batch_size: AutoPositive = "auto"             # sequences of a micro-batch; "auto": what fits, at most 16 (d12: 32)
+batch_size: AutoPositive = "auto"             # sequences of a rank's micro-batch; "auto": what fits, to 16 (d12: 32)
 max_iters: Positive = 1700                    # optimizer steps; used if given or edited, or if train_tokens is 0
-warmup_iters: NonNegative = 100               # steps of linear warm-up of all learning rates
-warmup_ratio: Fraction = 0.02                 # the same as a fraction of all steps; 0: warmup_iters counts
+warmup_iters: NonNegative = 100               # steps of linear warm-up; used if given or edited, or if the ratio is 0
+warmup_ratio: Fraction = 0.02                 # linear warm-up of all learning rates, as a fraction of the run's tokens
 lr_schedule: Literal["cosine", "linear"] = "linear"  # after the warm-up; "linear": constant, then a linear warm-down
-warmdown_ratio: Fraction = 0.75               # linear: fraction of all steps that the warm-down takes
+warmdown_ratio: Fraction = 0.75               # linear: fraction of the run's tokens that the warm-down takes
 min_lr_ratio: NonNegativeFloat = 0.03         # the schedule ends at this fraction of each learning rate
-lr_scaling: Literal["none", "sqrt", "length"] = "length"  # "sqrt": rates follow sqrt(batch); "length": also the length
+lr_scaling: Literal["none", "sqrt", "length"] = "length"  # other runs: rates times sqrt(batch); "length": by length too
 
-# Optimizers: Muon for the matrices in the blocks, AdamW for the rest
+# Optimizers: Muon for matrices in the blocks, AdamW for the rest. The rates hold for 891M tokens, 524,288 a step
 learning_rate: NonNegativeFloat = 0.04        # Muon; each update is also scaled by sqrt(fan_out / fan_in)
 learning_rate_embed: NonNegativeFloat = 0.6   # AdamW, token embedding
 learning_rate_head: NonNegativeFloat = 0.008  # AdamW, output head
@@ -173,14 +173,14 @@ adam_beta2_embed: Fraction = 0.95             # the same for token and value emb
 adam_eps: PositiveFloat = 1e-10               # AdamW, added to the square root of that average
 muon_momentum_start: Fraction = 0.85          # Muon momentum at step 0 ...
 muon_momentum: Fraction = 0.95                # ... and from step muon_momentum_iters on
-muon_momentum_iters: NonNegative = 300        # steps of the linear momentum warm-up
-muon_momentum_ratio: Fraction = 0.15          # the same as a fraction of all steps; 0: muon_momentum_iters counts
+muon_momentum_iters: NonNegative = 300        # steps of its warm-up; used if given or edited, or if the ratio is 0
+muon_momentum_ratio: Fraction = 0.15          # linear warm-up of the momentum, as a fraction of the run's tokens
 muon_momentum_end: Fraction = 0.0             # Muon momentum at the last step, reached as the rates fall; 0: it stays
 muon_variant: Literal["muon", "normuon"] = "normuon"  # normuon: each row of an update is divided by its usual size
 muon_beta2: Fraction = 0.95                   # normuon, average of squared updates
 muon_impl: Literal["auto", "dion", "torch"] = "auto"  # "auto": dion where it can run, else torch
 grad_clip: NonNegativeFloat = 1.0             # largest global gradient norm; 0: measure it only
-USE_8BIT_ADAM: bool = False                   # bitsandbytes AdamW8bit for embedding and head (one GPU, unsharded)
+USE_8BIT_ADAM: bool = False                   # bitsandbytes AdamW8bit for embedding and head (not with USE_FSDP2)
 
 # Precision
 USE_FP8: bool = True                          # matmuls in FP8; on a GPU without FP8 only if given; False: bf16
@@ -199,9 +199,9 @@ FP8_STATS_INTERVAL: NonNegative = 0           # steps between statistics of what
 USE_EMULATION: Literal["auto", True] = "auto"  # emulate block matmuls; "auto": where TE or the hardware is missing
 
 # Parallelism
-USE_FSDP2: AutoBool = "auto"                  # shard parameters, gradients and optimizer state over the ranks
+USE_FSDP2: AutoBool = "auto"                  # shard fp32 weights and optimizer state; gather weights in bf16
 USE_DDP: AutoBool = "auto"                    # whole model on each rank, updates divided; both auto: DDP if it fits
-FSDP2_RESHARD: bool = False                   # FSDP2: free gathered weights after each use (saves memory)
+FSDP2_RESHARD: bool = False                   # FSDP2: shard gradients and free weights after each use, too
 REDUCE_FP32: bool = True                      # add gradients over ranks in fp32; False: bf16
 GATHER_FP32: bool = True                      # USE_DDP: send updated weights to the other ranks in fp32; False: bf16
 
@@ -253,7 +253,7 @@ CLASSIC = dict(
     USE_SHUFFLE=False,
 )
 PARTS = dict(qk_scale=1.2, window_pattern="SSSL", USE_X0=True, vocab_size=50304)  # the first three prevent export
-PRESETS = {
+PRESETS = {  # as what follows up to check_flags(), read by --doctor without torch
     # d20 repeats the default of each flag that a preset sets. A default above that differs was edited and beats presets
     "d20": CLASSIC | dict(
         train_tokens=891289600, total_batch_size="auto", batch_size="auto", warmup_ratio=0.02, lr_schedule="linear",
@@ -294,6 +294,9 @@ def resolve_length(cfg: SimpleNamespace, saved: dict | None = None) -> None:
         cfg.total_batch_size = saved["total_batch_size"] if saved else grows * auto_batch(cfg.train_tokens)
     elif "total_batch_size" in cfg.explicit and "batch_ramp" not in cfg.explicit and not saved:
         cfg.batch_ramp = ""
+    for steps, ratio in (("warmup_iters", "warmup_ratio"), ("muon_momentum_iters", "muon_momentum_ratio")):
+        if steps in cfg.explicit and ratio not in cfg.explicit:
+            setattr(cfg, ratio, 0.0)
     if cfg.train_tokens and "max_iters" not in cfg.explicit:
         cfg.max_iters = steps_for(cfg.train_tokens, cfg)
 
@@ -519,7 +522,6 @@ class GPT(nn.Module):
         quack, self.kernels_text = choose_quack(cfg, device, precision.name if fused else "")
         self.fused = FusedBlocks(self, quack) if fused else None
         self.fp8_head = precision.fp8_head(cfg)
-        self.in_place = ""  # backward adds ("add") or writes ("write") weight gradients to .grad; "": returns them
         self.embed = TokenEmbedding(cfg, compiled(rms_norm), device)
         attention, *self.attention_texts = choose_attention(cfg, device, precision.emulated)
         self.blocks = nn.ModuleList(Block(cfg, i, self.te, attention, compiled, device) for i in range(cfg.n_layer))
@@ -531,8 +533,8 @@ class GPT(nn.Module):
         # (T, D/2) each. Not buffers: so not saved, and model.to(bfloat16) does not round them
         self.cos, self.sin = rope_tables(cfg.block_size, cfg.n_embd // cfg.n_head, cfg.rope_base, device)
 
-    def forward(self, idx: Tensor, targets: Tensor | None = None, first: bool | None = None,
-                factor: float = 1.0) -> Tensor:
+    def forward(self, idx: Tensor, targets: Tensor | None = None, first: bool | None = None, factor: float = 1.0,
+                in_place: str = "") -> Tensor:
         """Return factor x the summed loss over the targets (scalar fp32), or logits (B, T, V) fp32 if there are none.
 
         Args:
@@ -540,19 +542,20 @@ class GPT(nn.Module):
             targets: (B, T) int64, -1 where there is nothing to predict.
             first: True in a step's first micro-batch, False in the others, so that each weight is quantized once a
                 step; None: quantize anew.
+            in_place: backward adds ("add") or writes ("write") weight gradients in place; "": it returns them.
         """
         fp8_head = self.fp8_head and self.te.quantization.FP8GlobalStateManager.is_fp8_enabled()
-        h = self.hidden(idx, first)
-        return self.head(h, targets, first, fp8_head, self.in_place, factor)
+        h = self.hidden(idx, first, in_place)
+        return self.head(h, targets, first, fp8_head, in_place, factor)
 
-    def hidden(self, idx: Tensor, first: bool | None) -> Tensor:
+    def hidden(self, idx: Tensor, first: bool | None, in_place: str) -> Tensor:
         """Return the final norm's output (B, T, C) bf16 for token ids (B, T)."""
         where = token_order(idx, self.cfg.vocab_size) if self.fused is not None else None
-        x, delta = self.embed(idx, where, self.in_place), None             # (B, T, C) bf16
+        x, delta = self.embed(idx, where, in_place), None                  # (B, T, C) bf16
         x0 = x if self.cfg.USE_X0 else None
         scales = self.scales() if self.scales else [(None, None)] * len(self.blocks)
         if self.fused is not None:
-            self.fused.begin(x, first, self.in_place, where)
+            self.fused.begin(x, first, in_place, where)
         shared, recompute = (self.cos, self.sin, idx, first), self.cfg.USE_AC_BLOCKS and self.training
         for i, block in enumerate(self.blocks):
             if self.fused is not None:
@@ -689,6 +692,7 @@ class Parallel:
         """Prepare the model in place. wrapper: "none", "ddp" (every rank holds all weights) or "fsdp2"."""
         self.model, self.wrapper, self.world_size = model, wrapper, procs.world_size
         self.by_hooks = wrapper == "fsdp2" and cfg.FSDP2_RESHARD  # FSDP2 gathers weights and reduces gradients itself
+        self.in_place = "" if self.by_hooks else "add"  # hooks must see the gradients
         self.zero2 = self.buffers = None  # the parameters that this rank updates (DDP); gradients that stay in place
         reduce, gather = (torch.float32 if on else torch.bfloat16 for on in (cfg.REDUCE_FP32, cfg.GATHER_FP32))
         if wrapper == "ddp":
@@ -715,7 +719,6 @@ class Parallel:
         if self.by_hooks:
             self.model.set_requires_gradient_sync(last)
             self.model.set_is_last_backward(last)
-        self.model.in_place = "" if self.by_hooks else "add"  # hooks must see the gradients
         with self.whole_weights():
             yield
 
@@ -767,7 +770,7 @@ def evaluate(model: nn.Module, ring: TokenRing, cfg: SimpleNamespace, procs: Pro
     """
     T, sequences = cfg.block_size, cfg.eval_tokens // cfg.block_size
     per_batch = procs.world_size * cfg.batch_size
-    total = torch.zeros(2, dtype=torch.float64, device=procs.device)  # summed loss, targets
+    loss_sum = torch.zeros((), dtype=torch.float64, device=procs.device)
     model.eval()
     for first in range(0, sequences, per_batch):
         x = torch.zeros(cfg.batch_size, T, dtype=torch.int32)
@@ -778,13 +781,10 @@ def evaluate(model: nn.Module, ring: TokenRing, cfg: SimpleNamespace, procs: Pro
                 tokens = torch.from_numpy(ring.read(s * T, T + 1))
                 x[row], y[row] = tokens[:-1], tokens[1:]
         with autocast():
-            loss = model(x.to(procs.device), y.to(procs.device))
-        total += torch.tensor([0.0, float((y >= 0).sum())], dtype=torch.float64).to(procs.device)
-        total[0] += loss.double()
+            loss_sum += model(x.to(procs.device), y.to(procs.device)).double()
         after_batch()
     model.train()
-    procs.sum(total)
-    return (total[0] / total[1]).item()
+    return procs.sum(loss_sum).item() / (sequences * T)
 
 
 # ======================================================================================================================
@@ -853,7 +853,8 @@ def train_step(run: Run) -> StepResult:
             continue
         with parallel.micro_batch(last=m == accumulation - 1):
             with run.precision.autocast(procs):
-                loss = parallel.model(x, y, first=parallel.first_micro_batch(m), factor=factor)
+                loss = parallel.model(x, y, first=parallel.first_micro_batch(m), factor=factor,
+                                      in_place=parallel.in_place)
             loss.backward()
         loss_sum += loss.detach()
     run.precision.share_amaxes(run.model, procs)
@@ -891,7 +892,8 @@ def calibrate(run: Run) -> None:
     x, y = run.loader.peek()
     with run.parallel.micro_batch(last=True):
         with run.precision.autocast(run.procs):
-            loss = run.model(x, y, first=run.parallel.first_micro_batch(0), factor=run.loader.loss_weight)
+            loss = run.model(x, y, first=run.parallel.first_micro_batch(0), factor=run.loader.loss_weight,
+                             in_place=run.parallel.in_place)
         loss.backward()
         norm = gradient_norm(run.model.parameters())
     run.precision.share_amaxes(run.model, run.procs)
@@ -921,7 +923,7 @@ def train(run: Run) -> bool:
         if run.guard.in_a_row >= cfg.max_bad_steps:
             progress.flush()
             checkpoints.finish(wait=True)  # else a checkpoint still being written is lost
-            raise UserError(f"{run.guard.in_a_row} consecutive steps were skipped, the last at step {step} "
+            raise UserError(f"{run.guard.in_a_row} consecutive steps were skipped, the last at step {step + 1} "
                             f"({result.skipped}); try a lower learning rate, a longer warm-up or other data. "
                             f"Newest checkpoint: {checkpoints.last or 'none'}")
         if runlog.is_due(step, cfg.FP8_STATS_INTERVAL):
@@ -1051,8 +1053,6 @@ def build(cfg: SimpleNamespace, procs: Processes, loader: DataLoader) -> Run:
         precision.te.manual_seed(cfg.seed + procs.rank)  # stochastic rounding
     model = GPT(cfg, precision, compiled, procs.device)
     in_bf16 = keep_high_precision(model, cfg.HIGH_PRECISION_LAYERS, precision.te)
-    if cfg.USE_8BIT_ADAM:
-        import_bitsandbytes(procs.device, wrapper == "fsdp2")  # before the model is sharded
     parallel = Parallel(model, wrapper, cfg, procs)
     optimizers = Optimizers(model, cfg, procs, parallel, loader.ring.total)
     torch.cuda.manual_seed(cfg.seed + procs.rank)  # Transformer Engine's stochastic rounding; nothing without a GPU

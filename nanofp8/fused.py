@@ -881,9 +881,10 @@ class MicroBatchGraphs:
             for parameter in self.model.parameters():
                 if gradient_of(parameter) is None:
                     parameter.grad = torch.zeros_like(parameter)
-            # Autograd accumulates these gradients, so that they start from zero; matmuls write the weights' own
-            self.summed_gradients = [gradient_of(parameter) for name, parameter in self.model.named_parameters()
-                                     if parameter.ndim == 1 or name.startswith("embed") or "value_embed" in name]
+            # Matmuls overwrite the gradients of their weights; all others are added to and must start from zero
+            written = {id(parameter) for parameter in (*self.model.matrices(), self.model.head.weight)}
+            self.summed_gradients = [gradient_of(parameter) for parameter in self.model.parameters()
+                                     if id(parameter) not in written]
             for first in (True, False)[:loader.accumulation]:
                 self.capture(first)
 
@@ -899,13 +900,13 @@ class MicroBatchGraphs:
 
     def capture(self, first: bool) -> None:
         """Capture the graph of a step's first micro-batch (first=True) or of its others."""
-        self.model.in_place = "write" if first else "add"
         self.graphs[first] = torch.cuda.CUDAGraph()
         # thread_local: the loader's thread may allocate pinned memory meanwhile, which a global capture forbids
         with torch.cuda.graph(self.graphs[first], pool=self.pool, capture_error_mode="thread_local"):
             if first:
                 torch._foreach_zero_(self.summed_gradients)
             with self.precision.autocast(self.procs):
-                loss = self.model(*self.batch, first=first, factor=self.loss_weight)
+                loss = self.model(*self.batch, first=first, factor=self.loss_weight,
+                                  in_place="write" if first else "add")
             loss.backward()
             self.loss.copy_(loss.detach())

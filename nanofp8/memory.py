@@ -476,7 +476,8 @@ def one_pass(run: Any) -> None:
         x, y = loader.peek()
         with parallel.micro_batch(last=last):
             with run.precision.autocast(run.procs):
-                loss = run.model(x, y, first=parallel.first_micro_batch(0), factor=loader.loss_weight)
+                loss = run.model(x, y, first=parallel.first_micro_batch(0), factor=loader.loss_weight,
+                                 in_place=parallel.in_place)
             loss.backward()
 
 

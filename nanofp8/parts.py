@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanofp8.config import UserError
-from nanofp8.plain import inverse_rms
+from nanofp8.plain import add_values, inverse_rms
 from nanofp8.sizes import GATE_CHANNELS
 
 try:
@@ -74,9 +74,7 @@ class ValueEmbedding(nn.Module):
         """
         channels = self.gate.shape[1]
         inputs = (x[..., :channels].float() * inverse_rms(x, eps)) * gain[:channels].float()
-        gates = 3 * torch.sigmoid(inputs @ self.gate.float().t())                     # (B, T, H)
-        values = F.embedding(idx, self.table).float().view(*v.shape)
-        return (v.float() + gates[..., None] * values).to(v.dtype)
+        return add_values(v, inputs, self.gate, F.embedding(idx, self.table).float())
 
 
 class TokenOrder(NamedTuple):

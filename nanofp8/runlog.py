@@ -459,7 +459,7 @@ class Progress:
                              + f"{memory:.1f} GB | ETA {format_duration(eta)}"
                              + (f" | SKIPPED: {skipped}" if skipped else ""))
         if not skipped and not math.isfinite(loss + norm):
-            raise UserError(f"the loss at step {step} is {loss}, its gradient norm {norm}; "
+            raise UserError(f"the loss at step {step + 1} is {loss}, its gradient norm {norm}; "
                             f"try a lower learning rate or a longer warm-up")
 
     def val(self, step: int, val_loss: float, val_losses: dict[str, float] | None = None) -> None:

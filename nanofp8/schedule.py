@@ -47,8 +47,8 @@ def lr_scale(cfg: SimpleNamespace) -> float:
 class Schedule:
     """Learning-rate factor, Muon's weight decay and Muon's momentum at each step.
 
-    Where the batch grows, they follow the tokens that were read: `position` of BatchPlan stands in for the step. Only
-    the two warm-ups count steps; their fractions are fractions of the tokens.
+    Where the batch grows, they follow the tokens that were read: `position` of BatchPlan stands in for the step. A
+    warm-up that is given in steps counts steps. All fractions are of the run's tokens.
     """
 
     def __init__(self, cfg: SimpleNamespace, data_tokens: int):

@@ -164,13 +164,13 @@ def test_too_many_in_a_row_end_the_run(tmp_path, shards, capsys, whole):
         return dict(out_dir=tmp_path, data_dir=shards, max_bad_steps=2) | RUN | dict(run_name="r") | more
 
     with poisoned("a loss of nan", 1, 3, 4):
-        fails_in_one_line(capsys, 1, "2 consecutive steps were skipped", "the last at step 4 (loss not finite)",
+        fails_in_one_line(capsys, 1, "2 consecutive steps were skipped", "the last at step 5 (loss not finite)",
                           f"Newest checkpoint: {tmp_path}/r/ckpt/step_000004", **go())
     log = records(tmp_path / "r", "train")
     assert [bool(r.get("skipped")) for r in log] == [False, True, False, True, True]
     assert read_checkpoint(str(tmp_path / "r" / "ckpt" / "step_000004"))["guard"]["in_a_row"] == 1
     with poisoned("a loss of nan", 0):  # again in the first step after the checkpoint
-        fails_in_one_line(capsys, 1, "2 consecutive steps", "step 4", **go(resume="auto"))
+        fails_in_one_line(capsys, 1, "2 consecutive steps", "step 5", **go(resume="auto"))
     assert train_here(**go(resume="auto")) == tmp_path / "r"
     assert [bool(r.get("skipped"))
             for r in records(tmp_path / "r", "train")] == [False, True, False, True, False, False]

@@ -306,6 +306,15 @@ def test_the_wrapper_and_its_reason(fsdp2, ddp, world, expected):
     assert wrapper == expected and reason
 
 
+@pytest.mark.parametrize("flag", ["warmup", "muon_momentum"])
+def test_a_warm_up_given_in_steps_beats_the_presets_fraction(flag):
+    assert getattr(parse("--preset=d20"), f"{flag}_ratio") > 0
+    steps = parse("--preset=d20", f"--{flag}_iters=500")
+    assert (getattr(steps, f"{flag}_iters"), getattr(steps, f"{flag}_ratio")) == (500, 0)
+    both = parse("--preset=d20", f"--{flag}_iters=500", f"--{flag}_ratio=0.1")
+    assert getattr(both, f"{flag}_ratio") == 0.1
+
+
 @pytest.mark.parametrize("memory,expected", [((80e9, 80e9), "ddp"), ((34e9, 25e9), "fsdp2"), ((25e9, 34e9), "fsdp2")])
 def test_the_smallest_gpu_decides_the_wrapper(monkeypatch, memory, expected):
     """All ranks choose the same one: 561M parameters take 6.7 GB on two."""

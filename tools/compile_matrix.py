@@ -229,8 +229,7 @@ def one_pass(changes: dict[str, Any], fp8: bool, fsdp2: bool, quack: bool = Fals
     idx = torch.zeros(cfg.batch_size, cfg.block_size, dtype=torch.int32)
     model(idx, idx.long(), first=True).backward()
     if not fsdp2:  # gradients exist now: the second micro-batch adds to them
-        model.in_place = "add"
-        model(idx, idx.long(), first=False).backward()
+        model(idx, idx.long(), first=False, in_place="add").backward()
     with torch.no_grad():
         model(idx, idx.long())
     qkv = torch.zeros(cfg.batch_size, cfg.block_size, 3 * cfg.n_embd, dtype=torch.bfloat16, requires_grad=True)
