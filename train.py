@@ -55,7 +55,7 @@ import random
 import time
 from dataclasses import dataclass, field
 from types import ModuleType, SimpleNamespace
-from typing import Callable, Iterable, Iterator, Sequence
+from typing import Any, Callable, Iterable, Iterator, Sequence
 
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # read when torch starts
 
@@ -378,22 +378,15 @@ class DataLoader:
         self.index, self.prefetcher = 0, Prefetcher(self.micro_batch)  # index counts this rank's micro-batches
         self.start_step(0)
 
-    def start_step(self, step: int, micro_batch: int = 0) -> None:
-        """Move to a micro-batch of an optimizer step; the position in the data stays."""
-        self.step, self.taken = step, micro_batch
+    def start_step(self, step: int) -> None:
+        """Let next() return the micro-batches of this optimizer step, from the first on."""
+        index = self.plan.tokens(step) // (self.micro_tokens * self.world_size)
+        if index != self.index:  # the thread has prepared others
+            self.prefetcher.close()
+            self.index = index
         self.accumulation = self.plan.batch(step) // (self.micro_tokens * self.world_size)  # micro-batches of the step
         # A micro-batch's summed loss times this is its share of this rank's mean; gradients are averaged over ranks
         self.loss_weight = 1.0 / (self.accumulation * self.micro_tokens)
-
-    def state_dict(self) -> dict[str, int]:
-        """Return the position: the next optimizer step, and the micro-batch within it."""
-        return {"step": self.step, "micro_batch": self.taken}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Move to a saved position; drop micro-batches that were prepared."""
-        self.prefetcher.close()
-        self.start_step(state["step"], state["micro_batch"])
-        self.index = self.plan.tokens(self.step) // (self.micro_tokens * self.world_size) + self.taken
 
     def micro_batch(self, index: int) -> tuple[Tensor, Tensor]:
         """Return inputs (B, T) int32 and targets (B, T) int64 of one micro-batch, on the CPU."""
@@ -412,9 +405,7 @@ class DataLoader:
     def next(self) -> tuple[Tensor, Tensor]:
         """Return the next micro-batch on the device: inputs (B, T) int32, targets (B, T) int64."""
         x, y = self.prefetcher.next(self.index)
-        self.index, self.taken = self.index + 1, self.taken + 1
-        if self.taken == self.accumulation:
-            self.start_step(self.step + 1)
+        self.index += 1
         return x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
 
     def peek(self) -> tuple[Tensor, Tensor]:
@@ -488,23 +479,28 @@ class Block(nn.Module):
                                    activation="srelu", init_method=spectral_init,
                                    output_layer_init_method=nn.init.zeros_, params_dtype=torch.float32, device=device)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, idx: Tensor, first: bool | None, x0: Tensor | None,
-                x_scale: Tensor | None, x0_scale: Tensor | None, delta: Tensor | None = None,
-                fused: tuple | None = None) -> Tensor | tuple[Tensor, Tensor, Tensor | None]:
-        """Return the block's output (B, T, C) bf16. With fused, an entry of FusedBlocks.blocks, it comes in two parts
-        that the next block's first kernel adds up: the residual after attention, and delta, the MLP's output. x0 is the
-        third that is returned then."""
+    def forward(self, *inputs: Any, fused: tuple | None = None) -> Any:
+        """Return by_kernels() with an entry of FusedBlocks.blocks, else by_modules(): FSDP2's hooks need one call."""
+        return self.by_modules(*inputs) if fused is None else self.by_kernels(*inputs, *fused)
+
+    def by_modules(self, x: Tensor, cos: Tensor, sin: Tensor, idx: Tensor, first: bool | None, x0: Tensor | None,
+                   x_scale: Tensor | None, x0_scale: Tensor | None) -> Tensor:
+        """Return the block's output (B, T, C) bf16, by Transformer Engine's modules or their emulation."""
+        if x0 is not None:
+            x = self.mix(x, x0, x_scale, x0_scale)
+        x = x + self.attn(x, cos, sin, idx, first)
+        return x + self.mlp(x, is_first_microbatch=first)
+
+    def by_kernels(self, x: Tensor, delta: Tensor | None, x0: Tensor | None, x_scale: Tensor | None,
+                   x0_scale: Tensor | None, qkv_layer: tuple, mlp_layer: tuple) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return the block's output in two parts, which the next block's first kernel adds up: the residual after
+        attention, and delta, the MLP's output. And x0, so that kernels sum its gradient."""
         attn, mlp, values = self.attn, self.mlp, self.attn.value_embed
-        if fused is None:
-            if x0 is not None:
-                x = self.mix(x, x0, x_scale, x0_scale)
-            x = x + attn(x, cos, sin, idx, first)
-            return x + mlp(x, is_first_microbatch=first)
         table, gate = (None, None) if values is None else (values.table, values.gate)
-        x, q, k, v, x0 = FusedQKV.apply(x, delta, attn.qkv.layer_norm_weight, attn.qkv.weight, fused[0],
+        x, q, k, v, x0 = FusedQKV.apply(x, delta, attn.qkv.layer_norm_weight, attn.qkv.weight, qkv_layer,
                                         x0, x_scale, x0_scale, table, gate)
         x, delta = FusedMLP.apply(attn.core(q, k, v), x, attn.proj.weight, mlp.layer_norm_weight, mlp.fc1_weight,
-                                  mlp.fc2_weight, fused[1])
+                                  mlp.fc2_weight, mlp_layer)
         return x, delta, x0
 
 
@@ -550,20 +546,25 @@ class GPT(nn.Module):
 
     def hidden(self, idx: Tensor, first: bool | None, in_place: str) -> Tensor:
         """Return the final norm's output (B, T, C) bf16 for token ids (B, T)."""
-        where = token_order(idx, self.cfg.vocab_size) if self.fused is not None else None
-        x, delta = self.embed(idx, where, in_place), None                  # (B, T, C) bf16
-        x0 = x if self.cfg.USE_X0 else None
-        scales = self.scales() if self.scales else [(None, None)] * len(self.blocks)
+        scalars = self.scales() if self.scales else [(None, None)] * len(self.blocks)
         if self.fused is not None:
-            self.fused.begin(x, first, in_place, where)
-        shared, recompute = (self.cos, self.sin, idx, first), self.cfg.USE_AC_BLOCKS and self.training
-        for i, block in enumerate(self.blocks):
-            if self.fused is not None:
-                x, delta, x0 = block(x, *shared, x0, *scales[i], delta, self.fused.blocks[i])
-            else:
-                call = functools.partial(self.te.checkpoint, block, use_reentrant=False) if recompute else block
-                x = call(x, *shared, x0, *scales[i])
-        return self.norm(x) if self.fused is None else AddNorm.apply(x, delta, self.norm.weight, self.cfg.norm_eps)
+            return self.hidden_by_kernels(idx, first, in_place, scalars)
+        x = self.embed(idx)                                                # (B, T, C) bf16
+        x0, recompute = x if self.cfg.USE_X0 else None, self.cfg.USE_AC_BLOCKS and self.training
+        for block, of_block in zip(self.blocks, scalars, strict=True):
+            call = functools.partial(self.te.checkpoint, block, use_reentrant=False) if recompute else block
+            x = call(x, self.cos, self.sin, idx, first, x0, *of_block)
+        return self.norm(x)
+
+    def hidden_by_kernels(self, idx: Tensor, first: bool | None, in_place: str, scalars: list[tuple]) -> Tensor:
+        """Return what hidden() returns, by our Triton kernels."""
+        order = token_order(idx, self.cfg.vocab_size)
+        x, delta = self.embed(idx, order, in_place), None
+        x0 = x if self.cfg.USE_X0 else None
+        self.fused.begin(x, first, in_place, order)
+        for block, of_block, layers in zip(self.blocks, scalars, self.fused.blocks, strict=True):
+            x, delta, x0 = block(x, delta, x0, *of_block, fused=layers)
+        return AddNorm.apply(x, delta, self.norm.weight, self.cfg.norm_eps)
 
     def matrices(self) -> list[Tensor]:
         """Return the weights that Muon trains."""
@@ -845,15 +846,14 @@ def train_step(run: Run) -> StepResult:
     parallel, loader, procs, device = run.parallel, run.loader, run.procs, run.procs.device
     restore_scales = snapshot_scales(run.model)
     loss_sum = torch.zeros((), device=device)
-    accumulation, factor = loader.accumulation, loader.loss_weight  # of this step; loader.next() may begin another
-    for m in range(accumulation):
+    for m in range(loader.accumulation):
         x, y = loader.next()
         if run.graphs is not None:
             loss_sum += run.graphs(x, y, m == 0)
             continue
-        with parallel.micro_batch(last=m == accumulation - 1):
+        with parallel.micro_batch(last=m == loader.accumulation - 1):
             with run.precision.autocast(procs):
-                loss = parallel.model(x, y, first=parallel.first_micro_batch(m), factor=factor,
+                loss = parallel.model(x, y, first=parallel.first_micro_batch(m), factor=loader.loss_weight,
                                       in_place=parallel.in_place)
             loss.backward()
         loss_sum += loss.detach()
@@ -906,13 +906,13 @@ def calibrate(run: Run) -> None:
 # The loop
 
 
-def train(run: Run) -> bool:
-    """Train to the last step; return whether a signal stopped it before that. Raises UserError after max_bad_steps
-    consecutive skipped steps."""
+def train(run: Run) -> int:
+    """Train to the last step, or until a signal; return the steps that the run has now. Raises UserError after
+    max_bad_steps consecutive skipped steps."""
     cfg, progress, checkpoints, clock = run.cfg, run.progress, run.checkpoints, Clock(run.procs.device)
-    stopped, run.last_save = False, time.monotonic()
+    steps, run.last_save = run.first_step, time.monotonic()
     for step in range(run.first_step, cfg.max_iters):
-        last = step == cfg.max_iters - 1
+        steps, last = step + 1, step == cfg.max_iters - 1
         rates = run.optimizers.set_schedule(step)
         begin = clock.mark()
         prepare_step(run, step)
@@ -936,16 +936,16 @@ def train(run: Run) -> bool:
                 checkpoints.finish(wait=True)  # the sender may kill this process during the evaluation
             evaluate_and_log(run, step)
         checkpoints.finish()
-        if result.stop and not last:
-            stopped = True
+        if result.stop:
             break
     checkpoints.close()
-    return stopped
+    return steps
 
 
 def prepare_step(run: Run, step: int) -> None:
     """Calibrate before the first steps (set_up() does it for step 0); then capture the CUDA graphs, anew when the batch
     grows: a graph keeps its loss_weight."""
+    run.loader.start_step(step)
     calibrations = run.precision.calibration_steps(run.cfg)
     if 0 < step < calibrations:
         # Head and output projections start at zero: layers below them get their first gradients later
@@ -1067,8 +1067,7 @@ def run(cfg: SimpleNamespace, procs: Processes) -> str:
         state = set_up(cfg, procs, cleanup)
         if runlog.evaluation_is_missing(state):
             evaluate_and_log(state, state.first_step - 1)
-        stopped = train(state)
-        checkpoint.report_end(state, stopped)
+        checkpoint.report_end(state, train(state))
         return state.folder
 
 

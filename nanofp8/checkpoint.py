@@ -336,7 +336,7 @@ def restore(run: Any, folder: str, meta: dict) -> bool:
     run.optimizers.load_state(state["optim"], dict(run.model.named_parameters()), meta)
     if optional.get("rng"):
         set_random_state(optional["rng"][str(procs.rank)], procs, run.precision.te)
-    run.loader.load_state_dict(meta["loader"])
+    run.loader.start_step(meta["step"])
     return scales.keys() == live.keys()
 
 
@@ -622,7 +622,7 @@ def save_checkpoint(run: Any, steps: int) -> None:
     tokens, stages = run.loader.plan.tokens(steps), run.loader.plan.starts
     run.progress.flush()
     meta = dict(
-        step=steps, tokens=tokens, world_size=procs.world_size, loader=run.loader.state_dict(),
+        step=steps, tokens=tokens, world_size=procs.world_size, loader=dict(step=steps, micro_batch=0),
         data=data_fingerprint(run.loader.ring, tokens) | dict(shards=run.fingerprints),
         train_seconds=run.progress.train_seconds, parameters=run.parameters, versions=run.machine["versions"],
         **run.optimizers.meta, guard=run.guard.state_dict(), saved_at=time.time(), flags=flag_values(cfg),
@@ -643,12 +643,12 @@ def python_command() -> str:
     return shlex.quote(os.path.join(folder if inside.startswith("..") else inside, name))
 
 
-def report_end(run: Any, stopped: bool) -> None:
+def report_end(run: Any, steps: int) -> None:
     """Report how a train.Run ended: at its last step, or stopped by a signal.
 
     Raises: UserError if its last checkpoint could not be written.
     """
-    steps = run.loader.state_dict()["step"]
+    stopped = steps < run.cfg.max_iters
     newest, failure = run.procs.broadcast((run.checkpoints.last, run.checkpoints.failure))
     if not stopped:
         run.progress.done()

@@ -696,7 +696,7 @@ def test_the_gradient_scales_follow_the_world_size(tmp_path, shards, one_rank, t
     for name, live in fp8_state(model).items():
         factor = 1.0 if "scaling_fwd" in name else 2.0 if name.endswith("scale") else 0.5
         assert torch.equal(live, saved[name] * factor), name
-    assert loader.state_dict() == {"step": 3, "micro_batch": 0}
+    assert loader.index == 3 * loader.accumulation
 
 
 # -----------------------------------------------------------------------------------------------------
@@ -1015,7 +1015,7 @@ WAITING = """
 
     def wait(run):
         run.checkpoints.finish(wait=True)
-        if run.loader.state_dict()["step"] == 4:
+        if run.loader.index == 4 * run.loader.accumulation:
             print("waiting", flush=True)
             time.sleep(600)
 
@@ -1456,11 +1456,10 @@ def test_only_what_exceeds_keep_is_deleted_before_a_write(tmp_path):
                                              (checkpoint.NOT_FINITE, "learning rate")])
 def test_the_remedy_for_a_last_checkpoint_that_failed_fits(failure, remedy):
     run = SimpleNamespace(
-        loader=SimpleNamespace(state_dict=lambda: dict(step=6)), procs=helpers.one_process(),
-        checkpoints=SimpleNamespace(last=None, failure=failure), cfg=SimpleNamespace(keep_checkpoints=2),
-        progress=SimpleNamespace(done=lambda: None))
+        procs=helpers.one_process(), checkpoints=SimpleNamespace(last=None, failure=failure),
+        cfg=SimpleNamespace(keep_checkpoints=2, max_iters=6), progress=SimpleNamespace(done=lambda: None))
     with pytest.raises(UserError) as error:
-        checkpoint.report_end(run, stopped=False)
+        checkpoint.report_end(run, run.cfg.max_iters)
     assert remedy in str(error.value) and failure in str(error.value)
 
 
@@ -1739,7 +1738,7 @@ def test_normuons_state_goes_from_one_implementation_to_the_other(tmp_path, sour
 
     def make(impl):
         cfg = helpers.make_cfg(muon_impl=impl, USE_FP8=False, **NORMUON_PARTS)
-        loader = SimpleNamespace(load_state_dict=lambda state: None)
+        loader = SimpleNamespace(start_step=lambda step: None)
         run = helpers.make_run(cfg, helpers.one_process(), helpers.make_model(cfg), loader)
         run.optimizers.warm_up(run.parallel)
         return run
@@ -1760,7 +1759,7 @@ def test_normuons_state_goes_from_one_implementation_to_the_other(tmp_path, sour
         before = step(run, number)
     state, folder = checkpoint.training_state(run), str(tmp_path / "step_000003")
     dcp.save(state, checkpoint_id=folder, no_dist=True)
-    restore(resumed, folder, dict(world_size=1, loader={}, **run.optimizers.meta))
+    restore(resumed, folder, dict(world_size=1, step=3, **run.optimizers.meta))
     for name, momentum in momenta(run).items():
         assert helpers.relative(momenta(resumed)[name], momentum) < (1e-6 if source != target else 1e-12), name
     got = checkpoint.training_state(resumed)["optim"]

@@ -348,7 +348,7 @@ def test_a_trial_leaves_everything_as_it_was(trial, shards):
     run = helpers.make_run(cfg, procs, model, loader)
 
     def state():
-        return dict(weights={n: p.detach().clone() for n, p in model.named_parameters()}, loader=loader.state_dict(),
+        return dict(weights={n: p.detach().clone() for n, p in model.named_parameters()}, position=loader.index,
                     random=torch.get_rng_state().clone(), numpy=np.random.get_state()[1].copy(),
                     stochastic=te.get_rng_state())
 

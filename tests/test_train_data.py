@@ -97,7 +97,7 @@ def read_steps(folder, steps, world=1, B=2, T=8, G=96, first=0, **flags):
     """Return the inputs (steps, G / T, T) that all ranks read from step `first` on. Targets are checked."""
     loaders = [loader_of(ring_of(folder), rank, world, B, T, G, **flags) for rank in range(world)]
     for loader in loaders:
-        loader.load_state_dict({"step": first, "micro_batch": 0})
+        loader.start_step(first)
     inputs = []
     for _ in range(steps * loaders[0].accumulation):
         for loader in loaders:
@@ -111,13 +111,14 @@ def read_steps(folder, steps, world=1, B=2, T=8, G=96, first=0, **flags):
 
 @pytest.mark.parametrize("world,B", [(1, 1), (1, 3), (2, 1), (3, 2)])
 def test_steps_of_a_growing_batch_read_the_next_tokens_for_any_ranks_and_batch_size(numbered, world, B):
-    """4 steps of 48 tokens, 2 of 96, 4 of 192; a loader that is sent to a saved step goes on there."""
+    """4 steps of 48 tokens, 2 of 96, 4 of 192; a loader that is sent to a step goes on there."""
     ranks = range(world)
     loaders = [loader_of(ring_of(numbered), rank, world, B, G=192, max_iters=10, ramp="0.15,0.4") for rank in ranks]
-    sizes, at, states = [48] * 4 + [96] * 2 + [192] * 4, 0, []
+    sizes, at = [48] * 4 + [96] * 2 + [192] * 4, 0
     for step, size in enumerate(sizes):
-        states.append(loaders[0].state_dict())
-        assert states[-1] == {"step": step, "micro_batch": 0} and loaders[0].plan.tokens(step) == at
+        for loader in loaders:
+            loader.start_step(step)
+        assert loaders[0].plan.tokens(step) == at
         accumulation, weight = loaders[0].accumulation, loaders[0].loss_weight
         assert weight == 1 / (size // world) and accumulation * world * B * 8 == size
         inputs = [loader.next()[0].flatten() for _ in range(accumulation) for loader in loaders]
@@ -125,7 +126,7 @@ def test_steps_of_a_growing_batch_read_the_next_tokens_for_any_ranks_and_batch_s
         at += size
     for step in (4, 6, 7):  # the first steps of two stages, and another
         for loader in loaders:
-            loader.load_state_dict(states[step])
+            loader.start_step(step)
         assert loaders[0].accumulation * world * B * 8 == sizes[step]
         first = torch.cat([loader.next()[0].flatten() for loader in loaders])
         assert np.array_equal(first, ring_positions(sum(sizes[:step]), world * B * 8))
@@ -175,8 +176,9 @@ def test_peek_shows_what_next_gives_and_moves_nothing(numbered):
 
 @pytest.mark.parametrize("taken", [0, 1, 5, 6, 7, 13])
 @pytest.mark.parametrize("rank", [0, 1])
-def test_state_is_the_position_of_next_whatever_was_prefetched(numbered, taken, rank):
-    """State taken after any number of micro-batches (6 a step for B=1), with a full prefetch queue behind it."""
+def test_a_step_begins_at_its_own_tokens_whatever_was_taken_or_prefetched(numbered, taken, rank):
+    """A loader from which any number of micro-batches was taken (6 a step for B=1), with a full prefetch queue behind
+    it, is sent to the step in which it is, to the next one, and back to the first."""
     make = lambda: loader_of(ring_of(numbered), rank, world=2, B=1)  # noqa: E731
     loader = make()
     for _ in range(taken):
@@ -186,31 +188,26 @@ def test_state_is_the_position_of_next_whatever_was_prefetched(numbered, taken, 
         while not loader.prefetcher.items.full() and time.time() < deadline:
             time.sleep(0.01)
         assert loader.prefetcher.items.full()
-    state = loader.state_dict()
-    assert state == {"step": taken // 6, "micro_batch": taken % 6}
-    expected = [loader.next() for _ in range(9)]
-
-    for other in (make(), loader):  # a new loader, and the old one sent back
-        other.load_state_dict(state)
-        assert other.state_dict() == state
-        for x, y in expected:
-            x2, y2 = other.next()
-            assert torch.equal(x, x2) and torch.equal(y, y2)
-        other.close()
+    everything = make()
+    expected = [everything.next() for _ in range(36)]
+    everything.close()
+    for step in (taken // 6, taken // 6 + 1, 0):
+        for other in (make(), loader):
+            other.start_step(step)
+            for x, y in expected[6 * step:6 * step + 9]:
+                x2, y2 = other.next()
+                assert torch.equal(x, x2) and torch.equal(y, y2)
+            if other is not loader:
+                other.close()
+    loader.close()
 
 
 def test_a_step_boundary_restores_under_another_number_of_ranks(numbered):
     """At a step boundary the position is the same for any world size and micro-batch."""
-    first = loader_of(ring_of(numbered), world=1, B=4)
-    for _ in range(2 * first.accumulation):
-        first.next()
-    state = first.state_dict()
-    assert state == {"step": 2, "micro_batch": 0}
-    first.close()
     parts = []
     for rank in range(3):
         loader = loader_of(ring_of(numbered), rank, world=3, B=4)
-        loader.load_state_dict(state)
+        loader.start_step(2)
         parts.append(loader.next()[0].flatten())
         loader.close()
     assert np.array_equal(torch.cat(parts), ring_positions(2 * 96, 96))

@@ -52,7 +52,7 @@ WAITING = """
     RunLog.plot = lambda self: None
 
     def train_step(run, step=train.train_step):
-        if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and run.loader.state_dict()["step"] == 4:
+        if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and run.loader.index == 4 * run.loader.accumulation:
             run.checkpoints.finish(wait=True)
             if os.environ["RANK"] == "1":
                 time.sleep(2)  # rank 0 is in the collective

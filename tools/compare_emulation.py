@@ -129,7 +129,7 @@ def train_run(side: Side, config: str, flags: list[str], first_step: int, steps:
         with torch.no_grad():
             for name, p in run.model.named_parameters():
                 p.copy_(weights[name])
-    run.loader.load_state_dict({"step": first_step, "micro_batch": 0})
+    run.loader.start_step(first_step)
 
     gradients, take_step = {}, run.optimizers.step
 

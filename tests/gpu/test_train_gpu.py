@@ -148,8 +148,10 @@ def test_fused_blocks_against_te_modules(run, precision):
     has moved on. An FP8 head rounds what a bf16 head does not: 0.05 in loss."""
     modules = run(**precision, USE_TRITON=False, USE_FP8_HEAD=False)
     check_same(run(**precision, USE_FP8_HEAD=False, USE_CUDA_GRAPHS=False), modules)
-    check_same(run(**precision, USE_CUDA_GRAPHS=False), modules, loss=0.05)
-    check_same(run(**precision), run(**precision, USE_CUDA_GRAPHS=False))
+    fused = run(**precision, USE_CUDA_GRAPHS=False)
+    check_same(fused, run(**precision, USE_TRITON=False))
+    check_same(fused, modules, loss=0.05)
+    check_same(run(**precision), fused)
 
 
 @pytest.mark.parametrize("precision", [BF16, DELAYED], ids=["bf16", "delayed"])
