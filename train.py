@@ -106,7 +106,7 @@ from nanofp8.prefetch import Prefetcher  # items made ahead of time by a thread
 from nanofp8.procs import Processes, command_line  # rank, device, mesh; start and end of a script
 from nanofp8.schedule import Schedule  # learning rates, weight decay and momentum at each step
 from nanofp8.shards import Shard, ShardError, epoch_order, find_shards  # the token shard format
-from nanofp8.sizes import BatchPlan, auto_batch, batch_error, flops_per_token, parameter_table, steps_for, windows
+from nanofp8.sizes import BatchPlan, auto_batch, batch_error, flops_per_token, parameter_count, steps_for, windows
 from nanofp8.zero import Gathered, Zero2  # what USE_FSDP2 and USE_DDP do
 
 # ======================================================================================================================
@@ -281,7 +281,7 @@ def resolve_length(cfg: SimpleNamespace, saved: dict | None = None) -> None:
     saved: flags of the checkpoint that is resumed, whose total_batch_size stays if the flag is "auto"; {}: there is
     none; None: not known yet.
     """
-    if cfg.batch_size == "auto":  # memory.choose() lowers it
+    if cfg.batch_size == "auto":  # memory.choose_batch_size() lowers it
         cfg.batch_size = LARGEST_BATCH.get(cfg.preset, 16)
     if "max_iters" in cfg.explicit and "train_tokens" in cfg.explicit and cfg.train_tokens:
         raise UserError("train_tokens and max_iters both set the length; give only one of them", 2)
@@ -302,13 +302,16 @@ def resolve_length(cfg: SimpleNamespace, saved: dict | None = None) -> None:
 
 
 def check_flags(cfg: SimpleNamespace, world_size: int, resumed: bool = False) -> None:
-    """Refuse combinations of flags that cannot work: UserError. Types and ranges were checked by parse_flags()."""
+    """Refuse combinations of flags that cannot work: UserError. Types and ranges were checked by parse_flags().
+
+    A micro-batch that was not given is lowered until it divides a step.
+    """
     if cfg.n_embd % cfg.n_head or cfg.n_embd // cfg.n_head % 2:
         fit = [n for n in range(1, min(cfg.n_embd, 4096)) if cfg.n_embd % (2 * n) == 0]
         remedy = f"--n_head={min(fit, key=lambda n: abs(n - cfg.n_embd / 128))}" if fit else "an even --n_embd"
         raise UserError(f"n_embd={cfg.n_embd} over n_head={cfg.n_head} heads must give an even head size; "
                         f"try {remedy}", 2)
-    if may_choose(cfg, "batch_size"):  # lowered until it divides a step; memory.choose() lowers it further
+    if may_choose(cfg, "batch_size"):  # lowered until it divides a step; memory.choose_batch_size() lowers it further
         cfg.batch_size = next(iter(memory.batch_sizes(cfg, world_size)), cfg.batch_size)
     if error := batch_error(cfg, world_size, resumed):
         raise UserError(error, 2)
@@ -990,7 +993,7 @@ def set_up(cfg: SimpleNamespace, procs: Processes, cleanup: contextlib.ExitStack
     resolve_length(cfg, checkpoint.adopt_flags(resumed, cfg, CLASSIC, procs) if resumed else {})
     if resumed:
         checkpoint.check_fixed_flags(resumed, cfg)  # before the remedies of other checks name a flag that cannot change
-        memory.adopt(resumed, cfg, procs)
+        memory.adopt_batch_size(resumed, cfg, procs)
     check_flags(cfg, procs.world_size, bool(resumed))
     value_layers(cfg.n_layer, cfg.n_value_embed)  # refuses too many before data are opened
     torch.set_float32_matmul_precision("high")
@@ -1007,12 +1010,12 @@ def set_up(cfg: SimpleNamespace, procs: Processes, cleanup: contextlib.ExitStack
     runlog.print_table(run, resumed)
 
     start = time.perf_counter()
-    memory.fit(run, build)
+    memory.try_batch_size(run, build)
     cleanup.callback(run.loader.close)
     run.loader.start_step(run.first_step)
     calibrate(run)  # and compile, before training is timed
     if resumed:
-        memory.compare(meta, cfg, procs)
+        memory.warn_if_not_bit_exact(meta, cfg, procs)
         run.guard = Guard(cfg, meta.get("guard"), run.precision.grad_zscore)
         if not checkpoint.restore(run, resumed, meta):  # scales missing: calibrate as often as a new run
             for _ in range(run.precision.calibration_steps(cfg)):
@@ -1040,9 +1043,9 @@ def build(cfg: SimpleNamespace, procs: Processes, loader: DataLoader) -> Run:
     random.seed(cfg.seed)
     precision = select_precision(cfg, procs.device)
     check_one_format(precision, procs)
-    parameters = sum(count for _, count, _ in parameter_table(cfg))
+    parameters = parameter_count(cfg)
     wrapper, reason = choose_wrapper(cfg, procs, parameters)
-    batch_choice = memory.choose(cfg, precision, wrapper, procs)
+    batch_choice = memory.choose_batch_size(cfg, precision, wrapper, procs)
     if cfg.batch_size != loader.batch_size:
         loader = DataLoader(loader.ring, cfg, procs)
     use_compile = procs.device.type == "cuda" if cfg.USE_COMPILE == "auto" else cfg.USE_COMPILE
@@ -1067,7 +1070,7 @@ def run(cfg: SimpleNamespace, procs: Processes) -> str:
         state = set_up(cfg, procs, cleanup)
         if runlog.evaluation_is_missing(state):
             evaluate_and_log(state, state.first_step - 1)
-        checkpoint.report_end(state, train(state))
+        checkpoint.finish_run(state, train(state))
         return state.folder
 
 

@@ -643,7 +643,7 @@ def python_command() -> str:
     return shlex.quote(os.path.join(folder if inside.startswith("..") else inside, name))
 
 
-def report_end(run: Any, steps: int) -> None:
+def finish_run(run: Any, steps: int) -> None:
     """Report how a train.Run ended: at its last step, or stopped by a signal.
 
     Raises: UserError if its last checkpoint could not be written.

@@ -297,8 +297,8 @@ def check_flags(exam: Examination) -> Iterator[Verdict]:
     if saved:
         checkpoint.check_fixed_flags(found, cfg)
         checkpoint.check_unfinished(found, cfg)
-        memory.adopt(found, cfg, SimpleNamespace(world_size=exam.ranks))
-    parameters = sum(n for _, n, _ in sizes.parameter_table(cfg))
+        memory.adopt_batch_size(found, cfg, SimpleNamespace(world_size=exam.ranks))
+    parameters = sizes.parameter_count(cfg)
     yield OK, (f"preset {cfg.preset}: {parameters:,} parameters ({cfg.n_layer} layers, width {cfg.n_embd}, vocabulary "
                f"{cfg.vocab_size:,}), {cfg.max_iters:,} steps")
 
@@ -356,7 +356,7 @@ def check_optimizers(exam: Examination) -> Iterator[Verdict]:
     from nanofp8.muon import dion_muon, import_bitsandbytes
     cfg, procs = exam.cfg, SimpleNamespace(world_size=exam.ranks, device=exam.device)
     procs.gather = lambda _: [gpu.total for gpu in exam.gpus]
-    wrapper, reason = exam.train.choose_wrapper(cfg, procs, sum(n for _, n, _ in sizes.parameter_table(cfg)))
+    wrapper, reason = exam.train.choose_wrapper(cfg, procs, sizes.parameter_count(cfg))
     if cfg.USE_8BIT_ADAM:
         import_bitsandbytes(exam.device, wrapper == "fsdp2")
     dion, why = dion_muon(cfg.muon_impl, exam.device, cfg.USE_COMPILE is True)
@@ -369,7 +369,7 @@ def check_memory(exam: Examination) -> Iterator[Verdict]:
     if exam.precision and exam.gpus and exam.wrapper:
         from nanofp8 import memory
         procs = SimpleNamespace(world_size=exam.ranks, device=exam.device, gather=lambda value: [value])
-        reason = memory.choose(exam.cfg, exam.precision, exam.wrapper, procs).reason
+        reason = memory.choose_batch_size(exam.cfg, exam.precision, exam.wrapper, procs).reason
         yield WARN if "may not fit" in reason else OK, f"micro-batch {reason}"
 
 

@@ -179,12 +179,6 @@ class Prediction(NamedTuple):
         return max(self.peak, self.resident + self.passing + self.beside_graphs) * (1 + FRAGMENTATION)
 
 
-def parameter_count(cfg: SimpleNamespace) -> int:
-    """Return how many parameters the model has, scalars and gates left out."""
-    matrices, table = cfg.n_layer * 12 * cfg.n_embd ** 2, cfg.vocab_size * cfg.n_embd
-    return matrices + (2 + cfg.n_value_embed) * table + (2 * cfg.n_layer + 1) * cfg.n_embd
-
-
 def state_bytes(cfg: SimpleNamespace, kind: Kind, accumulates: bool) -> tuple[float, float, float, float]:
     """Return the bytes of weights, gradients and moments, and how many values of matrices a rank's Muon updates.
 
@@ -192,7 +186,7 @@ def state_bytes(cfg: SimpleNamespace, kind: Kind, accumulates: bool) -> tuple[fl
     """
     width, layers, vocab, ranks = cfg.n_embd, cfg.n_layer, cfg.vocab_size, kind.ranks
     matrices, table = layers * 12 * width ** 2, vocab * width
-    parameters, fsdp2 = parameter_count(cfg), kind.wrapper == "fsdp2"
+    parameters, fsdp2 = sizes.parameter_count(cfg), kind.wrapper == "fsdp2"
     others = parameters - matrices  # embeddings, head, gains
     # An AdamW of 8 bits takes embedding and head
     own = matrices / ranks if fsdp2 else matrices
@@ -315,7 +309,7 @@ def batch_sizes(cfg: SimpleNamespace, ranks: int) -> list[int]:
     return sizes.batch_sizes(cfg, ranks, choose_format(cfg).multiple if hasattr(cfg, "USE_FP8") else 1)
 
 
-def adopt(checkpoint: str, cfg: SimpleNamespace, procs: Processes) -> None:
+def adopt_batch_size(checkpoint: str, cfg: SimpleNamespace, procs: Processes) -> None:
     """Take the micro-batch of a checkpoint that the same number of ranks saved, unless batch_size was given.
 
     With another one, sums have another order and delayed scaling's amax history another length in steps.
@@ -326,7 +320,7 @@ def adopt(checkpoint: str, cfg: SimpleNamespace, procs: Processes) -> None:
         cfg.batch_size = saved
 
 
-def compare(meta: dict, cfg: SimpleNamespace, procs: Processes) -> None:
+def warn_if_not_bit_exact(meta: dict, cfg: SimpleNamespace, procs: Processes) -> None:
     """Print one line if a resumed run cannot repeat what its checkpoint's run would have done. meta: of meta.json."""
     was, now = (meta["flags"].get("batch_size"), meta["world_size"]), (cfg.batch_size, procs.world_size)
     if was != now:
@@ -348,7 +342,7 @@ def available(procs: Processes) -> float:
     return min(free + reserved - allocated - CONTEXT - (COMMUNICATION if procs.world_size > 1 else 0), limit)
 
 
-def choose(cfg: SimpleNamespace, precision: Precision, wrapper: str, procs: Processes) -> Choice:
+def choose_batch_size(cfg: SimpleNamespace, precision: Precision, wrapper: str, procs: Processes) -> Choice:
     """Set cfg.batch_size to the largest micro-batch that is predicted to fit on every rank, unless it was given.
 
     Raises: UserError if not even weights and optimizer state fit.
@@ -356,7 +350,7 @@ def choose(cfg: SimpleNamespace, precision: Precision, wrapper: str, procs: Proc
     auto = may_choose(cfg, "batch_size")
     how = "auto" if auto else "given"
     if procs.device.type != "cuda":
-        weights, memory = 4 * parameter_count(cfg), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        weights, memory = 4 * sizes.parameter_count(cfg), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         if weights > memory:
             raise UserError(f"the weights take {weights / GB:.1f} GB, and this machine has {memory / GB:.1f} GB; "
                             f"use {smaller_model(cfg)}")
@@ -397,7 +391,7 @@ def remedies(cfg: SimpleNamespace, choice: Choice) -> str:
 # The trial
 
 
-def fit(run: Any, build: Callable[[SimpleNamespace, Processes, Any], Any]) -> None:
+def try_batch_size(run: Any, build: Callable[[SimpleNamespace, Processes, Any], Any]) -> None:
     """Allocate a train.Run's optimizer state, and find by trial whether its micro-batch fits; lower it until it does.
 
     On a GPU one forward and backward pass runs, with gradients and optimizer state allocated. It changes no weight,

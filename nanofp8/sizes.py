@@ -24,6 +24,11 @@ def parameter_table(cfg: SimpleNamespace) -> list[tuple[str, int, str]]:
     return [row for row in rows if row[1]]
 
 
+def parameter_count(cfg: SimpleNamespace) -> int:
+    """Return how many parameters the model has."""
+    return sum(count for _, count, _ in parameter_table(cfg))
+
+
 def checkpoint_bytes(cfg: SimpleNamespace) -> int:
     """Return what a checkpoint takes on disk, about 1% too little: weights and optimizer state, without their headers.
 

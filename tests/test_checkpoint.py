@@ -1459,7 +1459,7 @@ def test_the_remedy_for_a_last_checkpoint_that_failed_fits(failure, remedy):
         procs=helpers.one_process(), checkpoints=SimpleNamespace(last=None, failure=failure),
         cfg=SimpleNamespace(keep_checkpoints=2, max_iters=6), progress=SimpleNamespace(done=lambda: None))
     with pytest.raises(UserError) as error:
-        checkpoint.report_end(run, run.cfg.max_iters)
+        checkpoint.finish_run(run, run.cfg.max_iters)
     assert remedy in str(error.value) and failure in str(error.value)
 
 

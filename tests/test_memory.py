@@ -237,7 +237,7 @@ def gpu(monkeypatch):
         procs = Gpu(0, 0, len(memories), torch.device("cuda", 0), None)
         procs.memory = [gigabytes * GB for gigabytes in memories]
         train.check_flags(cfg, procs.world_size)
-        return cfg, memory.choose(cfg, precision, wrapper, procs)
+        return cfg, memory.choose_batch_size(cfg, precision, wrapper, procs)
 
     return choose
 
@@ -472,11 +472,11 @@ def test_a_resume_on_another_number_of_ranks_chooses_anew(monkeypatch):
     monkeypatch.setattr(memory, "read_checkpoint", lambda folder: meta)
     for ranks, flags, want in ((4, {}, 2), (2, {}, 16), (4, dict(batch_size=8), 8), (4, dict(batch_size="auto"), 2)):
         cfg = parse(preset="d20", **flags)
-        memory.adopt("folder", cfg, one_process(world_size=ranks))
+        memory.adopt_batch_size("folder", cfg, one_process(world_size=ranks))
         assert cfg.batch_size == want
     meta["flags"] = dict(batch_size="2")
     cfg = parse(preset="d20")
-    memory.adopt("folder", cfg, one_process(world_size=4))
+    memory.adopt_batch_size("folder", cfg, one_process(world_size=4))
     assert cfg.batch_size == 16
 
 
