@@ -55,7 +55,7 @@ import random
 import time
 from dataclasses import dataclass, field
 from types import ModuleType, SimpleNamespace
-from typing import Any, Callable, Iterable, Iterator, Sequence
+from typing import Any, Callable, Iterator, Sequence
 
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # read when torch starts
 
@@ -64,7 +64,6 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 
 from nanofp8 import checkpoint, memory, resuming, runlog  # save, restore; batch_size; choose and lock; log.jsonl, wandb
 from nanofp8.attention import choose_attention, make_attention  # Transformer Engine's, flash-attn-4's or torch's
@@ -88,7 +87,6 @@ from nanofp8.muon import OptimizerSet, import_bitsandbytes, make_muon, muon_grou
 from nanofp8.parts import (  # what presets "speedrun" and "d12" add
     ResidualScalars,
     ValueEmbedding,
-    gradient_of,
     mix_residual,
     token_order,
     value_layers,
@@ -107,7 +105,7 @@ from nanofp8.procs import Processes, command_line  # rank, device, mesh; start a
 from nanofp8.schedule import Schedule  # learning rates, weight decay and momentum at each step
 from nanofp8.shards import Shard, ShardError, epoch_order, find_shards  # the token shard format
 from nanofp8.sizes import BatchPlan, auto_batch, batch_error, flops_per_token, parameter_count, steps_for, windows
-from nanofp8.zero import Gathered, Zero2  # what USE_FSDP2 and USE_DDP do
+from nanofp8.zero import Gathered, Local, Zero2, gradient_norm  # what USE_FSDP2 and USE_DDP do
 
 # ======================================================================================================================
 # Flags. Edit a value here, or give --name=value. The values below are those of preset "d20".
@@ -585,7 +583,7 @@ class Optimizers(OptimizerSet):
         """Sort the parameters into groups. data_tokens: tokens of the train shards. Raises: UserError if an optimizer
         cannot run here."""
         self.schedule = Schedule(cfg, data_tokens)
-        sharded, self.zero2, self.buffers = parallel.wrapper == "fsdp2", parallel.zero2, parallel.buffers
+        sharded, self.buffers = parallel.wrapper == "fsdp2", parallel.buffers
         blocks = list(model.blocks.named_parameters())
         muon = dict(lr=cfg.learning_rate, weight_decay=cfg.weight_decay, mu=cfg.muon_momentum_start,
                     cautious_wd=cfg.USE_CAUTIOUS_WD)
@@ -599,9 +597,8 @@ class Optimizers(OptimizerSet):
                  params=[p for n, p in blocks if n.endswith("fc2_weight")]),
         ]
         adam_groups = self.adam_groups(model, cfg)
-        if self.zero2 is not None:
-            for group in matrix_groups + adam_groups:
-                group["params"] = self.zero2.own(group["params"])
+        for group in matrix_groups + adam_groups:
+            group["params"] = self.buffers.own(group["params"])
         # Before Dion turns its groups' "lr" into tensors on the device
         self.base_lr = {g["name"]: g["lr"] for g in matrix_groups + adam_groups}
 
@@ -697,10 +694,10 @@ class Parallel:
         self.model, self.wrapper, self.world_size = model, wrapper, procs.world_size
         self.by_hooks = wrapper == "fsdp2" and cfg.FSDP2_RESHARD  # FSDP2 gathers weights and reduces gradients itself
         self.in_place = "" if self.by_hooks else "add"  # hooks must see the gradients
-        self.zero2 = self.buffers = None  # the parameters that this rank updates (DDP); gradients that stay in place
+        self.buffers = Local(model, procs.world_size)  # sums gradients, averages them, sends weights
         reduce, gather = (torch.float32 if on else torch.bfloat16 for on in (cfg.REDUCE_FP32, cfg.GATHER_FP32))
         if wrapper == "ddp":
-            self.buffers = self.zero2 = Zero2(model, model.matrices(), procs, reduce, gather, not cfg.USE_8BIT_ADAM)
+            self.buffers = Zero2(model, model.matrices(), procs, reduce, gather, not cfg.USE_8BIT_ADAM)
         elif wrapper == "fsdp2":
             # Inputs are not cast: RoPE's tables must stay fp32; the rest is bf16 or integers
             policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, cast_forward_inputs=False, reduce_dtype=reduce)
@@ -728,33 +725,20 @@ class Parallel:
 
     def whole_weights(self) -> contextlib.AbstractContextManager:
         """Return a context in which the model has whole weights, unless FSDP2's hooks gather them."""
-        return self.buffers.in_model() if isinstance(self.buffers, Gathered) else contextlib.nullcontext()
+        return self.buffers.in_model()
 
     def reduce_gradients(self) -> Tensor:
         """Average the gradients over the ranks; return this rank's share of the sum of their squares, on the device."""
-        if self.buffers is not None:
-            self.buffers.reduce()
-            return self.buffers.squared_norm()
-        return gradient_norm(self.model.parameters()).square() / self.world_size
+        self.buffers.reduce()
+        return self.buffers.squared_norm()
 
     def gather_weights(self) -> None:
         """Get the weights that other ranks have updated. FSDP2's hooks do it when they are needed."""
-        if self.buffers is not None:
-            self.buffers.gather()
+        self.buffers.gather()
 
     def zero_grad(self) -> None:
         """Drop all gradients, or set them to zero where they must stay in place."""
-        if self.buffers is not None:
-            self.buffers.zero_grad()
-        else:
-            for p in self.model.parameters():
-                p.grad = None
-
-
-def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
-    """Return the global norm of the gradients over all ranks, a scalar on the device."""
-    norm = nn.utils.get_total_norm(list(filter(torch.is_tensor, map(gradient_of, parameters))), foreach=True)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+        self.buffers.zero_grad()
 
 
 # ======================================================================================================================

@@ -108,8 +108,7 @@ def training_state(run: Any) -> dict:
     for optimizer in run.optimizers.all:
         for p, state in run.optimizers.state_of(optimizer).items():
             optim[names[p]] = {k: v if torch.is_tensor(v) else torch.tensor(v) for k, v in state.items()}
-    zero2 = run.parallel.zero2
-    model = zero2.exact_weights(names) if zero2 else {name: p.detach() for p, name in names.items()}
+    model = run.parallel.buffers.exact_weights(names)
     return dict(model=model, optim=optim, fp8=fp8_state(run.model),
                 rng={str(run.procs.rank): random_state(run.procs, run.precision.te)})
 

@@ -42,7 +42,8 @@ from typing import Any, NamedTuple
 import torch
 
 from nanofp8 import cards, epilogues
-from nanofp8.parts import TokenOrder, add_value_embedding, gradient_of, table_gradient, value_embedding_grad
+from nanofp8.parts import TokenOrder, add_value_embedding, table_gradient, value_embedding_grad
+from nanofp8.zero import gradient_of
 
 try:
     import triton

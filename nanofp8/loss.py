@@ -24,7 +24,7 @@ from nanofp8.fused import (
     use_kernels,
     weight_operand,
 )
-from nanofp8.parts import gradient_of
+from nanofp8.zero import gradient_of
 
 try:
     import triton

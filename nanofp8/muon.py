@@ -283,14 +283,13 @@ class OptimizerSet:
     """Several optimizers stepped as one: what does not depend on who optimizes what.
 
     A subclass sets `muon`, `all` (muon first), `groups` ({name: parameter group}), `compiled` (Dion's update),
-    `zero2` (zero.Zero2, or None) and `buffers` (the same, or zero.Gathered).
+    `buffers` (zero.Local, Zero2 or Gathered).
     """
 
     muon: torch.optim.Optimizer
     all: list[torch.optim.Optimizer]
     groups: dict[str, dict]
     compiled: bool
-    zero2: Any
     buffers: Any
 
     def step(self) -> None:
@@ -298,8 +297,7 @@ class OptimizerSet:
         with torch.compiler.set_stance("default" if self.compiled else "force_eager"):
             for optimizer in self.all[1:]:
                 optimizer.step()
-            if self.buffers is not None:
-                self.buffers.send_rows()
+            self.buffers.send_rows()
             self.muon.step()
 
     def parameters(self) -> list[torch.Tensor]:
@@ -321,7 +319,7 @@ class OptimizerSet:
                      for p, buffer in optimizer.buffers().items()}
         else:
             state = optimizer.state
-        return state if self.zero2 is None else self.zero2.whole_state(state)
+        return self.buffers.whole_state(state)
 
     def load_state(self, saved: dict[str, dict], parameters: dict[str, torch.Tensor], meta: dict) -> None:
         """Take over a checkpoint's state. Muon's buffers are converted if the other library wrote them.
@@ -332,8 +330,7 @@ class OptimizerSet:
             meta: what `meta` was when the state was saved.
         """
         names = {p: name for name, p in parameters.items()}
-        if self.zero2 is not None:
-            names |= {part: names[p] for p, part in self.zero2.parts.items()}
+        names |= {part: names[p] for p, part in self.buffers.replaced().items()}
         if isinstance(self.muon, TorchMuon):
             load = self.muon.load_momentum if meta["muon"] == "dion" else self.muon.load_buffers
             load({p: saved[names[p]]["momentum"] for p in self.muon.parts}, meta["muon_momentum"])

@@ -19,6 +19,7 @@ from torch import Tensor
 from nanofp8.config import UserError
 from nanofp8.plain import add_values, inverse_rms
 from nanofp8.sizes import GATE_CHANNELS
+from nanofp8.zero import gradient_of
 
 try:
     import triton
@@ -140,8 +141,3 @@ def table_gradient(table: Tensor, d_rows: Tensor, stride: int, factors: Tensor, 
         grad, d_rows, factors, where.order, where.starts, len(grad), stride, C, heads, C // heads, 8, 32, columns,
         num_warps=1)
     return grad if given is None else None
-
-
-def gradient_of(weight: Tensor) -> Tensor | None:
-    """Return where the gradients of a weight are summed: its main_grad (zero.Gathered), else its grad."""
-    return getattr(weight, "main_grad", weight.grad)

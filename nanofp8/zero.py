@@ -46,7 +46,65 @@ def assign_owners(parameters: list[Tensor], world_size: int) -> list[int]:
     return owners
 
 
-class Buffers:
+class Local:
+    """What train.Parallel and Optimizers ask for, where nothing is exchanged here: on one rank, or by FSDP2's hooks.
+    Zero2 and Gathered do it another way."""
+
+    def __init__(self, model: torch.nn.Module, world_size: int):
+        """model: whose parameters' gradients are dropped after each step."""
+        self.model, self.world_size = model, world_size
+
+    def own(self, parameters: Iterable[Tensor]) -> list[Tensor]:
+        """Return what this rank updates of these parameters."""
+        return list(parameters)
+
+    def replaced(self) -> dict[Tensor, Tensor]:
+        """Return {parameter of the model: what this rank updates in its place}."""
+        return {}
+
+    def whole_state(self, state: dict[Tensor, dict]) -> dict[Tensor, dict]:
+        """Return an optimizer's state by the model's parameters."""
+        return state
+
+    def exact_weights(self, names: dict[Tensor, str]) -> dict[str, Tensor]:
+        """Return the model's weights by name, for a checkpoint."""
+        return {name: p.detach() for p, name in names.items()}
+
+    def in_model(self) -> contextlib.AbstractContextManager:
+        """Return a context in which the model can compute."""
+        return contextlib.nullcontext()
+
+    def reduce(self) -> None:
+        """Average the gradients over the ranks."""
+
+    def squared_norm(self) -> Tensor:
+        """Return this rank's share of the squared norm of all gradients; the shares add up over the ranks."""
+        return gradient_norm(self.model.parameters()).square() / self.world_size
+
+    def zero_grad(self) -> None:
+        """Drop all gradients."""
+        for p in self.model.parameters():
+            p.grad = None
+
+    def send_rows(self) -> None:
+        """Begin to send updated weights."""
+
+    def gather(self) -> None:
+        """Get the weights that other ranks have updated."""
+
+
+def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
+    """Return the global norm of the gradients over all ranks, a scalar on the device."""
+    norm = torch.nn.utils.get_total_norm([g for g in map(gradient_of, parameters) if g is not None], foreach=True)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def gradient_of(weight: Tensor) -> Tensor | None:
+    """Return where the gradients of a weight are summed: its main_grad (Gathered), else its grad."""
+    return getattr(weight, "main_grad", weight.grad)
+
+
+class Buffers(Local):
     """Tensors whose first dimension is divided evenly among the ranks."""
 
     def __init__(self, procs: Any, reduce_dtype: torch.dtype):
@@ -123,14 +181,13 @@ class Zero2(Buffers):
                 self.own_matrices[p] = with_grad(self.masters[offset:offset + p.numel()].view(p.shape), p.grad)
                 offset += p.numel()
 
-    @property
-    def parts(self) -> dict[Tensor, Tensor]:
-        """{parameter of the model: what this rank updates in its place}."""
+    def replaced(self) -> dict[Tensor, Tensor]:
+        """Return {parameter of the model: what this rank updates in its place}."""
         return self.own_rows | self.own_matrices
 
     def own(self, parameters: Iterable[Tensor]) -> list[Tensor]:
         """Return what this rank updates of these parameters."""
-        return [self.parts.get(p, p) for p in parameters if self.owners.get(p, self.procs.rank) == self.procs.rank]
+        return [self.replaced().get(p, p) for p in parameters if self.owners.get(p, self.procs.rank) == self.procs.rank]
 
     def whole(self, rows: Tensor) -> DTensor:
         """Return the tensor of which this rank holds these rows."""
@@ -149,7 +206,7 @@ class Zero2(Buffers):
 
     def whole_state(self, state: dict[Tensor, dict]) -> dict[Tensor, dict]:
         """Return an optimizer's state by the model's parameters; that of divided rows as DTensors of the whole."""
-        model_parameters = {id(part): p for p, part in self.parts.items()}
+        model_parameters = {id(part): p for p, part in self.replaced().items()}
 
         def wrap(p: Tensor, value: Any) -> Any:
             is_piece = p in self.own_rows and torch.is_tensor(value) and value.shape == self.own_rows[p].shape

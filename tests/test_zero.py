@@ -11,9 +11,8 @@ import torch.distributed as dist
 import train
 from helpers import CPU, ROOT, finish, make_cfg, make_model, random_grads, start, tokens_and_targets
 from nanofp8 import epilogues, fused
-from nanofp8.parts import gradient_of
 from nanofp8.procs import Processes
-from nanofp8.zero import Zero2, assign_owners
+from nanofp8.zero import Zero2, assign_owners, gradient_of
 
 PARTS = dict(n_value_embed=1, USE_X0=True, n_layer=3)
 INTERPRETS = fused.triton is not None and not torch.cuda.is_available()  # Triton's interpreter runs on CPUs
@@ -69,7 +68,7 @@ def work(procs, flags):
         for p, values in optimizers.state_of(optimizer).items():
             state[names[p]] = {k: whole(v) for k, v in values.items()}
     return dict(norms=norms, state=state, weights={n: p.detach().clone() for p, n in names.items()},
-                exact={n: whole(w).clone() for n, w in optimizers.zero2.exact_weights(names).items()})
+                exact={n: whole(w).clone() for n, w in optimizers.buffers.exact_weights(names).items()})
 
 
 # What two ranks do, one after another in one pair of processes: {name: (function of this file, flags)}
