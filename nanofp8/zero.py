@@ -187,7 +187,8 @@ class Zero2(Buffers):
 
     def own(self, parameters: Iterable[Tensor]) -> list[Tensor]:
         """Return what this rank updates of these parameters."""
-        return [self.replaced().get(p, p) for p in parameters if self.owners.get(p, self.procs.rank) == self.procs.rank]
+        replaced, rank = self.replaced(), self.procs.rank
+        return [replaced.get(p, p) for p in parameters if self.owners.get(p, rank) == rank]
 
     def whole(self, rows: Tensor) -> DTensor:
         """Return the tensor of which this rank holds these rows."""
