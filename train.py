@@ -84,7 +84,7 @@ from nanofp8.host import compiled_at_first_call  # torch.compile, but later
 from nanofp8.loss import LMHead  # output projection and softcapped cross-entropy, without all logits at once
 from nanofp8.machine import Clock, check_gpus, describe_machine, pause_garbage_collection, profiling
 from nanofp8.muon import OptimizerSet, import_bitsandbytes, make_muon, muon_groups  # Dion's Muon, or torch's
-from nanofp8.parts import (  # what presets "speedrun" and "d12" add
+from nanofp8.parts import (  # what presets "speedrun" and "d12" add; tokens in order
     ResidualScalars,
     ValueEmbedding,
     mix_residual,

@@ -4,7 +4,9 @@
   scalars are learned (KellerJordan/modded-nanogpt, karpathy/nanochat).
 - Value embeddings: some blocks add gate * table[token] to v; each head's gate depends on the block's input
   (arXiv 2410.17897; tables and gates as in modded-nanogpt and nanochat).
-- Sliding windows: blocks marked S in window_pattern attend to the last window_size tokens only (arXiv 2004.05150).
+
+And what all models use: the order of a micro-batch's tokens, by which gradients of looked-up rows are summed. (Sliding
+windows, arXiv 2004.05150, are sizes.windows() and an argument of attention.)
 """
 
 import math
