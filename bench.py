@@ -537,7 +537,7 @@ def pick(name: str, option: str, labels: Sequence[str] | None) -> list[str]:
 def read_seeds(text: str) -> tuple[int, int]:
     """Return the number of seeds of bf16 and of each other row. Raises UserError."""
     seeds = text.split(",")
-    if not (len(seeds) <= 2 and all(n.isdigit() and int(n) > 0 for n in seeds)):
+    if not (len(seeds) <= 2 and all(n.isascii() and n.isdigit() and int(n) > 0 for n in seeds)):
         raise UserError(f"--seeds must be a number of runs, or two (bf16, each format), got '{text}'", 2)
     return int(seeds[0]), int(seeds[-1])
 
@@ -570,7 +570,11 @@ def main(argv: Sequence[str]) -> None:
     if name == "report":
         if not given or any(a.startswith("-") for a in given):
             raise UserError("report takes run folders, each as FOLDER or LABEL=FOLDER", 2)
-        named = dict(a.split("=", 1) if "=" in a else (os.path.basename(a.rstrip("/")), a) for a in given)
+        pairs = [a.split("=", 1) if "=" in a and not os.path.isdir(a) else (os.path.basename(a.rstrip("/")), a)
+                 for a in given]
+        named = dict(pairs)
+        if len(named) < len(pairs):
+            raise UserError("two run folders have the same name; give each a label of its own, as LABEL=FOLDER", 2)
         report({(label, read_run(folder).config["seed"]): folder for label, folder in named.items()}, out, command)
         return
     if name == "profile":

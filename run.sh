@@ -25,7 +25,7 @@ cd -P -- "$(dirname -- "$script")" >/dev/null
 say() { echo "run.sh: $*" >&2; }
 die() { say "$1"; exit "${2:-1}"; }
 whole() { case $1 in 0) ;; '' | 0* | *[!0-9]* | ??????????*) return 1 ;; esac; } # is $1 an integer of 1 to 9 digits?
-positive() { case $2 in '' | 0* | *[!0-9]*) die "$1 must be ${3:-}a positive integer, got '$2'" 2 ;; esac; }
+positive() { [ "$2" != 0 ] && whole "$2" || die "$1 must be ${3:-}a positive integer of at most 9 digits, got '$2'" 2; }
 
 flag() { # print the value of flag $1 among the arguments that follow, else train.py's: name: type = "value"
   local name=$1 value arg
@@ -86,6 +86,12 @@ if [ -n "$NNODES" ]; then
     die "NODE_RANK must be an integer from 0 to $((NNODES - 1)) (NNODES - 1), got '$NODE_RANK'" 2
   [ -z "${MASTER_PORT:-}" ] || { whole "$MASTER_PORT" && [ "$MASTER_PORT" -ge 1 ] && [ "$MASTER_PORT" -le 65535 ]; } ||
     die "MASTER_PORT must be an integer from 1 to 65535, got '$MASTER_PORT'" 2
+fi
+if [ "${NNODES:-1}" -gt 1 ]; then
+  case $MASTER_ADDR in
+    *:*:*) ;; # IPv6
+    *:* | *[[:space:]]*) die "MASTER_ADDR must be a host name or an address without a port, got '$MASTER_ADDR'" 2 ;;
+  esac
 fi
 if [ "${NNODES:-1}" -gt 1 ] && [ -z "$RDZV_ENDPOINT" ] && { [ -z "$NODE_RANK" ] || [ -z "$MASTER_ADDR" ]; }; then
   die "NNODES=$NNODES needs NODE_RANK (0 to $((NNODES - 1))) and MASTER_ADDR (of machine 0), or RDZV_ENDPOINT; set them" 2
@@ -382,9 +388,13 @@ except ChildFailedError as error:
     sys.exit(max(1, error.get_first_failure()[1].exitcode))
 except SignalException:
     sys.exit(1)
+except Exception as error:
+    line = (str(error).strip() or repr(error)).splitlines()[0]
+    sys.exit(f"run.sh: torchrun cannot start ({line}); check NNODES, MASTER_ADDR, MASTER_PORT or RDZV_ENDPOINT")
 '
 # Seconds that torchrun waits for workers to end after a signal (torch 2.12 and newer; before, always 30).
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
+positive TORCH_ELASTIC_SHUTDOWN_TIMEOUT "$TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
 ended_well=$(mktemp -d)/yes
 trap 'rm -rf -- "${ended_well%/yes}"' EXIT
 signalled=''

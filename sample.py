@@ -980,8 +980,12 @@ def main(argv: list[str] | None = None) -> None:
     except KeyboardInterrupt as error:
         print(file=sys.stderr)
         raise SystemExit(130) from error
-    except BrokenPipeError as error:  # the program that reads our text has closed the pipe
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.ENOSPC, errno.EDQUOT):
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if error.errno != errno.EPIPE:  # else the program that reads our text has closed the pipe
+            print_error(f"the text cannot be written ({error.strerror}); make room, or write elsewhere")
         raise SystemExit(1) from error
 
 

@@ -56,6 +56,7 @@ class Examination:
     gpus: list[Gpu] = field(default_factory=list)  # that training could use
     cfg: SimpleNamespace | None = None             # resolved flags
     train: SimpleNamespace | None = None           # DEFINITIONS of train.py
+    resumed: bool = False                          # whether --resume found a checkpoint
     version_of_te: str = ""                        # "": it cannot be imported
     precision: Any = None
     wrapper: str = ""                              # "none", "ddp" or "fsdp2", once it is known
@@ -293,7 +294,7 @@ def check_flags(exam: Examination) -> Iterator[Verdict]:
             saved = checkpoint.adopt_flags(found, cfg, exam.train.CLASSIC, SimpleNamespace(print=print))
         yield NOTE, f"resume: {found} (not verified)" if found else "resume: no checkpoint; a new run would start"
     exam.train.resolve_length(cfg, saved)
-    exam.cfg = cfg
+    exam.cfg, exam.resumed = cfg, bool(saved)
     if saved:
         checkpoint.check_fixed_flags(found, cfg)
         checkpoint.check_unfinished(found, cfg)
@@ -306,7 +307,7 @@ def check_flags(exam: Examination) -> Iterator[Verdict]:
 def check_batch(exam: Examination) -> Iterator[Verdict]:
     """Check the flags' combinations as train.py does, which lowers the micro-batch. Raises UserError."""
     cfg = exam.cfg
-    exam.train.check_flags(cfg, exam.ranks, bool(cfg.resume))
+    exam.train.check_flags(cfg, exam.ranks, exam.resumed)
     if exam.torch:
         from nanofp8.parts import value_layers
         value_layers(cfg.n_layer, cfg.n_value_embed)  # raises UserError
@@ -402,8 +403,11 @@ def check_disk(exam: Examination) -> Iterator[Verdict]:
     """Compare what is free at out_dir with what checkpoints take."""
     cfg, size = exam.cfg, sizes.checkpoint_bytes(exam.cfg) / 1e9
     folder = os.path.abspath(cfg.out_dir)
-    while not os.path.isdir(folder) and folder != os.path.dirname(folder):
+    while not os.path.lexists(folder) and folder != os.path.dirname(folder):
         folder = os.path.dirname(folder)
+    if not os.path.isdir(folder):
+        yield FAIL, f"{folder} is not a folder; choose another --out_dir"
+        return
     free, most = shutil.disk_usage(folder).free / 1e9, cfg.keep_checkpoints + 1  # one more while it is written
     text = f"{folder}: {free:,.1f} GB free"
     if not os.access(folder, os.W_OK):
@@ -477,7 +481,8 @@ def run(path: str, given: Sequence[str]) -> int:
 
     path: of train.py. given: flags as arguments, whose names and types are right.
     """
-    color = sys.stdout.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
+    terminal = sys.stdout is not None and sys.stdout.isatty()
+    color = terminal and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
     exam = Examination(path, list(given), number_in("WORLD_SIZE"), number_in("LOCAL_WORLD_SIZE"))
     marks, sys.dont_write_bytecode = Counter(), True
     command = " ".join([os.path.basename(path), *given])

@@ -84,8 +84,8 @@ def parse_numbers(option: str, text: str, one: bool = False) -> list[float]:
 
 def parse_count(option: str, text: str) -> int:
     """Return the whole number above 0 of --option=n. Raises UserError."""
-    if not (text.isascii() and text.isdigit() and int(text)):
-        raise UserError(f"--{option} must be a whole number above 0, got '{text}'", 2)
+    if not (text.isascii() and text.isdigit() and 0 < int(text) <= 1000):
+        raise UserError(f"--{option} must be a whole number from 1 to 1000, got '{text}'", 2)
     return int(text)
 
 

@@ -86,14 +86,20 @@ def table(rows: list[dict], columns: list[tuple[str, Callable[[dict], str]]]) ->
 
 
 def write_report(out: str, command: str, data: dict[str, Any], text: str, plot: Callable[[str], None]) -> None:
-    """Write out.json (date, command and `data`), out.md (`text`) and out.png (by `plot`), and print the text."""
-    os.makedirs(os.path.dirname(out) or ".", exist_ok=True)
-    with open(out + ".json", "w", encoding="utf-8") as f:
-        json.dump(dict(date=str(datetime.date.today()), command=command, **data), f, indent=1)
-    with open(out + ".md", "w", encoding="utf-8") as f:
-        f.write(text)
+    """Print the text; write out.json (date, command and `data`), out.md (`text`) and out.png (by `plot`).
+
+    Raises: UserError if they cannot be written; the text has been printed then.
+    """
+    console("\n" + text)
     try:
+        os.makedirs(os.path.dirname(out) or ".", exist_ok=True)
+        with open(out + ".json", "w", encoding="utf-8") as f:
+            json.dump(dict(date=str(datetime.date.today()), command=command, **data), f, indent=1)
+        with open(out + ".md", "w", encoding="utf-8") as f:
+            f.write(text)
         plot(out + ".png")
     except ImportError:
         console("no plot: matplotlib is not installed")
-    console("\n" + text)  # it has been written: a reader that leaves early is no error
+    except OSError as error:
+        raise UserError(f"the table above cannot be written to {out} ({error.strerror or error}); choose another "
+                        f"--out") from None

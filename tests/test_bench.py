@@ -15,6 +15,7 @@ import train
 from helpers import ROOT, finish, flag_args, start, start_torchrun
 from nanofp8.config import UserError
 from nanofp8.plots import smooth
+from nanofp8.reports import write_report
 from nanofp8.runlog import RunLog
 
 
@@ -190,6 +191,7 @@ def test_what_is_left_out_and_what_ends_all(fresh, shards, tmp_path, monkeypatch
 @pytest.mark.parametrize("arguments, text", [
     (["speed", "--log_interval=2"], "--log_interval"), (["nonsense"], "'nonsense'.*speed, precision"),
     (["report"], "run folders"), (["report", "/no/such/run"], "/no/such/run"),
+    (["report", "/a/gpt", "/b/gpt"], "same name.*LABEL=FOLDER"), (["precision", "--seeds=²"], "--seeds"),
     (["precision", "--bath_size=3"], "--batch_size"), (["precision", "--seeds=0"], "--seeds"),
     (["ablation", "--seeds=1,2,3"], "--seeds"),
     (["precision", "--formats=FP9"], "FP8 delayed"),
@@ -210,6 +212,14 @@ def test_help(arguments, capsys):
 
 
 @pytest.mark.slow
+def test_a_table_that_cannot_be_written_is_printed(tmp_path, capsys):
+    """Measuring again would take as long as the first time."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file/x.*--out"):
+        write_report(str(tmp_path / "file" / "x"), "bench.py", {}, "the table", lambda path: None)
+    assert "the table" in capsys.readouterr().out
+
+
 def test_command_line(tmp_path):
     result = finish(start(ROOT / "bench.py", "report", "nowhere", cwd=tmp_path))
     assert result.code == 2 and result.err.count("\n") == 1, result.err

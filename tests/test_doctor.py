@@ -236,6 +236,14 @@ def test_without_torch_and_numpy(shards, tmp_path, capsys, monkeypatch):
     assert "checkpoints of 5.16 GB" in of(lines, "disk") and "131,072" in of(lines, "data", doctor.FAIL)
 
 
+def test_an_out_dir_below_a_file_and_no_stdout(shards, tmp_path, capsys, monkeypatch):
+    (tmp_path / "file").write_text("")
+    status, lines, _ = report(capsys, *small(shards, tmp_path / "file" / "out", preset="tiny"))
+    assert status == 1 and "file is not a folder" in of(lines, "disk", doctor.FAIL)
+    monkeypatch.setattr(sys, "stdout", None)  # closed before the start
+    assert doctor.run(TRAIN, small(shards, tmp_path, preset="tiny")) == 0
+
+
 @pytest.mark.parametrize("row, words", [
     (["NVIDIA GB10", "12.1", "[N/A]", "[N/A]"], ["100.0 of 100.0 GB free", "native: fp8"]),
     (["Tesla T4", "7.5", "15000", "15360"], ["7.5, but training needs 8.0", "use another"])])

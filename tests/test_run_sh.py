@@ -537,6 +537,21 @@ def test_several_machines(host):
     assert f"--nproc_per_node=1 {ALONE} train.py" in host.did[0]
 
 
+@pytest.mark.parametrize("name, value", [
+    ("NPROC", "99999999999999999999"), ("NPROC", "9999999999"), ("MAX_RESTARTS", "99999999999999999999"),
+    ("NNODES", "99999999999999999999"), ("MASTER_ADDR", "10.0.0.1:29500"), ("MASTER_ADDR", "a b"),
+    ("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "abc")])
+def test_numbers_and_addresses_that_cannot_be(host, name, value):
+    env = {"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "10.0.0.1"} | {name: value}
+    out = host.has("torch", "numpy").run(status=2, **env)
+    assert len(out.splitlines()) == 1 and name in out and value in out and host.did == []
+
+
+def test_an_ipv6_address_of_the_first_machine(host):
+    host.has("torch", "numpy").run(NNODES="2", NODE_RANK="0", MASTER_ADDR="fd00::1")
+    assert "--master_addr=fd00::1" in host.did[0]
+
+
 @pytest.mark.parametrize("env", [{"NNODES": "2"}, {"NNODES": "2", "NODE_RANK": "0"}, {"NNODES": "x"}])
 def test_several_machines_without_a_meeting_point(host, env):
     out = host.run(status=2, **env)
