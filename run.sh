@@ -35,13 +35,15 @@ flag() { # print the value of flag $1 among the arguments that follow, else trai
   echo "$value"
 }
 
+[ ! -d /usr/lib/wsl/lib ] || PATH=$PATH:/usr/lib/wsl/lib # WSL2's nvidia-smi; PATH lacks it under sudo and ssh
 # All GPUs in the machine decide what is installed; the GPUs that CUDA_VISIBLE_DEVICES allows decide what runs. CUDA
 # uses the entries before the first that is not a GPU.
-[ ! -d /usr/lib/wsl/lib ] || PATH=$PATH:/usr/lib/wsl/lib # WSL2's nvidia-smi; PATH lacks it under sudo and ssh
 smi_status=0
 smi=$(nvidia-smi -L 2>&1) || smi_status=$?
 machine_gpus=$(grep -c '^GPU ' <<<"$smi" || true)
-newest=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sort -n | tail -n 1) || true
+capabilities=''
+[ "$machine_gpus" -eq 0 ] || capabilities=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null) || true
+newest=$(sort -n <<<"$capabilities" | tail -n 1)
 no_gpu='' # why none can train here, unless none was asked for: training on the CPU instead would be a surprise
 case $newest in
   [1-7].[0-9]) machine_gpus=0 no_gpu="the newest GPU has compute capability $newest, but training needs 8.0 (A100) or newer; use another one" ;;
@@ -167,7 +169,7 @@ make_venv() {
 
 # Whether there is a GPU of compute capability 9.0. Elsewhere Transformer Engine would find flash-attn-4 and take it.
 hopper() {
-  nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | grep -q '^9\.'
+  grep -q '^9\.' <<<"$capabilities"
 }
 
 # Install the numbered parts of the requirements, in order. Part 1 pins torch; the later parts must keep that version.

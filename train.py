@@ -251,7 +251,7 @@ CLASSIC = dict(
     USE_SHUFFLE=False,
 )
 PARTS = dict(qk_scale=1.2, window_pattern="SSSL", USE_X0=True, vocab_size=50304)  # the first three prevent export
-PRESETS = {  # as what follows up to check_flags(), read by --doctor without torch
+PRESETS = {  # --doctor reads these and the functions up to check_flags() without torch
     # d20 repeats the default of each flag that a preset sets. A default above that differs was edited and beats presets
     "d20": CLASSIC | dict(
         train_tokens=891289600, total_batch_size="auto", batch_size="auto", warmup_ratio=0.02, lr_schedule="linear",
