@@ -84,7 +84,7 @@ from nanofp8 import alternate, breakdown, card, race
 from nanofp8.machine import Clock, card_name, describe_machine
 from nanofp8.plots import smooth
 from nanofp8.procs import Processes, start_processes
-from nanofp8.reports import RunData, finished_run, header, read_run, table, write_report
+from nanofp8.reports import RunData, check_out, finished_run, header, read_run, table, write_report
 from nanofp8.runlog import read_log
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -111,9 +111,10 @@ class Mode:
     gpu_preset: str = ""  # preset on a GPU; "": the default
 
 
-COMPARISON = dict(total_batch_size=65536, eval_interval=0, keep_checkpoints=0)
-SPEED = dict(warmup_iters=4, batch_ramp="", eval_interval=0, eval_tokens=1, keep_checkpoints=0)
-STUDY_ON_A_CPU = dict(preset="tiny", eval_interval=0, keep_checkpoints=0)
+EVERY_RUN = dict(log_interval=1, eval_interval=0, keep_checkpoints=0)  # tables need every step's record
+COMPARISON = dict(total_batch_size=65536) | EVERY_RUN
+SPEED = dict(warmup_iters=4, batch_ramp="", eval_tokens=1) | EVERY_RUN
+STUDY_ON_A_CPU = dict(preset="tiny") | EVERY_RUN
 FP8 = dict(USE_FP8=True)  # given, so that a GPU without FP8 emulates it and does not train in bf16
 BF16, NVFP4, VOCAB = dict(USE_FP8=False), dict(USE_NVFP4=True), dict(vocab_size=50304)
 QUARTER = dict(total_batch_size=4)
@@ -329,7 +330,7 @@ def train_study(name: str, plan: dict[tuple, SimpleNamespace], procs: Processes)
 
 def largest_gap(a: RunData, b: RunData) -> float | None:
     """Return the largest |difference| of two runs' smoothed train losses after the warm-up; None without any."""
-    pairs = list(zip(smooth(a.losses), smooth(b.losses), strict=False))[a.config["warmup_iters"]:]
+    pairs = list(zip(smooth(a.losses), smooth(b.losses), strict=False))[a.warmup:]
     return max((abs(x - y) for x, y in pairs), default=None)
 
 
@@ -379,7 +380,7 @@ def summarize_row(label: str, own: dict[int, RunData], paired: list[tuple[RunDat
         label=label, precision=precision, emulated=bool(config.get("emulated")) and precision != "bf16",
         wrapper=config.get("wrapper"), gpus=config["world_size"], seeds=list(own), parameters=config["parameters"],
         in_bf16=config.get("HIGH_PRECISION_LAYERS", ""), vocab_size=config["vocab_size"],
-        total_batch_size=config["total_batch_size"], batch_size=config["batch_size"], warmup=config["warmup_iters"],
+        total_batch_size=config["total_batch_size"], batch_size=config["batch_size"], warmup=runs[0].warmup,
         tokens=runs[0].train[-1]["tokens"], at=[r["tokens"] for r in runs[0].train],
         train_loss=statistics.mean(smooth(run.losses)[-1] for run in runs),
         val_losses=val_losses, val_loss=statistics.mean(known) if known else None, gaps=gaps,
@@ -429,6 +430,11 @@ def columns(rows: list[dict], noise: float | None) -> list[tuple[str, Callable[[
     ]
 
 
+def batch_text(config: dict) -> str:
+    """Return how many tokens a step of a run reads."""
+    return train.BatchPlan(SimpleNamespace(**config)).describe() or f"{config['total_batch_size']:,} tokens a step"
+
+
 def markdown(rows: list[dict], noise: float | None, val_noise: float | None, command: str) -> str:
     """Return the table, with date, device, command and model above it, and how to read it below."""
     config = rows[0]["config"]
@@ -436,7 +442,7 @@ def markdown(rows: list[dict], noise: float | None, val_noise: float | None, com
     text = [
         *header(config, command),
         f"{config['parameters'] / 1e6:.1f}M parameters ({config['n_layer']} layers, width {config['n_embd']}, "
-        f"vocabulary {config['vocab_size']:,}), {config['total_batch_size']:,} tokens a step of {config['dataset']}, "
+        f"vocabulary {config['vocab_size']:,}), {batch_text(config)} of {config['dataset']}, "
         f"unless a row says otherwise.", "", *table(rows, columns(rows, noise)), "",
         f"Gaps are to {gaps_to}, on the same tokens. Train loss is smoothed (exponential average, 0.9). Val loss is "
         f"evaluated in bf16; \"evaluated in the format\" is how much it rises if the evaluation runs in the format "
@@ -518,6 +524,9 @@ def report(runs: dict[tuple, str], out: str, command: str, study: bool = False) 
 # Command line
 
 
+OPTIONS = {"alternate": alternate.OPTIONS, "card": card.OPTIONS, "race": race.OPTIONS}  # of modes with their own
+
+
 def take_options(arguments: Sequence[str], *names: str) -> tuple[dict[str, str], list[str]]:
     """Split arguments into those --name=value with these names, {name: value}, and the others."""
     own = [a for a in arguments if a.startswith("--") and "=" in a and a[2:].split("=")[0] in names]
@@ -550,23 +559,17 @@ def main(argv: Sequence[str]) -> None:
         return
     ranks = os.environ.get("LOCAL_WORLD_SIZE")
     command = f"{f'torchrun --nproc_per_node={ranks}' if ranks else 'python'} bench.py {shlex.join(argv)}"
-    if name == "alternate":
-        options, given = take_options(arguments, *alternate.OPTIONS)
-        alternate.run(options, given, os.path.dirname(os.path.abspath(__file__)),
-                      options.get("out") or os.path.join("results", card_name(), name), command)
+    options, given = take_options(arguments, *OPTIONS.get(name, ("out", "rows", "formats", "seeds")))
+    out = options.get("out") or os.path.join("results", card_name(), name)
+    check_out(out)
+    if name in OPTIONS:
+        if name == "alternate":
+            alternate.run(options, given, os.path.dirname(os.path.abspath(__file__)), out, command)
+        else:
+            dict(card=card, race=race)[name].run(options, given, train, out, command)
         return
-    if name == "card":
-        options, given = take_options(arguments, *card.OPTIONS)
-        card.run(options, given, train, options.get("out") or os.path.join("results", card_name(), name), command)
-        return
-    if name == "race":
-        options, given = take_options(arguments, *race.OPTIONS)
-        race.run(options, given, train, options.get("out") or os.path.join("results", card_name(), name), command)
-        return
-    options, given = take_options(arguments, "out", "rows", "formats", "seeds")
     if any(a.startswith("--log_interval=") and a != "--log_interval=1" for a in given):
         raise UserError("comparisons need every step's record; leave --log_interval at 1", 2)
-    out = options.get("out") or os.path.join("results", card_name(), name)
     if name == "report":
         if not given or any(a.startswith("-") for a in given):
             raise UserError("report takes run folders, each as FOLDER or LABEL=FOLDER", 2)

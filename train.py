@@ -40,6 +40,7 @@ from nanofp8.config import (  # types of flags, and what reads them
     check_command_line,
     may_choose,
     parse_flags,
+    precedence,
 )
 
 if __name__ == "__main__":
@@ -281,7 +282,8 @@ def resolve_length(cfg: SimpleNamespace, saved: dict | None = None) -> None:
     """
     if cfg.batch_size == "auto":  # memory.choose_batch_size() lowers it
         cfg.batch_size = LARGEST_BATCH.get(cfg.preset, 16)
-    if "max_iters" in cfg.explicit and "train_tokens" in cfg.explicit and cfg.train_tokens:
+    by_steps = precedence(cfg, "max_iters") - precedence(cfg, "train_tokens")  # > 0: max_iters sets the length
+    if by_steps == 0 and "max_iters" in cfg.explicit and cfg.train_tokens:
         raise UserError("train_tokens and max_iters both set the length; give only one of them", 2)
     if "total_batch_size" in cfg.auto:
         if not cfg.train_tokens and not saved:
@@ -293,9 +295,9 @@ def resolve_length(cfg: SimpleNamespace, saved: dict | None = None) -> None:
     elif "total_batch_size" in cfg.explicit and "batch_ramp" not in cfg.explicit and not saved:
         cfg.batch_ramp = ""
     for steps, ratio in (("warmup_iters", "warmup_ratio"), ("muon_momentum_iters", "muon_momentum_ratio")):
-        if steps in cfg.explicit and ratio not in cfg.explicit:
+        if precedence(cfg, steps) > precedence(cfg, ratio):
             setattr(cfg, ratio, 0.0)
-    if cfg.train_tokens and "max_iters" not in cfg.explicit:
+    if cfg.train_tokens and by_steps <= 0:
         cfg.max_iters = steps_for(cfg.train_tokens, cfg)
 
 
@@ -311,7 +313,7 @@ def check_flags(cfg: SimpleNamespace, world_size: int, resumed: bool = False) ->
                         f"try {remedy}", 2)
     if may_choose(cfg, "batch_size"):  # lowered until it divides a step; memory.choose_batch_size() lowers it further
         cfg.batch_size = next(iter(memory.batch_sizes(cfg, world_size)), cfg.batch_size)
-    if error := batch_error(cfg, world_size, resumed):
+    if error := batch_error(cfg, world_size, resumed, fixed=not may_choose(cfg, "batch_size")):
         raise UserError(error, 2)
 
 

@@ -26,6 +26,8 @@ from multiprocessing import get_context
 from types import SimpleNamespace
 from typing import Callable
 
+from nanofp8.host import ends_with_parent
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PACKAGES = ("quack-kernels", "nvidia-cutlass-dsl", "apache-tvm-ffi", "flash-attn-4", "torch")
 # What the two packages compile for if they see no GPU
@@ -117,13 +119,6 @@ def calls() -> dict[str, Callable[[], object]]:
     }
 
 
-def end_with_parent() -> None:
-    """Have Linux kill this process as soon as the thread that started it ends, for whatever reason."""
-    import ctypes  # here, as some builds of Python lack it
-
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-
-
 def compile_kernel(name: str) -> str:
     """Compile the kernel of one of calls(). Returns the report's line about it."""
     from quack import gemm, gemm_symmetric
@@ -150,6 +145,7 @@ def compile_kernel(name: str) -> str:
 
 def main(report: str) -> None:
     """Compile all kernels for Hopper and write the report. Raises: BlockingIOError if another run is doing the same."""
+    end_with_parent = ends_with_parent(signal.SIGKILL)
     end_with_parent()
     begin = time.monotonic()
     with open(report, "a") as file:

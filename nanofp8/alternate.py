@@ -23,7 +23,7 @@ OPTIONS = ("out", "variants", "rounds", "warm", "measure")
 DEFAULT_VARIANTS = {True: "fp8: --preset=classic; bf16: --preset=classic --USE_FP8=False",  # with and without a GPU
                     False: "fp8: --preset=tiny; bf16: --preset=tiny --USE_FP8=False"}
 # Of every run. It ends by a signal when it has been measured, so it must not end by itself
-FLAGS = dict(max_iters=10**7, eval_interval=0, keep_checkpoints=0, ckpt_interval=0)
+FLAGS = dict(max_iters=10**7, log_interval=1, eval_interval=0, keep_checkpoints=0, ckpt_interval=0)
 LENGTH = "use --warm and --measure; for the batch of a shorter run, give --total_batch_size"
 OWN = {"max_iters": LENGTH, "train_tokens": LENGTH, "run_name": "use names of variants", "out_dir": "use --out",
        "resume": "every run starts anew", "batch_ramp": "one speed, not that of each stage"}

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from nanofp8.config import UserError
 from nanofp8.doctor import version_of
 from nanofp8.faults import StopSignal
 from nanofp8.files import console
+from nanofp8.host import ends_with_parent
 from nanofp8.machine import describe_machine
 from nanofp8.precision import FORMATS, NVFP4_INGREDIENTS
 from nanofp8.race import Child, Job, failure, slug, start_child, stop_children, visible_gpus
@@ -28,9 +30,10 @@ OPTIONS = ("out", "rows")
 # Of all rows. Shakespeare is included, so all owners train on the same tokens
 FLAGS = {
     True: dict(preset="d20", dataset="shakespeare", total_batch_size=32768, max_iters=60, warmup_ratio=0.1,
-               eval_tokens=32768, lr_scaling="sqrt", eval_interval=0, keep_checkpoints=0, skip_grad_zscore=0),
+               eval_tokens=32768, lr_scaling="sqrt", log_interval=1, eval_interval=0, keep_checkpoints=0,
+               skip_grad_zscore=0),
     False: dict(preset="tiny", n_layer=1, block_size=64, batch_size=2, total_batch_size=128, max_iters=12,
-                eval_tokens=64, lr_scaling="sqrt", eval_interval=0, keep_checkpoints=0),
+                eval_tokens=64, lr_scaling="sqrt", log_interval=1, eval_interval=0, keep_checkpoints=0),
 }
 SMALL_PRESET, SMALL_MEMORY = "d12", 14e9  # for cards with less memory than this, which d20 hardly fits
 LAST = 10           # steps over which the loss is compared
@@ -190,7 +193,7 @@ class Runner:
         env = os.environ | ({} if self.gpu is None else {"CUDA_VISIBLE_DEVICES": self.gpu})
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                    text=True, errors="replace", env=env, cwd=os.path.dirname(self.path),
-                                   start_new_session=True)
+                                   start_new_session=True, preexec_fn=ends_with_parent(signal.SIGKILL))
         deadline = time.monotonic() + seconds
         try:
             while True:

@@ -336,8 +336,8 @@ def parse_flags(argv: Sequence[str], path: str | os.PathLike, presets: Mapping[s
         presets: {preset: {flag: value}}. An entry of GPU_PRESET repeats the script's released defaults: a flag whose
             default differs from it was edited.
         has_gpu: whether preset "auto" stands for GPU_PRESET or for CPU_PRESET.
-    Returns: one attribute per flag; `explicit`: sorted names of the flags given in `argv` or edited, and "preset";
-        `auto`: those whose value is "auto".
+    Returns: one attribute per flag; `given`: sorted names of the flags in `argv`; `explicit`: these, the edited ones
+        and "preset"; `auto`: those whose value is "auto".
     Raises: UserError (status 2).
     """
     flags = script_flags(path)
@@ -357,17 +357,23 @@ def parse_flags(argv: Sequence[str], path: str | os.PathLike, presets: Mapping[s
     values |= {name: value for name, value in presets[preset].items() if name not in edited}
     values |= given | {"preset": preset}
     auto = sorted(auto + [name for name, value in values.items() if value == "auto"])
-    return SimpleNamespace(**values, explicit=sorted({*given, *edited, "preset"}), auto=auto)
+    return SimpleNamespace(**values, given=sorted(given), explicit=sorted({*given, *edited, "preset"}), auto=auto)
 
 
 def flag_values(cfg: SimpleNamespace) -> dict[str, Any]:
     """Return all flags as a dict, for config.json and meta.json."""
-    return {name: value for name, value in vars(cfg).items() if name not in ("explicit", "auto", "batch_stages")}
+    notes = ("given", "explicit", "auto", "batch_stages")
+    return {name: value for name, value in vars(cfg).items() if name not in notes}
 
 
 def may_choose(cfg: SimpleNamespace, name: str) -> bool:
     """Whether the script may choose a flag's value: it was neither given nor edited, or is "auto"."""
     return name in cfg.auto or name not in cfg.explicit
+
+
+def precedence(cfg: SimpleNamespace, name: str) -> int:
+    """Return which of two flags for one thing counts, the higher: 2, given as an argument; 1, edited; 0, neither."""
+    return (name in cfg.explicit) + (name in cfg.given)
 
 
 def check_command_line(path: str, argv: Sequence[str] | None = None, doctor: str = "") -> None:

@@ -23,7 +23,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any, Callable, Iterator, NamedTuple, Sequence
 
 from nanofp8 import cards, host, sizes
-from nanofp8.config import UserError, may_choose, parse_flags
+from nanofp8.config import UserError, may_choose, parse_flags, precedence
 from nanofp8.files import console, error_line
 
 OK, NOTE, WARN, FAIL = "ok", "-", "warn", "FAIL"  # FAIL: training would fail
@@ -281,7 +281,7 @@ def check_flags(exam: Examination) -> Iterator[Verdict]:
         from nanofp8 import memory
     exam.train = definitions(
         exam.path, torch=exam.torch, memory=memory, auto_batch=sizes.auto_batch, steps_for=sizes.steps_for,
-        batch_error=sizes.batch_error, may_choose=may_choose, UserError=UserError)
+        batch_error=sizes.batch_error, may_choose=may_choose, precedence=precedence, UserError=UserError)
     cfg = parse_flags(exam.given, exam.path, exam.train.PRESETS, bool(exam.gpus))
     saved = {}
     if not exam.gpus and "preset" in cfg.auto and exam.torch:

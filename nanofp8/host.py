@@ -111,6 +111,16 @@ def free_memory() -> int:
         return 0
 
 
+def ends_with_parent(number: int) -> Callable[[], None]:
+    """Return a function that lets this process get a signal as soon as the thread that started it ends, also by
+    kill -9. As preexec_fn it loads nothing in the child. It does nothing where this cannot be asked for (macOS)."""
+    try:
+        import ctypes  # some builds of Python lack it
+        return functools.partial(ctypes.CDLL(None).prctl, 1, number)  # PR_SET_PDEATHSIG
+    except (ImportError, AttributeError):
+        return lambda: None
+
+
 def own_address(host: str) -> str:
     """Return this machine's IPv4 address by which a host, and other machines like it, reach this one; "" if that is
     not known, or if the host is 127.0.0.1: then all is on one machine.

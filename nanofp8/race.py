@@ -5,6 +5,7 @@ import itertools
 import os
 import re
 import shlex
+import signal
 import statistics
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import torch
 from nanofp8.config import PositiveFloat, UserError, convert
 from nanofp8.faults import StopSignal
 from nanofp8.files import console
+from nanofp8.host import ends_with_parent
 from nanofp8.machine import describe_machine
 from nanofp8.parts import value_layers
 from nanofp8.procs import Processes
@@ -27,7 +29,7 @@ from nanofp8.runlog import format_duration
 from nanofp8.sizes import BatchPlan, ramp_stages
 
 OPTIONS = ("out", "variants", "tokens", "minutes", "seeds", "gpus", "target")
-FLAGS = dict(eval_interval=0, keep_checkpoints=0)  # of every run, unless the user says otherwise
+FLAGS = dict(log_interval=1, eval_interval=0, keep_checkpoints=0)  # of every run, unless the user says otherwise
 OWN = {"max_iters": "use --tokens or --minutes", "train_tokens": "use --tokens or --minutes", "seed": "use --seeds",
        "run_name": "use names of variants", "resume": "finished runs are found by themselves",
        "log_interval": "it needs every step's record"}
@@ -35,6 +37,7 @@ DEFAULTS = {  # with and without a GPU: variants, tokens
     True: ("classic: --preset=classic; d20: --preset=d20", "50e6,100e6"),
     False: ("cosine: --lr_schedule=cosine; linear: --lr_schedule=linear", "40960,81920"),
 }
+FIRST_LENGTH = {True: 50e6, False: 40960}  # with and without a GPU: tokens that --minutes starts its guess from
 FIRST_SEED = 1337
 PROBE_STEPS = 40    # of the short run that measures a variant's speed for --minutes
 POLL_SECONDS = 0.1  # between looks at the children
@@ -184,13 +187,15 @@ class Planner:
         Raises: UserError.
         """
         self.race, self.script = race, script
-        self.given = [f"--{name}={value}" for name, value in FLAGS.items()] + list(given)
         check_given(given)
-        script.read_flags(self.given)  # a mistake in these is no variant's
+        self.given = [f"--{name}={value}" for name, value in FLAGS.items()] + list(given)
+        self.length = race.lengths[0] if race.unit == "tokens" else FIRST_LENGTH[torch.cuda.is_available()]
+        # A mistake in these is no variant's
+        script.read_flags([*self.given, f"--train_tokens={max(1, round(self.length))}"])
         for variant, flags in race.variants.items():
             with naming(variant):
                 check_given(flags)
-                cfg = self.check(script.read_flags(self.given + flags))
+                cfg = self.check(self.flags(variant, self.length))
                 if cfg.eval_tokens <= cfg.block_size:
                     raise UserError(f"eval_tokens={cfg.eval_tokens} is one sequence, too little for a val loss; "
                                     f"raise --eval_tokens", 2)
@@ -209,10 +214,10 @@ class Planner:
         with naming(key[0]):
             return Job(key, f"{key[0]}, {what}", arguments, self.check(self.script.read_flags(arguments)))
 
-    def flags(self, variant: str, tokens: float | None) -> SimpleNamespace:
-        """Return a variant's flags in a run of this many tokens (None: of its usual length)."""
-        length = [f"--train_tokens={round(tokens)}"] if tokens else []
-        return self.script.read_flags(self.given + self.race.variants[variant] + length)
+    def flags(self, variant: str, tokens: float) -> SimpleNamespace:
+        """Return a variant's flags in a run of this many tokens."""
+        length = f"--train_tokens={max(1, round(tokens))}"
+        return self.script.read_flags([*self.given, *self.race.variants[variant], length])
 
     def by_length(self) -> list[Job]:
         """Return the jobs of a race by tokens. Raises UserError."""
@@ -223,11 +228,11 @@ class Planner:
 
         train: trains jobs and returns those that worked, {key: run}. A variant whose short run fails is left out.
         """
-        speeds, tokens = {}, {(v, n): None for v in self.race.variants for n in self.race.lengths}
+        speeds, tokens = {}, {(v, n): self.length for v in self.race.variants for n in self.race.lengths}
         for _ in range(3):  # the batch may follow from the length, and the length follows from the speed at this batch
             batches = {(v, n): self.flags(v, tokens[v, n]).total_batch_size for v, n in tokens}
             probes = [self.job((v, batch), f"speed at {batch} tokens a step", seed=FIRST_SEED, max_iters=PROBE_STEPS,
-                               total_batch_size=batch, eval_tokens=1, batch_ramp=self.flags(v, None).batch_ramp)
+                               total_batch_size=batch, eval_tokens=1, batch_ramp=self.flags(v, self.length).batch_ramp)
                       for v, batch in dict.fromkeys((v, batch) for (v, _), batch in batches.items())
                       if (v, batch) not in speeds]
             if not probes:
@@ -283,7 +288,8 @@ def spawn(arguments: Sequence[str], log: str, label: str, gpu: str | None, cwd: 
         with open(log, "wb") as output:
             # A session of its own: Ctrl-C must reach the child once, from this process
             return subprocess.Popen([sys.executable, *arguments], stdin=subprocess.DEVNULL, stdout=output,
-                                    stderr=subprocess.STDOUT, env=env, cwd=cwd, start_new_session=True)
+                                    stderr=subprocess.STDOUT, env=env, cwd=cwd, start_new_session=True,
+                                    preexec_fn=ends_with_parent(signal.SIGTERM))
     except OSError as error:
         raise UserError(f"cannot start {label} ({error.strerror}: {log}); choose another --out or --out_dir") from None
 

@@ -3,6 +3,7 @@
 import datetime
 import json
 import os
+import tempfile
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, Callable
@@ -10,6 +11,10 @@ from typing import Any, Callable
 from nanofp8.config import UserError, flag_values, may_choose
 from nanofp8.files import console
 from nanofp8.runlog import read_log
+from nanofp8.schedule import steps_of_fraction
+
+NEEDED = {"seed", "dataset", "device", "versions", "world_size", "parameters", "n_layer", "n_embd", "vocab_size",
+          "block_size", "batch_size", "total_batch_size", "max_iters", "warmup_iters", "eval_tokens"}  # in config.json
 
 
 @dataclass
@@ -27,9 +32,15 @@ class RunData:
         return [record["loss"] for record in self.train]
 
     @property
+    def warmup(self) -> int:
+        """Steps of the warm-up of the learning rates."""
+        return steps_of_fraction(SimpleNamespace(**self.config), self.config.get("warmup_ratio", 0.0),
+                                 self.config["warmup_iters"])
+
+    @property
     def timed(self) -> list[dict]:
         """The train records after the warm-up, over which speed is measured."""
-        return self.train[self.config["warmup_iters"]:] or self.train
+        return self.train[self.warmup:] or self.train
 
     @property
     def val_loss(self) -> float | None:
@@ -44,8 +55,10 @@ def read_run(folder: str) -> RunData:
     try:
         with open(os.path.join(folder, "config.json"), encoding="utf-8") as f:
             config = json.load(f)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder} is not a run folder of train.py (config.json: {error})", 2) from None
+        if lacking := NEEDED - {*config}:
+            raise ValueError(f"it lacks {', '.join(sorted(lacking))}")
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{folder} is not a run folder of train.py (config.json: {error}); leave it out", 2) from None
     records = read_log(folder)
     kinds = {kind: [r for r in records if r["kind"] == kind] for kind in ("train", "val", "done")}
     if not kinds["train"]:
@@ -83,6 +96,21 @@ def table(rows: list[dict], columns: list[tuple[str, Callable[[dict], str]]]) ->
     texts = [column for column in texts if any(column[1:])]
     lines = ["| " + " | ".join(cells) + " |" for cells in zip(*texts, strict=True)]
     return [lines[0], "|" + "---|" * len(texts), *lines[1:]]
+
+
+def check_out(out: str) -> None:
+    """Check that a report can be written: before hours of training, not after them. Raises UserError."""
+    folder = os.path.dirname(os.path.abspath(out))
+    while not os.path.exists(folder):
+        folder = os.path.dirname(folder)
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+        for path in (out + ending for ending in (".json", ".md", ".png")):
+            if os.path.exists(path):
+                open(path, "ab").close()
+    except OSError as error:
+        raise UserError(f"no report can be written to {out} ({error.strerror or error}); choose another --out",
+                        2) from None
 
 
 def write_report(out: str, command: str, data: dict[str, Any], text: str, plot: Callable[[str], None]) -> None:

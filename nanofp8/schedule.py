@@ -44,6 +44,12 @@ def lr_scale(cfg: SimpleNamespace) -> float:
     return by_batch * (tokens / REFERENCE_TOKENS) ** -0.32 if cfg.lr_scaling == "length" else by_batch
 
 
+def steps_of_fraction(cfg: SimpleNamespace, ratio: float, iters: int) -> int:
+    """Return the steps of a warm-up over this fraction of the run's tokens; those of its flag in steps if it is 0."""
+    plan = BatchPlan(cfg)
+    return plan.steps_until(ratio * plan.total) if ratio else iters
+
+
 class Schedule:
     """Learning-rate factor, Muon's weight decay and Muon's momentum at each step.
 
@@ -54,9 +60,8 @@ class Schedule:
     def __init__(self, cfg: SimpleNamespace, data_tokens: int):
         """Resolve fractions of the run to steps. cfg: all flags. data_tokens: tokens of the train shards."""
         self.cfg, self.plan = cfg, BatchPlan(cfg)
-        self.warmup, self.momentum_iters = (
-            self.plan.steps_until(ratio * self.plan.total) if ratio else iters for ratio, iters in (
-                (cfg.warmup_ratio, cfg.warmup_iters), (cfg.muon_momentum_ratio, cfg.muon_momentum_iters)))
+        self.warmup = steps_of_fraction(cfg, cfg.warmup_ratio, cfg.warmup_iters)
+        self.momentum_iters = steps_of_fraction(cfg, cfg.muon_momentum_ratio, cfg.muon_momentum_iters)
         self.warmdown = cfg.warmdown_ratio if cfg.lr_schedule == "linear" else None
         self.scale = lr_scale(cfg)
         self.epochs = self.plan.total / data_tokens

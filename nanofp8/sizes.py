@@ -165,10 +165,10 @@ def batch_sizes(cfg: SimpleNamespace, ranks: int, multiple: int = 1) -> list[int
     return [n for n in sizes if n * cfg.block_size % multiple == 0] or sizes
 
 
-def batch_error(cfg: SimpleNamespace, ranks: int, resumed: bool) -> str:
+def batch_error(cfg: SimpleNamespace, ranks: int, resumed: bool, fixed: bool = True) -> str:
     """Return why the steps are no multiples of what all ranks read at once, and what to do; "" if they are.
 
-    resumed: total_batch_size and block_size cannot change.
+    resumed: total_batch_size and block_size cannot change. fixed: batch_size was given.
     """
     total, T, times = cfg.total_batch_size, cfg.block_size, step_multiple(cfg)
     micro = ranks * cfg.batch_size * T * times
@@ -178,9 +178,15 @@ def batch_error(cfg: SimpleNamespace, ranks: int, resumed: bool) -> str:
         fit = max(n for n in range(1, ranks + 1) if n == 1 or total % (n * T * times) == 0)
         remedy = "leave out --batch_size" if fit == ranks else f"continue on {fit} rank(s)"
     else:
-        remedy = f"use --total_batch_size={max(1, round(total / micro)) * micro}"
+        unit = micro
+        if not fixed:  # a power of two per rank, so that micro-batches fit, but small beside the step
+            unit = ranks * T * times
+            unit *= next(n for n in (16, 8, 4, 2, 1) if n <= max(1, min(cfg.batch_size, total / unit / 4)))
+        remedy = f"use --total_batch_size={max(1, round(total / unit)) * unit}"
         if times > 1:
-            remedy += f" --batch_ramp={cfg.batch_ramp}, or --batch_ramp= for a constant batch"
+            remedy += f" --batch_ramp={cfg.batch_ramp}"
+            if total % (micro // times if fixed else ranks * T) == 0:
+                remedy += ", or --batch_ramp= for a constant batch"
         if total % (ranks * T * times) == 0:
             remedy += ", or leave out --batch_size"
     by_ramp = (" x 2 for each doubling by batch_ramp", f" x {times}") if times > 1 else ("", "")

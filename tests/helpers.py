@@ -570,3 +570,17 @@ def forward(model, cfg, x, y=None, quantized=True, **kwargs):
     """Run the model in the flags' format, or in bf16 (quantized=False)."""
     with precision_of(cfg).autocast(one_process(), quantized=quantized):
         return model(x, y, **kwargs)
+
+
+def check_it_ends(pid):
+    """Fail unless a process that is no child of this one ends within 10 seconds."""
+    for _ in range(100):
+        try:
+            with open(f"/proc/{pid}/stat") as file:
+                if file.read().rsplit(")", 1)[1].split()[0] == "Z":  # nobody has asked for its exit status yet
+                    return
+        except FileNotFoundError:
+            return
+        time.sleep(0.1)
+    os.kill(pid, signal.SIGKILL)
+    pytest.fail("the process is still there")

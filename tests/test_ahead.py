@@ -3,19 +3,17 @@
 import fcntl
 import functools
 import importlib.metadata
-import os
 import signal
 import subprocess
 import sys
 import textwrap
-import time
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from helpers import ROOT
+from helpers import ROOT, check_it_ends
 from nanofp8 import ahead, attention, epilogues
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="QuACK is for Linux")
@@ -171,7 +169,7 @@ def test_the_report(tmp_path):
 
 
 def test_one_run_at_a_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(ahead, "end_with_parent", lambda: None)
+    monkeypatch.setattr(ahead, "ends_with_parent", lambda number: lambda: None)
     with open(tmp_path / "report", "a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         with pytest.raises(BlockingIOError):
@@ -182,7 +180,7 @@ def test_one_run_at_a_time(tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_the_process_ends_with_training(number):
-    child = "from nanofp8 import ahead; import time; ahead.end_with_parent(); print(1, flush=True); time.sleep(60)"
+    child = "from nanofp8 import ahead; import time; ahead.ends_with_parent(9)(); print(1, flush=True); time.sleep(60)"
     parent = subprocess.Popen([sys.executable, "-c", textwrap.dedent(f"""
         import subprocess, sys
         child = subprocess.Popen([sys.executable, "-c", {child!r}], stdout=subprocess.PIPE, start_new_session=True)
@@ -193,13 +191,4 @@ def test_the_process_ends_with_training(number):
     pid = int(parent.stdout.readline())
     parent.send_signal(number)
     parent.communicate()
-    for _ in range(100):
-        try:
-            with open(f"/proc/{pid}/stat") as file:
-                if file.read().rsplit(")", 1)[1].split()[0] == "Z":  # nobody has asked for its exit status yet
-                    return
-        except FileNotFoundError:
-            return
-        time.sleep(0.1)
-    os.kill(pid, signal.SIGKILL)
-    pytest.fail("the process is still there")
+    check_it_ends(pid)

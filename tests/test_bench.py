@@ -15,7 +15,7 @@ import train
 from helpers import ROOT, finish, flag_args, start, start_torchrun
 from nanofp8.config import UserError
 from nanofp8.plots import smooth
-from nanofp8.reports import write_report
+from nanofp8.reports import RunData, write_report
 from nanofp8.runlog import RunLog
 
 
@@ -197,6 +197,7 @@ def test_what_is_left_out_and_what_ends_all(fresh, shards, tmp_path, monkeypatch
     (["precision", "--formats=FP9"], "FP8 delayed"),
     (["speed", "--rows=bf16; FP9"], "--rows: speed has FP8 delayed; .*, not 'FP9'"),
     (["ablation", "--total_batch_size=100"], "total_batch_size=100"),
+    (["speed", "--out=/dev/null/x"], "/dev/null/x.*another --out"), (["race", "--out=/dev/null/x"], "another --out"),
 ])
 def test_wrong_input_is_one_line(fresh, arguments, text):
     with pytest.raises(UserError, match=text) as error:
@@ -218,6 +219,23 @@ def test_a_table_that_cannot_be_written_is_printed(tmp_path, capsys):
     with pytest.raises(UserError, match="file/x.*--out"):
         write_report(str(tmp_path / "file" / "x"), "bench.py", {}, "the table", lambda path: None)
     assert "the table" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"seed": 1}', "{", "null"])
+def test_a_damaged_run_folder_is_one_line(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UserError, match="is not a run folder of train.py") as error:
+        bench.main(["report", str(tmp_path)])
+    assert error.value.status == 2 and "\n" not in str(error.value)
+
+
+def test_the_table_tells_how_the_batch_grows_and_counts_from_the_warm_up_on():
+    config = dict(total_batch_size=1024, batch_ramp="0.25,0.6", max_iters=100, warmup_ratio=0.1, warmup_iters=90)
+    assert bench.batch_text(config).startswith("256 tokens a step, 512 from step ")
+    assert bench.batch_text(config | dict(batch_ramp="")) == "1,024 tokens a step"
+    run = RunData(config | dict(batch_ramp=""), [dict(step=i) for i in range(100)], [], None)
+    assert run.warmup == 10 and len(run.timed) == 90
+    assert RunData(config | dict(warmup_ratio=0.0), run.train, [], None).warmup == 90
 
 
 def test_command_line(tmp_path):

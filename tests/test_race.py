@@ -5,6 +5,8 @@ import math
 import os
 import re
 import signal
+import subprocess
+import sys
 import threading
 import time
 from types import SimpleNamespace
@@ -14,7 +16,7 @@ import torch
 
 import bench
 import train
-from helpers import flag_args
+from helpers import ROOT, check_it_ends, edited_copy, flag_args
 from nanofp8 import race, race_report
 from nanofp8.config import UserError, flag_values
 from nanofp8.race_report import Race, amount, fit, markdown, name_of, plot, reach, round_ticks, summarize, worth
@@ -155,6 +157,31 @@ def test_a_length_becomes_steps_of_the_variants_own_batch(fresh):
     cfg = jobs[0].cfg
     assert (cfg.keep_checkpoints, cfg.eval_interval) == (0, 7), "the user's flag beats the race's"
     assert len({job.cfg.run_name for job in jobs}) == 8 and {job.cfg.seed for job in jobs} == {1337, 1338}
+
+
+def test_a_batch_that_follows_from_the_length_where_the_preset_counts_steps(fresh):
+    given = ["--preset=tiny", "--total_batch_size=auto"]
+    (job,) = race.Planner(make_race("base", (50e3,), seeds=1), given, train).by_length()
+    assert (job.cfg.total_batch_size, job.cfg.max_iters) == (4096, 12)
+    trained = []
+
+    def speeds(jobs):
+        trained.extend(jobs)
+        return {job.key: SimpleNamespace(config={}, train=[dict(tok_per_sec=1000)] * 40) for job in jobs}
+
+    (job,) = race.Planner(make_race("base", (1,), "minutes", seeds=1), given, train).by_time(speeds)
+    assert [probe.cfg.total_batch_size for probe in trained] == [4096]
+    assert (job.cfg.total_batch_size, job.cfg.max_iters) == (4096, 15)
+
+
+def test_edited_flags_of_train_py(tmp_path, fresh):
+    """A race needs every step's record, and sets the length itself."""
+    module, _ = edited_copy(tmp_path, log_interval="10", train_tokens="100_000", preset='"tiny"')
+    planner = race.Planner(make_race("base", (1,), "minutes", seeds=1), [f"--data_dir={ROOT / 'data'}"], module)
+    jobs = []
+    planner.by_time(lambda probes: jobs.extend(probes) or {
+        job.key: SimpleNamespace(config={}, train=[dict(tok_per_sec=1000)] * 40) for job in probes})
+    assert [(job.cfg.log_interval, job.cfg.max_iters) for job in jobs] == [(1, race.PROBE_STEPS)]
 
 
 def test_a_batch_that_follows_from_the_length_gets_the_length(tmp_path):
@@ -350,6 +377,22 @@ def test_a_child_that_ignores_the_signal_is_killed(monkeypatch):
     race.stop_children([race.Child(None, process, "")])
     process.stdout.close()
     assert process.returncode == -signal.SIGKILL
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells a process that its parent has ended")
+def test_children_end_with_a_race_that_is_killed(tmp_path):
+    code = f"""
+from nanofp8 import race
+child = race.spawn(["-c", "import time; time.sleep(60)"], {str(tmp_path / "log")!r}, "a", None)
+print(child.pid, flush=True)
+child.wait()
+"""
+    parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    pid = int(parent.stdout.readline())
+    parent.kill()
+    parent.communicate()
+    check_it_ends(pid)
 
 
 @pytest.mark.slow

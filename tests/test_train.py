@@ -204,6 +204,47 @@ def test_auto_batch_of_a_resumed_run_needs_no_length(monkeypatch):
     assert (cfg.total_batch_size, cfg.max_iters) == (4096, 20)
 
 
+@pytest.mark.parametrize("edit, given, steps", [
+    (dict(train_tokens="100000"), [], 49), (dict(train_tokens="100000"), ["--max_iters=7"], 7),
+    (dict(max_iters="9"), [], 9), (dict(max_iters="9"), ["--train_tokens=100000"], 49),
+    (dict(max_iters="9", train_tokens="100000"), ["--max_iters=7"], 7),
+])
+def test_a_length_that_is_given_beats_one_that_was_edited(tmp_path, edit, given, steps):
+    module, _ = edited_copy(tmp_path, preset='"tiny"', **edit)
+    assert module.read_flags(given, has_gpu=False).max_iters == steps
+
+
+def test_two_lengths_of_the_same_rank_are_refused(tmp_path):
+    module, _ = edited_copy(tmp_path, preset='"tiny"', max_iters="9", train_tokens="100000")
+    with pytest.raises(UserError, match="train_tokens and max_iters.*only one"):
+        module.read_flags([], has_gpu=False)
+    assert module.read_flags(["--max_iters=7", "--train_tokens=0"], has_gpu=False).max_iters == 7
+
+
+def test_a_warm_up_that_is_given_in_steps_beats_an_edited_fraction(tmp_path):
+    module, _ = edited_copy(tmp_path, preset='"tiny"', warmup_ratio="0.5")
+    assert module.read_flags([], has_gpu=False).warmup_ratio == 0.5
+    assert module.read_flags(["--warmup_iters=7"], has_gpu=False).warmup_ratio == 0.0
+
+
+@pytest.mark.parametrize("ranks", [3, 5, 6, 7, 48])
+@pytest.mark.parametrize("given", [[], ["--train_tokens=70000000"], ["--preset=d12", "--train_tokens=50000000"],
+                                   ["--preset=classic"], ["--preset=tiny"], ["--batch_size=4"],
+                                   ["--preset=d12", "--train_tokens=50000000", "--batch_size=4"]])
+def test_the_remedy_for_other_numbers_of_ranks_works_and_is_near(ranks, given):
+    given = ["--preset=d20", *given] if not any("preset" in flag for flag in given) else given
+    cfg = parse(*given)
+    with pytest.raises(UserError, match="; use --total_batch_size=") as caught:
+        train.check_flags(cfg, ranks)
+    for remedy in str(caught.value).split("; use ")[1].split(", or "):
+        flags = remedy.split(" for ")[0].split()
+        now = parse(*given, *flags)
+        train.check_flags(now, ranks)
+        if "--batch_size=4" not in given and cfg.total_batch_size >= 4 * ranks * cfg.block_size * 4:
+            assert 0.8 < now.total_batch_size / cfg.total_batch_size < 1.25
+        assert bool(now.batch_ramp) == ("--batch_ramp=0.25,0.6" in flags)
+
+
 @pytest.mark.parametrize("name,value", [("n_layer", "3"), ("window_size", "64"), ("USE_8BIT_ADAM", "True"),
                                         ("muon_variant", '"muon"'), ("dataset", '"other"'), ("block_size", "64")])
 def test_an_edited_flag_that_cannot_change_is_refused(tmp_path, monkeypatch, name, value):
@@ -233,8 +274,8 @@ def test_remedies_of_a_resumed_run_name_what_can_change(ranks, arguments, remedy
 def test_a_checkpoint_without_the_new_flags_continues_with_the_recipe_that_it_had(monkeypatch):
     saved = dict(total_batch_size=524288, learning_rate=0.03, max_iters=1700, n_layer=20, vocab_size=65536)
     cfg = resumed(monkeypatch, saved, "--preset=d20", "--learning_rate_head=0.007")
-    assert vars(cfg) | dict(explicit=0, auto=0, preset=0) == vars(parse("--preset=classic")) | dict(
-        learning_rate=0.03, learning_rate_head=0.007, explicit=0, auto=0, preset=0)
+    assert vars(cfg) | dict(given=0, explicit=0, auto=0, preset=0) == vars(parse("--preset=classic")) | dict(
+        learning_rate=0.03, learning_rate_head=0.007, given=0, explicit=0, auto=0, preset=0)
     assert resumed(monkeypatch, saved, "--preset=d20", "--max_iters=2000").max_iters == 2000
 
 
