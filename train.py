@@ -251,7 +251,7 @@ CLASSIC = dict(
     window_size=512, USE_8BIT_ADAM=False, muon_beta2=0.95, learning_rate_value=0.3, learning_rate_x0=0.5,
     USE_SHUFFLE=False,
 )
-PARTS = dict(qk_scale=1.2, window_pattern="SSSL", USE_X0=True, vocab_size=50304)  # the first three prevent export
+PARTS = dict(window_pattern="SSSL", USE_X0=True, vocab_size=50304)  # the first two prevent export
 PRESETS = {  # --doctor reads these and the functions up to check_flags() without torch
     # d20 repeats the default of each flag that a preset sets. A default above that differs was edited and beats presets
     "d20": CLASSIC | dict(
