@@ -293,7 +293,6 @@ def train_study(name: str, plan: dict[tuple, SimpleNamespace], procs: Processes)
     machine = describe_machine(procs.device)
     for cfg in plan.values():  # what is wrong should be known before the first run
         train.check_flags(cfg, procs.world_size)
-        train.value_layers(cfg.n_layer, cfg.n_value_embed)
         train.open_data(cfg, procs)
     plan = drop_repeats(plan, procs)
     found = {key: finished_run(cfg, machine) for key, cfg in plan.items()} if procs.is_main else None

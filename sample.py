@@ -45,9 +45,8 @@ from nanofp8 import plain
 from nanofp8.checkpoint import find_checkpoint
 from nanofp8.checkpoint_files import find_damage, is_finite, load_weights, next_whole, read_checkpoint, read_index
 from nanofp8.files import replace_file
-from nanofp8.parts import value_layers
 from nanofp8.shards import EOT, GPT2_VOCAB
-from nanofp8.sizes import GATE_CHANNELS, windows
+from nanofp8.sizes import GATE_CHANNELS, value_layers, windows
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 DEFAULT_NEW_TOKENS = 256
@@ -103,7 +102,7 @@ def weight_shapes(shape: Shape) -> dict[str, tuple[int, ...]]:
     for i in range(shape.n_layer):
         shapes |= {f"blocks.{i}.{parameter}": (C,) for parameter in plain.GAINS.values()}
         shapes |= {f"blocks.{i}.{parameter}": matrices[name] for name, parameter in plain.MATRICES.items()}
-    for i in value_layers(shape.n_layer, shape.n_value_embed):
+    for i in value_layers(shape):
         shapes |= {f"blocks.{i}.{plain.TABLE}": (shape.vocab_size, C),
                    f"blocks.{i}.{plain.GATE}": (shape.n_head, min(GATE_CHANNELS, C))}
     if shape.USE_X0:
@@ -118,7 +117,7 @@ def fold_gains(weights: dict[str, Tensor], shape: Shape) -> dict[str, Tensor]:
         weights: {name: fp32 tensor}, by train.GPT's names. It is changed.
     Returns: the same dict, without the gains.
     """
-    for i in value_layers(shape.n_layer, shape.n_value_embed):  # the gates read the first channels of the same g * x
+    for i in value_layers(shape):  # the gates read the first channels of the same g * x
         gate = weights[f"blocks.{i}.{plain.GATE}"]
         gate.mul_(weights[f"blocks.{i}.{plain.GAINS['attn.qkv']}"][:gate.shape[1]])
     pairs = [("norm.weight", "head.weight")]
@@ -275,7 +274,7 @@ class Sampler:
         self.embed, self.head = weights["embed.weight"], weights["head.weight"]
         self.blocks = [block_weights(weights, i) for i in range(shape.n_layer)]
         self.value_embeds = {i: (weights[f"blocks.{i}.{plain.TABLE}"], weights[f"blocks.{i}.{plain.GATE}"])
-                             for i in value_layers(shape.n_layer, shape.n_value_embed)}
+                             for i in value_layers(shape)}
         self.windows = windows(shape)
         # Only GPT-2's tokens are sampled. short_head has their rows, rounded up to 64 to keep the matmul aligned
         self.n_tokens = min(shape.vocab_size, GPT2_VOCAB)

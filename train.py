@@ -11,8 +11,9 @@ Train a GPT in FP8 (or NVFP4) with NVIDIA Transformer Engine. Read it top to bot
 The model is nanochat's d20 shape: 561M parameters, RoPE, RMSNorm, QK norm, relu^2, logit softcap.
 Muon (Microsoft's Dion library) trains the matrices in the blocks, AdamW trains the rest: embeddings, head, gains.
 
-main() reads the flags. run() builds a Run (set_up(): data, model, optimizers; a checkpoint, if it resumes) and calls
-train(), which takes one train_step() after another, saves and evaluates. If you read one function, read train_step().
+main() reads the flags and calls run(). That calls set_up(), which builds a Run (data, model, optimizers, and the state
+of a checkpoint), then train(), which calls train_step() for each step, saves and evaluates. If you read one function,
+read train_step().
 """
 
 from typing import Literal
@@ -90,7 +91,6 @@ from nanofp8.parts import (  # what presets "speedrun" and "d12" add; tokens in 
     ValueEmbedding,
     mix_residual,
     token_order,
-    value_layers,
 )
 from nanofp8.plain import MATRICES, rms_norm, rope_qk_norm, rope_tables, spectral_init  # plain PyTorch
 from nanofp8.precision import (  # number formats and FP8's scaling state
@@ -105,7 +105,17 @@ from nanofp8.prefetch import Prefetcher  # items made ahead of time by a thread
 from nanofp8.procs import Processes, command_line  # rank, device, mesh; start and end of a script
 from nanofp8.schedule import Schedule  # learning rates, weight decay and momentum at each step
 from nanofp8.shards import Shard, ShardError, epoch_order, find_shards  # the token shard format
-from nanofp8.sizes import BatchPlan, auto_batch, batch_error, flops_per_token, parameter_count, steps_for, windows
+from nanofp8.sizes import (  # what follows from the flags alone
+    BatchPlan,
+    auto_batch,
+    batch_error,
+    flops_per_token,
+    parameter_count,
+    steps_for,
+    value_embed_error,
+    value_layers,
+    windows,
+)
 from nanofp8.zero import Gathered, Local, Zero2, gradient_norm  # what USE_FSDP2 and USE_DDP do
 
 # ======================================================================================================================
@@ -143,16 +153,16 @@ USE_X0: bool = False                          # each block reads a * x + b * tok
 train_tokens: NonNegative = 891289600         # tokens to train on: 9 FineWeb shards, once; 0: use max_iters
 total_batch_size: AutoPositive = "auto"       # tokens per step, all ranks (batch_ramp: the last); "auto": by length
 batch_ramp: Ramp = ""                         # "0.25,0.6": the batch doubles after these fractions of the tokens
-batch_size: AutoPositive = "auto"             # sequences of a rank's micro-batch; "auto": what fits, to 16 (d12: 32)
+batch_size: AutoPositive = "auto"             # sequences of a rank's micro-batch; "auto": at most 16 (d12: 32)
 max_iters: Positive = 1700                    # optimizer steps; used if given or edited, or if train_tokens is 0
 warmup_iters: NonNegative = 100               # steps of linear warm-up; used if given or edited, or if the ratio is 0
 warmup_ratio: Fraction = 0.02                 # linear warm-up of all learning rates, as a fraction of the run's tokens
 lr_schedule: Literal["cosine", "linear"] = "linear"  # after the warm-up; "linear": constant, then a linear warm-down
 warmdown_ratio: Fraction = 0.75               # linear: fraction of the run's tokens that the warm-down takes
 min_lr_ratio: NonNegativeFloat = 0.03         # the schedule ends at this fraction of each learning rate
-lr_scaling: Literal["none", "sqrt", "length"] = "length"  # other runs: rates times sqrt(batch); "length": by length too
+lr_scaling: Literal["none", "sqrt", "length"] = "length"  # rates follow "sqrt": the batch; "length": the length, too
 
-# Optimizers: Muon for matrices in the blocks, AdamW for the rest. The rates hold for 891M tokens, 524,288 a step
+# Optimizers: Muon for matrices in the blocks, AdamW for the rest. Rates are for 891M tokens, 524,288 a step
 learning_rate: NonNegativeFloat = 0.04        # Muon; each update is also scaled by sqrt(fan_out / fan_in)
 learning_rate_embed: NonNegativeFloat = 0.6   # AdamW, token embedding
 learning_rate_head: NonNegativeFloat = 0.008  # AdamW, output head
@@ -163,8 +173,8 @@ lr_ratio_fc2: PositiveFloat = 1.0             # Muon; factor on the learning rat
 weight_decay: NonNegativeFloat = 0.17         # Muon; decoupled, multiplied by the learning rate
 weight_decay_end: NonNegativeFloat = 0.0      # Muon; the decay falls linearly to this fraction at the last step
 USE_CAUTIOUS_WD: bool = True                  # Muon; decay only where update and weight have the same sign
-weight_decay_embed: AutoNonNegativeFloat = "auto"  # AdamW, token and value embeddings; "auto": by the same rule
-weight_decay_head: AutoNonNegativeFloat = "auto"  # AdamW, output head; "auto": by how often each token is read; once: 0
+weight_decay_embed: AutoNonNegativeFloat = "auto"  # AdamW, token and value embeddings; "auto": 0 in a first epoch
+weight_decay_head: AutoNonNegativeFloat = "auto"  # AdamW, output head; "auto": 0 unless tokens are read again
 weight_decay_gain: NonNegativeFloat = 0.0     # AdamW, RMSNorm gains
 adam_beta1: Fraction = 0.8                    # AdamW, average of gradients
 adam_beta2: Fraction = 0.95                   # AdamW, average of squared gradients
@@ -276,7 +286,8 @@ LARGEST_BATCH = {"d12": 32, "tiny": 8}  # of batch_size="auto"; 16 in other pres
 def resolve_length(cfg: SimpleNamespace, saved: dict | None = None) -> None:
     """Set batch_size and total_batch_size if they are "auto", and max_iters by train_tokens, in place.
 
-    A total_batch_size that is given without batch_ramp is that of all steps, also where the preset has a ramp.
+    A total_batch_size that is given without batch_ramp is that of all steps, also where the preset has a ramp. A
+    warm-up that is given in steps sets its fraction to 0.
     saved: flags of the checkpoint that is resumed, whose total_batch_size stays if the flag is "auto"; {}: there is
     none; None: not known yet.
     """
@@ -311,9 +322,9 @@ def check_flags(cfg: SimpleNamespace, world_size: int, resumed: bool = False) ->
         remedy = f"--n_head={min(fit, key=lambda n: abs(n - cfg.n_embd / 128))}" if fit else "an even --n_embd"
         raise UserError(f"n_embd={cfg.n_embd} over n_head={cfg.n_head} heads must give an even head size; "
                         f"try {remedy}", 2)
-    if may_choose(cfg, "batch_size"):  # lowered until it divides a step; memory.choose_batch_size() lowers it further
+    if may_choose(cfg, "batch_size"):  # memory.choose_batch_size() lowers it further
         cfg.batch_size = next(iter(memory.batch_sizes(cfg, world_size)), cfg.batch_size)
-    if error := batch_error(cfg, world_size, resumed, fixed=not may_choose(cfg, "batch_size")):
+    if error := value_embed_error(cfg) or batch_error(cfg, world_size, resumed, not may_choose(cfg, "batch_size")):
         raise UserError(error, 2)
 
 
@@ -371,7 +382,7 @@ class DataLoader:
     Optimizer step k reads the next plan.batch(k) tokens of the run, those after the first S. Micro-batch m of rank r
     starts at S + (m*world_size + r)*B*T. So a step reads the same tokens for any number of ranks and any micro-batch
     size. position() says where in the ring they lie. With USE_SHUFFLE, each epoch after the first reads the ring's
-    sequences in a random order of its own, the same in all runs: one that comes back has other neighbours.
+    sequences in a random order of its own, the same in all runs.
     """
 
     def __init__(self, ring: TokenRing, cfg: SimpleNamespace, procs: Processes):
@@ -400,7 +411,7 @@ class DataLoader:
         return (x.pin_memory(), y.pin_memory()) if self.device.type == "cuda" else (x, y)
 
     def position(self, start: int) -> int:
-        """Return where in the ring the sequence lies that is read as token `start` of the run and those after it."""
+        """Return the ring position of the sequence that begins at token `start` of the run."""
         whole = (self.ring.total - 1) // self.block_size  # sequences of an epoch; the tokens after them are left out
         epoch, i = divmod(start // self.block_size, whole)
         return int(epoch_order(epoch, whole)[i]) * self.block_size if self.shuffle and epoch else start
@@ -442,7 +453,7 @@ class Attention(nn.Module):
                  device: torch.device):
         super().__init__()
         self.value_embed = None
-        if layer in value_layers(cfg.n_layer, cfg.n_value_embed):
+        if layer in value_layers(cfg):
             self.value_embed = ValueEmbedding(cfg, device)
         self.n_head, self.eps, self.recompute, self.te = cfg.n_head, cfg.norm_eps, cfg.USE_AC_ATTENTION, te
         # The Triton kernel works in place, which rules out recomputing from the same qkv
@@ -483,7 +494,7 @@ class Block(nn.Module):
                                    output_layer_init_method=nn.init.zeros_, params_dtype=torch.float32, device=device)
 
     def forward(self, *inputs: Any, fused: tuple | None = None) -> Any:
-        """Return by_kernels() with an entry of FusedBlocks.blocks, else by_modules(): FSDP2's hooks need one call."""
+        """Run by_kernels() with an entry of FusedBlocks.blocks, else by_modules(). FSDP2's hooks wrap forward()."""
         return self.by_modules(*inputs) if fused is None else self.by_kernels(*inputs, *fused)
 
     def by_modules(self, x: Tensor, cos: Tensor, sin: Tensor, idx: Tensor, first: bool | None, x0: Tensor | None,
@@ -532,9 +543,9 @@ class GPT(nn.Module):
         # (T, D/2) each. Not buffers: so not saved, and model.to(bfloat16) does not round them
         self.cos, self.sin = rope_tables(cfg.block_size, cfg.n_embd // cfg.n_head, cfg.rope_base, device)
 
-    def forward(self, idx: Tensor, targets: Tensor | None = None, first: bool | None = None, factor: float = 1.0,
+    def forward(self, idx: Tensor, targets: Tensor | None = None, first: bool | None = None, loss_weight: float = 1.0,
                 in_place: str = "") -> Tensor:
-        """Return factor x the summed loss over the targets (scalar fp32), or logits (B, T, V) fp32 if there are none.
+        """Return loss_weight x the summed loss over the targets (scalar fp32); without targets, logits (B, T, V) fp32.
 
         Args:
             idx: (B, T) int32 token ids.
@@ -545,7 +556,7 @@ class GPT(nn.Module):
         """
         fp8_head = self.fp8_head and self.te.quantization.FP8GlobalStateManager.is_fp8_enabled()
         h = self.hidden(idx, first, in_place)
-        return self.head(h, targets, first, fp8_head, in_place, factor)
+        return self.head(h, targets, first, fp8_head, in_place, loss_weight)
 
     def hidden(self, idx: Tensor, first: bool | None, in_place: str) -> Tensor:
         """Return the final norm's output (B, T, C) bf16 for token ids (B, T)."""
@@ -696,7 +707,7 @@ class Parallel:
         self.model, self.wrapper, self.world_size = model, wrapper, procs.world_size
         self.by_hooks = wrapper == "fsdp2" and cfg.FSDP2_RESHARD  # FSDP2 gathers weights and reduces gradients itself
         self.in_place = "" if self.by_hooks else "add"  # hooks must see the gradients
-        self.buffers = Local(model, procs.world_size)  # sums gradients, averages them, sends weights
+        self.buffers = Local(model, procs.world_size)  # of gradients and weights, where ranks exchange them
         reduce, gather = (torch.float32 if on else torch.bfloat16 for on in (cfg.REDUCE_FP32, cfg.GATHER_FP32))
         if wrapper == "ddp":
             self.buffers = Zero2(model, model.matrices(), procs, reduce, gather, not cfg.USE_8BIT_ADAM)
@@ -711,9 +722,9 @@ class Parallel:
             if not self.by_hooks:
                 self.buffers = Gathered(model, model.matrices(), procs, reduce, exact=model.scales)
 
-    def first_micro_batch(self, m: int) -> bool | None:
-        """Return True for a step's first micro-batch, which quantizes the weights; False for the others, which reuse
-        them. None for TE's modules under FSDP2: they quantize in each micro-batch."""
+    def is_first(self, m: int) -> bool | None:
+        """Return GPT.forward()'s `first` for a step's micro-batch m: True for the first, which quantizes the weights;
+        False for the others, which reuse them. None for TE's modules under FSDP2: they quantize in each micro-batch."""
         return None if self.wrapper == "fsdp2" and self.model.fused is None else m == 0
 
     @contextlib.contextmanager
@@ -813,6 +824,18 @@ class Run:
         """The model, as Parallel prepared it."""
         return self.parallel.model
 
+    def forward_backward(self, x: Tensor, y: Tensor, m: int, last: bool) -> Tensor:
+        """Add up the gradients of one micro-batch; return its share of the loss, a scalar on the device.
+
+        m: its number in the step. last: whether it is the step's last.
+        """
+        with self.parallel.micro_batch(last):
+            with self.precision.autocast(self.procs):
+                loss = self.model(x, y, first=self.parallel.is_first(m), loss_weight=self.loader.loss_weight,
+                                  in_place=self.parallel.in_place)
+            loss.backward()
+        return loss.detach()
+
 
 @dataclass
 class StepResult:
@@ -830,7 +853,7 @@ def train_step(run: Run) -> StepResult:
 
     The host waits for the GPU once: it must know loss and norm before the optimizers run. Dion and bitsandbytes cannot
     skip a step by a flag on the GPU, and zero gradients would still decay momenta. By then it also knows whether to
-    clip; clipping takes 1.5 ms (561M parameters, H100).
+    clip.
     """
     parallel, loader, procs, device = run.parallel, run.loader, run.procs, run.procs.device
     restore_scales = snapshot_scales(run.model)
@@ -839,13 +862,8 @@ def train_step(run: Run) -> StepResult:
         x, y = loader.next()
         if run.graphs is not None:
             loss_sum += run.graphs(x, y, m == 0)
-            continue
-        with parallel.micro_batch(last=m == loader.accumulation - 1):
-            with run.precision.autocast(procs):
-                loss = parallel.model(x, y, first=parallel.first_micro_batch(m), factor=loader.loss_weight,
-                                      in_place=parallel.in_place)
-            loss.backward()
-        loss_sum += loss.detach()
+        else:
+            loss_sum += run.forward_backward(x, y, m, last=m == loader.accumulation - 1)
     run.precision.share_amaxes(run.model, procs)
     square = parallel.reduce_gradients()
 
@@ -878,15 +896,11 @@ def calibrate(run: Run) -> None:
     data position do not change; nor do the scales if loss or gradients are not finite.
     """
     restore_scales = snapshot_scales(run.model)
-    x, y = run.loader.peek()
-    with run.parallel.micro_batch(last=True):
-        with run.precision.autocast(run.procs):
-            loss = run.model(x, y, first=run.parallel.first_micro_batch(0), factor=run.loader.loss_weight,
-                             in_place=run.parallel.in_place)
-        loss.backward()
+    loss = run.forward_backward(*run.loader.peek(), m=0, last=True)
+    with run.parallel.whole_weights():
         norm = gradient_norm(run.model.parameters())
     run.precision.share_amaxes(run.model, run.procs)
-    if not math.isfinite(run.procs.sum(loss.detach() + norm)):
+    if not math.isfinite(run.procs.sum(loss + norm)):
         restore_scales()
     run.parallel.zero_grad()
 
@@ -896,8 +910,8 @@ def calibrate(run: Run) -> None:
 
 
 def train(run: Run) -> int:
-    """Train to the last step, or until a signal; return the steps that the run has now. Raises UserError after
-    max_bad_steps consecutive skipped steps."""
+    """Train to the last step, or until a signal; return the number of steps that the run has taken, from its start.
+    Raises UserError after max_bad_steps consecutive skipped steps."""
     cfg, progress, checkpoints, clock = run.cfg, run.progress, run.checkpoints, Clock(run.procs.device)
     steps, run.last_save = run.first_step, time.monotonic()
     for step in range(run.first_step, cfg.max_iters):
@@ -981,7 +995,6 @@ def set_up(cfg: SimpleNamespace, procs: Processes, cleanup: contextlib.ExitStack
         checkpoint.check_fixed_flags(resumed, cfg)  # before the remedies of other checks name a flag that cannot change
         memory.adopt_batch_size(resumed, cfg, procs)
     check_flags(cfg, procs.world_size, bool(resumed))
-    value_layers(cfg.n_layer, cfg.n_value_embed)  # refuses too many before data are opened
     torch.set_float32_matmul_precision("high")
     if procs.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(procs.device)

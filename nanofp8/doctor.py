@@ -281,7 +281,8 @@ def check_flags(exam: Examination) -> Iterator[Verdict]:
         from nanofp8 import memory
     exam.train = definitions(
         exam.path, torch=exam.torch, memory=memory, auto_batch=sizes.auto_batch, steps_for=sizes.steps_for,
-        batch_error=sizes.batch_error, may_choose=may_choose, precedence=precedence, UserError=UserError)
+        batch_error=sizes.batch_error, value_embed_error=sizes.value_embed_error, may_choose=may_choose,
+        precedence=precedence, UserError=UserError)
     cfg = parse_flags(exam.given, exam.path, exam.train.PRESETS, bool(exam.gpus))
     saved = {}
     if not exam.gpus and "preset" in cfg.auto and exam.torch:
@@ -308,9 +309,6 @@ def check_batch(exam: Examination) -> Iterator[Verdict]:
     """Check the flags' combinations as train.py does, which lowers the micro-batch. Raises UserError."""
     cfg = exam.cfg
     exam.train.check_flags(cfg, exam.ranks, exam.resumed)
-    if exam.torch:
-        from nanofp8.parts import value_layers
-        value_layers(cfg.n_layer, cfg.n_value_embed)  # raises UserError
     micro_batches = cfg.total_batch_size // (exam.ranks * cfg.batch_size * cfg.block_size)
     at_most = " at most" if may_choose(cfg, "batch_size") and exam.gpus else ""
     yield OK, (f"{cfg.total_batch_size:,} tokens a step = {exam.ranks} rank(s) x {micro_batches} micro-batch(es) x "

@@ -907,7 +907,7 @@ class MicroBatchGraphs:
             if first:
                 torch._foreach_zero_(self.summed_gradients)
             with self.precision.autocast(self.procs):
-                loss = self.model(*self.batch, first=first, factor=self.loss_weight,
+                loss = self.model(*self.batch, first=first, loss_weight=self.loss_weight,
                                   in_place="write" if first else "add")
             loss.backward()
             self.loss.copy_(loss.detach())

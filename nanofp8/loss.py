@@ -63,12 +63,12 @@ def softcap_cross_entropy(logits: torch.Tensor, targets: torch.Tensor, softcap: 
 
 def softcap_cross_entropy_and_grad(logits: torch.Tensor, targets: torch.Tensor, softcap: float,
                                    scaling: Scaling | None = None,
-                                   factor: float = 1.0,
+                                   loss_weight: float = 1.0,
                                    sums: torch.Tensor | None = None) -> tuple[torch.Tensor, Operands]:
     """Return softcap_cross_entropy(), and its gradient for the logits as matmul operands (N, V) and (V, N).
 
     The gradient is FP8 by `scaling`, whose scale must be LOGIT_GRAD_SCALE; or, if that is None, in the logits' dtype
-    and multiplied by `factor`. The logits may be overwritten. sums: from logits_and_sums().
+    and multiplied by `loss_weight`. The logits may be overwritten. sums: from logits_and_sums().
     """
     # A GPU without FP8 matmuls has no instructions to round to FP8 either
     if use_kernels(logits) and (scaling is None or te_gemm() or not logits.is_cuda):
@@ -77,7 +77,7 @@ def softcap_cross_entropy_and_grad(logits: torch.Tensor, targets: torch.Tensor, 
         rows, cols = outputs(logits, scaling)
         kernels.cross_entropy_gradient[(triton.cdiv(N, 64), triton.cdiv(V, 64))](
             logits, targets, lse, rows, as_int32(cols), N, V, softcap or 1.0,
-            factor if scaling is None else LOGIT_GRAD_SCALE, softcap > 0, scaling is not None, 16, 64)
+            loss_weight if scaling is None else LOGIT_GRAD_SCALE, softcap > 0, scaling is not None, 16, 64)
         return loss, as_operands(rows, cols, scaling)
     capped = logits.float()
     if softcap:
@@ -91,7 +91,7 @@ def softcap_cross_entropy_and_grad(logits: torch.Tensor, targets: torch.Tensor, 
     grad.scatter_add_(1, index, torch.full_like(index, -1, dtype=grad.dtype))
     if softcap:
         grad = grad.mul_(tanh.square_().neg_().add_(1))
-    grad.mul_(valid[:, None] if scaling else valid[:, None] * factor)
+    grad.mul_(valid[:, None] if scaling else valid[:, None] * loss_weight)
     return loss, quantize(grad.to(logits.dtype), scaling)
 
 
@@ -113,7 +113,7 @@ def cross_entropy_kernels(logits: torch.Tensor, targets: torch.Tensor, softcap: 
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """Compute `factor` times the summed cross-entropy of softcap(h @ weight.T), `chunk` tokens at a time.
+    """Compute `loss_weight` times the summed cross-entropy of softcap(h @ weight.T), `chunk` tokens at a time.
 
     Args:
         h: (N, C) bf16, the head's input.
@@ -127,23 +127,23 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             True keeps nothing in the forward pass and computes the logits again in the backward pass.
         in_place: as in fused.weight_gradient(). Not "": backward() must start at this loss, whose gradient is then 1,
             because without `recompute` the forward pass adds to gradient_of(weight) already.
-        factor: of the loss, and so of its gradients.
+        loss_weight: multiplies the loss, and so its gradients.
         quack: compute the logits by QuACK; needs Fp8 and a softcap.
     Returns: the loss, a scalar fp32.
     """
 
     @staticmethod
     def forward(ctx, h: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, operand: Operands, softcap: float,
-                chunk: int, recompute: bool, in_place: str = "", factor: float = 1.0,
+                chunk: int, recompute: bool, in_place: str = "", loss_weight: float = 1.0,
                 quack: bool = False) -> torch.Tensor:
         ctx.in_place, ctx.rest = in_place, None
         if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
             if not recompute:
                 loss, *ctx.grads = ChunkedCrossEntropy.loss_and_grads(
-                    h, weight, targets, operand, softcap, chunk, in_place, factor, quack)
+                    h, weight, targets, operand, softcap, chunk, in_place, loss_weight, quack)
                 return loss
             ctx.save_for_backward(h, weight, targets)
-            ctx.rest = operand, softcap, chunk, in_place, factor, quack
+            ctx.rest = operand, softcap, chunk, in_place, loss_weight, quack
         scaling = current_scaling(h, torch.float8_e4m3fn) if isinstance(operand[0], Fp8) else None
         loss = torch.zeros((), device=h.device)
         for h_chunk, target_chunk in zip(h.split(chunk), targets.split(chunk), strict=True):
@@ -151,11 +151,11 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             logits, sums = logits_and_sums(h_rows, operand[0], softcap, quack)
             loss += softcap_cross_entropy(logits, target_chunk, softcap, sums)
             del logits  # before the next chunk's are made
-        return loss * factor
+        return loss * loss_weight
 
     @staticmethod
     def loss_and_grads(h: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, operand: Operands, softcap: float,
-                       chunk: int, in_place: str, factor: float,
+                       chunk: int, in_place: str, loss_weight: float,
                        quack: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Return the loss (scalar fp32), its gradient for h (N, C) bf16, and for the weight (V, C) fp32.
 
@@ -163,8 +163,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         """
         scaling = current_scaling(h, torch.float8_e4m3fn) if isinstance(operand[0], Fp8) else None
         grad_scaling = scaling and Scaling(
-            torch.full_like(scaling.scale, LOGIT_GRAD_SCALE), torch.full_like(scaling.scale, factor / LOGIT_GRAD_SCALE),
-            None, torch.float8_e5m2)
+            torch.full_like(scaling.scale, LOGIT_GRAD_SCALE),
+            torch.full_like(scaling.scale, loss_weight / LOGIT_GRAD_SCALE), None, torch.float8_e5m2)
         loss, dh = torch.zeros((), device=h.device), torch.empty_like(h)
         given = gradient_of(weight) if in_place else None
         dw, add = given, in_place == "add"
@@ -172,7 +172,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             h_rows, h_cols = quantize(h_chunk, scaling)
             logits, sums = logits_and_sums(h_rows, operand[0], softcap, quack)
             chunk_loss, (grad_rows, grad_cols) = softcap_cross_entropy_and_grad(
-                logits, target_chunk, softcap, grad_scaling, factor, sums)
+                logits, target_chunk, softcap, grad_scaling, loss_weight, sums)
             del logits  # before the next chunk's are made
             loss += chunk_loss
             dh_chunk.copy_(matmul(grad_rows, operand[1]))
@@ -181,7 +181,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             else:
                 matmul(grad_cols, h_cols, out=dw, add=add)
             add = True
-        return loss * factor, dh, None if dw is given else dw
+        return loss * loss_weight, dh, None if dw is given else dw
 
     @staticmethod
     def backward(ctx, grad_loss: torch.Tensor) -> tuple:
@@ -208,8 +208,8 @@ class LMHead(nn.Module):
         self.cache = {}  # quantized weight of this step
 
     def forward(self, h: torch.Tensor, targets: torch.Tensor | None = None, first: bool | None = None,
-                fp8: bool = False, in_place: str = "", factor: float = 1.0) -> torch.Tensor:
-        """Return factor x the summed loss, a scalar fp32; without targets, logits (B, T, V) fp32 after the softcap.
+                fp8: bool = False, in_place: str = "", loss_weight: float = 1.0) -> torch.Tensor:
+        """Return loss_weight x the summed loss, a scalar fp32; without targets, softcapped logits (B, T, V) fp32.
 
         Args:
             h: (B, T, C) bf16.
@@ -226,5 +226,5 @@ class LMHead(nn.Module):
         operand = weight_operand(self.weight, lambda w: current_scaling(w, torch.float8_e4m3fn) if fp8 else None,
                                  first, self.cache)
         return ChunkedCrossEntropy.apply(h.flatten(0, 1), self.weight, targets.flatten(), operand, self.softcap,
-                                         self.chunk, self.recompute or not torch.is_grad_enabled(), in_place, factor,
-                                         self.quack and fp8)
+                                         self.chunk, self.recompute or not torch.is_grad_enabled(), in_place,
+                                         loss_weight, self.quack and fp8)

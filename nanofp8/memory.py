@@ -29,7 +29,7 @@ from nanofp8.config import UserError, may_choose
 from nanofp8.epilogues import NO_QUACK, Quack, choose_quack
 from nanofp8.fused import blocks_fit, kernels_fit, needs_transposes
 from nanofp8.machine import gpu_memory
-from nanofp8.parts import GATE_CHANNELS, value_layers
+from nanofp8.parts import GATE_CHANNELS
 from nanofp8.precision import Precision, choose_format, fp8_state, layer_names, match_layers
 from nanofp8.procs import Processes
 
@@ -114,7 +114,7 @@ def block_of(kind: Kind, in_bf16: bool = False) -> Block:
 def saved_bytes(cfg: SimpleNamespace, kind: Kind, block: Block, layer: int) -> float:
     """Return the bytes per token that a block saves for its backward pass, without recomputation."""
     width, heads = cfg.n_embd, cfg.n_head
-    embedded = layer in value_layers(cfg.n_layer, cfg.n_value_embed)
+    embedded = layer in sizes.value_layers(cfg)
     # Two residuals; q, k and v; attention's output
     values = 2 + 2 + 6 + 2 + block.qkv_input + block.proj_input + block.fc1_input + block.fc1_output + block.fc2_input
     if cfg.USE_AC_ATTENTION:  # q, k and v as the matmul returned them; bf16's proj still needs attention's output
@@ -467,12 +467,7 @@ def one_pass(run: Any) -> None:
     # FSDP2's hooks keep whole gradients from one micro-batch to the next
     several = run.cfg.total_batch_size > loader.micro_tokens * loader.world_size
     for last in (False, True) if parallel.by_hooks and several else (True,):
-        x, y = loader.peek()
-        with parallel.micro_batch(last=last):
-            with run.precision.autocast(run.procs):
-                loss = run.model(x, y, first=parallel.first_micro_batch(0), factor=loader.loss_weight,
-                                 in_place=parallel.in_place)
-            loss.backward()
+        run.forward_backward(*loader.peek(), m=0, last=last)
 
 
 @contextlib.contextmanager

@@ -18,7 +18,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanofp8.config import UserError
 from nanofp8.plain import add_values, inverse_rms
 from nanofp8.sizes import GATE_CHANNELS
 from nanofp8.zero import gradient_of
@@ -29,14 +28,6 @@ except Exception:  # only some builds of torch bring it, and it may be broken: t
     triton = None
 else:
     from nanofp8 import kernels
-
-
-def value_layers(n_layer: int, n_value_embed: int) -> list[int]:
-    """Return the blocks that have a value embedding: every second one, counted from the last. Raises: UserError."""
-    if n_value_embed > (n_layer + 1) // 2:
-        raise UserError(f"n_value_embed={n_value_embed} is more than every second one of n_layer={n_layer} blocks; "
-                        f"use --n_value_embed={(n_layer + 1) // 2} or fewer", 2)
-    return sorted(range(n_layer - 1, -1, -2)[:n_value_embed])
 
 
 class ResidualScalars(nn.Module):

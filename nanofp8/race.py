@@ -21,7 +21,6 @@ from nanofp8.faults import StopSignal
 from nanofp8.files import console
 from nanofp8.host import ends_with_parent
 from nanofp8.machine import describe_machine
-from nanofp8.parts import value_layers
 from nanofp8.procs import Processes
 from nanofp8.race_report import Race, amount, name_of, report
 from nanofp8.reports import RunData, finished_run, read_run
@@ -203,7 +202,6 @@ class Planner:
     def check(self, cfg: SimpleNamespace) -> SimpleNamespace:
         """Check flags and data as train.py does before it trains, and return the flags. Raises UserError."""
         self.script.check_flags(cfg, 1)
-        value_layers(cfg.n_layer, cfg.n_value_embed)
         self.script.open_data(cfg, Processes(0, 0, 1, torch.device("cpu"), None))[0].close()
         return cfg
 

@@ -53,6 +53,22 @@ def windows(cfg: SimpleNamespace) -> list[int]:
     return [*sizes[:-1], cfg.block_size]
 
 
+def value_layers(cfg: SimpleNamespace) -> list[int]:
+    """Return the blocks that have a value embedding: every second one, counted from the last."""
+    return sorted(range(cfg.n_layer - 1, -1, -2)[:cfg.n_value_embed])
+
+
+def value_embed_error(cfg: SimpleNamespace) -> str:
+    """Return why there are not as many value_layers() as n_value_embed, and what to do; "" if there are.
+
+    cfg: flags of train.py, or of train_orig.py, which has no value embeddings.
+    """
+    if getattr(cfg, "n_value_embed", 0) <= (most := (cfg.n_layer + 1) // 2):
+        return ""
+    return (f"n_value_embed={cfg.n_value_embed} is more than every second one of n_layer={cfg.n_layer} blocks; "
+            f"use --n_value_embed={most} or fewer")
+
+
 def flops_per_token(cfg: SimpleNamespace) -> float:
     """Return the training FLOPs of one token: 6 x matmul parameters + 12 x width x pairs of tokens that attention
     compares, those of the causal half or of the window only."""

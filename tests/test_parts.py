@@ -10,14 +10,19 @@ import train
 from helpers import PARTS, make_cfg, make_model, make_optimizers, relative, tokens_and_targets
 from nanofp8 import plain
 from nanofp8.config import UserError
-from nanofp8.parts import token_order, value_layers
-from nanofp8.sizes import windows
+from nanofp8.parts import token_order
+from nanofp8.sizes import value_embed_error, value_layers, windows
 
 
 def test_value_layers_are_every_second_counted_from_the_last():
-    assert value_layers(12, 3) == [7, 9, 11] and value_layers(5, 3) == [0, 2, 4] and value_layers(5, 0) == []
+    for n_layer, n_value_embed, layers in ((12, 3, [7, 9, 11]), (5, 3, [0, 2, 4]), (5, 0, [])):
+        cfg = SimpleNamespace(n_layer=n_layer, n_value_embed=n_value_embed)
+        assert value_layers(cfg) == layers and not value_embed_error(cfg)
+
+
+def test_more_value_embeddings_than_fit_are_refused():
     with pytest.raises(UserError, match="n_value_embed=4.*--n_value_embed=3"):
-        value_layers(5, 4)
+        train.check_flags(make_cfg(n_layer=5, n_value_embed=4), 1)
 
 
 def test_windows_follow_the_pattern_and_the_last_block_sees_all():
@@ -44,7 +49,7 @@ def reference_loss(model, cfg, x, y):
             h = w["scales.x"][i] * h + w["scales.x0"][i] * x0
         y_in = norm(h) * part("attn.qkv.layer_norm_weight")
         q, k, v = (y_in @ part("attn.qkv.weight").T).view(*x.shape, 3, H, C // H).unbind(2)
-        if i in value_layers(cfg.n_layer, cfg.n_value_embed):
+        if i in value_layers(cfg):
             gates = 3 * torch.sigmoid(y_in[..., :12] @ part("attn.value_embed.gate").T)
             v = v + gates[..., None] * F.embedding(x, part("attn.value_embed.table")).view_as(v)
         q, k = (norm(torch.cat((t1 * cos - t2 * sin, t1 * sin + t2 * cos), -1)) * cfg.qk_scale

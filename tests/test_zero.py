@@ -241,7 +241,7 @@ def fused_work(procs, flags):
 
         def micro_batch(parallel, first, in_place="add"):
             with parallel.micro_batch(last=True):
-                parallel.model(x, y, first=first, factor=0.01, in_place=in_place).backward()
+                parallel.model(x, y, first=first, loss_weight=0.01, in_place=in_place).backward()
 
         plain = train.Parallel(whole, "none", cfg, Processes(rank, rank, 2, CPU, None))
         parallel = train.Parallel(model, "fsdp2", cfg, procs)
