@@ -6,22 +6,22 @@ Compare runs side by side: loss curves, noise, speed and memory, as a table and 
     python bench.py ablation                                # NVFP4 without one of its four ingredients at a time
     python bench.py emulation                               # speed of the emulated formats against bf16
     torchrun --standalone --local_addr=127.0.0.1 --nproc_per_node=2 bench.py wrappers --max_iters=77  # FSDP2, then DDP
-    python bench.py race --tokens=60e6,100e6 '--variants=base; normuon: --muon_variant=normuon'   # whole schedules
+    python bench.py race --tokens=60e6,100e6 '--variants=base; muon: --muon_variant=muon'   # whole schedules
     python bench.py profile                                 # where the time of a step goes; TFLOP/s of each matmul
     python bench.py card                                    # check a card that we never had, in about 15 minutes
     python bench.py alternate '--variants=old: tree=../old; new; no graphs: --USE_CUDA_GRAPHS=False'   # speed, in turn
     python bench.py report --out=results/mine out/a out/b   # table and plot of run folders that exist
 
-All modes but `race`, `alternate` and `card` train by train.py's own run() (train_orig.py by its own), one run after
-another in one process group. Any flag of train.py can be given as --name=value.
+The first five modes train by train.py's own run() (train_orig.py by its own), one run after another in one process
+group. Any flag of train.py can be given as --name=value.
 
     --out=PATH           write PATH.json, PATH.md and PATH.png
     --rows="bf16; FP8 delayed"       pick rows of speed, emulation and wrappers
     --formats="bf16,FP8 block"       pick rows of precision and ablation
     --seeds=3, --seeds=2,1           seeds of every row; of bf16, and of each format
 
-`precision`, `ablation` and `wrappers` take 65,536 tokens a step, so that a few million tokens are enough steps to
-compare (on a CPU the first two take preset tiny's). `speed` takes 24 steps of preset classic (on a CPU: tiny); the
+All of these but `speed` take 65,536 tokens a step, so that a few million tokens are enough steps to compare (on a CPU
+`precision` and `ablation` take preset tiny's). `speed` takes 24 steps of preset classic (on a CPU: tiny); the
 first 4 do not count. A GPU is warmed up for 30 s before the first row.
 
 `precision` and `ablation` are studies: for each seed all rows start from the same weights and read the same tokens.
@@ -32,7 +32,7 @@ them makes the table. Ctrl-C and SIGTERM end everything; finished runs stay.
 `race` compares the val losses at the end of whole schedules. It starts one train.py per GPU at a time. Its output
 goes to out_dir/race-*.log. Finished runs are found again, as in studies. If a run fails, the others continue.
 
-    --variants="base; normuon: --muon_variant=normuon; small batch: --total_batch_size=32768"
+    --variants="base; muon: --muon_variant=muon; small batch: --total_batch_size=32768"
                          names and their flags; other flags are for all. Differences are to the first variant
     --tokens=60e6,100e6  lengths of the runs; each is a whole schedule. With two, a difference is also given in tokens
     --minutes=3          instead: the same training time for all, by the speed of a short run of each variant
@@ -57,7 +57,6 @@ with the slowest single one.
 """
 
 import functools
-import gc
 import os
 import re
 import shlex
@@ -80,7 +79,7 @@ import train_orig
 import torch
 import torch.distributed as dist
 
-from nanofp8 import alternate, breakdown, card, race
+from nanofp8 import alternate, breakdown, card, memory, race
 from nanofp8.machine import Clock, card_name, describe_machine
 from nanofp8.plots import smooth
 from nanofp8.procs import Processes, start_processes
@@ -197,9 +196,8 @@ def free_memory() -> None:
     """Free what a finished run leaves behind in this process: TE's amax buffers and torch's memory pool."""
     if te := sys.modules.get("transformer_engine.pytorch.quantization"):
         te.FP8GlobalStateManager.reset()
-    gc.collect()
+    memory.free_memory()
     if torch.cuda.is_available():
-        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
 
 

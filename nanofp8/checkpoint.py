@@ -55,7 +55,7 @@ from nanofp8.sizes import ramp_points, steps_for
 
 TRAIN = os.path.join(PROJECT, "train.py")
 NOT_FINITE = "weights or optimizer state are not finite"
-LAST_WRITE = 120.0  # seconds that a run which ends by an error waits for the checkpoint being written
+LAST_WRITE_SECONDS = 120.0  # seconds that a run which ends by an error waits for the checkpoint being written
 
 # Flags that a resumed run cannot change
 FIXED_FLAGS = ("n_layer", "n_embd", "n_head", "vocab_size", "block_size", "rope_base", "norm_eps", "logit_softcap",
@@ -65,9 +65,9 @@ FIXED_FLAGS = ("n_layer", "n_embd", "n_head", "vocab_size", "block_size", "rope_
 ADDED_FLAGS = dict(qk_scale=1.0, window_pattern="L", n_value_embed=0, USE_X0=False, batch_ramp="",
                    muon_variant="muon")
 # The number format, with the defaults: a resumed run keeps its own as long as none of these is given or edited
-FORMAT_FLAGS = dict(USE_FP8=True, FP8_RECIPE="delayed", FP8_MARGIN=0, FP8_AMAX_HISTORY=1024, USE_FP8_HEAD=True,
-                    USE_NVFP4=False, NVFP4_HADAMARD=True, NVFP4_STOCHASTIC_ROUNDING=True, NVFP4_2D_WEIGHTS=True,
-                    HIGH_PRECISION_LAYERS="")
+FORMAT_FLAGS = dict(USE_FP8=True, FP8_RECIPE="delayed", FP8_MARGIN=0, FP8_AMAX_HISTORY=1024, FP8_CALIBRATION_STEPS=3,
+                    USE_FP8_HEAD=True, USE_NVFP4=False, NVFP4_HADAMARD=True, NVFP4_STOCHASTIC_ROUNDING=True,
+                    NVFP4_2D_WEIGHTS=True, HIGH_PRECISION_LAYERS="")
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What is saved
@@ -113,17 +113,17 @@ def training_state(run: Any) -> dict:
                 rng={str(run.procs.rank): random_state(run.procs, run.precision.te)})
 
 
-def data_fingerprint(ring: Any, tokens: int) -> dict:
+def data_fingerprint(ring: Any, position: int) -> dict:
     """Return what tells whether a checkpoint's data are still there.
 
     Args:
         ring: train.TokenRing of the train shards.
-        tokens: tokens trained on so far.
-    Returns: `tokens` of all shards, and `crc32` of the 4,096 tokens of the ring before position `tokens`. It changes if
-        shards are added after the first pass. In shuffled passes these are not the tokens that were read last.
+        position: tokens trained on so far.
+    Returns: `tokens` of all shards, and `crc32` of the 4,096 tokens of the ring before `position`. It changes if
+        shards are added after the first epoch. In shuffled epochs these are not the tokens that were read last.
     """
-    first = max(0, tokens - 4096)
-    return dict(tokens=ring.total, crc32=zlib.crc32(ring.read(first, tokens - first).tobytes()))
+    first = max(0, position - 4096)
+    return dict(tokens=ring.total, crc32=zlib.crc32(ring.read(first, position - first).tobytes()))
 
 
 def shard_fingerprints(train_ring: Any, val_ring: Any, procs: Processes) -> dict[str, list[dict]]:
@@ -573,9 +573,9 @@ class Checkpoints:
         """Finish the checkpoint that is being written when an error ends the run; an exit callback of an ExitStack.
 
         The other ranks' threads write on meanwhile. Rank 0 alone gives a checkpoint its name: it helps if rank 0 fails
-        too. A write that hangs is given up after LAST_WRITE seconds.
+        too. A write that hangs is given up after LAST_WRITE_SECONDS.
         """
-        if kind is not None and self.pending and wait_for([self.pending[2]], LAST_WRITE).done:
+        if kind is not None and self.pending and wait_for([self.pending[2]], LAST_WRITE_SECONDS).done:
             self.finish()
 
     def rename(self, step: int, temporary: str) -> None:

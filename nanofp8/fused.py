@@ -77,7 +77,7 @@ class Scaling(NamedTuple):
 
 
 def kernels_fit(cfg: Any, device: torch.device) -> bool:
-    """Return whether our Triton kernels can run the blocks: on a GPU, with head sizes that are powers of two."""
+    """Return whether our Triton kernels can run here: USE_TRITON, a GPU, and a head size that is a power of two."""
     head = cfg.n_embd // cfg.n_head
     return cfg.USE_TRITON and triton is not None and device.type == "cuda" and head & (head - 1) == 0
 
@@ -180,7 +180,8 @@ def matmul(a: Operand, b: Operand, dtype: torch.dtype = torch.bfloat16, out: tor
         add: add to `out` (True) or overwrite it (False).
         fast: let FP8 sums stay in the tensor cores, as TE does in forward passes. Otherwise partial sums are promoted
             to fp32 (cuBLAS's "split accumulator").
-    A CPU multiplies in fp32, which holds the same products exactly, and returns fp32; the caller rounds if it has to.
+    A CPU, and emulated FP8 on a GPU, multiply in fp32, which holds the same products exactly, and return fp32; the
+    caller rounds if it has to.
     """
     scale = None
     if isinstance(a, Fp8):
@@ -336,7 +337,7 @@ def current_scaling(x: torch.Tensor, dtype: torch.dtype) -> Scaling:
 
 
 class AddNorm(torch.autograd.Function):
-    """Compute RMSNorm(x + delta) * gain in bf16, for the norms outside the blocks.
+    """Compute RMSNorm(x + delta) * gain in bf16, for the model's last norm.
 
     x (..., C) bf16 or fp32; delta, of x's shape, bf16 or None; gain (C,) fp32.
     """

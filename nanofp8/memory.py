@@ -65,8 +65,8 @@ class Block(NamedTuple):
     """Bytes of what one block of a format keeps or makes. All but `weight` are per token and value of the width C."""
 
     weight: float     # of each value of a weight in low precision, in all layouts that are kept
-    qkv_input: float  # saved input of the matmul for q, k and v; of proj, if attention's output itself does not do
-    proj_input: float
+    qkv_input: float  # saved input of the matmul for q, k and v
+    proj_input: float  # saved input of proj; 0: attention's output serves
     fc1_input: float
     fc2_input: float  # 4 C values
     backward: float   # what its backward pass makes before it frees what was saved, at its peak
@@ -188,9 +188,9 @@ def state_bytes(cfg: SimpleNamespace, kind: Kind, accumulates: bool) -> tuple[fl
     matrices, table = layers * 12 * width ** 2, vocab * width
     parameters, fsdp2 = sizes.parameter_count(cfg), kind.wrapper == "fsdp2"
     others = parameters - matrices  # embeddings, head, gains
-    # An AdamW of 8 bits takes embedding and head
     own = matrices / ranks if fsdp2 else matrices
     weights = gradients = 4 * parameters
+    # An AdamW of 8 bits takes embedding and head
     adam = 8 * (others - 2 * table) + (2 if cfg.USE_8BIT_ADAM else 8) * 2 * table
     moments = 4 * matrices + adam
     if kind.wrapper == "ddp":  # buffers with room for the largest share on every rank

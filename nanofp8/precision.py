@@ -225,7 +225,7 @@ class Precision:
 
         So a checkpoint of one rank's state is that of all. Until the next call each rank adds its own amaxes: ranks may
         scale differently, because a product is divided by the scales that its operands were multiplied by. The oldest
-        amax of the history counts in TE's scale but is dropped with it, so here it counts no more.
+        amax of the history counted in TE's last scale, which dropped it: it does not count here.
         """
         state = fp8_state(model) if procs.world_size > 1 else {}
         if not state:

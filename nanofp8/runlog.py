@@ -355,7 +355,7 @@ def print_table(run: Any, checkpoint: str | None) -> None:
         *[(f"  {part}", f"{n:,} = {how}") for part, n, how in parameter_table(run.cfg)],
         *data_rows(run.cfg, run.procs, run.loader, run.val_ring),
         ("  repeated text", schedule.repeated_text_note()),
-        ("  micro-batch", run.batch_choice.reason),
+        ("micro-batch", run.batch_choice.reason),
         ("run folder", run.folder),
         ("resumed from", f"{checkpoint}, after {run.first_step:,} steps" if checkpoint else ""),
     ]

@@ -103,7 +103,10 @@ def step_multiple(cfg: SimpleNamespace) -> int:
 
 
 def steps_for(tokens: float, cfg: SimpleNamespace) -> int:
-    """Return the optimizer steps that read about this many tokens, at least one. cfg: as for BatchPlan."""
+    """Return the optimizer steps that read about this many tokens, at least one. cfg: as for BatchPlan.
+
+    A resumed run's batch grows where it did before; so if its length is new, the steps follow from that.
+    """
     about = round(sum(tokens * share / batch for share, batch in ramp_stages(cfg)))
     kept, flags = getattr(cfg, "batch_stages", None), vars(cfg) | dict(batch_stages=None)
     plans = [BatchPlan(SimpleNamespace(**flags | dict(max_iters=n))) for n in (about, about - 1, about + 1) if n > 0]

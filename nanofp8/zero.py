@@ -9,7 +9,8 @@ optimizer's work and holds that much of its state.
 A parameter is divided in one of three ways:
 - A matrix that Muon trains belongs to one rank as a whole, because Muon orthogonalises whole matrices.
 - Embeddings and head are divided by rows.
-- All others are small and are updated by every rank alike.
+- All others are updated by every rank alike. Most are small; embeddings and head are among them where their rows
+  cannot be divided.
 
 Rows are sent while Muon still computes.
 
@@ -134,11 +135,11 @@ class Buffers(Local):
 
 
 class Zero2(Buffers):
-    """Buffers that hold parameters and gradients so that each rank's part of them is one piece of memory."""
+    """The matrices that Muon trains in one buffer, each rank's in one piece; other large ones divided by rows."""
 
     def __init__(self, model: torch.nn.Module, matrices: Iterable[Tensor], procs: Any, reduce_dtype: torch.dtype,
                  gather_dtype: torch.dtype = torch.float32, divide_rows: bool = True):
-        """Move the model's parameters into the buffers, and give each a gradient of zeros, which must stay in place.
+        """Move Muon's matrices into the buffer, and give each parameter a gradient of zeros, which must stay in place.
 
         Args:
             matrices: parameters that one rank owns as a whole.

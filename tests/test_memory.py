@@ -422,10 +422,10 @@ def test_what_counts_as_too_little_memory():
 def test_the_table_says_which_micro_batch_runs_and_how_long_the_amax_history_is(fresh, tmp_path, shards, capsys):
     train_here(tmp_path, shards, max_iters=1, eval_tokens=64, batch_size="auto", total_batch_size=512)
     printed = capsys.readouterr().out
-    assert "  micro-batch      8 (auto)\n" in printed and "  amax history     16 micro-batches = 8 steps\n" in printed
+    assert "micro-batch        8 (auto)\n" in printed and "  amax history     16 micro-batches = 8 steps\n" in printed
     train_here(tmp_path, shards, max_iters=1, eval_tokens=64, batch_size=4, USE_FP8=False)
     printed = capsys.readouterr().out
-    assert "  micro-batch      4 (given)\n" in printed and "amax history" not in printed
+    assert "micro-batch        4 (given)\n" in printed and "amax history" not in printed
 
 
 # -----------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import helpers
 import train
 from helpers import TRAIN, edited_copy, finish, make_cfg, one_process, start, train_here
 from nanofp8.config import UserError, script_flags
+from nanofp8.precision import FORMATS
 
 FLAGS = script_flags(TRAIN)
 CHOICES = {n: get_args(f.kind) for n, f in FLAGS.items() if get_origin(f.kind) is Literal}
@@ -191,6 +192,8 @@ def test_an_edited_number_format_counts_as_given(tmp_path, monkeypatch):
 def test_the_defaults_of_the_number_format_are_those_of_the_script():
     cfg = parse()
     assert {name: getattr(cfg, name) for name in train.checkpoint.FORMAT_FLAGS} == train.checkpoint.FORMAT_FLAGS
+    of_formats = {name for known in FORMATS.values() for name in known.flags}
+    assert {*train.checkpoint.FORMAT_FLAGS} == of_formats | {"USE_FP8", "USE_NVFP4", "HIGH_PRECISION_LAYERS"}
 
 
 def test_auto_batch_of_a_resumed_run_needs_no_length(monkeypatch):

@@ -138,8 +138,8 @@ def measure(name: str, limit: float, steps: int, folder: str, procs: Processes) 
         outcome = "out of memory during training"
     row = dict(case=name, limit=limit, batch_size=cfg.batch_size, outcome=outcome)
     tried = [line for line in printed.getvalue().splitlines() if line.startswith("micro-batch: ")]
-    chosen = next((line for line in printed.getvalue().splitlines() if line.startswith("  micro-batch ")), "")
-    row |= dict(chosen=chosen.removeprefix("  micro-batch").strip(), tried=tried)
+    chosen = next((line for line in printed.getvalue().splitlines() if line.startswith("micro-batch ")), "")
+    row |= dict(chosen=chosen.removeprefix("micro-batch").strip(), tried=tried)
     if outcome == "trained":
         kind = memory.kind_of(cfg, train.select_precision(cfg, device), wrapper, procs)
         prediction = predict(cfg, kind, cfg.batch_size)
