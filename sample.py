@@ -32,7 +32,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
-from nanofp8.config import OneLineParser, UserError, exit_on_ctrl_c, raise_on_ctrl_c
+from nanofp8.config import OneLineParser, UserError, exit_on_ctrl_c, expand_home, raise_on_ctrl_c
 
 if __name__ == "__main__":
     exit_on_ctrl_c(__file__)  # importing torch takes seconds
@@ -593,7 +593,7 @@ def read_prompt(text: str) -> str:
     text = without_bom(text)
     if not text.startswith("FILE:"):
         return text
-    path = text.removeprefix("FILE:")
+    path = expand_home(text.removeprefix("FILE:"))
     try:
         with open(path, encoding="utf-8", newline="") as f:
             text = without_bom(f.read())
@@ -817,7 +817,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     count = number_type(int, 1, math.inf, "an integer of at least 1")
     parser = OneLineParser(prog="sample.py", description=__doc__)
     add = parser.add_argument
-    add("--ckpt", default="out", metavar="PATH",
+    add("--ckpt", type=expand_home, default="out", metavar="PATH",
         help="checkpoint, run folder, or folder of runs; the newest checkpoint in it is used (default %(default)s)")
     add("--prompt", metavar="TEXT", help='text to continue, or FILE:path (default: "The")')
     add("--num_samples", type=number_type(int, 1, 4096, "an integer from 1 to 4096"), default=1, metavar="N",
@@ -841,7 +841,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--no_cuda_graph", action="store_true", help="on a GPU, decode without a CUDA graph (slower)")
     add("--compile", action="store_true", help="run the decoding step through torch.compile (starts slowly)")
     add("--interactive", action="store_true", help="read prompts from stdin, one per line, until end of file")
-    add("--export", metavar="DIR", help="write the model for Hugging Face transformers into DIR, and exit")
+    add("--export", type=expand_home, metavar="DIR",
+        help="write the model for Hugging Face transformers into DIR, and exit")
     add("--push_to_hub", metavar="OWNER/NAME", help="with --export: upload the model to the Hugging Face Hub")
     args = parser.parse_args(argv)
     if args.push_to_hub is not None and args.export is None:

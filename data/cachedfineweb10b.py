@@ -28,7 +28,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]  # for nanofp8 and common, from any working directory
 import hub  # noqa: E402
-from common import STOP, OneLineParser, UserError, error_line, root_cause, run_script  # noqa: E402
+from common import STOP, OneLineParser, UserError, error_line, output_folder, root_cause, run_script  # noqa: E402
 
 from nanofp8.files import replace_file  # noqa: E402
 from nanofp8.shards import ShardError, read_token_count  # noqa: E402
@@ -159,7 +159,7 @@ def main() -> None:
     parser = OneLineParser(description=__doc__)
     parser.add_argument("n", metavar="N", nargs="?", type=shard_count, default=N_SHARDS,
                         help="number of train shards, 1 to %(default)s (default: all %(default)s)")
-    parser.add_argument("--out", type=Path, default=HERE / "fineweb10B", metavar="DIR",
+    parser.add_argument("--out", type=output_folder, default=HERE / "fineweb10B", metavar="DIR",
                         help="output folder (default %(default)s)")
     args = parser.parse_args()
 

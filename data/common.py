@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any, Callable, Iterator
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project folder
-from nanofp8.config import OneLineParser, UserError  # noqa: E402
+from nanofp8.config import OneLineParser, UserError, expand_home  # noqa: E402
 from nanofp8.files import error_line, replace_file  # noqa: E402
 from nanofp8.shards import (  # noqa: E402
     EOT,
@@ -161,6 +161,11 @@ def command_line() -> str:
 def local_path(source: str | os.PathLike) -> Path:
     """Return a source as a path. A leading ~ is the home folder, unless a file is called so."""
     return Path(source if os.path.exists(source) else os.path.expanduser(source))
+
+
+def output_folder(text: str) -> Path:
+    """Convert an argument to the path of an output folder, for argparse. A leading ~ is the home folder."""
+    return Path(expand_home(text))
 
 
 def data_set_name(text: str) -> str:
@@ -777,7 +782,7 @@ def _prepare(description: str, source: str, name: str, out_dir: str | os.PathLik
     add = parser.add_argument
     add("--source", default=source,
         help="data set on the Hugging Face Hub, or local .parquet/.json/.jsonl file or folder (default %(default)s)")
-    add("--out", type=Path, default=Path(out_dir), metavar="DIR", help="output folder (default %(default)s)")
+    add("--out", type=output_folder, default=Path(out_dir), metavar="DIR", help="output folder (default %(default)s)")
     add("--text_column", default="text", help="column that holds the documents (default %(default)s)")
     add("--num_proc", type=positive_int, help="processes that tokenize (default: one per core)")
     add("--shard_tokens", type=shard_size, default=SHARD_TOKENS, help="tokens per shard (default %(default)s)")

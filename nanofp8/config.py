@@ -173,8 +173,7 @@ def convert(kind: Any, value: Any) -> Any:
     if kind is str:
         if not isinstance(value, str):
             raise wrong
-        # No shell expands --out_dir=~/runs, and a folder called ~ is dangerous to delete
-        return os.path.expanduser(value) if value.startswith("~/") else value
+        return expand_home(value)
     if kind is bool:
         for choice in (True, False):
             if value is choice or _same_switch(value, choice):
@@ -192,6 +191,14 @@ def convert(kind: Any, value: Any) -> Any:
     if kind is float and value and not SMALLEST <= abs(value) <= LARGEST:
         raise ValueError(f"a number of size {SMALLEST:g} to {LARGEST:g}, or 0")
     return kind(value)
+
+
+def expand_home(path: str) -> str:
+    """Return a path with the home folder in place of a leading ~; any other text as it is.
+
+    No shell expands --out_dir=~/runs, and a folder called ~ is dangerous to delete.
+    """
+    return os.path.expanduser(path) if path == "~" or path.startswith("~/") else path
 
 
 def _same_switch(text: Any, choice: Any) -> bool:

@@ -296,12 +296,12 @@ def hub_client(hub_url, home, token=None, offline=False):
         yield
 
 
-def download(hub_url, home, *args, token=None, offline=False):
+def download(hub_url, home, *args, token=None, offline=False, out=None):
     """Run data/cachedfineweb10b.py in this process, without the caller's hub settings. Returns as run_script() does."""
     pytest.importorskip("huggingface_hub")
     import cachedfineweb10b
 
-    argv = ["cachedfineweb10b.py", *map(str, args), "--out", str(home / "fineweb10B")]
+    argv = ["cachedfineweb10b.py", *map(str, args), "--out", str(home / "fineweb10B" if out is None else out)]
     out, err, code = io.StringIO(), io.StringIO(), 0
     with (hub_client(hub_url, home, token, offline), mock.patch.object(sys, "argv", argv),
           mock.patch.object(time, "sleep"), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)):
@@ -1269,3 +1269,20 @@ def test_shakespeare_wrong_source(tmp_path, capsys, content, word):
     assert shakespeare(path, "--out", tmp_path) == 1
     assert_one_line(SimpleNamespace(returncode=1, stderr=capsys.readouterr().err), 1, str(path), word)
     assert not list(tmp_path.glob("*.bin"))
+
+
+# -----------------------------------------------------------------------------
+# Output of all scripts: folders and stdout
+
+
+def test_output_in_the_home_folder(tokenize, hub, text_file, tmp_path, monkeypatch):
+    """No shell expands --out=~/mytext, and a folder called ~ is dangerous to delete."""
+    (tmp_path / "home").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    assert shakespeare(text_file, "--out=~/shakespeare") == 0
+    assert tokenize(texts_of(), out="~/texts") == (0, "")
+    assert download(hub.url, tmp_path, 1, out="~/fineweb").returncode == 0
+    for name in ("shakespeare", "texts", "fineweb"):
+        assert len(list((tmp_path / "home" / name).glob("*_val_*.bin"))) == 1
+    assert not (tmp_path / "~").exists()

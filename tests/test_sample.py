@@ -477,6 +477,21 @@ def test_prompt_from_a_file(out_dir, tokenizer, capsys, tmp_path):
     assert result.code == 0 and result.out.startswith("Öl\r\nund")
 
 
+def test_paths_in_the_home_folder(out_dir, tokenizer, capsys, tmp_path, monkeypatch):
+    """No shell expands --ckpt=~/runs."""
+    pytest.importorskip("safetensors")
+    (tmp_path / "home").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "home" / "runs").symlink_to(out_dir)
+    (tmp_path / "home" / "p.txt").write_text("To be")
+    result = main_here(capsys, "--ckpt=~/runs", "--prompt=FILE:~/p.txt", "--max_new_tokens=3")
+    assert result.code == 0 and result.out.startswith("To be"), result.err
+    result = main_here(capsys, "--ckpt=~/runs", "--export=~/hf")
+    assert result.code == 0 and (tmp_path / "home" / "hf" / "config.json").exists(), result.err
+    assert not (tmp_path / "~").exists()
+
+
 def test_a_byte_order_mark_is_no_part_of_a_prompt(out_dir, tokenizer, capsys, tmp_path, monkeypatch):
     """Editors and shells on Windows put one before a file or a pipe."""
     path = tmp_path / "p.txt"
