@@ -163,9 +163,16 @@ def local_path(source: str | os.PathLike) -> Path:
     return Path(source if os.path.exists(source) else os.path.expanduser(source))
 
 
+def not_blank(text: str) -> str:
+    """Check an argument that may not be blank, for argparse: as a path, an empty text is the current folder."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"must not be blank, got {text!r}; give a value, or leave it out")
+    return text
+
+
 def output_folder(text: str) -> Path:
     """Convert an argument to the path of an output folder, for argparse. A leading ~ is the home folder."""
-    return Path(expand_home(text))
+    return Path(expand_home(not_blank(text)))
 
 
 def data_set_name(text: str) -> str:
@@ -780,7 +787,7 @@ def prepare_main(description: str, source: str, name: str, out_dir: str | os.Pat
 def _prepare(description: str, source: str, name: str, out_dir: str | os.PathLike) -> None:
     parser = OneLineParser(description=description)
     add = parser.add_argument
-    add("--source", default=source,
+    add("--source", type=not_blank, default=source,
         help="data set on the Hugging Face Hub, or local .parquet/.json/.jsonl file or folder (default %(default)s)")
     add("--out", type=output_folder, default=Path(out_dir), metavar="DIR", help="output folder (default %(default)s)")
     add("--text_column", default="text", help="column that holds the documents (default %(default)s)")

@@ -1286,3 +1286,20 @@ def test_output_in_the_home_folder(tokenize, hub, text_file, tmp_path, monkeypat
     for name in ("shakespeare", "texts", "fineweb"):
         assert len(list((tmp_path / "home" / name).glob("*_val_*.bin"))) == 1
     assert not (tmp_path / "~").exists()
+
+
+@pytest.mark.parametrize("blank", ["", " "])
+def test_a_blank_folder_or_source_is_refused(tokenize, text_file, tmp_path, monkeypatch, capsys, blank):
+    """An empty path would be the current folder."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    code, error = tokenize(texts_of(), out=blank)
+    assert code == 2 and "--out: must not be blank" in error and "leave it out" in error
+    code, error = tokenize(texts_of(), f"--source={blank}")
+    assert code == 2 and "--source: must not be blank" in error
+    assert_one_line(download("http://127.0.0.1:9", tmp_path, 1, out=blank), 2, "--out: must not be blank")
+    for arguments, flag in (((text_file, f"--out={blank}"), "--out"), ((blank, "--out=new"), "source")):
+        assert shakespeare(*arguments) == 2
+        result = SimpleNamespace(returncode=2, stderr=capsys.readouterr().err)
+        assert_one_line(result, 2, f"{flag}: must not be blank")
+    assert not list((tmp_path / "here").iterdir())

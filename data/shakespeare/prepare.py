@@ -36,6 +36,7 @@ from common import (  # noqa: E402
     encode_text,
     gpt2_encoding,
     local_path,
+    not_blank,
     output_folder,
     refuse_other_data_sets,
     root_cause,
@@ -126,7 +127,8 @@ def refuse_to_replace(shards: dict[Path, list[int]]) -> None:
 def main() -> None:
     """Build the shards that the command line asks for."""
     parser = OneLineParser(description=__doc__)
-    parser.add_argument("source", nargs="?", default=SOURCE, help="path or http(s) address (default %(default)s)")
+    parser.add_argument("source", nargs="?", type=not_blank, default=SOURCE,
+                        help="path or http(s) address (default %(default)s)")
     parser.add_argument("--out", type=output_folder, default=HERE, metavar="DIR",
                         help="output folder (default %(default)s)")
     parser.add_argument("--name", type=data_set_name, default="shakespeare",
