@@ -65,7 +65,7 @@ def read_record(out: Path) -> dict[str, Any]:
     A record is {"train_shards": number that was asked for last, "revision": of the data set, or None before the first
     download, "sha256": {file name: as the server states it}}. run.sh reads "train_shards".
 
-    Raises: UserError if the file cannot be read.
+    Raises: UserError if the file cannot be read, or if `out` is not a folder.
     """
     path = out / RECORD_NAME
     try:
@@ -74,9 +74,11 @@ def read_record(out: Path) -> dict[str, Any]:
                 "sha256": dict(record["sha256"])}
     except FileNotFoundError:
         return {"train_shards": 0, "revision": None, "sha256": {}}
+    except NotADirectoryError:
+        raise UserError(f"{out} is not a folder; choose another --out") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} cannot be read ({root_cause(error)}); delete it, then run the same command again"
-                        ) from None
+        raise UserError(f"{path} cannot be read ({root_cause(error)}); delete it, then run the same command again, or "
+                        "choose another --out") from None
 
 
 def save_record(record: dict[str, Any], out: Path) -> None:
@@ -168,7 +170,7 @@ def main() -> None:
     for name in names:
         if fault := find_fault(args.out / name):
             missing.append(name)
-            if (args.out / name).exists():
+            if os.path.exists(args.out / name):
                 print(f"{fault}; downloading it again")
     record = read_record(args.out)
     asked_before, record["train_shards"] = record["train_shards"], args.n

@@ -184,7 +184,9 @@ def data_set_name(text: str) -> str:
 
 def refuse_other_data_sets(out_dir: Path, name: str) -> None:
     """Raise ValueError if a folder holds shards of another name: training takes one data set per folder."""
-    others = sorted({match[1] for path in out_dir.glob("*.bin") if (match := FILE_NAME.fullmatch(path.name))} - {name})
+    with writing(out_dir):  # a path may be too long even to look there
+        names = {match[1] for path in out_dir.glob("*.bin") if (match := FILE_NAME.fullmatch(path.name))}
+    others = sorted(names - {name})
     if others:
         raise ValueError(f"{out_dir} holds shards of another data set ({', '.join(others)}); choose another --out")
 

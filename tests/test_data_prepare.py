@@ -1303,3 +1303,15 @@ def test_a_blank_folder_or_source_is_refused(tokenize, text_file, tmp_path, monk
         result = SimpleNamespace(returncode=2, stderr=capsys.readouterr().err)
         assert_one_line(result, 2, f"{flag}: must not be blank")
     assert not list((tmp_path / "here").iterdir())
+
+
+@pytest.mark.parametrize("name, words", [("file", "is not a folder"), ("file/below", "is not a folder"),
+                                         ("n" * 300, "File name too long")], ids=["file", "below", "long"])
+def test_an_output_that_cannot_be_a_folder(text_file, tmp_path, capsys, name, words):
+    (tmp_path / "file").write_text("mine")
+    out = tmp_path / name
+    assert_one_line(download("http://127.0.0.1:9", tmp_path, 1, out=out), 1, str(out)[:200], words, "another --out")
+    assert shakespeare(text_file, "--out", out) == 1
+    result = SimpleNamespace(returncode=1, stderr=capsys.readouterr().err)
+    assert_one_line(result, 1, str(out), words, "another --out")
+    assert (tmp_path / "file").read_text() == "mine"

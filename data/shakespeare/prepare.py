@@ -18,6 +18,7 @@ ignore the previous speech, and to stop after one speech when it generates text.
 import contextlib
 import hashlib
 import math
+import os
 import sys
 import urllib.request
 from pathlib import Path
@@ -117,7 +118,7 @@ def tokenize(text: str, val_fraction: float, min_val_tokens: int) -> tuple[list[
 def refuse_to_replace(shards: dict[Path, list[int]]) -> None:
     """Raise ValueError if whole shards of these names hold other tokens: runs that were trained on them need them."""
     for path, tokens in shards.items():
-        if path.exists() and not (path.parent / UNFINISHED).exists():
+        if os.path.exists(path) and not os.path.exists(path.parent / UNFINISHED):
             with contextlib.suppress(ShardError):  # a damaged one is written again
                 if not np.array_equal(open_shard(path), tokens):
                     raise ValueError(f"{path} was made from another text or with other settings; delete the shards in "
