@@ -30,7 +30,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]  # for nanofp8 and common, from any
 import hub  # noqa: E402
 from common import STOP, OneLineParser, UserError, error_line, output_folder, root_cause, run_script  # noqa: E402
 
-from nanofp8.files import replace_file  # noqa: E402
+from nanofp8.files import console, replace_file  # noqa: E402
 from nanofp8.shards import ShardError, read_token_count  # noqa: E402
 
 REPO = "kjj0/fineweb10B-gpt2"
@@ -108,7 +108,7 @@ def download(names: list[str], out: Path, record: dict[str, Any]) -> None:
     name = names[0]
     try:
         for i, name in enumerate(names, 1):
-            print(f"{i}/{len(names)} {name}", flush=True)
+            console(f"{i}/{len(names)} {name}")
             download_shard(name, out, record)
             save_record(record, out)
     except STOP:
@@ -147,7 +147,7 @@ def download_shard(name: str, out: Path, record: dict[str, Any]) -> None:
             if attempts_left == 0 or remedy_for(error, out) not in (hub.TRY_AGAIN, hub.SERVER_FAULT):
                 raise
             # Some versions of the client give up when a connection breaks. A second call continues the download.
-            print(f"{root_cause(error)}; trying again", flush=True)
+            console(f"{root_cause(error)}; trying again")
             time.sleep(1)
 
 
@@ -171,7 +171,7 @@ def main() -> None:
         if fault := find_fault(args.out / name):
             missing.append(name)
             if os.path.exists(args.out / name):
-                print(f"{fault}; downloading it again")
+                console(f"{fault}; downloading it again")
     record = read_record(args.out)
     asked_before, record["train_shards"] = record["train_shards"], args.n
     if missing:
@@ -195,8 +195,8 @@ def main() -> None:
             save_record(record, args.out)
     tokens = sum(read_token_count(args.out / name) for name in names[1:])
     kept = len(names) - len(missing)
-    print(f"{args.out}: val and {args.n} train shards, {tokens:,} train tokens "
-          f"({kept} kept, {len(missing)} downloaded)")
+    console(f"{args.out}: val and {args.n} train shards, {tokens:,} train tokens "
+            f"({kept} kept, {len(missing)} downloaded)")
 
 
 if __name__ == "__main__":

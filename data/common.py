@@ -31,8 +31,8 @@ from typing import TYPE_CHECKING, Any, Callable, Iterator
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project folder
-from nanofp8.config import OneLineParser, UserError, expand_home  # noqa: E402
-from nanofp8.files import error_line, replace_file  # noqa: E402
+from nanofp8.config import OneLineParser, UserError, expand_home, print_answer  # noqa: E402
+from nanofp8.files import console, error_line, replace_file  # noqa: E402
 from nanofp8.shards import (  # noqa: E402
     EOT,
     FILE_NAME,
@@ -811,11 +811,14 @@ def _prepare(description: str, source: str, name: str, out_dir: str | os.PathLik
     except OSError as error:  # not of the output folder, see writing()
         raise UserError(f"{root_cause(error)}; remove the cause, then run the same command again, finished shards are "
                         "kept") from None
-    print(f"{args.out}: {tokens['train']:,} train tokens, {tokens['val']:,} val tokens")
+    console(f"{args.out}: {tokens['train']:,} train tokens, {tokens['val']:,} val tokens")
 
 
 def main() -> None:
-    """Check the shards that the command line names. Exit status: 1 if one is broken or misnamed."""
+    """Check the shards that the command line names. Exit status: 1 if one is broken or misnamed.
+
+    Raises: UserError if stdout cannot be written.
+    """
     parser = OneLineParser(description=__doc__)
     parser.add_argument("shards", nargs="+", metavar="FILE", help="shards to check")
     broken = 0
@@ -824,7 +827,7 @@ def main() -> None:
             count = read_token_count(shard)
             if not FILE_NAME.fullmatch(os.path.basename(shard)):
                 raise ShardError(f"{shard} is not named {NAME_PATTERN}, so training does not read it", "rename it")
-            print(f"{shard}: {count:,} tokens")
+            print_answer(f"{shard}: {count:,} tokens")
         except ShardError as error:
             print(f"error: {error}", file=sys.stderr)
             broken += 1

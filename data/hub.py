@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, Iterator
 
 from common import STOP
 
+from nanofp8.files import console
+
 if TYPE_CHECKING:
     import datasets
 
@@ -40,7 +42,7 @@ def check_sha256(path: str | os.PathLike, stated: str | None) -> None:
     """Raise ChecksumError if a file does not have the SHA-256 that the server states. Say so if it states none."""
     name = Path(path).name
     if stated is None:
-        print(f"{name}: the server states no SHA-256, so its content is not checked", flush=True)
+        console(f"{name}: the server states no SHA-256, so its content is not checked")
     elif (actual := file_sha256(path)) != stated:
         raise ChecksumError(f"{name} has the SHA-256 {actual}, but the server states {stated}")
 
@@ -68,7 +70,7 @@ def load(name: str, revision: str | None) -> tuple["datasets.Dataset", str | Non
             raise
         except BaseException:
             raise error from None  # of the two errors, this one says more
-        print(f"{name}: offline mode, so a copy that was downloaded before is used and not checked", flush=True)
+        console(f"{name}: offline mode, so a copy that was downloaded before is used and not checked")
         return split, None
     files = datasets.load_dataset_builder(name, revision=revision).config.data_files or {}
     for address in files.get("train", []):

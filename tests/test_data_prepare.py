@@ -1315,3 +1315,57 @@ def test_an_output_that_cannot_be_a_folder(text_file, tmp_path, capsys, name, wo
     result = SimpleNamespace(returncode=1, stderr=capsys.readouterr().err)
     assert_one_line(result, 1, str(out), words, "another --out")
     assert (tmp_path / "file").read_text() == "mine"
+
+
+class Unwritable(io.StringIO):
+    """A stdout that fails as a full disk or a closed pipe does."""
+
+    def __init__(self, error):
+        super().__init__()
+        self.error = error
+
+    def write(self, text):
+        raise self.error
+
+
+FULL = OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("error", [FULL, BrokenPipeError(errno.EPIPE, "Broken pipe")], ids=["full", "pipe"])
+def test_check_with_a_stdout_that_cannot_be_written(monkeypatch, capsys, error):
+    """A full disk is one line of error; a reader that leaves, as head does, ends the check quietly."""
+    monkeypatch.setattr(sys, "argv", ["common.py", *map(str, (DATA / "shakespeare").glob("*.bin"))])
+    monkeypatch.setattr(sys, "stdout", Unwritable(error))
+    with pytest.raises(SystemExit) as stop:
+        common.run_script(common.main)
+    result = SimpleNamespace(returncode=stop.value.code, stderr=capsys.readouterr().err)
+    if error is FULL:
+        assert_one_line(result, 1, "stdout", "No space left", "let it go to a file")
+    else:
+        assert (result.returncode, result.stderr) == (1, "")
+
+
+def test_data_are_complete_where_stdout_cannot_be_written(tokenize, hub, text_file, tmp_path, monkeypatch):
+    """A failure to report ends no download and no preparation, and is not taken for one of the network."""
+    monkeypatch.setattr(sys, "stdout", Unwritable(FULL))
+    monkeypatch.setattr(contextlib, "redirect_stdout", lambda _: contextlib.nullcontext())
+    assert shakespeare(text_file, "--out", tmp_path / "shakespeare") == 0
+    assert tokenize(texts_of(), out=tmp_path / "texts") == (0, "")
+    assert download(hub.url, tmp_path, 2).returncode == 0 and file_bytes(tmp_path / "fineweb10B") == hub.files
+    (tmp_path / "fineweb10B" / TRAIN1).write_bytes(b"")  # a broken shard is reported, too
+    assert download(hub.url, tmp_path, 2).returncode == 0 and file_bytes(tmp_path / "fineweb10B") == hub.files
+    for name in ("shakespeare", "texts"):
+        assert find_shards(str(tmp_path / name), "train")[0] and find_shards(str(tmp_path / name), "val")[0]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_stdout_of_a_process(text_file, tmp_path):
+    """Nothing that is still buffered fails at exit."""
+    for script, arguments, code in (("common.py", [DATA / "shakespeare" / "shakespeare_val_000000.bin"], 1),
+                                    ("shakespeare/prepare.py", [text_file, "--out", tmp_path / "out"], 0)):
+        with open("/dev/full", "w") as full:
+            result = subprocess.run([sys.executable, DATA / script, *arguments], stdout=full, stderr=subprocess.PIPE,
+                                    text=True, timeout=60)
+        assert result.returncode == code and result.stderr.count("\n") == code, result.stderr
+        assert "Traceback" not in result.stderr and "Exception" not in result.stderr

@@ -46,6 +46,7 @@ from common import (  # noqa: E402
     writing,
 )
 
+from nanofp8.files import console  # noqa: E402
 from nanofp8.shards import EOT, UNFINISHED, ShardError, open_shard, unfinished, write_shard  # noqa: E402
 
 SOURCE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -150,7 +151,7 @@ def main() -> None:
                 for path, tokens in shards.items():
                     write_shard(path, tokens)
         for path, tokens in shards.items():
-            print(f"{path}: {len(tokens):,} tokens")
+            console(f"{path}: {len(tokens):,} tokens")
     except ValueError as error:
         raise UserError(str(error)) from None
 
