@@ -557,7 +557,9 @@ def main(argv: Sequence[str]) -> None:
     ranks = os.environ.get("LOCAL_WORLD_SIZE")
     command = f"{f'torchrun --nproc_per_node={ranks}' if ranks else 'python'} bench.py {shlex.join(argv)}"
     options, given = take_options(arguments, *OPTIONS.get(name, ("out", "rows", "formats", "seeds")))
-    out = options.get("out") or os.path.join("results", card_name(), name)
+    out = options.get("out") or os.path.join("results", card_name(), "")
+    is_folder = os.path.basename(out) in ("", ".", "..", "~")  # results/mine/ would make hidden files such as .json
+    out = os.path.expanduser(os.path.join(out, name) if is_folder else out)
     check_out(out)
     if name in OPTIONS:
         if name == "alternate":

@@ -242,3 +242,19 @@ def test_command_line(tmp_path):
     result = finish(start(ROOT / "bench.py", "report", "nowhere", cwd=tmp_path))
     assert result.code == 2 and result.err.count("\n") == 1, result.err
     assert result.err.startswith("bench.py: error: nowhere")
+
+
+@pytest.mark.parametrize("given, written", [
+    ("~/tables/mine", "home/tables/mine"), ("~", "home/report"), ("~/", "home/report"), ("new/", "new/report"),
+    (".", "report"), ("new/mine", "new/mine"),
+])
+def test_where_a_report_goes(tmp_path, monkeypatch, given, written):
+    """No shell expands --out=~/x; a path that ends in a slash is a folder, not the start of a hidden file's name."""
+    (tmp_path / "home").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(bench, "read_run", lambda folder: RunData(dict(seed=1), [dict(step=0)], [], None))
+    monkeypatch.setattr(bench, "report", lambda runs, out, command: write_report(out, command, {}, "table", print))
+    bench.main(["report", f"--out={given}", "run"])
+    files = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file())
+    assert files == [f"{written}.json", f"{written}.md"]
