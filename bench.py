@@ -15,7 +15,7 @@ Compare runs side by side: loss curves, noise, speed and memory, as a table and 
 The first five modes train by train.py's own run() (train_orig.py by its own), one run after another in one process
 group. Any flag of train.py can be given as --name=value.
 
-    --out=PATH           write PATH.json, PATH.md and PATH.png
+    --out=PATH           write PATH.json, PATH.md and PATH.png; into a folder, if PATH ends in /
     --rows="bf16; FP8 delayed"       pick rows of speed, emulation and wrappers
     --formats="bf16,FP8 block"       pick rows of precision and ablation
     --seeds=3, --seeds=2,1           seeds of every row; of bf16, and of each format
@@ -67,7 +67,15 @@ from dataclasses import dataclass, field
 from types import ModuleType, SimpleNamespace
 from typing import Any, Callable, Sequence
 
-from nanofp8.config import UserError, exit_on_ctrl_c, exit_with, print_answer, raise_on_ctrl_c, script_flags
+from nanofp8.config import (
+    UserError,
+    exit_on_ctrl_c,
+    exit_with,
+    expand_home,
+    print_answer,
+    raise_on_ctrl_c,
+    script_flags,
+)
 
 if __name__ == "__main__":
     exit_on_ctrl_c(__file__)  # importing torch takes seconds
@@ -521,7 +529,8 @@ def report(runs: dict[tuple, str], out: str, command: str, study: bool = False) 
 # Command line
 
 
-OPTIONS = {"alternate": alternate.OPTIONS, "card": card.OPTIONS, "race": race.OPTIONS}  # of modes with their own
+OPTIONS = {"alternate": alternate.OPTIONS, "card": card.OPTIONS, "race": race.OPTIONS, "profile": ("out",),
+           "report": ("out",)}  # of modes that are not in MODES
 
 
 def take_options(arguments: Sequence[str], *names: str) -> tuple[dict[str, str], list[str]]:
@@ -548,6 +557,33 @@ def read_seeds(text: str) -> tuple[int, int]:
     return int(seeds[0]), int(seeds[-1])
 
 
+def check_given(name: str, given: Sequence[str]) -> None:
+    """Refuse flags of train.py that a mode sets itself. Raises UserError."""
+    if any(a.startswith("--log_interval=") and a != "--log_interval=1" for a in given):
+        raise UserError("comparisons need every step's record; leave --log_interval at 1", 2)
+    if any(a.startswith("--train_tokens=") for a in given) and (name not in MODES or "max_iters" in MODES[name].flags):
+        raise UserError(f"{name} counts steps; give --max_iters in place of --train_tokens", 2)
+
+
+def report_folders(given: Sequence[str], out: str, command: str) -> None:
+    """Do what `bench.py report` says. given: FOLDER or LABEL=FOLDER each. Raises UserError."""
+    if not given or any(a.startswith("-") for a in given):
+        raise UserError("report takes run folders, each as FOLDER or LABEL=FOLDER, and --out", 2)
+    pairs = [a.split("=", 1) if "=" in a and not os.path.isdir(a) else (os.path.basename(a.rstrip("/")), a)
+             for a in given]
+    named = {label: expand_home(folder) for label, folder in pairs}
+    if len(named) < len(pairs):
+        raise UserError("two run folders have the same name; give each a label of its own, as LABEL=FOLDER", 2)
+    folders = {}
+    for label, folder in named.items():
+        config = read_run(folder).config
+        if (interval := config.get("log_interval", 1)) != 1:
+            raise UserError(f"{folder} has a record of every {interval} steps only (log_interval={interval}), and "
+                            f"comparisons need every step's; leave it out", 2)
+        folders[label, config["seed"]] = folder
+    report(folders, out, command)
+
+
 def main(argv: Sequence[str]) -> None:
     """Do what the arguments say. Raises UserError."""
     name, arguments = (argv[0], argv[1:]) if argv else ("", [])
@@ -564,27 +600,17 @@ def main(argv: Sequence[str]) -> None:
     if name in OPTIONS:
         if name == "alternate":
             alternate.run(options, given, os.path.dirname(os.path.abspath(__file__)), out, command)
+        elif name == "report":
+            report_folders(given, out, command)
+        elif name == "profile":
+            check_given(name, given)
+            breakdown.run(train, given, start_processes(), out, command)
         else:
             dict(card=card, race=race)[name].run(options, given, train, out, command)
         return
-    if any(a.startswith("--log_interval=") and a != "--log_interval=1" for a in given):
-        raise UserError("comparisons need every step's record; leave --log_interval at 1", 2)
-    if name == "report":
-        if not given or any(a.startswith("-") for a in given):
-            raise UserError("report takes run folders, each as FOLDER or LABEL=FOLDER", 2)
-        pairs = [a.split("=", 1) if "=" in a and not os.path.isdir(a) else (os.path.basename(a.rstrip("/")), a)
-                 for a in given]
-        named = dict(pairs)
-        if len(named) < len(pairs):
-            raise UserError("two run folders have the same name; give each a label of its own, as LABEL=FOLDER", 2)
-        report({(label, read_run(folder).config["seed"]): folder for label, folder in named.items()}, out, command)
-        return
-    if name == "profile":
-        breakdown.run(train, given, start_processes(), out, command)
-        return
     if name not in MODES:
-        known = ", ".join((*MODES, "alternate", "card", "profile", "race", "report"))
-        raise UserError(f"unknown mode '{name}'; bench.py has {known}", 2)
+        raise UserError(f"unknown mode '{name}'; bench.py has {', '.join((*MODES, *sorted(OPTIONS)))}", 2)
+    check_given(name, given)
     study, option = MODES[name].study, "formats" if MODES[name].study else "rows"
     wrong = {"rows" if study else "formats", *(() if study else ("seeds",))} & set(options)
     if wrong:

@@ -11,7 +11,7 @@ from typing import Mapping, Sequence
 
 import torch
 
-from nanofp8.config import NonNegativeFloat, PositiveFloat, UserError, convert
+from nanofp8.config import NonNegativeFloat, PositiveFloat, UserError, convert, expand_home
 from nanofp8.faults import StopSignal
 from nanofp8.files import console
 from nanofp8.machine import describe_machine
@@ -57,8 +57,8 @@ def read_variants(text: str, gpus: int, tree: str) -> list[Variant]:
         variant = Variant(name, [w for w in words if w.startswith("--")], tree)
         for word in (w for w in words if not w.startswith("--")):
             key, _, value = word.partition("=")
-            if key == "tree" and os.path.isfile(os.path.join(value, "train.py")):
-                variant.tree = os.path.abspath(value)
+            if key == "tree" and os.path.isfile(os.path.join(expand_home(value), "train.py")):
+                variant.tree = os.path.abspath(expand_home(value))
             elif key == "ranks":
                 variant.ranks = parse_count(f"variants: {name}: ranks", value)
             elif word == "each":

@@ -17,6 +17,7 @@ from torch.autograd import DeviceType
 from nanofp8 import epilogues, fused, loss, parts
 from nanofp8.config import UserError
 from nanofp8.reports import header, read_run, table, write_report
+from nanofp8.runlog import read_log
 
 # What the functions between the matmuls are called in the table; those of a name are added up
 NAMES = {
@@ -318,8 +319,8 @@ def run(train: ModuleType, given: list[str], procs: Any, out: str, command: str)
         raise UserError("profile sets --batch_ramp itself (one step is profiled); leave it out", 2)
 
     def flags(max_iters: int) -> SimpleNamespace:
-        defaults = dict(max_iters=max_iters, batch_ramp="", eval_interval=0, eval_tokens=1, keep_checkpoints=0,
-                        run_name="profile")
+        defaults = dict(max_iters=max_iters, batch_ramp="", log_interval=1, eval_interval=0, eval_tokens=1,
+                        keep_checkpoints=0, run_name="profile")
         return train.read_flags([f"--{name}={value}" for name, value in defaults.items()] + given)
 
     steps = 6
@@ -330,6 +331,8 @@ def run(train: ModuleType, given: list[str], procs: Any, out: str, command: str)
         raise UserError("profile needs at least 5 steps; use --max_iters=5 or more", 2)
     at = cfg.max_iters - 3
     found = measure(train, cfg, procs, at)
+    if not procs.broadcast(procs.is_main and any(r["kind"] == "done" for r in read_log(found["folder"]))):
+        raise UserError("stopped by a signal; no report was written")
     if procs.is_main:
         data = read_run(found["folder"])
         step_ms = statistics.median(r["step_ms"] for r in data.train[at // 2:] if r["step"] not in (at, at + 1))

@@ -3,13 +3,14 @@
 import datetime
 import json
 import os
+import pathlib
 import tempfile
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, Callable
 
 from nanofp8.config import UserError, flag_values, may_choose
-from nanofp8.files import console
+from nanofp8.files import console, replace_file
 from nanofp8.runlog import read_log
 from nanofp8.schedule import steps_of_fraction
 
@@ -121,10 +122,10 @@ def write_report(out: str, command: str, data: dict[str, Any], text: str, plot: 
     console("\n" + text)
     try:
         os.makedirs(os.path.dirname(out) or ".", exist_ok=True)
-        with open(out + ".json", "w", encoding="utf-8") as f:
-            json.dump(dict(date=str(datetime.date.today()), command=command, **data), f, indent=1)
-        with open(out + ".md", "w", encoding="utf-8") as f:
-            f.write(text)
+        data = dict(date=str(datetime.date.today()), command=command, **data)
+        for ending, content in ((".json", json.dumps(data, indent=1)), (".md", text)):
+            content = content.encode(errors="backslashreplace")  # a folder's name need not be UTF-8
+            replace_file(out + ending, lambda path, content=content: pathlib.Path(path).write_bytes(content))
         plot(out + ".png")
     except ImportError:
         console("no plot: matplotlib is not installed")

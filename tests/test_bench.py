@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import os
+import pathlib
 import signal
 
 import pytest
@@ -15,7 +16,7 @@ import train
 from helpers import ROOT, finish, flag_args, start, start_torchrun
 from nanofp8.config import UserError
 from nanofp8.plots import smooth
-from nanofp8.reports import RunData, write_report
+from nanofp8.reports import NEEDED, RunData, write_report
 from nanofp8.runlog import RunLog
 
 
@@ -197,6 +198,9 @@ def test_what_is_left_out_and_what_ends_all(fresh, shards, tmp_path, monkeypatch
     (["precision", "--formats=FP9"], "FP8 delayed"),
     (["speed", "--rows=bf16; FP9"], "--rows: speed has FP8 delayed; .*, not 'FP9'"),
     (["ablation", "--total_batch_size=100"], "total_batch_size=100"),
+    (["speed", "--train_tokens=8192"], "--max_iters.*--train_tokens"),
+    (["profile", "--train_tokens=8192"], "--max_iters.*--train_tokens"),
+    (["profile", "--rows=x"], "--rows"), (["report", "a", "--rows=x"], "run folders"),
     (["speed", "--out=/dev/null/x"], "/dev/null/x.*another --out"), (["race", "--out=/dev/null/x"], "another --out"),
 ])
 def test_wrong_input_is_one_line(fresh, arguments, text):
@@ -227,6 +231,34 @@ def test_a_damaged_run_folder_is_one_line(tmp_path, text):
     with pytest.raises(UserError, match="is not a run folder of train.py") as error:
         bench.main(["report", str(tmp_path)])
     assert error.value.status == 2 and "\n" not in str(error.value)
+
+
+def test_a_run_without_every_steps_record_is_refused(tmp_path):
+    config = dict.fromkeys(NEEDED, 1) | dict(log_interval=5)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "log.jsonl").write_text(json.dumps(dict(kind="train", step=4, loss=1.0)) + "\n")
+    with pytest.raises(UserError, match="every 5 steps.*log_interval=5.*leave it out") as error:
+        bench.main(["report", str(tmp_path), f"--out={tmp_path / 'r'}"])
+    assert error.value.status == 2
+
+
+def test_a_report_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
+    out = str(tmp_path / "r")
+    write_report(out, "bench.py", dict(a=1), "old", lambda path: None)
+
+    def full(path, content):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(pathlib.Path, "write_bytes", full)
+    with pytest.raises(UserError, match="No space left"):
+        write_report(out, "bench.py", dict(a=2), "new", lambda path: None)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["r.json", "r.md"]
+    assert '"a": 1' in (tmp_path / "r.json").read_text() and (tmp_path / "r.md").read_text() == "old"
+
+
+def test_a_name_that_is_not_utf8_is_reported(tmp_path):
+    write_report(str(tmp_path / "r"), "bench.py report caf\udce9", {}, "caf\udce9", lambda path: None)
+    assert (tmp_path / "r.md").read_text() == r"caf\udce9"
 
 
 def test_the_table_tells_how_the_batch_grows_and_counts_from_the_warm_up_on():
