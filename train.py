@@ -153,14 +153,14 @@ USE_X0: bool = False                          # each block reads a * x + b * tok
 train_tokens: NonNegative = 891289600         # tokens to train on: 9 FineWeb shards, once; 0: use max_iters
 total_batch_size: AutoPositive = "auto"       # tokens per step, all ranks (batch_ramp: the last); "auto": by length
 batch_ramp: Ramp = ""                         # "0.25,0.6": the batch doubles after these fractions of the tokens
-batch_size: AutoPositive = "auto"             # sequences of a rank's micro-batch; "auto": at most 16 (d12: 32)
+batch_size: AutoPositive = "auto"             # sequences of a micro-batch; "auto": what fits, at most 16 (d12: 32)
 max_iters: Positive = 1700                    # optimizer steps; used if given or edited, or if train_tokens is 0
 warmup_iters: NonNegative = 100               # steps of linear warm-up; used if given or edited, or if the ratio is 0
 warmup_ratio: Fraction = 0.02                 # linear warm-up of all learning rates, as a fraction of the run's tokens
 lr_schedule: Literal["cosine", "linear"] = "linear"  # after the warm-up; "linear": constant, then a linear warm-down
 warmdown_ratio: Fraction = 0.75               # linear: fraction of the run's tokens that the warm-down takes
 min_lr_ratio: NonNegativeFloat = 0.03         # the schedule ends at this fraction of each learning rate
-lr_scaling: Literal["none", "sqrt", "length"] = "length"  # rates follow "sqrt": the batch; "length": the length, too
+lr_scaling: Literal["none", "sqrt", "length"] = "length"  # "sqrt": rates follow sqrt(batch); "length": and the length
 
 # Optimizers: Muon for matrices in the blocks, AdamW for the rest. Rates are for 891M tokens, 524,288 a step
 learning_rate: NonNegativeFloat = 0.04        # Muon; each update is also scaled by sqrt(fan_out / fan_in)
