@@ -126,10 +126,12 @@ if sys.version_info < (3, 10) or importlib.util.find_spec("torch") is None:
     sys.exit(1)
 try:
     import torch
+    sys.path.insert(0, ".")
+    from nanofp8.cards import old_torch, unsupported_version
+    if reason := old_torch(str(getattr(torch, "__version__", ""))):
+        raise ImportError(reason.split(";")[0])
     if int(sys.argv[1]):
         import transformer_engine.pytorch
-        sys.path.insert(0, ".")
-        from nanofp8.cards import unsupported_version
         if reason := unsupported_version(getattr(transformer_engine, "__version__", "")):
             raise ImportError(reason)
 except Exception as error:

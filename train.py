@@ -59,7 +59,9 @@ from dataclasses import dataclass, field
 from types import ModuleType, SimpleNamespace
 from typing import Any, Callable, Iterator, Sequence
 
-os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # read when torch starts
+from nanofp8 import host
+
+host.start_torch()  # before all that needs it: it sets the allocator, and refuses a torch that is too old
 
 import numpy as np
 import torch

@@ -40,7 +40,9 @@ import time
 from types import SimpleNamespace
 from typing import Sequence
 
-os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # read when torch starts
+from nanofp8 import host
+
+host.start_torch()  # before all that needs it: it sets the allocator, and refuses a torch that is too old
 
 import torch
 import torch.nn as nn

@@ -10,6 +10,7 @@ from typing import NamedTuple
 TE_OLDEST = (2, 17)   # the first version with transformer_engine.pytorch.constants.DType, which fused.py needs
 TE_MADE_FOR = "2.20.2"  # of requirements.txt; no other version has been run
 MADE_FOR_CUDA = "13.0"  # of torch in requirements.txt
+TORCH_OLDEST = (2, 10)  # the first version whose addmm adds bf16 products to fp32 (fused.py); 2.9 brought Muon
 
 # A user reports rare FP8 gradients on compute capability 12.x that are finite and far too large, from TE's kernel that
 # casts and transposes (NVIDIA/TransformerEngine pull request 3215, open; not in 2.20.2). Our kernels take its place in
@@ -41,6 +42,16 @@ def driver_fault(driver: str, cuda: str) -> str:
         return ""
     older = ", or use torch and Transformer Engine for CUDA 12 (docs/install.md)" if number >= OLDEST_DRIVER[12] else ""
     return f"the NVIDIA driver is {driver}, but CUDA {cuda} needs {needed} or newer; update it{older}"
+
+
+def old_torch(version: str) -> str:
+    """Return in what way this version of torch is too old, with the remedy, or "". One without numbers is not refused.
+    """
+    numbers = version_numbers(version)
+    if not numbers or numbers[:2] >= TORCH_OLDEST:
+        return ""
+    return (f"torch {version} is too old, training needs {dotted(TORCH_OLDEST)} or newer; start with bash run.sh, "
+            f"which makes an environment, or use that environment's Python (.venv/bin/python)")
 
 
 def unsupported_version(version: str) -> str:

@@ -414,10 +414,13 @@ def check_command_line(path: str, argv: Sequence[str] | None = None, doctor: str
 
 def report_early_error(script: str, kind: type, error: BaseException, trace: Any) -> None:
     """Serve as sys.excepthook: print one line for Ctrl-C, which nothing else catches while torch is imported, and for a
-    Python without torch, NumPy or Matplotlib; any other exception as Python does. The exit status is 130 or 1."""
+    UserError, as of a torch that is too old, and for a Python without torch, NumPy or Matplotlib; any other exception
+    as Python does. The exit status is 130 or 1."""
     line = ""
     if issubclass(kind, KeyboardInterrupt):
         line = "interrupted"
+    elif issubclass(kind, UserError):
+        line = f"error: {error}"
     elif issubclass(kind, ModuleNotFoundError) and error.name in ("torch", "numpy", "matplotlib"):
         line = (f"error: {sys.executable} has no {error.name}; start with bash run.sh, which makes an environment, "
                 f"or use that environment's Python (.venv/bin/python)")

@@ -115,6 +115,9 @@ def check_torch(exam: Examination) -> Iterator[Verdict]:
     exam.torch, why = load("torch")
     if exam.torch is None:
         yield FAIL, f"torch {why}; {INSTALL}"
+    elif fault := cards.old_torch(str(exam.torch.__version__)):
+        exam.torch = None  # our modules cannot be imported with it
+        yield FAIL, fault
     else:
         cuda = exam.torch.version.cuda
         yield OK, f"{exam.torch.__version__}, {f'CUDA {cuda}' if cuda else 'without CUDA'}"

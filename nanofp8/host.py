@@ -1,4 +1,4 @@
-"""What a machine says of itself, standard library alone: nvidia-smi, C compiler, /dev/shm, optional packages."""
+"""What a machine says of itself, standard library alone: nvidia-smi, C compiler, /dev/shm, torch, optional packages."""
 
 import contextlib
 import functools
@@ -13,10 +13,20 @@ import sysconfig
 from types import ModuleType
 from typing import Any, Callable, Iterator
 
+from nanofp8.cards import old_torch
+from nanofp8.config import UserError
 from nanofp8.files import error_line
 
 # Bytes of /dev/shm that NCCL's documentation asks of a container (user guide, troubleshooting: --shm-size=1g)
 SHARED_MEMORY = 2 ** 30
+
+
+def start_torch() -> None:
+    """Import torch for training. Raises UserError if it is too old: later, that would be an AttributeError."""
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # read when torch starts
+    import torch
+    if fault := old_torch(str(torch.__version__)):
+        raise UserError(fault)
 
 
 def optional(package: str, module: str, name: str) -> tuple[ModuleType | None, str]:

@@ -86,6 +86,14 @@ def test_numbers_of_a_version(version, numbers):
     assert bool(cards.unsupported_version(version)) == (() < numbers < (2, 17))
 
 
+@pytest.mark.parametrize("version, fine", [("2.9.1+cu128", False), ("1.13", False), ("2.10.0a0+b4e4ee.nv25.12", True),
+                                           ("2.10.0", True), ("2.13.0+cpu", True), ("3.0", True), ("", True)])
+def test_versions_of_torch(version, fine):
+    """torch 2.9 lacks addmm's out_dtype, which fused.py needs, and 2.8 torch.optim.Muon."""
+    text = cards.old_torch(version)
+    assert not text if fine else version in text and "2.10" in text and "bash run.sh" in text
+
+
 @pytest.mark.parametrize("capability, head, cudnn, words", [
     ((12, 0), 128, 91900, []), ((12, 0), 128, 91801, []), ((12, 0), 128, 91800, ["9.18.0", "9.18.1", "12.0"]),
     ((12, 1), 128, 91500, []), ((12, 1), 128, 90600, ["9.7.0"]), ((9, 0), 128, 90600, []),

@@ -128,6 +128,15 @@ def test_what_the_flags_choose_on_each_card(shards, tmp_path, capsys, monkeypatc
     assert ("1 warning" in text.splitlines()[-1]) == (mark == doctor.WARN)
 
 
+def test_a_torch_that_is_too_old(shards, tmp_path, capsys, monkeypatch):
+    """It is one fault, and no module of ours is imported with it."""
+    monkeypatch.setattr(torch, "__version__", "2.9.1+cu128")
+    status, lines, _ = report(capsys, *small(shards, tmp_path))
+    ((name, text),) = faults(lines)
+    assert status == 1 and name == "torch" and all(word in text for word in ("2.9.1", "2.10", "bash run.sh"))
+    assert not of(lines, "optimizers") and of(lines, "data", doctor.OK) and not of(lines, "precision", doctor.WARN)
+
+
 def test_transformer_engine_is_missing_too_old_or_broken(shards, tmp_path, capsys, monkeypatch):
     """Without it a GPU emulates, which is a warning; one that is too old ends training, and is one line."""
     flags = small(shards, tmp_path, n_embd=128)

@@ -209,6 +209,14 @@ def test_a_python_without_torch_is_one_line(tmp_path, path):
     assert result.err.startswith(f"{script}: error: ") and "has no" in result.err and "run.sh" in result.err
 
 
+@pytest.mark.parametrize("script", ["train.py", "train_orig.py", "bench.py"])
+def test_a_torch_that_is_too_old_is_one_line(tmp_path, script):
+    (tmp_path / "torch.py").write_text("__version__ = '2.9.1'")
+    result = finish(start(ROOT / script, cwd=tmp_path, PYTHONPATH=str(tmp_path)))
+    assert result.code == 1 and not result.out and result.err.count("\n") == 1, result.err
+    assert result.err.startswith(f"{script}: error: torch 2.9.1 is too old") and "bash run.sh" in result.err
+
+
 def test_ctrl_c_is_handed_over_to_the_script(monkeypatch):
     """exit_on_ctrl_c() changes nothing where Ctrl-C is ignored, as in the background of a shell."""
     for before, ours in ((signal.default_int_handler, True), (signal.SIG_IGN, False)):

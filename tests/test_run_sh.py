@@ -386,6 +386,16 @@ def test_existing_python_with_another_transformer_engine(host, version, usable):
     assert (len(host.pips()) == 0) == usable and (version in out and "2.17" in out) == (not usable)
 
 
+@pytest.mark.parametrize("gpus", [0, 1])
+@pytest.mark.parametrize("version, usable", [("2.9.1", False), ("2.10.0", True)])
+def test_existing_python_with_another_torch(host, gpus, version, usable):
+    """One that is too old is named, and run.sh makes its own environment."""
+    host.gpus(gpus).has("torch", "numpy", "transformer_engine.pytorch")
+    (host.stubs / "torch.py").write_text(f"__version__ = '{version}'")
+    out = host.run("--preset=tiny")
+    assert (len(host.pips()) == 0) == usable and (version in out and "2.10" in out) == (not usable)
+
+
 def test_existing_python_whose_torch_does_not_import(host):
     host.has("numpy")
     (host.stubs / "torch.py").write_text("raise OSError('libcudart.so.13: cannot open shared object file')")
