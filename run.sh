@@ -177,6 +177,7 @@ hopper() {
 # Install the numbered parts of the requirements, in order. Part 1 pins torch; the later parts must keep that version.
 install() {
   local part title option driver cpu_index='https://download.pytorch.org/whl/cpu'
+  export PIP_USER=0 # pip refuses "user = true" of a pip.conf, or PIP_USER=1, in an environment like .venv
   set -- -qq --disable-pip-version-check -c .venv/part1.txt
   if [ "$machine_gpus" -gt 0 ]; then
     # Compile Transformer Engine with torch's CUDA headers, because an installed toolkit may be of another version, and

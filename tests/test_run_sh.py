@@ -28,6 +28,7 @@ case "$*" in
     part=${@: -1}
     log "pip $* NVTE=${NVTE_BUILD_USE_NVIDIA_WHEELS:-} :" $(grep -v '^#' "$part")
     touch "$(dirname "$0")/../left-by-pip"
+    [ "${PIP_USER:-1}" = 0 ] || { echo "ERROR: Can not perform a '--user' install." >&2; exit 1; }
     if [ -n "${HANG:-}" ] && grep -q "^$HANG" "$part"; then sleep 60 & echo $! >"$LOG.pid"; wait; fi
     if [ -n "${FAIL:-}" ] && grep -q "^$FAIL" "$part"; then echo "ERROR: no route to host" >&2; exit 1; fi ;;
   '-c '*'from torch.distributed.run import main'*)
@@ -244,6 +245,12 @@ def test_other_failures_end_the_setup_and_are_repaired(host):
     (host.repo / ".venv" / "broken").touch()
     host.run()
     assert len(host.pips()) == CPU_PARTS and not (host.repo / ".venv" / "broken").exists()
+
+
+def test_a_pip_that_installs_for_the_user_installs_here(host):
+    """PIP_USER=1, and `user = true` in a pip.conf, which the same variable overrides."""
+    host.run(PIP_USER="1")
+    assert len(host.pips()) == CPU_PARTS and host.did[-1] == ".venv train.py RANK="
 
 
 def test_broken_python_in_venv_is_repaired(host):
