@@ -16,6 +16,7 @@ import ast
 import contextlib
 import difflib
 import functools
+import getpass
 import importlib
 import math
 import operator
@@ -435,6 +436,17 @@ def explain_early_errors(path: str) -> None:
     sys.excepthook = functools.partial(report_early_error, os.path.basename(path))
 
 
+def name_user() -> None:
+    """Give a user without a name one, as in a container that runs under any number (docker --user, OpenShift).
+
+    torch.compile and QuACK name folders of caches by the user; without a name, those of torch 2.11 raise an exception.
+    """
+    try:
+        getpass.getuser()
+    except (KeyError, OSError, ImportError):  # OSError: from Python 3.13 on
+        os.environ["USER"] = f"uid{os.getuid()}"
+
+
 def print_any_text() -> None:
     """Print characters that the console cannot show as escapes: a path in another alphabet must not end a run."""
     for stream in (sys.stdout, sys.stderr):
@@ -463,9 +475,11 @@ def print_answer(text: str) -> None:
 def exit_on_ctrl_c(path: str) -> None:
     """From now on, let Ctrl-C end this script with one line, status 130: while it imports torch, which takes seconds.
 
-    Where Ctrl-C is ignored or handled already, that stays. A Python without torch becomes one line too.
+    Where Ctrl-C is ignored or handled already, that stays. A Python without torch becomes one line too, and a user
+    without a name gets one.
     """
     explain_early_errors(path)
+    name_user()
 
     def stop(*_: object) -> NoReturn:
         with contextlib.suppress(OSError, ValueError):

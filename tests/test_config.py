@@ -1,11 +1,13 @@
 """config.py: names, types, presets and help of flags, and errors of wrong input."""
 
+import getpass
 import os
 import shutil
 import signal
 import subprocess
 import sys
 from typing import Annotated, Literal, get_args, get_origin
+from unittest import mock
 
 import pytest
 
@@ -378,6 +380,22 @@ def test_an_edit_that_cannot_work_is_one_line_that_names_the_flag(tmp_path, edit
         assert next(iter(edit)) in str(error)
     else:
         assert edit == dict(max_iters="2 * 1700") and cfg.max_iters == 3400
+
+
+@pytest.mark.parametrize("error", [KeyError("uid not found: 4321"), OSError("No username set in the environment")])
+def test_a_user_without_a_name_gets_one(monkeypatch, error):
+    """docker --user: a number that no passwd file lists. torch 2.11 asks getpass.getuser() for caches."""
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    monkeypatch.setattr(os, "getuid", lambda: 4321)
+    monkeypatch.setenv("USER", "somebody")
+    exit_on_ctrl_c(TRAIN)
+    assert os.environ["USER"] == "somebody"
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", mock.Mock(side_effect=error))
+    exit_on_ctrl_c(TRAIN)
+    assert getpass.getuser() == "uid4321"
 
 
 def test_ctrl_c_during_imports_is_one_line(capsys, monkeypatch):
