@@ -184,8 +184,9 @@ def check_packages(exam: Examination) -> Iterator[Verdict]:
 
 
 def check_compilers(exam: Examination) -> Iterator[Verdict]:
-    """Try the C compiler that Triton takes."""
-    fault = host.compiler_fault()
+    """Try the C compiler that Triton takes, and look for the driver's library and a place for compiled code. Raises
+    UserError."""
+    fault = host.compiler_fault() or (host.libcuda_fault() if exam.gpus and exam.torch else "")
     cxx = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or shutil.which("c++")
     if exam.gpus and fault:
         yield FAIL, fault
@@ -193,6 +194,10 @@ def check_compilers(exam: Examination) -> Iterator[Verdict]:
         yield NOTE, f"{fault.split('; ')[0]}; without a GPU nothing needs that"
     else:
         yield OK, f"C: {host.c_compiler()}, C++: {cxx or 'none'}, Python.h: yes"
+    if exam.gpus:
+        folder, why = host.triton_cache()
+        if folder:
+            yield NOTE, f"Triton keeps compiled code in {folder}: {why}"
 
 
 # ----------------------------------------------------------------------------------------------------------------------

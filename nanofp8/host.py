@@ -10,6 +10,7 @@ import struct
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from types import ModuleType
 from typing import Any, Callable, Iterator
 
@@ -19,6 +20,8 @@ from nanofp8.files import error_line
 
 # Bytes of /dev/shm that NCCL's documentation asks of a container (user guide, troubleshooting: --shm-size=1g)
 SHARED_MEMORY = 2 ** 30
+# How the names of network file systems begin in /proc/mounts
+NETWORK = ("nfs", "cifs", "smb", "9p", "lustre", "gpfs", "beegfs", "ceph", "afs", "fuse.sshfs", "fuse.glusterfs")
 
 
 def start_torch() -> None:
@@ -199,6 +202,75 @@ def compiler_fault() -> str:
                 f"python3-dev), or choose a Python that has them by PYTHON=")
     why = next((line for line in done.stderr.splitlines() if "error" in line), f"status {done.returncode}")
     return f"{needed} a C compiler, but {compiler} fails ({why}); install gcc, or correct CC"
+
+
+def file_system(folder: str) -> str:
+    """Return the type of the file system that holds a folder, such as "ext4"; "" where that is not known (macOS)."""
+    folder, found = os.path.join(os.path.realpath(folder), ""), ("", "")
+    with contextlib.suppress(OSError), open("/proc/self/mounts", encoding="utf-8", errors="surrogateescape") as f:
+        for line in f:
+            _, point, kind, *_ = line.split()
+            point = point.replace("\\040", " ")
+            if folder.startswith(os.path.join(point, "")) and len(point) >= len(found[0]):  # the last one lies on top
+                found = point, kind
+    return found[1]
+
+
+def cache_fault(folder: str) -> str:
+    """Return why Triton cannot keep compiled code in a folder, which need not exist yet, or "". Writes nothing."""
+    folder = os.path.abspath(folder)
+    while not os.path.lexists(folder) and folder != os.path.dirname(folder):
+        folder = os.path.dirname(folder)
+    if not os.path.isdir(folder) or not os.access(folder, os.W_OK | os.X_OK):
+        return f"{folder} cannot be written"
+    if os.statvfs(folder).f_flag & getattr(os, "ST_NOEXEC", 0):  # Triton loads libraries from there
+        return f"{folder} is on a file system that is mounted with noexec"
+    return ""
+
+
+def triton_cache() -> tuple[str, str]:
+    """Return the folder to set TRITON_CACHE_DIR to, and why: ~/.triton cannot be used. ("", ""): as Triton has it.
+
+    Raises: UserError if no folder can be used.
+    """
+    remedy = "set TRITON_CACHE_DIR to a folder that can be written and is not mounted with noexec"
+    if given := os.environ.get("TRITON_CACHE_DIR"):
+        if fault := cache_fault(given):
+            raise UserError(f"Triton cannot keep compiled code in TRITON_CACHE_DIR={given}: {fault}; {remedy}")
+        return "", ""
+    usual = os.path.join(os.environ.get("TRITON_HOME") or os.path.expanduser("~"), ".triton", "cache")
+    fault = cache_fault(usual)
+    if not fault and os.environ.get("WORLD_SIZE", "1") != "1" and file_system(usual).startswith(NETWORK):
+        # There, ranks that compile the same kernel fail as they remove files (triton issue 11512)
+        fault = f"{usual} is on a network file system, where several processes may fail"
+    if not fault:
+        return "", ""
+    try:
+        other = os.path.join(tempfile.gettempdir(), f"triton-{os.getuid()}")
+        strange = os.path.lexists(other) and os.lstat(other).st_uid != os.getuid()  # code of another user would run
+        why = f"{other} is another user's" if strange else cache_fault(other)
+    except OSError as error:
+        why = error_line(error)
+    if why:
+        raise UserError(f"Triton cannot keep compiled code: {fault}, and {why}; {remedy}")
+    return other, fault
+
+
+@functools.cache
+def libcuda_fault() -> str:
+    """Return why Triton does not find the driver's library, which torch finds all the same, with the remedy, or ""."""
+    try:
+        from triton.backends.nvidia.driver import libcuda_dirs
+    except Exception:  # no Triton, or another one than 3.6: nothing is known
+        return ""
+    found = "Triton does not find the driver's libcuda.so.1"
+    try:
+        libcuda_dirs()
+    except AssertionError:  # neither ldconfig nor LD_LIBRARY_PATH names it
+        return f"{found}; set TRITON_LIBCUDA_PATH to the folder that holds it, or add that folder to LD_LIBRARY_PATH"
+    except (OSError, subprocess.SubprocessError) as error:  # no /sbin/ldconfig, as on NixOS
+        return f"{found} ({error_line(error)}); set TRITON_LIBCUDA_PATH to the folder that holds it"
+    return ""
 
 
 def shared_memory_fault(processes: int, folder: str = "/dev/shm") -> str:

@@ -101,12 +101,17 @@ def check_triton(capability: tuple[int, int]) -> None:
 
 
 def check_compiler() -> None:
-    """Raise UserError if Triton cannot build C code for this Python: it would fail at our first kernel.
+    """Raise UserError if Triton cannot build C code for this Python, or not keep it: it would fail at our first kernel.
 
-    run.sh sees to it in the environment that it makes, but takes another Python as it is.
+    run.sh sees to the compiler in the environment that it makes, but takes another Python as it is. Where Triton's
+    usual cache cannot be used, it gets another one.
     """
-    if importlib.util.find_spec("triton") and (fault := host.compiler_fault()):
+    if not importlib.util.find_spec("triton"):
+        return
+    if fault := host.compiler_fault() or host.libcuda_fault():
         raise UserError(fault)
+    if folder := host.triton_cache()[0]:
+        os.environ["TRITON_CACHE_DIR"] = folder
 
 
 def gpu_memory(device: torch.device | int) -> tuple[int, int]:

@@ -428,7 +428,14 @@ def fake_transformer_engine(monkeypatch, version="2.20.2", capability=(9, 0), av
     put("transformer_engine:__version__", version)
     put("transformer_engine_torch:get_cublasLt_version", lambda: cublaslt)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
-    monkeypatch.setattr(host, "compiler_fault", lambda: "")
+    fake_compilers(monkeypatch)
+
+
+def fake_compilers(monkeypatch, fault=""):
+    """Let Triton find what it needs on a GPU: a compiler (unless `fault`), the driver's library, a folder."""
+    monkeypatch.setattr(host, "compiler_fault", lambda: fault)
+    monkeypatch.setattr(host, "libcuda_fault", lambda: "")
+    monkeypatch.setattr(host, "triton_cache", lambda: ("", ""))
 
 
 # -----------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ import torch
 import helpers
 import train
 from helpers import TRAIN, flag_args, make_cfg, train_here
-from nanofp8 import cards, config, doctor, host, memory, sizes
+from nanofp8 import cards, config, doctor, host, machine, memory, sizes
 from nanofp8.config import UserError
 
 
@@ -78,7 +79,7 @@ def fake_gpus(monkeypatch, *names, capability=(9, 0), free=70e9, version="2.20.2
     monkeypatch.setattr(memory, "needs_transposes", lambda: True)  # itself, it would remember this GPU
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: cudnn)
-    monkeypatch.setattr(host, "compiler_fault", lambda: fault)
+    helpers.fake_compilers(monkeypatch, fault)
     answers = {"driver_version": [["580.82.07"] for _ in names]}
     monkeypatch.setattr(host, "ask_nvidia_smi", lambda fields: (answers[fields], ""))
 
@@ -233,7 +234,7 @@ def test_without_torch_and_numpy(shards, tmp_path, capsys, monkeypatch):
     answers = {"driver_version": [["575.57.08"]],
                "name,compute_cap,memory.free,memory.total": [["NVIDIA GeForce RTX 5090", "12.0", "31500", "32607"]]}
     monkeypatch.setattr(host, "ask_nvidia_smi", lambda fields: (answers[fields], ""))
-    monkeypatch.setattr(host, "compiler_fault", lambda: "")
+    helpers.fake_compilers(monkeypatch)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     status, lines, _ = report(capsys, f"--data_dir={shards}", "--dataset=synthetic", f"--out_dir={tmp_path}")
     assert status == 1 and [name for name, _ in faults(lines)] == ["torch", "numpy", "driver", "data"]
@@ -263,7 +264,7 @@ def test_gpus_before_anything_is_installed(shards, tmp_path, capsys, monkeypatch
     answers = {"driver_version": [["580.95.05"]], "name,compute_cap,memory.free,memory.total": [row]}
     monkeypatch.setattr(host, "ask_nvidia_smi", lambda fields: (answers[fields], ""))
     monkeypatch.setattr(host, "free_memory", lambda: 100 * 10 ** 9)
-    monkeypatch.setattr(host, "compiler_fault", lambda: "")
+    helpers.fake_compilers(monkeypatch)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     _, lines, text = report(capsys, f"--data_dir={shards}", "--dataset=synthetic", f"--out_dir={tmp_path}")
     text = " ".join(text.split())
@@ -497,6 +498,113 @@ def test_the_compiler_is_tried(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert "apt install g++" in fault()
     host.compiler_fault.cache_clear()
+
+
+@pytest.fixture
+def folders(tmp_path, monkeypatch):
+    """HOME and a temporary folder of our own. Returns a function that makes a file system there noexec, or nfs."""
+    for name in ("home", "tmp"):
+        (tmp_path / name).mkdir()
+    for name in ("TRITON_CACHE_DIR", "TRITON_HOME", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
+
+    def mount(name, noexec=False, kind=None):
+        folder, before = str(tmp_path / name), os.statvfs
+        if noexec:
+            monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_flag=os.ST_NOEXEC) if str(
+                path).startswith(folder) else before(path))
+        if kind:
+            monkeypatch.setattr(host, "file_system", lambda path: kind if path.startswith(folder) else "ext4")
+    return mount
+
+
+@pytest.mark.skipif(not hasattr(os, "ST_NOEXEC"), reason="only Linux says noexec")
+def test_where_triton_keeps_compiled_code(tmp_path, monkeypatch, folders):
+    """As Triton has it, else in the temporary folder. Nothing is made."""
+    other = str(tmp_path / "tmp" / f"triton-{os.getuid()}")
+    assert host.triton_cache() == ("", "")
+    folders("home", kind="nfs4")
+    assert host.triton_cache() == ("", "")  # one process may
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    folder, why = host.triton_cache()
+    assert folder == other and "network" in why and str(tmp_path / "home") in why
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "home" / "mine"))  # what the user says counts
+    assert host.triton_cache() == ("", "")
+    monkeypatch.delenv("TRITON_CACHE_DIR")
+    folders("home", noexec=True)
+    folder, why = host.triton_cache()
+    assert folder == other and "noexec" in why
+    monkeypatch.setenv("HOME", os.devnull)
+    folder, why = host.triton_cache()
+    assert folder == other and "cannot be written" in why
+    assert {path.name for path in tmp_path.rglob("*")} == {"home", "tmp"}
+    (tmp_path / "tmp" / f"triton-{os.getuid()}").mkdir()
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="another user.*set TRITON_CACHE_DIR"):
+        patch.setattr(os, "lstat", lambda path, lstat=os.lstat: SimpleNamespace(st_uid=os.getuid() + 1, st_mode=0))
+        host.triton_cache()
+    folders("tmp", noexec=True)
+    with pytest.raises(UserError, match="cannot be written, and .*noexec; set TRITON_CACHE_DIR"):
+        host.triton_cache()
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "tmp" / "x"))
+    with pytest.raises(UserError, match="TRITON_CACHE_DIR=.*noexec; set TRITON_CACHE_DIR"):
+        host.triton_cache()
+
+
+def test_the_type_of_a_file_system(monkeypatch, tmp_path):
+    mounts = r"""/dev/vda / ext4 rw 0 0
+server:/home /home nfs4 rw 0 0
+/dev/vdb /home/a\040b xfs rw 0 0
+overlay /srv overlay rw 0 0
+tmpfs /srv tmpfs rw,noexec 0 0
+"""
+    (tmp_path / "mounts").write_text(mounts)
+    monkeypatch.setattr("builtins.open", lambda path, *_, open=open, **named: open(
+        tmp_path / "mounts" if path == "/proc/self/mounts" else path, *_, **named))
+    monkeypatch.setattr(os.path, "realpath", lambda path: path)
+    assert [host.file_system(folder) for folder in ("/", "/homes", "/home", "/home/c/.triton", "/home/a b/c", "/srv")
+            ] == ["ext4", "ext4", "nfs4", "nfs4", "xfs", "tmpfs"]
+    (tmp_path / "mounts").unlink()
+    assert host.file_system("/home") == ""
+
+
+def test_another_cache_of_triton_is_set_and_reported(shards, tmp_path, capsys, monkeypatch):
+    fake_gpus(monkeypatch, "NVIDIA H100")
+    monkeypatch.setenv("TRITON_CACHE_DIR", "")
+    monkeypatch.setattr(host, "triton_cache", lambda: ("/tmp/triton-7", "/home/x is on a network file system"))
+    status, lines, _ = report(capsys, *small(shards, tmp_path, n_embd=128))
+    assert status == 0 and "/tmp/triton-7: /home/x is on a network" in of(lines, "compilers", doctor.NOTE)
+    machine.check_compiler()
+    assert os.environ["TRITON_CACHE_DIR"] == "/tmp/triton-7"
+
+    def refuse():
+        raise UserError("no folder; set TRITON_CACHE_DIR")
+
+    monkeypatch.setattr(host, "triton_cache", refuse)
+    status, lines, _ = report(capsys, *small(shards, tmp_path, n_embd=128))
+    assert status == 1 and faults(lines) == [("compilers", "no folder; set TRITON_CACHE_DIR")]
+
+
+@pytest.mark.parametrize("failure, words", [
+    (AssertionError("libcuda.so cannot found!"), ["TRITON_LIBCUDA_PATH", "LD_LIBRARY_PATH"]),
+    (FileNotFoundError(2, "No such file or directory", "/sbin/ldconfig"), ["/sbin/ldconfig", "TRITON_LIBCUDA_PATH"]),
+    (None, [])])
+def test_a_driver_library_that_triton_does_not_find(shards, tmp_path, capsys, monkeypatch, failure, words):
+    """torch finds it all the same. It is one line of the doctor and of training."""
+    driver = pytest.importorskip("triton.backends.nvidia.driver")
+    ask = host.libcuda_fault
+    fake_gpus(monkeypatch, "NVIDIA H100")
+    monkeypatch.setattr(host, "libcuda_fault", ask)
+    monkeypatch.setattr(driver, "libcuda_dirs", mock.Mock(side_effect=failure))
+    ask.cache_clear()
+    status, lines, _ = report(capsys, *small(shards, tmp_path, n_embd=128))
+    assert status == bool(words) and all(word in of(lines, "compilers", doctor.FAIL) for word in words)
+    if words:
+        assert len(faults(lines)) == 1
+        with pytest.raises(UserError, match="TRITON_LIBCUDA_PATH"):
+            machine.check_compiler()
+    ask.cache_clear()
 
 
 def test_an_error_of_the_user_is_a_fault(shards, tmp_path, capsys, monkeypatch):

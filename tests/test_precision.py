@@ -22,7 +22,6 @@ from helpers import (
     tokens_and_targets,
     train_here,
 )
-from nanofp8 import host
 from nanofp8 import te_emulation as te
 from nanofp8.config import UserError
 from nanofp8.precision import (
@@ -336,7 +335,7 @@ def test_triton_needs_a_compiler_and_headers(monkeypatch, changes):
     """On a GPU that is one line before anything is built; without a GPU nothing needs them."""
     pytest.importorskip("triton")
     helpers.fake_transformer_engine(monkeypatch)
-    monkeypatch.setattr(host, "compiler_fault", lambda: "no Python.h; apt install python3-dev")
+    helpers.fake_compilers(monkeypatch, "no Python.h; apt install python3-dev")
     with pytest.raises(UserError, match="python3-dev") as error:
         train.select_precision(make_cfg(**changes), helpers.GPU)
     assert error.value.status == 1
