@@ -24,9 +24,19 @@ SHARED_MEMORY = 2 ** 30
 NETWORK = ("nfs", "cifs", "smb", "9p", "lustre", "gpfs", "beegfs", "ceph", "afs", "fuse.sshfs", "fuse.glusterfs")
 
 
+def is_wsl(path: str = "/proc/sys/kernel/osrelease") -> bool:
+    """Whether this is Windows' Linux (WSL2), or a container there."""
+    try:
+        with open(path, encoding="ascii") as f:
+            return "microsoft" in f.read().lower()
+    except (OSError, ValueError):
+        return False
+
+
 def start_torch() -> None:
     """Import torch for training. Raises UserError if it is too old: later, that would be an AttributeError."""
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # read when torch starts
+    if not is_wsl():  # there, the first allocation may fail (pytorch issue 192330)
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # read when torch starts
     import torch
     if fault := old_torch(str(torch.__version__)):
         raise UserError(fault)

@@ -491,7 +491,8 @@ def alone() -> Iterator[None]:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception means too little memory: torch's own, or that of a library which allocates by itself."""
     return isinstance(error, torch.OutOfMemoryError) or any(
-        text in str(error) for text in ("out of memory", "STATUS_ALLOC_FAILED", "can't allocate memory"))
+        text in str(error) for text in ("out of memory", "STATUS_ALLOC_FAILED", "can't allocate memory",
+                                        "CUDA driver error: device not ready"))  # the last: WSL2, pytorch issue 192330
 
 
 def free_memory() -> None:

@@ -1,5 +1,6 @@
 """machine.py: peaks of GPUs, what config.json says of machine and code."""
 
+import os
 import shutil
 from contextlib import nullcontext
 
@@ -31,6 +32,24 @@ def test_the_code_hash_follows_train_py_and_the_package(tmp_path, monkeypatch):
     assert all((package / name).exists() for name in machine.REPORTS)
     (tmp_path / "README.md").write_text("edited")
     assert describe_machine(helpers.CPU)["code"] in seen
+
+
+@pytest.mark.parametrize("release, wsl", [
+    ("5.15.167.4-microsoft-standard-WSL2\n", True), ("4.4.0-19041-Microsoft\n", True), ("6.1.0-27-amd64\n", False),
+    (None, False)])
+def test_expandable_segments_but_not_under_wsl2(tmp_path, monkeypatch, release, wsl):
+    """There, CUDA's driver may refuse the first allocation. What the user sets stays."""
+    if release:
+        (tmp_path / "osrelease").write_text(release)
+    assert host.is_wsl(str(tmp_path / "osrelease")) == wsl
+    monkeypatch.setattr(host, "is_wsl", lambda: wsl)
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "max_split_size_mb:64")
+    host.start_torch()
+    assert os.environ["PYTORCH_ALLOC_CONF"] == "max_split_size_mb:64"
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF")
+    host.start_torch()
+    assert os.environ.get("PYTORCH_ALLOC_CONF") == (None if wsl else "expandable_segments:True")
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "")  # so that it is put back
 
 
 PEAKS = {

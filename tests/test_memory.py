@@ -416,6 +416,7 @@ def test_what_counts_as_too_little_memory():
     assert memory.is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
     assert memory.is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"))
     assert memory.is_out_of_memory(RuntimeError("CUDA driver error: out of memory"))
+    assert memory.is_out_of_memory(RuntimeError("CUDA driver error: device not ready"))  # WSL2
     assert not memory.is_out_of_memory(RuntimeError("a shape does not fit"))
 
 
