@@ -7,6 +7,7 @@ import math
 import os
 import re
 import statistics
+import sys
 import time
 import uuid
 from pathlib import Path
@@ -152,6 +153,17 @@ def flatten(tree: dict, prefix: str) -> Iterator[tuple[str, Any]]:
         yield from flatten(value, f"{prefix}/{key}") if isinstance(value, dict) else [(f"{prefix}/{key}", value)]
 
 
+@contextlib.contextmanager
+def no_stdin() -> Iterator[None]:
+    """Let nothing inside ask the user: sys.stdin is no terminal, and at its end."""
+    before = sys.stdin
+    with open(os.devnull) as sys.stdin:
+        try:
+            yield
+        finally:
+            sys.stdin = before
+
+
 class RunLog:
     """A run folder's log.jsonl, config.json and pictures, and wandb. Rank 0 alone has one.
 
@@ -184,13 +196,17 @@ class RunLog:
         if wandb_project:
             try:
                 import wandb
-                # A run that continues goes on under its own id
-                self.wandb = wandb.init(project=wandb_project, name=os.path.basename(folder), config=config, dir=folder,
-                                        id=config.get("wandb_id"), resume="allow")
+                with no_stdin():  # without a login, wandb would wait for an answer for ever
+                    # A run that continues goes on under its own id
+                    self.wandb = wandb.init(project=wandb_project, name=os.path.basename(folder), config=config,
+                                            dir=folder, id=config.get("wandb_id"), resume="allow")
                 # wandb's own step never goes back, and what is logged for an earlier one is lost: a resumed run's steps
                 self.wandb.define_metric("*", step_metric="step")
             except Exception as error:  # no wandb, no network, no login: the run continues
-                console(f"wandb is off: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
+                why = str(error).splitlines()[0] if str(error) else type(error).__name__
+                if re.search("api.key (not )?configured", why, re.I):  # by newer and older versions
+                    why = "not logged in; run `wandb login`, or set WANDB_MODE=offline"
+                console(f"wandb is off: {why}")
 
     def open_files(self) -> None:
         """Write config.json, and open log.jsonl to append to."""

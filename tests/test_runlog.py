@@ -28,6 +28,24 @@ def test_a_wandb_that_fails_later_is_switched_off(tmp_path, monkeypatch, capsys)
     assert [r["loss"] for r in records(tmp_path)] == [1.0, None]  # JSON has no NaN
 
 
+@pytest.mark.parametrize("message", [
+    "No API key configured. Use `wandb login` to log in.",
+    "api_key not configured (no-tty). call wandb.login(key=[your_api_key])"])
+def test_wandb_without_a_login_asks_nothing(tmp_path, monkeypatch, capsys, message):
+    """On a terminal, it would wait for an answer for ever. stdin is put back."""
+    def init(**_):
+        assert not sys.stdin.isatty() and sys.stdin.read() == ""
+        raise RuntimeError(message)
+
+    terminal = SimpleNamespace(isatty=lambda: True)
+    monkeypatch.setattr(sys, "stdin", terminal)
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    RunLog(str(tmp_path), FolderLock(str(tmp_path)), {}, wandb_project="x").close()
+    line = capsys.readouterr().out
+    assert "wandb is off: not logged in" in line and "wandb login" in line and "WANDB_MODE=offline" in line
+    assert sys.stdin is terminal
+
+
 def test_a_log_that_cannot_be_read_is_one_line(tmp_path):
     (tmp_path / "log.jsonl").mkdir()
     with pytest.raises(UserError, match=r"log\.jsonl cannot be read \(Is a directory\)"):
