@@ -23,6 +23,9 @@ TRIED = ((9, 0),)  # compute capabilities on which flash-attn-4 has trained; "au
 
 # Keep compiled kernels on disk. Read when flash-attn-4 is imported, which Transformer Engine does in its own import
 os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
+# Where cuDNN has no fused attention, Transformer Engine (2.18 to 2.20.2 ask this variable) would take flash-attn-4. It
+# gives causal attention the window (-1, 0), of which flash-attn-4 4.0.0b36 makes zeros (TransformerEngine issue 3528)
+os.environ.setdefault("NVTE_FLASH_ATTN_V4", "0")
 
 
 @functools.cache

@@ -1,5 +1,7 @@
 """The choice of attention, and each against float64: on a GPU the real ones, on a CPU a stand-in for flash-attn-4."""
 
+import importlib.util
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -137,3 +139,14 @@ def test_a_warning_where_cudnn_has_no_fused_attention(capability, cudnn, head, p
 def test_torch_has_no_windows():
     with pytest.raises(UserError, match="--window_pattern=L"):
         choose_attention(flags(attention="torch", window_pattern="SL"), torch.device("cpu"), True)
+
+
+@pytest.mark.parametrize("given, value", [(None, "0"), ("1", "1")])
+def test_transformer_engine_does_not_take_flash_attn_4(monkeypatch, given, value):
+    """By TE's calls, flash-attn-4 4.0.0b36 gives zeros. What the user sets counts."""
+    monkeypatch.setenv("NVTE_FLASH_ATTN_V4", given or "")
+    if given is None:
+        del os.environ["NVTE_FLASH_ATTN_V4"]
+    spec = importlib.util.find_spec("nanofp8.attention")
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    assert os.environ["NVTE_FLASH_ATTN_V4"] == value
