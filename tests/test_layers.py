@@ -1,26 +1,16 @@
 """The order of the modules: each imports only what stands before it, so there are no import cycles."""
 
 import ast
+import re
 
 import pytest
 
 from helpers import ROOT
 
-# Each module may import those of the lines above it, and those before it in its own line
-ORDER = """
-    prefetch files cards sizes
-    config schedule host kernels shards te_emulation plain zero
-    parts attention
-    machine plots faults precision epilogue_functions epilogues muon ahead fused
-    fp8_stats loss procs runlog checkpoint_files resuming
-    checkpoint memory doctor reports
-    race_report
-    race
-    alternate breakdown card
-    train
-    train_orig sample
-    bench
-""".split()
+# As the table of docs/architecture.md lists them
+TABLE = [line.split("|")[1] for line in (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8").split("\n")
+         if line.startswith("| `")]
+ORDER = [name for cell in TABLE for name in re.findall(r"`(?:nanofp8/)?(\w+)\.py`", cell)]
 SCRIPTS = {"train", "train_orig", "sample", "bench"}
 
 
