@@ -112,12 +112,22 @@ def start_processes() -> Processes:
             raise UserError(f"rank {rank} cannot connect to the others at {where} ({error_line(error)}); "
                             f"check MASTER_ADDR, or choose another MASTER_PORT", one_rank=True) from None
         except RuntimeError as error:  # gloo's and NCCL's
-            remedy = ("set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the network interface between the machines"
-                      if world_size > local_size else "with NCCL_DEBUG=INFO, NCCL says more")
-            raise UserError(f"rank {rank} cannot connect to the others ({error_line(error)}); {remedy}",
-                            one_rank=True) from None
+            raise UserError(f"rank {rank} cannot connect to the others ({error_line(error)}); "
+                            f"{connection_remedy(error, world_size > local_size)}", one_rank=True) from None
     mesh = init_device_mesh(device.type, (world_size,), mesh_dim_names=("data",))
     return Processes(rank, local_rank, world_size, device, mesh)
+
+
+def connection_remedy(error: RuntimeError, several_machines: bool) -> str:
+    """Return what to do if gloo or NCCL cannot connect the ranks."""
+    named = os.environ.get("GLOO_SOCKET_IFNAME")
+    if "Unable to find" in str(error) and named:  # gloo's words, here and below
+        return f"GLOO_SOCKET_IFNAME={named}: correct it, or unset it"
+    if several_machines:
+        return "set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the network interface between the machines"
+    if "Unable to find" in str(error):
+        return "no network interface is up, not even lo, which one process needs too; run: ip link set lo up"
+    return "with NCCL_DEBUG=INFO, NCCL says more"
 
 
 def read_ranks() -> tuple[int, int, int]:

@@ -80,6 +80,25 @@ def test_a_port_that_is_taken_is_one_line(monkeypatch):
     assert caught.value.one_rank and "\n" not in str(caught.value)
 
 
+GLOO = "[enforce fail at device.cc:212] ifa != nullptr. Unable to find "
+
+
+@pytest.mark.parametrize("error, interface, local_size, words", [
+    (GLOO + "interface for: [127.0.0.1]", None, 1, ["no network interface", "ip link set lo up"]),
+    (GLOO + "address for: eth7", "eth7", 1, ["GLOO_SOCKET_IFNAME=eth7", "unset"]),
+    (GLOO + "interface for: [10.0.0.7]", None, 0, ["NCCL_SOCKET_IFNAME", "between the machines"]),
+    ("NCCL error: unhandled system error", None, 1, ["NCCL_DEBUG=INFO"])])
+def test_ranks_that_cannot_connect_are_one_line(monkeypatch, error, interface, local_size, words):
+    monkeypatch.setattr(dist, "init_process_group", mock.Mock(side_effect=RuntimeError(error)))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local_size))
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", interface or "")
+    with pytest.raises(UserError) as caught:
+        start_processes()
+    assert all(word in str(caught.value) for word in words) and "\n" not in str(caught.value)
+    assert ("NCCL_DEBUG" in str(caught.value)) == ("NCCL_DEBUG=INFO" in words)
+
+
 def test_a_busy_gpu_is_one_line(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
