@@ -447,7 +447,7 @@ def markdown(rows: list[dict], noise: float | None, val_noise: float | None, com
     text = [
         *header(config, command),
         f"{config['parameters'] / 1e6:.1f}M parameters ({config['n_layer']} layers, width {config['n_embd']}, "
-        f"vocabulary {config['vocab_size']:,}), {batch_text(config)} of {config['dataset']}, "
+        f"vocabulary {config['vocab_size']:,}), {config['dataset']}, {batch_text(config)}, "
         f"unless a row says otherwise.", "", *table(rows, columns(rows, noise)), "",
         f"Gaps are to {gaps_to}, on the same tokens. Train loss is smoothed (exponential average, 0.9). Val loss is "
         f"evaluated in bf16; \"evaluated in the format\" is how much it rises if the evaluation runs in the format "
@@ -605,8 +605,11 @@ def main(argv: Sequence[str]) -> None:
         elif name == "profile":
             check_given(name, given)
             breakdown.run(train, given, start_processes(), out, command)
+        elif name == "card":
+            check_given(name, given)
+            card.run(options, given, train, out, command)
         else:
-            dict(card=card, race=race)[name].run(options, given, train, out, command)
+            race.run(options, given, train, out, command)
         return
     if name not in MODES:
         raise UserError(f"unknown mode '{name}'; bench.py has {', '.join((*MODES, *sorted(OPTIONS)))}", 2)

@@ -26,7 +26,8 @@ DEFAULT_VARIANTS = {True: "fp8: --preset=classic; bf16: --preset=classic --USE_F
 FLAGS = dict(max_iters=10**7, log_interval=1, eval_interval=0, keep_checkpoints=0, ckpt_interval=0)
 LENGTH = "use --warm and --measure; for the batch of a shorter run, give --total_batch_size"
 OWN = {"max_iters": LENGTH, "train_tokens": LENGTH, "run_name": "use names of variants", "out_dir": "use --out",
-       "resume": "every run starts anew", "batch_ramp": "one speed, not that of each stage"}
+       "resume": "every run starts anew", "batch_ramp": "one speed, not that of each stage",
+       "log_interval": "it needs every step's record"}
 POLL_SECONDS = 0.2
 
 

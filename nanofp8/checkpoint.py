@@ -179,7 +179,8 @@ def adopt_flags(checkpoint: str, cfg: SimpleNamespace, recipe: dict, procs: Proc
         follow = {"lr_scaling"}  # once the default: the rates must not jump
     else:
         follow = set()
-    if not any(name in cfg.explicit or getattr(cfg, name) != default for name, default in FORMAT_FLAGS.items()):
+    if not any(name in cfg.explicit or getattr(cfg, name) != default for name, default in FORMAT_FLAGS.items()
+               if name != "FP8_CALIBRATION_STEPS"):  # which chooses no format
         follow |= FORMAT_FLAGS.keys()
     kinds = script_flags(TRAIN)
     others = left_out(sorted((follow & kinds.keys()) - {*FIXED_FLAGS}))

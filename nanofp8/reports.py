@@ -1,5 +1,6 @@
 """Reports of runs: read run folders, find a finished run again, write a table with its data and picture."""
 
+import contextlib
 import datetime
 import json
 import os
@@ -102,12 +103,13 @@ def table(rows: list[dict], columns: list[tuple[str, Callable[[dict], str]]]) ->
 def check_out(out: str) -> None:
     """Check that a report can be written: before hours of training, not after them. Raises UserError."""
     folder = os.path.dirname(os.path.abspath(out))
-    while not os.path.exists(folder):
-        folder = os.path.dirname(folder)
     try:
+        while not os.path.lexists(folder):
+            folder = os.path.dirname(folder)
         tempfile.TemporaryFile(dir=folder).close()
         for path in (out + ending for ending in (".json", ".md", ".png")):
-            if os.path.exists(path):
+            with contextlib.suppress(FileNotFoundError):
+                os.stat(path)  # a name may be too long
                 open(path, "ab").close()
     except OSError as error:
         raise UserError(f"no report can be written to {out} ({error.strerror or error}); choose another --out",

@@ -195,7 +195,9 @@ def batch_error(cfg: SimpleNamespace, ranks: int, resumed: bool, fixed: bool = T
         return ""
     if resumed:
         fit = max(n for n in range(1, ranks + 1) if n == 1 or total % (n * T * times) == 0)
-        remedy = "leave out --batch_size" if fit == ranks else f"continue on {fit} rank(s)"
+        remedy = "use --batch_size=auto" if fit == ranks else f"continue on {fit} rank(s)"
+        if fixed and fit != ranks and total % (fit * cfg.batch_size * T * times):
+            remedy += " with --batch_size=auto"
     else:
         unit = micro
         if not fixed:  # a power of two per rank, so that micro-batches fit, but small beside the step
@@ -205,9 +207,9 @@ def batch_error(cfg: SimpleNamespace, ranks: int, resumed: bool, fixed: bool = T
         if times > 1:
             remedy += f" --batch_ramp={cfg.batch_ramp}"
             if total % (micro // times if fixed else ranks * T) == 0:
-                remedy += ", or --batch_ramp= for a constant batch"
+                remedy += f", or --total_batch_size={total} --batch_ramp= for a constant batch"
         if total % (ranks * T * times) == 0:
-            remedy += ", or leave out --batch_size"
+            remedy += ", or --batch_size=auto"
     by_ramp = (" x 2 for each doubling by batch_ramp", f" x {times}") if times > 1 else ("", "")
     return (f"total_batch_size={total} is not a multiple of ranks x batch_size x block_size{by_ramp[0]} = "
             f"{ranks} x {cfg.batch_size} x {T}{by_ramp[1]} = {micro}; {remedy}")

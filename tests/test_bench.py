@@ -202,6 +202,8 @@ def test_what_is_left_out_and_what_ends_all(fresh, shards, tmp_path, monkeypatch
     (["profile", "--train_tokens=8192"], "--max_iters.*--train_tokens"),
     (["profile", "--rows=x"], "--rows"), (["report", "a", "--rows=x"], "run folders"),
     (["speed", "--out=/dev/null/x"], "/dev/null/x.*another --out"), (["race", "--out=/dev/null/x"], "another --out"),
+    (["report", "a", f"--out={'x' * 300}"], "too long.*another --out"),
+    (["card", "--log_interval=5"], "--log_interval"),
 ])
 def test_wrong_input_is_one_line(fresh, arguments, text):
     with pytest.raises(UserError, match=text) as error:

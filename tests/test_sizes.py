@@ -149,8 +149,8 @@ def test_ranks_that_do_not_divide_the_first_batch():
                                         r"--total_batch_size=3072 --batch_ramp=0.25,0.6$") as caught:
         train.check_flags(cfg, 3)
     assert caught.value.status == 2
-    with pytest.raises(UserError, match=r"continue on 2 rank\(s\)$"):
+    with pytest.raises(UserError, match=r"continue on 2 rank\(s\) with --batch_size=auto$"):
         train.check_flags(cfg, 3, resumed=True)
-    with pytest.raises(UserError, match="leave out --batch_size"):
+    with pytest.raises(UserError, match="--batch_size=auto"):
         train.check_flags(cfg, 2)
     assert batch_sizes(cfg, 2) == [4, 2, 1] and batch_sizes(cfg, 3) == []

@@ -189,6 +189,12 @@ def test_an_edited_number_format_counts_as_given(tmp_path, monkeypatch):
     assert cfg.USE_FP8 is False
 
 
+def test_the_number_of_calibration_passes_chooses_no_format(monkeypatch):
+    saved = vars(parse("--preset=d20", "--USE_FP8=False"))
+    assert resumed(monkeypatch, saved, "--preset=d20", "--FP8_CALIBRATION_STEPS=3").USE_FP8 is False
+    assert resumed(monkeypatch, saved, "--preset=d20", "--FP8_MARGIN=0").USE_FP8 is True
+
+
 def test_the_defaults_of_the_number_format_are_those_of_the_script():
     cfg = parse()
     assert {name: getattr(cfg, name) for name in train.checkpoint.FORMAT_FLAGS} == train.checkpoint.FORMAT_FLAGS
@@ -248,6 +254,15 @@ def test_the_remedy_for_other_numbers_of_ranks_works_and_is_near(ranks, given):
         assert bool(now.batch_ramp) == ("--batch_ramp=0.25,0.6" in flags)
 
 
+@pytest.mark.parametrize("given, ranks", [
+    (["--preset=d12", "--batch_size=16"], 8), (["--preset=d12", "--batch_size=32"], 4), (["--batch_size=12"], 1)])
+def test_each_remedy_for_a_given_micro_batch_works(given, ranks):
+    with pytest.raises(UserError, match="; use --total_batch_size=.*, or --batch_size=auto$") as caught:
+        train.check_flags(parse("--preset=d20", *given), ranks)
+    for remedy in str(caught.value).split("; use ")[1].split(", or "):
+        train.check_flags(parse("--preset=d20", *given, *remedy.split(" for ")[0].split()), ranks)
+
+
 @pytest.mark.parametrize("name,value", [("n_layer", "3"), ("window_size", "64"), ("USE_8BIT_ADAM", "True"),
                                         ("muon_variant", '"muon"'), ("dataset", '"other"'), ("block_size", "64")])
 def test_an_edited_flag_that_cannot_change_is_refused(tmp_path, monkeypatch, name, value):
@@ -263,7 +278,7 @@ def test_an_edited_flag_that_cannot_change_is_refused(tmp_path, monkeypatch, nam
 
 
 @pytest.mark.parametrize("ranks,arguments,remedy", [
-    (3, [], "continue on 2 rank"), (7, [], "continue on 4 rank"), (2, ["--batch_size=5"], "leave out --batch_size"),
+    (3, [], "continue on 2 rank"), (7, [], "continue on 4 rank"), (2, ["--batch_size=5"], "use --batch_size=auto"),
     (32, [], "continue on 16 rank")])
 def test_remedies_of_a_resumed_run_name_what_can_change(ranks, arguments, remedy):
     cfg = parse("--preset=tiny", *arguments)  # 2,048 tokens, 128 each
