@@ -44,20 +44,23 @@ def driver_fault(driver: str, cuda: str) -> str:
     return f"the NVIDIA driver is {driver}, but CUDA {cuda} needs {needed} or newer; update it{older}"
 
 
-def old_torch(version: str) -> str:
-    """Return in what way this version of torch is too old, with the remedy, or "". One without numbers is not refused.
-    """
+def is_older(version: str, oldest: tuple[int, int]) -> bool:
+    """Whether a version is older than that. One without numbers is not."""
     numbers = version_numbers(version)
-    if not numbers or numbers[:2] >= TORCH_OLDEST:
+    return bool(numbers) and numbers[:2] < oldest
+
+
+def old_torch(version: str) -> str:
+    """Return in what way this version of torch is too old, with the remedy, or ""."""
+    if not is_older(version, TORCH_OLDEST):
         return ""
     return (f"torch {version} is too old, training needs {dotted(TORCH_OLDEST)} or newer; start with bash run.sh, "
             f"which makes an environment, or use that environment's Python (.venv/bin/python)")
 
 
 def unsupported_version(version: str) -> str:
-    """Return why this version of Transformer Engine cannot be used, or "". A version without numbers is not refused."""
-    numbers = version_numbers(version)
-    if not numbers or numbers[:2] >= TE_OLDEST:
+    """Return why this version of Transformer Engine cannot be used, or ""."""
+    if not is_older(version, TE_OLDEST):
         return ""
     return (f"Transformer Engine {version} is too old; this code was made for {TE_MADE_FOR} and needs "
             f"{dotted(TE_OLDEST)} or newer")

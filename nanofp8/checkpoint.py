@@ -65,9 +65,9 @@ FIXED_FLAGS = ("n_layer", "n_embd", "n_head", "vocab_size", "block_size", "rope_
 ADDED_FLAGS = dict(qk_scale=1.0, window_pattern="L", n_value_embed=0, USE_X0=False, batch_ramp="",
                    muon_variant="muon")
 # The number format, with the defaults: a resumed run keeps its own as long as none of these is given or edited
-FORMAT_FLAGS = dict(USE_FP8=True, FP8_RECIPE="delayed", FP8_MARGIN=0, FP8_AMAX_HISTORY=1024, FP8_CALIBRATION_STEPS=3,
-                    USE_FP8_HEAD=True, USE_NVFP4=False, NVFP4_HADAMARD=True, NVFP4_STOCHASTIC_ROUNDING=True,
-                    NVFP4_2D_WEIGHTS=True, HIGH_PRECISION_LAYERS="")
+FORMAT_FLAGS = dict(USE_FP8=True, FP8_RECIPE="delayed", FP8_MARGIN=0, FP8_AMAX_HISTORY=1024, USE_FP8_HEAD=True,
+                    USE_NVFP4=False, NVFP4_HADAMARD=True, NVFP4_STOCHASTIC_ROUNDING=True, NVFP4_2D_WEIGHTS=True,
+                    HIGH_PRECISION_LAYERS="")
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What is saved
@@ -179,8 +179,7 @@ def adopt_flags(checkpoint: str, cfg: SimpleNamespace, recipe: dict, procs: Proc
         follow = {"lr_scaling"}  # once the default: the rates must not jump
     else:
         follow = set()
-    if not any(name in cfg.explicit or getattr(cfg, name) != default for name, default in FORMAT_FLAGS.items()
-               if name != "FP8_CALIBRATION_STEPS"):  # which chooses no format
+    if not any(name in cfg.explicit or getattr(cfg, name) != default for name, default in FORMAT_FLAGS.items()):
         follow |= FORMAT_FLAGS.keys()
     kinds = script_flags(TRAIN)
     others = left_out(sorted((follow & kinds.keys()) - {*FIXED_FLAGS}))
