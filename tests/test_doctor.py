@@ -19,11 +19,17 @@ from nanofp8.config import UserError
 
 @pytest.fixture(autouse=True)
 def alone(fresh, monkeypatch):
-    """No GPU, no nvidia-smi, no torchrun; bytecode caches stay as they are."""
+    """No GPU, no nvidia-smi, no torchrun, 500 GB of free disk; bytecode caches stay as they are."""
     monkeypatch.setattr(sys, "dont_write_bytecode", sys.dont_write_bytecode)
     monkeypatch.setattr(host, "ask_nvidia_smi", lambda fields: ([], "nvidia-smi is not here"))
     monkeypatch.setattr(host, "SHARED_MEMORY", 0)
+    free_disk(monkeypatch, 5e11)
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+
+
+def free_disk(monkeypatch, free):
+    """Let every disk have this many bytes free."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
 
 
 def report(capsys, *flags):
@@ -350,8 +356,7 @@ def test_flags_that_training_would_refuse(shards, tmp_path, capsys, changes, nam
     (2e6, 2, doctor.WARN, ["3 checkpoints", "make room"]), (1e5, 2, doctor.FAIL, ["a checkpoint takes", "--out_dir"]),
 ])
 def test_disk(shards, tmp_path, capsys, monkeypatch, free, keep, mark, words):
-    real = shutil.disk_usage
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: real(path)._replace(free=free))
+    free_disk(monkeypatch, free)
     status, lines, _ = report(capsys, *small(shards, tmp_path, keep_checkpoints=keep))
     assert status == (mark == doctor.FAIL) and all(word in of(lines, "disk", mark) for word in words), lines
 
