@@ -155,17 +155,20 @@ def adopt_flags(checkpoint: str, cfg: SimpleNamespace, recipe: dict, procs: Proc
     Taken are, unless they were given or edited, the flags that cannot change, those of `recipe`, and the number format:
     a run that goes on without the flags of its first start must not jump to the present defaults. The recipe is not
     taken if another preset is given. Old code did not save all of `recipe`; it trained with these values.
+    An edit that was there when the checkpoint was saved does not count: the checkpoint knows what came of it.
     Raises: UserError.
     """
     meta = read_checkpoint(checkpoint)
-    saved = meta["flags"]
+    saved, in_file = meta["flags"], meta.get("in_file", {})
+    as_before = {name for name, value in in_file.items() if name not in cfg.given and cfg.in_file.get(name) == value}
+    explicit, other_preset = {*cfg.explicit} - as_before, "preset" not in {*cfg.auto} | as_before
     if "stages" in meta:
         cfg.batch_stages = meta["stages"]
     is_old = "lr_scaling" not in saved
     then = ADDED_FLAGS | dict(train_tokens=0, USE_SHUFFLE=False) | (recipe if is_old else {}) | saved
 
     def left_out(names: Iterable[str]) -> dict:
-        return {name: then[name] for name in names if name not in cfg.explicit and name in then}
+        return {name: then[name] for name in names if name not in explicit and name in then}
 
     taken = left_out(FIXED_FLAGS)
     if differing := [f"{name}={shown(value)}" for name, value in taken.items() if value != getattr(cfg, name)]:
@@ -173,13 +176,14 @@ def adopt_flags(checkpoint: str, cfg: SimpleNamespace, recipe: dict, procs: Proc
     if is_old:
         follow = {*recipe}
         procs.print("resume: the checkpoint is older than the present recipe, and continues with its own")
-    elif "preset" in cfg.auto or cfg.preset == saved.get("preset"):
+    elif not other_preset or cfg.preset == saved.get("preset"):
         follow = {*recipe} - {"batch_size"}  # which depends on the machine
     elif cfg.lr_scaling == "length" and saved["lr_scaling"] == "sqrt":
         follow = {"lr_scaling"}  # once the default: the rates must not jump
     else:
         follow = set()
-    if not any(name in cfg.explicit or getattr(cfg, name) != default for name, default in FORMAT_FLAGS.items()):
+    if not any(name in explicit or getattr(cfg, name) != default for name, default in FORMAT_FLAGS.items()
+               if name not in as_before):
         follow |= FORMAT_FLAGS.keys()
     kinds = script_flags(TRAIN)
     others = left_out(sorted((follow & kinds.keys()) - {*FIXED_FLAGS}))
@@ -199,11 +203,12 @@ def adopt_flags(checkpoint: str, cfg: SimpleNamespace, recipe: dict, procs: Proc
     if differing and not is_old:
         procs.print(f"resume: taken from the checkpoint, because they were not given: {', '.join(differing)}")
     taken |= others
-    if "preset" in cfg.auto and saved.get("preset") in get_args(kinds["preset"].kind):
+    if not other_preset and saved.get("preset") in get_args(kinds["preset"].kind):
         taken["preset"] = saved["preset"]  # a later resume that names it finds its own
         if may_choose(cfg, "batch_size"):
             cfg.batch_size = "auto"  # the largest one depends on the preset
     vars(cfg).update(taken)
+    cfg.explicit = [name for name in cfg.explicit if name in explicit or name not in taken or name == "preset"]
     cfg.auto = [name for name in cfg.auto if taken.get(name, "auto") == "auto"]
     return saved
 
@@ -625,7 +630,7 @@ def save_checkpoint(run: Any, steps: int) -> None:
         data=data_fingerprint(run.loader.ring, tokens) | dict(shards=run.fingerprints),
         train_seconds=run.progress.train_seconds, parameters=run.parameters, versions=run.machine["versions"],
         **run.optimizers.meta, guard=run.guard.state_dict(), saved_at=time.time(), flags=flag_values(cfg),
-        **({"stages": stages} if len(stages) > 1 else {}))
+        in_file=cfg.in_file, **({"stages": stages} if len(stages) > 1 else {}))
     blocked = run.checkpoints.save(steps, lambda: training_state(run), meta)
     run.last_save = time.monotonic()
     if cfg.keep_checkpoints:

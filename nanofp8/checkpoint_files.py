@@ -180,7 +180,8 @@ def check_meta(meta: dict, name: str) -> None:
     data, guard, files = (meta.get(key) for key in ("data", "guard", "files"))
     shards = (data or {}).get("shards", {})
     fits = dict(
-        flags=isinstance(meta["flags"], dict), tokens=number(meta["tokens"], 1),
+        flags=isinstance(meta["flags"], dict), in_file=isinstance(meta.get("in_file", {}), dict),
+        tokens=number(meta["tokens"], 1),
         step=number(meta["step"], 1) and (not named or meta["step"] == int(named[1])),
         world_size=number(meta["world_size"], 1), train_seconds=number(meta["train_seconds"], 0, real),
         loader=all(number(meta["loader"][key], 0) for key in ("step", "micro_batch")),

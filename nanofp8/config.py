@@ -345,7 +345,7 @@ def parse_flags(argv: Sequence[str], path: str | os.PathLike, presets: Mapping[s
             default differs from it was edited.
         has_gpu: whether preset "auto" stands for GPU_PRESET or for CPU_PRESET.
     Returns: one attribute per flag; `given`: sorted names of the flags in `argv`; `explicit`: these, the edited ones
-        and "preset"; `auto`: those whose value is "auto".
+        and "preset"; `auto`: those whose value is "auto"; `in_file`: {flag: its value in the script}.
     Raises: UserError (status 2).
     """
     flags = script_flags(path)
@@ -365,12 +365,13 @@ def parse_flags(argv: Sequence[str], path: str | os.PathLike, presets: Mapping[s
     values |= {name: value for name, value in presets[preset].items() if name not in edited}
     values |= given | {"preset": preset}
     auto = sorted(auto + [name for name, value in values.items() if value == "auto"])
-    return SimpleNamespace(**values, given=sorted(given), explicit=sorted({*given, *edited, "preset"}), auto=auto)
+    return SimpleNamespace(**values, given=sorted(given), explicit=sorted({*given, *edited, "preset"}), auto=auto,
+                           in_file={name: flag.default for name, flag in flags.items()})
 
 
 def flag_values(cfg: SimpleNamespace) -> dict[str, Any]:
     """Return all flags as a dict, for config.json and meta.json."""
-    notes = ("given", "explicit", "auto", "batch_stages")
+    notes = ("given", "explicit", "auto", "in_file", "batch_stages")
     return {name: value for name, value in vars(cfg).items() if name not in notes}
 
 

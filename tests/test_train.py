@@ -1,5 +1,6 @@
 """train.py's presets, the checks of its flags, the choice of a wrapper, and train.py as a program."""
 
+import json
 import math
 import re
 import sys
@@ -12,7 +13,7 @@ import torch
 import helpers
 import train
 from helpers import TRAIN, edited_copy, finish, make_cfg, one_process, start, train_here
-from nanofp8.config import UserError, script_flags
+from nanofp8.config import UserError, flag_values, script_flags
 from nanofp8.precision import FORMATS
 
 FLAGS = script_flags(TRAIN)
@@ -187,6 +188,36 @@ def test_an_edited_number_format_counts_as_given(tmp_path, monkeypatch):
     cfg = module.read_flags([], has_gpu=False)
     train.checkpoint.adopt_flags("a", cfg, train.CLASSIC, one_process())
     assert cfg.USE_FP8 is False
+
+
+EDITS = dict(preset='"d12"', learning_rate="0.05", n_embd="512", max_iters="9", warmup_iters="7", USE_FP8="False")
+
+
+@pytest.mark.parametrize("first, again, expected", [
+    ([], [], dict(learning_rate=0.05, max_iters=9, n_embd=512, USE_FP8=False, warmup_ratio=0.0, preset="d12")),
+    (["--learning_rate=0.01", "--train_tokens=1310720", "--n_embd=256", "--USE_FP8=True", "--warmup_ratio=0.1"], [],
+     dict(learning_rate=0.01, max_iters=20, n_embd=256, USE_FP8=True, warmup_ratio=0.1, preset="d12")),
+    (["--learning_rate=0.01"], ["--learning_rate=0.02"], dict(learning_rate=0.02, max_iters=9)),
+    (["--preset=speedrun", "--n_embd=256"], [], dict(preset="speedrun", n_embd=256, n_layer=20, learning_rate=0.05)),
+    (["--learning_rate=0.01"], ["--preset=speedrun"], dict(learning_rate=0.05, n_layer=12)),
+])
+def test_an_edit_from_before_the_checkpoint_is_not_a_change(tmp_path, monkeypatch, first, again, expected):
+    """The first start may have given another value, which a resumed run keeps. Only newer edits count."""
+    module, _ = edited_copy(tmp_path, total_batch_size="65536", batch_size="8", **EDITS)
+    then = module.read_flags(first, has_gpu=True)
+    meta = dict(flags=flag_values(then), in_file=then.in_file)
+    monkeypatch.setattr(train.checkpoint, "read_checkpoint", lambda folder: json.loads(json.dumps(meta)))
+
+    def resume(module):
+        cfg = module.read_flags([*again, "--resume=auto"], has_gpu=True)
+        module.resolve_length(cfg, train.checkpoint.adopt_flags("a", cfg, train.CLASSIC, one_process()))
+        return cfg
+
+    cfg = resume(module)
+    assert {name: getattr(cfg, name) for name in expected} == expected
+    module, _ = edited_copy(tmp_path, total_batch_size="65536", batch_size="8", **EDITS | dict(learning_rate="0.06"))
+    if "--learning_rate=0.02" not in again:
+        assert resume(module).learning_rate == 0.06
 
 
 def test_the_number_of_calibration_passes_chooses_no_format(monkeypatch):
