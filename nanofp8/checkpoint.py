@@ -667,6 +667,7 @@ def finish_run(run: Any, steps: int) -> None:
         run.procs.print(f"next: {python_command()} sample.py --ckpt={shlex.quote(run.folder)} continues a text with "
                         f"this model")
     if stopped:
-        run.procs.print(f"\nstopped by a signal after {steps} steps; continue with the same command and --resume=auto "
-                        f"(from {newest or 'the start: no checkpoint was kept'})")
+        then = (f"continue with the same command and --resume=auto (from {newest})" if newest else
+                "no checkpoint was kept")
+        run.procs.print(f"\nstopped by a signal after {steps} steps; {then}")
     report_good_end(run.procs)
