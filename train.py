@@ -11,9 +11,9 @@ Train a GPT in FP8 (or NVFP4) with NVIDIA Transformer Engine. Read it top to bot
 The model is nanochat's d20 shape: 561M parameters, RoPE, RMSNorm, QK norm, relu^2, logit softcap.
 Muon (Microsoft's Dion library) trains the matrices in the blocks, AdamW trains the rest: embeddings, head, gains.
 
-main() reads the flags and calls run(). That calls set_up(), which builds a Run (data, model, optimizers, and the state
-of a checkpoint), then train(), which calls train_step() for each step, saves and evaluates. If you read one function,
-read train_step().
+main() reads the flags, joins the other ranks and calls run(). That calls set_up(), which builds a Run (data, model,
+optimizers, and the state of a checkpoint), then train(), which calls train_step() for each step, saves and evaluates.
+If you read one function, read train_step().
 """
 
 from typing import Literal
@@ -69,7 +69,7 @@ import torch.nn as nn
 from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from nanofp8 import checkpoint, memory, resuming, runlog  # save, restore; batch_size; choose and lock; log.jsonl, wandb
+from nanofp8 import checkpoint, memory, resuming, runlog  # checkpoints; batch_size=auto; --resume; log.jsonl, wandb
 from nanofp8.attention import choose_attention, make_attention  # Transformer Engine's, flash-attn-4's or torch's
 from nanofp8.epilogues import choose_quack  # matmuls by QuACK
 from nanofp8.faults import Guard, StopSignal  # bad steps; SIGTERM and SIGINT
@@ -118,7 +118,7 @@ from nanofp8.sizes import (  # what follows from the flags alone
     value_layers,
     windows,
 )
-from nanofp8.zero import Gathered, Local, Zero2, gradient_norm  # what USE_FSDP2 and USE_DDP do
+from nanofp8.zero import Gathered, Local, Zero2, gradient_norm  # with USE_FSDP2; neither; with USE_DDP
 
 # ======================================================================================================================
 # Flags. Edit a value here, or give --name=value. The values below are those of preset "d20".
@@ -162,7 +162,7 @@ warmup_ratio: Fraction = 0.02                 # linear warm-up of all learning r
 lr_schedule: Literal["cosine", "linear"] = "linear"  # after the warm-up; "linear": constant, then a linear warm-down
 warmdown_ratio: Fraction = 0.75               # linear: fraction of the run's tokens that the warm-down takes
 min_lr_ratio: NonNegativeFloat = 0.03         # the schedule ends at this fraction of each learning rate
-lr_scaling: Literal["none", "sqrt", "length"] = "length"  # "sqrt": rates follow sqrt(batch); "length": and the length
+lr_scaling: Literal["none", "sqrt", "length"] = "length"  # "sqrt": rates x sqrt(batch); "length": also x length^-0.32
 
 # Optimizers: Muon for matrices in the blocks, AdamW for the rest. Rates are for 891M tokens, 524,288 a step
 learning_rate: NonNegativeFloat = 0.04        # Muon; each update is also scaled by sqrt(fan_out / fan_in)
@@ -175,9 +175,9 @@ lr_ratio_fc2: PositiveFloat = 1.0             # Muon; factor on the learning rat
 weight_decay: NonNegativeFloat = 0.17         # Muon; decoupled, multiplied by the learning rate
 weight_decay_end: NonNegativeFloat = 0.0      # Muon; the decay falls linearly to this fraction at the last step
 USE_CAUTIOUS_WD: bool = True                  # Muon; decay only where update and weight have the same sign
-weight_decay_embed: AutoNonNegativeFloat = "auto"  # AdamW, token and value embeddings; "auto": 0 in a first epoch
-weight_decay_head: AutoNonNegativeFloat = "auto"  # AdamW, output head; "auto": 0 unless tokens are read again
-weight_decay_gain: NonNegativeFloat = 0.0     # AdamW, RMSNorm gains
+weight_decay_embed: AutoNonNegativeFloat = "auto"  # AdamW, token and value embeddings; "auto": 0 if text is read once
+weight_decay_head: AutoNonNegativeFloat = "auto"  # AdamW, output head; "auto": 0 if text is read once
+weight_decay_gain: NonNegativeFloat = 0.0     # AdamW, RMSNorm gains, and gates of value embeddings
 adam_beta1: Fraction = 0.8                    # AdamW, average of gradients
 adam_beta2: Fraction = 0.95                   # AdamW, average of squared gradients
 adam_beta2_embed: Fraction = 0.95             # the same for token and value embeddings
@@ -211,7 +211,7 @@ USE_EMULATION: Literal["auto", True] = "auto"  # emulate block matmuls; "auto": 
 
 # Parallelism
 USE_FSDP2: AutoBool = "auto"                  # shard fp32 weights and optimizer state; gather weights in bf16
-USE_DDP: AutoBool = "auto"                    # whole model on each rank, updates divided; both auto: DDP if it fits
+USE_DDP: AutoBool = "auto"                    # ZeRO-2: all weights on each rank, updates divided; both auto: if it fits
 FSDP2_RESHARD: bool = False                   # FSDP2: shard gradients and free weights after each use, too
 REDUCE_FP32: bool = True                      # add gradients over ranks in fp32; False: bf16
 GATHER_FP32: bool = True                      # USE_DDP: send updated weights to the other ranks in fp32; False: bf16
@@ -265,7 +265,7 @@ CLASSIC = dict(
 )
 PARTS = dict(window_pattern="SSSL", USE_X0=True, vocab_size=50304)  # the first two prevent export
 PRESETS = {  # --doctor reads these and the functions up to check_flags() without torch
-    # d20 repeats the default of each flag that a preset sets. A default above that differs was edited and beats presets
+    # "d20" repeats the defaults above of flags that presets set. A default that differs was edited and beats presets
     "d20": CLASSIC | dict(
         train_tokens=891289600, total_batch_size="auto", batch_size="auto", warmup_ratio=0.02, lr_schedule="linear",
         warmdown_ratio=0.75, min_lr_ratio=0.03, lr_scaling="length", learning_rate=0.04, learning_rate_embed=0.6,
@@ -295,8 +295,8 @@ def resolve_length(cfg: SimpleNamespace, saved: dict | None = None) -> None:
     """
     if cfg.batch_size == "auto":  # memory.choose_batch_size() lowers it
         cfg.batch_size = LARGEST_BATCH.get(cfg.preset, 16)
-    by_steps = precedence(cfg, "max_iters") - precedence(cfg, "train_tokens")  # > 0: max_iters sets the length
-    if by_steps == 0 and "max_iters" in cfg.explicit and cfg.train_tokens:
+    by_steps, by_tokens = precedence(cfg, "max_iters"), precedence(cfg, "train_tokens")
+    if by_steps == by_tokens and "max_iters" in cfg.explicit and cfg.train_tokens:
         raise UserError("train_tokens and max_iters both set the length; give only one of them", 2)
     if "total_batch_size" in cfg.auto:
         if not cfg.train_tokens and not saved:
@@ -310,7 +310,7 @@ def resolve_length(cfg: SimpleNamespace, saved: dict | None = None) -> None:
     for steps, ratio in (("warmup_iters", "warmup_ratio"), ("muon_momentum_iters", "muon_momentum_ratio")):
         if precedence(cfg, steps) > precedence(cfg, ratio):
             setattr(cfg, ratio, 0.0)
-    if cfg.train_tokens and by_steps <= 0:
+    if cfg.train_tokens and by_steps <= by_tokens:
         cfg.max_iters = steps_for(cfg.train_tokens, cfg)
 
 
@@ -381,8 +381,8 @@ class TokenRing:
 class DataLoader:
     """Micro-batches of this rank in the order of the ring, prepared ahead of time by a thread.
 
-    Optimizer step k reads the next plan.batch(k) tokens of the run, those after the first S. Micro-batch m of rank r
-    starts at S + (m*world_size + r)*B*T. So a step reads the same tokens for any number of ranks and any micro-batch
+    Optimizer step k reads the plan.batch(k) tokens of the run that begin at S = plan.tokens(k). Micro-batch m of rank r
+    begins at S + (m*world_size + r)*B*T. So a step reads the same tokens for any number of ranks and any micro-batch
     size. position() says where in the ring they lie. With USE_SHUFFLE, each epoch after the first reads the ring's
     sequences in a random order of its own, the same in all runs.
     """
@@ -401,7 +401,7 @@ class DataLoader:
             self.prefetcher.close()
             self.index = index
         self.accumulation = self.plan.batch(step) // (self.micro_tokens * self.world_size)  # micro-batches of the step
-        # A micro-batch's summed loss times this is its share of this rank's mean; gradients are averaged over ranks
+        # Factor on a micro-batch's summed loss. Over a step they add up to the mean over this rank's tokens
         self.loss_weight = 1.0 / (self.accumulation * self.micro_tokens)
 
     def micro_batch(self, index: int) -> tuple[Tensor, Tensor]:
@@ -496,7 +496,7 @@ class Block(nn.Module):
                                    output_layer_init_method=nn.init.zeros_, params_dtype=torch.float32, device=device)
 
     def forward(self, *inputs: Any, fused: tuple | None = None) -> Any:
-        """Run by_kernels() with an entry of FusedBlocks.blocks, else by_modules(). FSDP2's hooks wrap forward()."""
+        """Run by_kernels() if `fused` (QKVLayer, MLPLayer) is given, else by_modules(). FSDP2 hooks only forward()."""
         return self.by_modules(*inputs) if fused is None else self.by_kernels(*inputs, *fused)
 
     def by_modules(self, x: Tensor, cos: Tensor, sin: Tensor, idx: Tensor, first: bool | None, x0: Tensor | None,
@@ -537,7 +537,7 @@ class GPT(nn.Module):
         self.embed = TokenEmbedding(cfg, compiled(rms_norm), device)
         attention, *self.attention_texts = choose_attention(cfg, device, precision.emulated)
         self.blocks = nn.ModuleList(Block(cfg, i, self.te, attention, compiled, device) for i in range(cfg.n_layer))
-        self.scales = ResidualScalars(cfg.n_layer, device) if cfg.USE_X0 else None
+        self.scales = ResidualScalars(cfg.n_layer, device) if cfg.USE_X0 else None  # not FP8's
         self.norm = self.te.RMSNorm(cfg.n_embd, eps=cfg.norm_eps, dtype=torch.float32, device=device)
         self.head = LMHead(cfg, device, quack.fp8)
         # arXiv 2310.17813 for one-hot inputs: entries of order 1 (the RMSNorm after it takes any scale)
@@ -567,9 +567,9 @@ class GPT(nn.Module):
             return self.hidden_by_kernels(idx, first, in_place, scalars)
         x = self.embed(idx)                                                # (B, T, C) bf16
         x0, recompute = x if self.cfg.USE_X0 else None, self.cfg.USE_AC_BLOCKS and self.training
-        for block, of_block in zip(self.blocks, scalars, strict=True):
+        for block, (x_scale, x0_scale) in zip(self.blocks, scalars, strict=True):
             call = functools.partial(self.te.checkpoint, block, use_reentrant=False) if recompute else block
-            x = call(x, self.cos, self.sin, idx, first, x0, *of_block)
+            x = call(x, self.cos, self.sin, idx, first, x0, x_scale, x0_scale)
         return self.norm(x)
 
     def hidden_by_kernels(self, idx: Tensor, first: bool | None, in_place: str, scalars: list[tuple]) -> Tensor:
@@ -578,8 +578,8 @@ class GPT(nn.Module):
         x, delta = self.embed(idx, order, in_place), None
         x0 = x if self.cfg.USE_X0 else None
         self.fused.begin(x, first, in_place, order)
-        for block, of_block, layers in zip(self.blocks, scalars, self.fused.blocks, strict=True):
-            x, delta, x0 = block(x, delta, x0, *of_block, fused=layers)
+        for block, (x_scale, x0_scale), layers in zip(self.blocks, scalars, self.fused.blocks, strict=True):
+            x, delta, x0 = block(x, delta, x0, x_scale, x0_scale, fused=layers)
         return AddNorm.apply(x, delta, self.norm.weight, self.cfg.norm_eps)
 
     def matrices(self) -> list[Tensor]:
@@ -629,7 +629,7 @@ class Optimizers(OptimizerSet):
         self.all = [self.muon]
         if cfg.USE_8BIT_ADAM:
             bitsandbytes = import_bitsandbytes(procs.device, sharded)
-            self.all.append(bitsandbytes.optim.AdamW8bit(adam_groups[:2], **adam))
+            self.all.append(bitsandbytes.optim.AdamW8bit(adam_groups[:2], **adam))  # embed and head
             adam_groups = adam_groups[2:]
             self.description += "; AdamW8bit by bitsandbytes for embedding and head, AdamW for the rest"
         else:
@@ -709,7 +709,7 @@ class Parallel:
         self.model, self.wrapper, self.world_size = model, wrapper, procs.world_size
         self.by_hooks = wrapper == "fsdp2" and cfg.FSDP2_RESHARD  # FSDP2 gathers weights and reduces gradients itself
         self.in_place = "" if self.by_hooks else "add"  # hooks must see the gradients
-        self.buffers = Local(model, procs.world_size)  # of gradients and weights, where ranks exchange them
+        self.buffers = Local(model, procs.world_size)  # where gradients and weights lie, and how ranks exchange them
         reduce, gather = (torch.float32 if on else torch.bfloat16 for on in (cfg.REDUCE_FP32, cfg.GATHER_FP32))
         if wrapper == "ddp":
             self.buffers = Zero2(model, model.matrices(), procs, reduce, gather, not cfg.USE_8BIT_ADAM)
@@ -775,11 +775,11 @@ def evaluate(model: nn.Module, ring: TokenRing, cfg: SimpleNamespace, procs: Pro
     per_batch = procs.world_size * cfg.batch_size
     loss_sum = torch.zeros((), dtype=torch.float64, device=procs.device)
     model.eval()
-    for first in range(0, sequences, per_batch):
+    for start in range(0, sequences, per_batch):
         x = torch.zeros(cfg.batch_size, T, dtype=torch.int32)
         y = torch.full((cfg.batch_size, T), -1, dtype=torch.int64)
         for row in range(cfg.batch_size):
-            s = first + row * procs.world_size + procs.rank
+            s = start + row * procs.world_size + procs.rank
             if s < sequences:
                 tokens = torch.from_numpy(ring.read(s * T, T + 1))
                 x[row], y[row] = tokens[:-1], tokens[1:]
@@ -867,13 +867,13 @@ def train_step(run: Run) -> StepResult:
         else:
             loss_sum += run.forward_backward(x, y, m, last=m == loader.accumulation - 1)
     run.precision.share_amaxes(run.model, procs)
-    square = parallel.reduce_gradients()
+    norm_squared = parallel.reduce_gradients()
 
     # One reduction for all that the ranks must agree on (torch.full() does not wait for the GPU; torch.tensor() does)
     stop = run.stop is not None and bool(run.stop.requested)
     save_due = procs.is_main and 0 < 60 * run.cfg.ckpt_minutes <= time.monotonic() - run.last_save
     requests = [torch.full((), float(request), device=device) for request in (stop, save_due)]
-    shared = procs.sum(torch.stack([loss_sum / procs.world_size, square, *requests]))
+    shared = procs.sum(torch.stack([loss_sum / procs.world_size, norm_squared, *requests]))
     shared[1].sqrt_()
     loss, norm, stop, save_due = shared.tolist()  # the host waits here
 
@@ -885,7 +885,7 @@ def train_step(run: Run) -> StepResult:
             nn.utils.clip_grads_with_norm_(run.optimizers.parameters(), run.cfg.grad_clip, shared[1], foreach=True)
         run.optimizers.step()
         parallel.gather_weights()
-    if run.graphs is None:  # the graph of a step's first micro-batch overwrites the gradients
+    if run.graphs is None:  # with graphs, a step's first micro-batch overwrites the gradients
         parallel.zero_grad()
     return StepResult(loss, norm, skipped, bool(stop), bool(save_due))
 
@@ -1011,7 +1011,7 @@ def set_up(cfg: SimpleNamespace, procs: Processes, cleanup: contextlib.ExitStack
     runlog.print_table(run, resumed)
 
     start = time.perf_counter()
-    memory.try_batch_size(run, build)
+    memory.try_batch_size(run, build)  # a trial pass; if it runs out of memory, all in `run` is built anew
     cleanup.callback(run.loader.close)
     run.loader.start_step(run.first_step)
     calibrate(run)  # and compile, before training is timed
