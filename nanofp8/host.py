@@ -239,7 +239,8 @@ def cache_fault(folder: str) -> str:
 
 
 def triton_cache() -> tuple[str, str]:
-    """Return the folder to set TRITON_CACHE_DIR to, and why: ~/.triton cannot be used. ("", ""): as Triton has it.
+    """Return the folder to set TRITON_CACHE_DIR to, and why: Triton's usual folder, ~/.triton, cannot be used; or that
+    of torch.compile cannot, which sets the variable itself, to one in the temporary folder. ("", ""): leave it unset.
 
     Raises: UserError if no folder can be used.
     """
@@ -254,7 +255,8 @@ def triton_cache() -> tuple[str, str]:
         # There, ranks that compile the same kernel fail as they remove files (triton issue 11512)
         fault = f"{usual} is on a network file system, where several processes may fail"
     if not fault:
-        return "", ""
+        why = cache_fault(tempfile.gettempdir())
+        return (usual, why) if why else ("", "")
     try:
         other = os.path.join(tempfile.gettempdir(), f"triton-{os.getuid()}")
         strange = os.path.lexists(other) and os.lstat(other).st_uid != os.getuid()  # code of another user would run
@@ -280,6 +282,8 @@ def libcuda_fault() -> str:
         return f"{found}; set TRITON_LIBCUDA_PATH to the folder that holds it, or add that folder to LD_LIBRARY_PATH"
     except (OSError, subprocess.SubprocessError) as error:  # no /sbin/ldconfig, as on NixOS
         return f"{found} ({error_line(error)}); set TRITON_LIBCUDA_PATH to the folder that holds it"
+    except Exception:  # of another Triton: nothing is known
+        return ""
     return ""
 
 

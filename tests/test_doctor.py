@@ -530,6 +530,9 @@ def test_where_triton_keeps_compiled_code(tmp_path, monkeypatch, folders):
     """As Triton has it, else in the temporary folder. Nothing is made."""
     other = str(tmp_path / "tmp" / f"triton-{os.getuid()}")
     assert host.triton_cache() == ("", "")
+    with monkeypatch.context() as patch:  # torch.compile would set the variable to a folder in there
+        patch.setattr(host, "cache_fault", lambda path: "noexec" if path == str(tmp_path / "tmp") else "")
+        assert host.triton_cache() == (str(tmp_path / "home" / ".triton" / "cache"), "noexec")
     folders("home", kind="nfs4")
     assert host.triton_cache() == ("", "")  # one process may
     monkeypatch.setenv("WORLD_SIZE", "2")
