@@ -16,14 +16,16 @@
 #   NNODES, RDZV_ENDPOINT, RDZV_ID                 the same, but torchrun numbers the machines
 #   Under srun with one task per machine, these are set from Slurm's own variables.
 #
-# On SIGTERM or SIGINT, training finishes the current step, saves a checkpoint and stops; the exit status is 0 if the
+# On SIGTERM, SIGINT or SIGUSR1, training finishes the current step, saves a checkpoint and stops; the exit status is 0 if the
 # checkpoint was written.
+[ -n "${BASH_VERSION:-}" ] && [ -n "${BASH_SOURCE:-}" ] || { echo "run.sh: start it as a file, with bash: bash run.sh" >&2 && exit 2; }
 set -euo pipefail
 script=$(readlink -f -- "${BASH_SOURCE[0]}" 2>/dev/null || echo "${BASH_SOURCE[0]}") # a link to run.sh may be elsewhere
 cd -P -- "$(dirname -- "$script")" >/dev/null
 
 say() { echo "run.sh: $*" >&2; }
 die() { say "$1"; exit "${2:-1}"; }
+[ -f train.py ] || die "there is no train.py in $PWD (sbatch runs a copy of this script); use sbatch --wrap='bash FOLDER/run.sh', with the project's folder" 2
 whole() { case $1 in 0) ;; '' | 0* | *[!0-9]* | ??????????*) return 1 ;; esac; } # is $1 an integer of 1 to 9 digits?
 positive() { [ "$2" != 0 ] && whole "$2" || die "$1 must be ${3:-}a positive integer of at most 9 digits, got '$2'" 2; }
 
@@ -38,24 +40,44 @@ flag() { # print the value of flag $1 among the arguments that follow, else trai
 [ ! -d /usr/lib/wsl/lib ] || PATH=$PATH:/usr/lib/wsl/lib # WSL2's nvidia-smi; PATH lacks it under sudo and ssh
 # All GPUs in the machine decide what is installed; the GPUs that CUDA_VISIBLE_DEVICES allows decide what runs. CUDA
 # uses the entries before the first that is not a GPU.
+ask_smi() { # a driver that hangs must not hang this script
+  local wait=(timeout 60)
+  command -v timeout >/dev/null || wait=()
+  ${wait[@]+"${wait[@]}"} nvidia-smi "$@"
+}
 smi_status=0
-smi=$(nvidia-smi -L 2>&1) || smi_status=$?
+smi=$(ask_smi -L 2>&1) || smi_status=$?
+[ "$smi_status" -ne 124 ] || smi='no answer in 60 s'
 machine_gpus=$(grep -c '^GPU ' <<<"$smi" || true)
+mig=$(grep -c '^ *MIG ' <<<"$smi" || true) # parts of divided GPUs
 capabilities=''
-[ "$machine_gpus" -eq 0 ] || capabilities=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null) || true
+[ "$machine_gpus" -eq 0 ] || capabilities=$(ask_smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null) || true
 newest=$(sort -n <<<"$capabilities" | tail -n 1)
 no_gpu='' # why none can train here, unless none was asked for: training on the CPU instead would be a surprise
 case $newest in
   [1-7].[0-9]) machine_gpus=0 no_gpu="the newest GPU has compute capability $newest, but training needs 8.0 (A100) or newer; use another one" ;;
 esac
-[ "$smi_status" -eq 0 ] || [[ $smi == *"No devices"* ]] || ! command -v nvidia-smi >/dev/null ||
-  no_gpu="the GPU does not answer (nvidia-smi: ${smi%%$'\n'*}); repair its driver"
-case ${CUDA_VISIBLE_DEVICES-0} in [0-9]* | GPU-* | MIG-*) ;; *) no_gpu='' ;; esac
+read -r first_visible <<<"${CUDA_VISIBLE_DEVICES-0}" || true
+if [ "$smi_status" -ne 0 ] && [[ $smi != *"No devices"* ]] && command -v nvidia-smi >/dev/null; then
+  smi=$(grep -v -m1 '^GPU \|^ ' <<<"$smi" || echo "status $smi_status")
+  if [ "$machine_gpus" -eq 0 ]; then
+    no_gpu="the GPU does not answer (nvidia-smi: $smi); repair its driver"
+  elif [ "$smi_status" -ne 14 ] && [ -z "${CUDA_VISIBLE_DEVICES+set}" ]; then # 14: the infoROM is damaged, which is a warning
+    no_gpu="a GPU does not answer (nvidia-smi: $smi); repair it, or name the others: CUDA_VISIBLE_DEVICES=0,1"
+  fi
+fi
+case $first_visible in
+  [0-9]* | GPU-* | MIG-*) ;;
+  '' | -* | [Nn]one* | void | NoDevFiles) no_gpu='' ;; # the CPU is meant
+  *) [ "$machine_gpus" -eq 0 ] || no_gpu="CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES names no GPU; unset it, or give numbers such as 0,1" ;;
+esac
 gpus=$machine_gpus
 if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
-  gpus=0
+  gpus=0 mig=0
   IFS=, read -ra visible <<<"$CUDA_VISIBLE_DEVICES" || true
   for entry in "${visible[@]+"${visible[@]}"}"; do
+    read -r entry <<<"$entry" || true # without blanks around it
+    [[ $entry != MIG-* ]] || mig=$((mig + 1))
     case $entry in
       GPU-* | MIG-*) [ "$machine_gpus" -gt 0 ] || break ;;
       '' | *[!0-9]*) break ;;
@@ -64,6 +86,7 @@ if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
     gpus=$((gpus + 1))
   done
 fi
+[ "$mig" -eq 0 ] || [ "$gpus" -le 1 ] || { say "GPUs are divided by MIG, and training can use one part; the others stay free" && gpus=1; }
 requirements="requirements-cpu.txt"
 [ "$machine_gpus" -eq 0 ] || requirements="requirements.txt"
 NPROC=${NPROC-$((gpus > 0 ? gpus : 1))}
@@ -77,6 +100,8 @@ MAX_RESTARTS=${MAX_RESTARTS:-0}
 NNODES=${NNODES:-} NODE_RANK=${NODE_RANK:-} MASTER_ADDR=${MASTER_ADDR:-} RDZV_ENDPOINT=${RDZV_ENDPOINT:-}
 [ -n "$NNODES" ] || [ "${SLURM_STEP_NUM_TASKS:-1}" -le "${SLURM_STEP_NUM_NODES:-1}" ] ||
   die "srun started several tasks per machine; use --ntasks-per-node=1 and set NPROC for processes per machine" 2
+[ -n "$NNODES" ] || { [ "${PET_NNODES:-1}" = 1 ] && [ "${OMPI_COMM_WORLD_SIZE:-1}" = 1 ]; } ||
+  die "mpirun or Kubeflow started this several times; start it once on each machine, with NNODES, NODE_RANK and MASTER_ADDR" 2
 if [ -z "$NNODES" ] && [ "${SLURM_STEP_NUM_NODES:-1}" -gt 1 ]; then
   NNODES=$SLURM_STEP_NUM_NODES NODE_RANK=${NODE_RANK:-${SLURM_NODEID:-}}
   MASTER_PORT=${MASTER_PORT:-$((20000 + ${SLURM_JOB_ID:-0} % 10000))} # one port per job, for jobs on one machine
@@ -183,7 +208,7 @@ install() {
     # Compile Transformer Engine with torch's CUDA headers, because an installed toolkit may be of another version, and
     # without expert parallelism, which is not used here and needs more headers.
     export NVTE_BUILD_USE_NVIDIA_WHEELS=1 NVTE_WITH_NCCL_EP=0 GIT_TERMINAL_PROMPT=0
-    driver=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | sort | sed -n 1p)
+    driver=$(ask_smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | sort | sed -n 1p) || true
     case $driver in
       [1-4]??.* | 5[0-7]?.*)
         die "the NVIDIA driver is $driver, but CUDA 13 needs 580 or newer; update it, or set PYTHON to a python that has torch and transformer_engine for CUDA 12 (docs/install.md)"
@@ -260,7 +285,9 @@ found=$(command -v "${python:=python3}" || true)
 [ -z "${PYTHON:-}" ] || # what it prints counts: /bin/true ends well too
   [ "$("$PYTHON" -c 'import sys; print(sys.version_info >= (3, 10))' </dev/null 2>/dev/null)" = True ] ||
   die "PYTHON=$PYTHON is not a Python of 3.10 or newer; set it to one, or unset it"
-unset RANK LOCAL_RANK WORLD_SIZE # ranks come from torchrun alone, not from whatever started this script
+# Ranks come from torchrun alone, not from whatever started this script; nor do torchrun's options (PET_*). Python must
+# find nanofp8/ beside train.py
+unset RANK LOCAL_RANK WORLD_SIZE PYTHONSAFEPATH ${!PET_@}
 command=train
 case ${1:-} in setup | test | doctor) command=$1 && shift ;; esac
 [ "$command" != train ] || case " $* " in *' --doctor '* | *' --doctor='*) command=doctor ;; esac
@@ -383,7 +410,8 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > NPROC ? cores / NPROC : 1))
 # the last checkpoint is on disk. A failed worker has printed its error in one line, so torchrun's traceback is left out
 # and the exit status is the worker's.
 launch='
-import sys
+import signal, sys
+signal.signal(signal.SIGUSR1, lambda *_: None) # Slurm may send it to all; it is passed on as SIGTERM
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main
@@ -400,11 +428,11 @@ except Exception as error:
 # Seconds that torchrun waits for workers to end after a signal (torch 2.12 and newer; before, always 30).
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
 positive TORCH_ELASTIC_SHUTDOWN_TIMEOUT "$TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
-ended_well=$(mktemp -d)/yes
+ended_well=$(mktemp -d)/yes || die "cannot make a temporary folder in ${TMPDIR:-/tmp}; set TMPDIR to a folder that can be written"
 trap 'rm -rf -- "${ended_well%/yes}"' EXIT
 signalled=''
 pass_on() { signalled=$1 && kill "-$1" "$torchrun" 2>/dev/null || true; }
-trap 'pass_on TERM' TERM HUP && trap 'pass_on INT' INT
+trap 'pass_on TERM' TERM HUP USR1 && trap 'pass_on INT' INT
 set -m
 ENDED_WELL=$ended_well "$py" -c "$launch" --nproc_per_node="$NPROC" "$@" </dev/null &
 set +m

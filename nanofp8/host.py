@@ -116,8 +116,8 @@ def ask_nvidia_smi(fields: str) -> tuple[list[list[str]], str]:
                               capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired) as error:
         return [], f"nvidia-smi does not answer: {error_line(error)}"
-    lines = [line for line in done.stdout.splitlines() if line.strip()]
-    if done.returncode:
+    lines = [line for line in done.stdout.splitlines() if line.strip() and not line.startswith("WARNING")]
+    if done.returncode and not (done.returncode == 14 and lines):  # 14: the infoROM is damaged, which is a warning
         return [], f"nvidia-smi: {(lines + done.stderr.strip().splitlines() or [f'status {done.returncode}'])[0]}"
     return [[text.strip() for text in line.split(",")] for line in lines], ""
 

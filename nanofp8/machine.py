@@ -50,7 +50,7 @@ def check_gpus() -> None:
     nvidia-smi that finds no devices is all right: a login node. A driver that is too old is named.
     """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    hidden = visible is not None and not re.match(r"\d|GPU-|MIG-", visible)
+    hidden = visible is not None and re.match(r"\s*($|-|none|void|NoDevFiles)", visible, re.IGNORECASE)
     if hidden or not shutil.which("nvidia-smi"):
         return
     try:
@@ -63,9 +63,11 @@ def check_gpus() -> None:
         reason = listed and f"nvidia-smi lists {listed.split(' (')[0]}, but torch {torch.__version__} finds no GPU"
         if reason and visible:
             reason += f" with CUDA_VISIBLE_DEVICES={visible}"
+            if not re.match(r"\s*(\d|GPU-|MIG-)", visible):
+                raise UserError(f"{reason}, which names none; unset it, or give numbers such as 0,1")
         if failed:
-            lines = (smi.stdout + smi.stderr).strip().splitlines() or [f"status {smi.returncode}"]
-            reason = f"the GPU does not answer (nvidia-smi: {lines[0]})"
+            lines = [line for line in (smi.stdout + smi.stderr).splitlines() if not re.match(r"GPU |\s|$", line)]
+            reason = f"the GPU does not answer (nvidia-smi: {(lines or [f'status {smi.returncode}'])[0]})"
     except (OSError, subprocess.TimeoutExpired) as error:
         reason = f"the GPU does not answer (nvidia-smi: {error_line(error)})"
     if reason:
@@ -166,8 +168,11 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
             versions[package] = version(package)
         except PackageNotFoundError:
             versions[package] = None
-    git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True,
-                         cwd=ROOT) if shutil.which("git") else None
+    commit = ""
+    if shutil.which("git") and os.path.exists(os.path.join(ROOT, ".git")):  # not a repository around this folder
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            commit = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True,
+                                    text=True, cwd=ROOT, timeout=20).stdout.strip()
     name = (torch.cuda.get_device_name(device) if device.type == "cuda"
             else f"CPU ({platform.machine()}, {os.cpu_count()} cores)")
     code = hashlib.sha256()
@@ -176,7 +181,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
     for path in [os.path.join(ROOT, "train.py"), *sorted(package)]:
         with open(path, "rb") as f:
             code.update(f.read())
-    return dict(device=name, versions=versions, git_commit=git.stdout.strip() or None if git else None,
+    return dict(device=name, versions=versions, git_commit=commit or None,
                 code=code.hexdigest()[:16])
 
 

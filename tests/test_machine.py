@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import subprocess
 from contextlib import nullcontext
 
 import pytest
@@ -124,6 +125,7 @@ def test_an_old_driver_is_named_where_torch_sees_no_gpu(tmp_path, monkeypatch):
 @pytest.mark.parametrize("script, words", [
     ("echo 'GPU 0: NVIDIA H100 (UUID: GPU-1)'", ["GPU 0: NVIDIA H100", "torch"]),
     ("echo 'could not communicate with the driver'; exit 9", ["could not communicate", "does not answer"]),
+    ("echo 'GPU 0: NVIDIA H100 (UUID: GPU-1)'; echo '  MIG 1g'; echo 'GPU1 is lost'; exit 15", ["GPU1 is lost"]),
     ("exit 9", ["status 9"]), ("echo 'No devices were found'; exit 6", None), ("true", None),
 ])  # fmt: skip
 def test_gpus_that_torch_does_not_see(tmp_path, monkeypatch, script, words):
@@ -141,7 +143,7 @@ def test_gpus_that_torch_does_not_see(tmp_path, monkeypatch, script, words):
 
 
 @pytest.mark.parametrize("visible, meant", [("0", True), ("GPU-1", True), ("", False), ("-1", False),
-                                            ("NoDevFiles", False)])
+                                            ("NoDevFiles", False), (" none", False), (" 0,1", True)])
 def test_gpus_that_are_asked_for_by_name_and_not_seen(tmp_path, monkeypatch, visible, meant):
     """Slurm sets CUDA_VISIBLE_DEVICES in every job: to NoDevFiles without GPUs."""
     smi = tmp_path / "nvidia-smi"
@@ -151,6 +153,48 @@ def test_gpus_that_are_asked_for_by_name_and_not_seen(tmp_path, monkeypatch, vis
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     with pytest.raises(UserError, match=f"GPU 0: NVIDIA H100.*{visible}.*--preset=tiny") if meant else nullcontext():
         check_gpus()
+
+
+def test_visible_devices_that_name_no_gpu(tmp_path, monkeypatch):
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text("#!/bin/sh\necho 'GPU 0: NVIDIA H100 (UUID: GPU-1)'\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    for visible in ("all", '"0,1"'):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        with pytest.raises(UserError, match=f"GPU 0: NVIDIA H100.*CUDA_VISIBLE_DEVICES={visible}, which names none"):
+            check_gpus()
+
+
+def test_a_damaged_inforom_is_a_warning_only(tmp_path, monkeypatch):
+    """nvidia-smi says it before its answer, and returns 14. Any other status is a failure."""
+    smi = tmp_path / "nvidia-smi"
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    for status, answer in ((14, ([["580.82"]], "")), (15, ([], "nvidia-smi: 580.82"))):
+        smi.write_text(f"#!/bin/sh\necho 'WARNING: infoROM is corrupted at gpu 0'; echo 580.82; exit {status}\n")
+        smi.chmod(0o755)
+        assert host.ask_nvidia_smi("driver_version") == answer
+
+
+@pytest.mark.skipif(not shutil.which("git"), reason="needs git")
+def test_the_commit_is_this_projects(tmp_path, monkeypatch):
+    """Not that of a repository that its folder was unpacked into. A git that hangs or fails is none."""
+    me = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in (["init", "-q"], [*me, "commit", "-qm", "x", "--allow-empty"]):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    inside = tmp_path / "project"
+    shutil.copytree(helpers.ROOT / "nanofp8", inside / "nanofp8", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(helpers.TRAIN, inside)
+    monkeypatch.setattr(machine, "ROOT", str(inside))
+    assert describe_machine(helpers.CPU)["git_commit"] is None
+    shutil.copytree(tmp_path / ".git", inside / ".git")
+    assert len(describe_machine(helpers.CPU)["git_commit"].removesuffix("-dirty")) == 12
+
+    def hang(*command, timeout, **options):
+        raise subprocess.TimeoutExpired(command, timeout)
+
+    monkeypatch.setattr(subprocess, "run", hang)
+    assert describe_machine(helpers.CPU)["git_commit"] is None
 
 
 @pytest.mark.parametrize("host_address, own, default, found", [

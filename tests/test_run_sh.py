@@ -498,11 +498,12 @@ def test_one_process_takes_no_ranks_from_outside(host):
 
 
 @pytest.mark.parametrize("visible, processes", [
-    ("2,3", 2), ("5", 1), ("", 1), ("0,1,-1,2", 2), ("0,1,9,2", 2), ("GPU-0,MIG-1", 2), ("0,1,", 2), ("-1", 1),
+    ("2,3", 2), ("5", 1), ("", 1), ("0,1,-1,2", 2), ("0,1,9,2", 2), ("GPU-0,GPU-1", 2), ("0,1,", 2), ("-1", 1),
+    ("0, 1", 2), (" 0 ,1", 2), ("0 1", 1), ("none", 1),
 ])  # fmt: skip
 def test_visible_gpus(host, visible, processes):
     """As CUDA counts them: up to the first entry that is not a GPU."""
-    host.gpus(8).has("torch", "numpy", "transformer_engine.pytorch", "transformer_engine.__init__")
+    host.gpus(8).has(*SETTLED)
     host.run("--dataset=shakespeare", CUDA_VISIBLE_DEVICES=visible)
     assert ("--nproc_per_node=2" in host.did[0]) == (processes == 2) and ("torchrun" in host.did[0]) == (processes > 1)
 
@@ -518,6 +519,94 @@ def test_a_gpu_that_does_not_answer_stops_training_unless_the_cpu_is_meant(host)
         assert host.did[-1].startswith("fake train.py")
     host.gpus(0).run()  # nvidia-smi without a GPU: a login node
     assert host.did == ["fake train.py RANK="]
+
+
+SETTLED = ("torch", "numpy", "transformer_engine.pytorch", "transformer_engine.__init__")
+ON_TWO = "echo 'GPU 0: NVIDIA H100 (UUID: GPU-0)'; echo 'GPU 1: NVIDIA H100 (UUID: GPU-1)'"
+
+
+def smi(host, script):
+    host.fake("nvidia-smi", f"#!/bin/bash\ncase $* in *compute_cap*) echo 9.0; exit ;; esac\n{script}\n")
+    return host.has(*SETTLED)
+
+
+def test_a_driver_that_hangs_is_one_line(host):
+    """The fake of `timeout` stands for 60 s."""
+    host.has("torch", "numpy").fake("timeout", '#!/bin/bash\n[ "$1" = 60 ] && exit 124\nexec /usr/bin/timeout "$@"\n')
+    host.fake("nvidia-smi", "#!/bin/bash\nexec sleep 60\n")
+    out = host.run(status=1)
+    assert "no answer in 60 s" in out and "--preset=tiny" in out and out.count("\n") == 1 and host.did == []
+
+
+def test_a_damaged_inforom_is_a_warning_only(host):
+    """nvidia-smi says it before the list, and returns 14."""
+    smi(host, f"echo 'WARNING: infoROM is corrupted at gpu 0000:01:00.0'; {ON_TWO}; exit 14")
+    host.run("--dataset=shakespeare")
+    assert "--nproc_per_node=2" in host.did[0]
+
+
+def test_a_lost_gpu_is_named_and_the_others_can_train(host):
+    smi(host, f"{ON_TWO}; echo 'Unable to determine the device handle for GPU2: GPU is lost'; exit 15")
+    out = host.run("--dataset=shakespeare", status=1)
+    assert "GPU2: GPU is lost" in out and "CUDA_VISIBLE_DEVICES" in out and host.did == []
+    host.run("--dataset=shakespeare", CUDA_VISIBLE_DEVICES="0,1")
+    assert "--nproc_per_node=2" in host.did[0]
+
+
+@pytest.mark.parametrize("visible", ["all", '"0,1"', "cuda:0"])
+def test_visible_devices_that_name_no_gpu(host, visible):
+    """Training on the CPU would be a surprise."""
+    out = host.gpus(2).has(*SETTLED).run(status=1, CUDA_VISIBLE_DEVICES=visible)
+    assert f"CUDA_VISIBLE_DEVICES={visible} names no GPU" in out and "0,1" in out and host.did == []
+    host.gpus(0).run(CUDA_VISIBLE_DEVICES=visible)  # there is none to name
+    assert host.did == ["fake train.py RANK="]
+
+
+def test_one_part_of_a_divided_gpu_is_used(host):
+    """CUDA shows a process one MIG device."""
+    smi(host, ON_TWO.replace("; echo", "; echo '  MIG 3g.40gb Device 0: (UUID: MIG-1)'; echo"))
+    assert "MIG" in host.run("--dataset=shakespeare") and host.did == ["fake train.py --dataset=shakespeare RANK="]
+    assert "MIG" in host.run("--dataset=shakespeare", CUDA_VISIBLE_DEVICES="MIG-1,MIG-2")
+    assert host.did == ["fake train.py --dataset=shakespeare RANK="]
+    assert "MIG" not in host.run("--dataset=shakespeare", CUDA_VISIBLE_DEVICES="0,1")  # the user knows
+    assert "--nproc_per_node=2" in host.did[0]
+
+
+def test_how_run_sh_must_be_started(host, tmp_path):
+    """Not by another shell, not from its text, and not as a copy, which sbatch makes."""
+    text = (host.repo / "run.sh").read_text()
+    for command in (["bash"], ["bash", "-c", text]):
+        done = subprocess.run(command, input=text, env=host.env, capture_output=True, text=True, cwd=host.repo)
+        assert done.returncode == 2 and "bash run.sh" in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    if shutil.which("dash"):
+        done = subprocess.run(["dash", "run.sh"], env=host.env, capture_output=True, text=True, cwd=host.repo)
+        assert done.returncode == 2 and "bash run.sh" in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    (tmp_path / "spool").mkdir()
+    (tmp_path / "spool" / "slurm_script").write_text(text)
+    done = subprocess.run(["bash", tmp_path / "spool" / "slurm_script"], env=host.env, capture_output=True, text=True)
+    assert done.returncode == 2 and "sbatch --wrap" in done.stderr and done.stderr.count("\n") == 1
+    assert [path.name for path in (tmp_path / "spool").iterdir()] == ["slurm_script"]
+
+
+@pytest.mark.parametrize("env", [dict(PET_NNODES="2"), dict(OMPI_COMM_WORLD_SIZE="4")])
+def test_one_start_of_many_is_no_run_of_its_own(host, env):
+    out = host.has("torch", "numpy").run(status=2, **env)
+    assert all(name in out for name in ("NNODES", "NODE_RANK", "MASTER_ADDR")) and host.did == []
+    host.run(NNODES="2", NODE_RANK="0", MASTER_ADDR="a", **env)
+    assert "--nnodes=2" in host.did[0]
+
+
+def test_variables_of_others_that_would_change_torchrun_or_python(host):
+    host.has("torch", "numpy")
+    path = host.bin / "python3"
+    path.write_text(path.read_text().replace("RANK=${RANK:-}", "${!PET_@}$PYTHONSAFEPATH RANK=${RANK:-}"))
+    host.run(PET_NPROC_PER_NODE="8", PET_STANDALONE="1", PYTHONSAFEPATH="1")
+    assert host.did == ["fake train.py  RANK="]
+
+
+def test_no_temporary_folder_for_several_processes(host):
+    out = host.has("torch", "numpy").run(status=1, NPROC="2", TMPDIR=str(host.tmp / "none"))
+    assert str(host.tmp / "none") in out and "set TMPDIR" in out
 
 
 def test_gpus_that_are_too_old_get_one_line_before_anything_is_installed(host):
@@ -621,7 +710,7 @@ def test_signal_reaches_training(host):
     assert process.wait(15) == 7 and "train got TERM" in host.log.read_text()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
 @pytest.mark.parametrize("safe", [True, False])
 def test_a_signal_to_several_processes(host, number, safe):
     """torchrun gets it once and returns 1. That becomes 0 only if the workers left a file that says they ended well."""
