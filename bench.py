@@ -89,7 +89,7 @@ import torch.distributed as dist
 
 from nanofp8 import alternate, breakdown, card, memory, race
 from nanofp8.machine import Clock, card_name, describe_machine
-from nanofp8.plots import smooth
+from nanofp8.plots import pyplot, smooth
 from nanofp8.procs import Processes, start_processes
 from nanofp8.reports import RunData, check_out, finished_run, header, read_run, table, write_report
 from nanofp8.runlog import read_log
@@ -465,9 +465,7 @@ def markdown(rows: list[dict], noise: float | None, val_noise: float | None, com
 
 def plot(rows: list[dict], noise: float | None, val_noise: float | None, path: str) -> None:
     """Draw loss curves; beside them, where there is something to compare, the gaps in training and in val loss."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = pyplot()
     base = next((r for r in rows if r["largest_gap"] is None), rows[0])
     compared = [r for r in rows if r["largest_gap"] is not None]
     with_val = [r for r in compared if r["gaps"]]

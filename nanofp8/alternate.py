@@ -15,6 +15,7 @@ from nanofp8.config import NonNegativeFloat, PositiveFloat, UserError, convert, 
 from nanofp8.faults import StopSignal
 from nanofp8.files import console
 from nanofp8.machine import describe_machine
+from nanofp8.plots import pyplot
 from nanofp8.race import Child, failure, parse_count, parse_variants, slug, spawn, stop_children, visible_gpus
 from nanofp8.reports import header, table, write_report
 from nanofp8.runlog import read_log
@@ -166,9 +167,7 @@ def markdown(variants: Sequence[Variant], failed: Sequence[Variant], first: str,
 
 def plot(variants: Sequence[Variant], path: str) -> None:
     """Draw the speed of each round."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = pyplot()
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     for variant in variants:
         rounds = range(1, len(variant.medians) + 1)

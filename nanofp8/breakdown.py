@@ -16,6 +16,7 @@ from torch.autograd import DeviceType
 
 from nanofp8 import epilogues, fused, loss, parts
 from nanofp8.config import UserError
+from nanofp8.plots import pyplot
 from nanofp8.reports import header, read_run, table, write_report
 from nanofp8.runlog import read_log
 
@@ -298,9 +299,7 @@ def markdown(found: dict[str, Any], step_ms: float, first: str) -> str:
 
 def plot(found: dict[str, Any], path: str) -> None:
     """Draw the rows as bars."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = pyplot()
     rows = [row for row in found["rows"][::-1] if row["ms"]]
     figure, axes = plt.subplots(figsize=(9, 1 + 0.25 * len(rows)), layout="constrained")
     bars = axes.barh([r["label"] for r in rows], [r["ms"] for r in rows],

@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor
 from nanofp8 import plain, te_emulation
 from nanofp8.files import replace_file
 from nanofp8.parts import mix_residual
+from nanofp8.plots import pyplot
 from nanofp8.sizes import windows
 
 KINDS = ("input", "weight", "gradient")
@@ -295,9 +296,7 @@ def plot(records: list[dict], path: str) -> None:
     Each statistic and kind of tensor has a panel, layers x steps. Records of other kinds are ignored.
     Raises: ImportError without matplotlib; OSError. `path` never holds half a picture.
     """
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = pyplot()
 
     records = [record for record in records if record["kind"] == "fp8_stats" and any(record["layers"].values())]
     if not records:

@@ -1,6 +1,8 @@
 """Pictures of a run: loss.png."""
 
 import math
+import os
+from types import ModuleType
 from typing import Sequence
 
 from nanofp8.files import replace_file
@@ -19,15 +21,22 @@ def smooth(values: Sequence[float | None], beta: float = 0.9) -> list[float]:
     return smoothed
 
 
+def pyplot() -> ModuleType:
+    """Return matplotlib.pyplot for pictures in files. Raises ImportError without matplotlib."""
+    os.environ["MPLBACKEND"] = "Agg"  # Jupyter sets another for all that it starts; matplotlib refuses one it lacks
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    return plt
+
+
 def plot_losses(records: Sequence[dict], path: str, title: str) -> None:
     """Draw training loss (thin, and smoothed) and val loss over tokens as a PNG.
 
     records: of kind "train" and "val", as log.jsonl has them; at least one.
     Raises: ImportError without matplotlib, and whatever goes wrong with fonts and files.
     """
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = pyplot()
     train = [r for r in records if r["kind"] == "train" and r["loss"] is not None and math.isfinite(r["loss"])]
     val = [r for r in records if r["kind"] == "val" and r["val_loss"] is not None]
     fig, ax = plt.subplots(figsize=(8, 4.5))

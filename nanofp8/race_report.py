@@ -8,7 +8,7 @@ import statistics
 from dataclasses import dataclass
 from typing import Any, Callable, Mapping, Sequence
 
-from nanofp8.plots import smooth
+from nanofp8.plots import pyplot, smooth
 from nanofp8.reports import RunData, header, table, write_report
 
 SPEED_FROM = 60     # step from which speed is measured: the first ones are faster, before a GPU reaches its power limit
@@ -336,9 +336,7 @@ def plot(rows: Sequence[dict], race: Race, path: str) -> None:
     Lines go through the means over seeds, each seed is a point, error bars are the noise of the means. With one length
     the smoothed train losses are drawn instead of lines.
     """
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = pyplot()
     rows = [row for row in rows if row["val_loss"] is not None]
     if not rows:
         return

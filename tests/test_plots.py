@@ -1,10 +1,13 @@
 """plots.py: smoothing of losses, and the picture of a run."""
 
 import math
+import os
+import subprocess
 import sys
 
 import pytest
 
+from helpers import ROOT
 from nanofp8.plots import plot_losses, smooth
 
 
@@ -30,6 +33,15 @@ def test_the_picture_of_a_run(tmp_path, records):
     png = (tmp_path / "loss.png").read_bytes()
     assert png.startswith(b"\x89PNG\r\n\x1a\n") and len(png) > 5000
     assert [p.name for p in tmp_path.iterdir()] == ["loss.png"]
+
+
+def test_a_backend_that_jupyter_has_chosen_does_not_matter(tmp_path):
+    """It sets MPLBACKEND for all that it starts, to one that other environments lack."""
+    code = ("import sys; from nanofp8.plots import plot_losses; plot_losses([dict(kind='train', loss=1.0, tokens=5)], "
+            "sys.argv[1], 'x')")
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "a.png")], check=True, cwd=ROOT,
+                   env=os.environ | dict(MPLBACKEND="module://matplotlib_inline.backend_inline2"))
+    assert (tmp_path / "a.png").stat().st_size > 1000
 
 
 def test_without_matplotlib(tmp_path, monkeypatch):

@@ -19,7 +19,7 @@ if __name__ == "__main__":
     explain_early_errors(__file__)
 
 from nanofp8.files import replace_file
-from nanofp8.plots import smooth
+from nanofp8.plots import pyplot, smooth
 
 # nanochat on four H100s: smoothed train loss after each eighth of its run; its time on the host of our runs is in
 # results/NOTES.md, "Time to val loss 3.5885 on four H100s"
@@ -30,9 +30,7 @@ STYLES = {"speedrun": dict(color="tab:red", ha="right"), "d20": dict(color="tab:
 
 def draw(path: pathlib.Path) -> None:
     """Draw results/h100/race_four_gpus.json (losses) and results/h200/speed.json (speeds) into a PNG."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = pyplot()
     fig, (left, right) = plt.subplots(1, 2, figsize=(12, 4), layout="constrained", width_ratios=(5, 5))
 
     race = json.loads((ROOT / "results/h100/race_four_gpus.json").read_text())["runs"]
@@ -74,9 +72,7 @@ def draw(path: pathlib.Path) -> None:
 
 def draw_steps(path: pathlib.Path) -> None:
     """Draw results/h100/quack_flash4.json and against_1ea897b.json into a PNG: speed and memory after each change."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = pyplot()
 
     first = json.loads((ROOT / "results/h100/quack_flash4.json").read_text())
     second = json.loads((ROOT / "results/h100/against_1ea897b.json").read_text())
