@@ -72,9 +72,10 @@ class Guard:
 
 
 class StopSignal:
-    """On SIGTERM, SIGINT or SIGHUP, let training finish the current step, save a checkpoint and stop.
+    """On SIGTERM, SIGINT, SIGUSR1 or SIGHUP, let training finish the current step, save a checkpoint and stop.
 
-    SIGHUP (the terminal is gone) does not count where it was ignored at the start, as under nohup.
+    SIGUSR1 is what many job scripts let Slurm send before the time ends. SIGHUP (the terminal is gone) does not count
+    where it was ignored at the start, as under nohup.
 
     A context manager. `requested` is false, or the time of the first signal (time.monotonic(), seconds).
     """
@@ -82,7 +83,7 @@ class StopSignal:
     def __init__(self):
         self.requested, self.handlers_before = False, {}
         if threading.current_thread() is threading.main_thread():  # others may not set handlers
-            signals = [signal.SIGTERM, signal.SIGINT]
+            signals = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
             if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
                 signals.append(signal.SIGHUP)
             self.handlers_before = {number: signal.signal(number, self.request) for number in signals}

@@ -270,6 +270,15 @@ def test_a_spike_is_skipped_and_a_resumed_run_knows_the_window(tmp_path, shards)
 # Broken off where it hurts
 
 
+def test_sigusr1_stops_a_run():
+    """Job scripts let Slurm send it before the time ends. Python's default would kill the process."""
+    before = signal.getsignal(signal.SIGUSR1)
+    with StopSignal() as stop:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert stop.requested
+    assert signal.getsignal(signal.SIGUSR1) == before
+
+
 def test_sighup_stops_a_run_unless_it_was_ignored_at_the_start():
     """nohup ignores it for its command. It is put back as it was, whatever that was."""
     for before, ours in ((signal.SIG_DFL, True), (signal.SIG_IGN, False)):
