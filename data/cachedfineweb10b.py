@@ -27,6 +27,11 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]  # for nanofp8 and common, from any working directory
+from nanofp8.config import explain_early_errors  # noqa: E402
+
+if __name__ == "__main__":
+    explain_early_errors(__file__)  # of a Python without numpy
+
 import hub  # noqa: E402
 from common import STOP, OneLineParser, UserError, error_line, output_folder, root_cause, run_script  # noqa: E402
 

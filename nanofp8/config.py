@@ -414,18 +414,35 @@ def check_command_line(path: str, argv: Sequence[str] | None = None, doctor: str
         exit_with(error, os.path.basename(path))
 
 
+PACKAGES = ("torch", "numpy", "matplotlib")
+ENVIRONMENT = ("start with bash run.sh, which makes an environment, or use that environment's Python "
+               "(.venv/bin/python)")
+
+
+def being_imported(trace: Any) -> str:
+    """Return which of PACKAGES was being imported where a traceback was made, the innermost of them, or ""."""
+    found = ""
+    while trace:
+        frame, trace = trace.tb_frame, trace.tb_next
+        if frame.f_code.co_name == "<module>" and frame.f_globals.get("__name__") in PACKAGES:
+            found = frame.f_globals["__name__"]
+    return found
+
+
 def report_early_error(script: str, kind: type, error: BaseException, trace: Any) -> None:
     """Serve as sys.excepthook: print one line for Ctrl-C, which nothing else catches while torch is imported, and for a
-    UserError, as of a torch that is too old, and for a Python without torch, NumPy or Matplotlib; any other exception
-    as Python does. The exit status is 130 or 1."""
+    UserError, as of a torch that is too old, and for a Python without torch, NumPy or Matplotlib, or with one that
+    cannot be imported; any other exception as Python does. The exit status is 130 or 1."""
     line = ""
     if issubclass(kind, KeyboardInterrupt):
         line = "interrupted"
     elif issubclass(kind, UserError):
         line = f"error: {error}"
-    elif issubclass(kind, ModuleNotFoundError) and error.name in ("torch", "numpy", "matplotlib"):
-        line = (f"error: {sys.executable} has no {error.name}; start with bash run.sh, which makes an environment, "
-                f"or use that environment's Python (.venv/bin/python)")
+    elif issubclass(kind, ModuleNotFoundError) and error.name in PACKAGES:
+        line = f"error: {sys.executable} has no {error.name}; {ENVIRONMENT}"
+    elif issubclass(kind, (ImportError, OSError)) and (broken := being_imported(trace)):  # a library is missing, say
+        why = (str(error).strip().splitlines() or [kind.__name__])[-1]
+        line = f"error: {sys.executable} cannot import {broken} ({why}); {ENVIRONMENT}"
     if line and _is_main():
         print(f"{script}: {line}", file=sys.stderr, flush=True)
     elif not line:
@@ -480,6 +497,10 @@ def exit_on_ctrl_c(path: str) -> None:
     without a name gets one.
     """
     explain_early_errors(path)
+    try:
+        os.getcwd()
+    except OSError:  # torch would fail to load its libraries
+        exit_with(UserError("the current folder no longer exists; cd to one that does"), os.path.basename(path))
     name_user()
 
     def stop(*_: object) -> NoReturn:

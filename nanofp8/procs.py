@@ -152,8 +152,11 @@ def read_ranks() -> tuple[int, int, int]:
 def report_good_end(procs: Processes) -> None:
     """Leave the file that run.sh looks for: after a signal torchrun returns 1, whatever its workers return."""
     if procs.local_rank == 0 and "ENDED_WELL" in os.environ:
-        with open(os.environ["ENDED_WELL"], "w"):
-            pass
+        try:
+            with open(os.environ["ENDED_WELL"], "w"):
+                pass
+        except OSError as error:  # somebody has emptied /tmp: only the exit status after a signal depends on it
+            console(f"cannot write {os.environ['ENDED_WELL']} ({error_line(error)})")
 
 
 def memory_error_message(error: BaseException, procs: Processes, cfg: SimpleNamespace, flags: Sequence[str]) -> str:

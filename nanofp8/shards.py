@@ -18,6 +18,7 @@ import os
 import re
 import resource
 import shlex
+import stat
 import struct
 import weakref
 import zlib
@@ -142,6 +143,9 @@ def read_token_count(path: str | os.PathLike) -> int:
 
     Raises: ShardError if the file cannot be read, is empty, truncated or too long, or is of another format.
     """
+    with contextlib.suppress(OSError):
+        if stat.S_ISFIFO(os.stat(path).st_mode):  # to open it could take for ever
+            raise ShardError(f"{path} is not a file, but a pipe")
     try:
         with open(path, "rb") as f:
             header = f.read(HEADER_BYTES)

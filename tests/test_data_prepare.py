@@ -30,7 +30,7 @@ DATA = Path(__file__).resolve().parent.parent / "data"
 sys.path[:0] = [str(DATA), str(DATA.parent)]
 import common  # noqa: E402
 
-from helpers import shard_bytes  # noqa: E402
+from helpers import ROOT, shard_bytes  # noqa: E402
 from nanofp8 import shards  # noqa: E402
 from nanofp8.shards import ShardError, find_shards, open_shard, read_token_count  # noqa: E402
 
@@ -1369,3 +1369,13 @@ def test_a_full_stdout_of_a_process(text_file, tmp_path):
                                     text=True, timeout=60)
         assert result.returncode == code and result.stderr.count("\n") == code, result.stderr
         assert "Traceback" not in result.stderr and "Exception" not in result.stderr
+
+
+@pytest.mark.parametrize("script", ["cachedfineweb10b.py", "shakespeare/prepare.py", "openwebtext-100k/prepare.py",
+                                    "openwebtext-1M/prepare.py"])
+def test_a_python_without_numpy_is_one_line(tmp_path, script):
+    (tmp_path / "numpy.py").write_text("raise ModuleNotFoundError('no numpy', name='numpy')")
+    done = subprocess.run([sys.executable, str(ROOT / "data" / script)], cwd=tmp_path, capture_output=True, text=True,
+                          env=os.environ | dict(PYTHONPATH=str(tmp_path)))
+    assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+    assert "has no numpy" in done.stderr and "run.sh" in done.stderr

@@ -45,6 +45,7 @@ def test_the_modules_that_import_nothing_of_the_project():
     assert not any(imported(path_of(name)) for name in alone)
 
 
-def test_the_package_itself_imports_nothing():
+def test_the_package_itself_imports_nothing_but_sys():
     tree = ast.parse((ROOT / "nanofp8" / "__init__.py").read_text(encoding="utf-8"))
-    assert not [node for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))]
+    imports = [node for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))]
+    assert [ast.unparse(node) for node in imports] == ["import sys"]

@@ -4,6 +4,7 @@ import io
 import os
 import signal
 import socket
+import subprocess
 import sys
 from types import SimpleNamespace
 from unittest import mock
@@ -140,6 +141,12 @@ def test_a_good_end_leaves_a_file_for_run_sh(tmp_path, monkeypatch, local_rank, 
     assert (tmp_path / "yes").exists() == left
 
 
+def test_a_good_end_is_one_also_where_the_temporary_folder_was_emptied(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("ENDED_WELL", str(tmp_path / "gone" / "yes"))
+    report_good_end(Processes(0, 0, 2, torch.device("cpu"), None))
+    assert str(tmp_path / "gone" / "yes") in capsys.readouterr().out
+
+
 def ended_with(capsys, run, world_size=1, **read):
     """Exit status and stderr of command_line() around `run`."""
     with pytest.raises(SystemExit) as stop:
@@ -226,6 +233,42 @@ def test_a_python_without_torch_is_one_line(tmp_path, path):
     result = finish(start(path, cwd=tmp_path, PYTHONPATH=str(tmp_path)))
     assert result.code == 1 and not result.out and result.err.count("\n") == 1
     assert result.err.startswith(f"{script}: error: ") and "has no" in result.err and "run.sh" in result.err
+
+
+@pytest.mark.parametrize("script", ["train.py", "train_orig.py", "sample.py", "bench.py"])
+@pytest.mark.parametrize("package, error", [
+    ("torch", "ImportError('libcudnn.so.9: cannot open shared object file')"), ("torch", "OSError('libcublas.so.12')"),
+    ("numpy", "ImportError('\\n\\nIMPORTANT:\\n\\nOriginal error was: No module named _multiarray_umath\\n')")])
+def test_a_package_that_is_broken_is_one_line(tmp_path, script, package, error):
+    (tmp_path / f"{package}.py").write_text(f"raise {error}")
+    result = finish(start(ROOT / script, cwd=tmp_path, PYTHONPATH=str(tmp_path)))
+    assert result.code == 1 and not result.out and result.err.count("\n") == 1, result.err
+    assert f"cannot import {package} (" in result.err and "bash run.sh" in result.err
+    assert any(word in result.err for word in ("libcudnn.so.9", "libcublas.so.12", "_multiarray_umath"))
+
+
+def test_an_error_of_a_library_during_training_stays_a_traceback(tmp_path):
+    """Only what fails while a package is imported is put down to the package."""
+    (tmp_path / "numpy.py").write_text("def save():\n    raise OSError('disk')\n")
+    code = "from nanofp8 import config; config.explain_early_errors('a.py'); import numpy; numpy.save()"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
+                          env=os.environ | dict(PYTHONPATH=str(tmp_path)))
+    assert done.returncode == 1 and "Traceback" in done.stderr and "cannot import" not in done.stderr
+
+
+@pytest.mark.parametrize("script", ["train.py", "sample.py"])
+def test_a_current_folder_that_was_deleted_is_one_line(tmp_path, script):
+    (tmp_path / "gone").mkdir()
+    done = subprocess.run(f"cd {tmp_path}/gone && rmdir ../gone && exec {sys.executable} {ROOT / script}", shell=True,
+                          capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "no longer exists; cd" in done.stderr
+
+
+def test_a_python_that_is_too_old_is_one_line():
+    """As nanofp8/__init__.py is the first that runs, no newer syntax may come before it."""
+    code = "import sys; sys.version_info = (3, 8, 10); import nanofp8"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "3.10" in done.stderr and "3.8" in done.stderr
 
 
 @pytest.mark.parametrize("script", ["train.py", "train_orig.py", "bench.py"])

@@ -131,6 +131,14 @@ def test_broken_shard_names_file_fault_and_remedy(tmp_path, name):
     assert fault in caught.value.fault and "data/README.md" not in caught.value.fault
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_pipe_is_no_shard(tmp_path):
+    """Reading it would wait for ever."""
+    os.mkfifo(tmp_path / "a_train_000001.bin")
+    with pytest.raises(ShardError, match="a_train_000001.bin is not a file, but a pipe"):
+        read_token_count(tmp_path / "a_train_000001.bin")
+
+
 def test_read_token_count_of_a_folder(tmp_path):
     with pytest.raises(ValueError, match="cannot be read"):
         read_token_count(tmp_path)

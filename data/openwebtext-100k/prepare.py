@@ -13,7 +13,12 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))  # for common, from any working directory
+sys.path[:0] = [str(HERE.parent.parent), str(HERE.parent)]  # for nanofp8 and common, from any working directory
+from nanofp8.config import explain_early_errors  # noqa: E402
+
+if __name__ == "__main__":
+    explain_early_errors(__file__)  # of a Python without numpy
+
 from common import prepare_main  # noqa: E402
 
 if __name__ == "__main__":  # worker processes may import this file

@@ -23,10 +23,14 @@ import sys
 import urllib.request
 from pathlib import Path
 
-import numpy as np
-
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent.parent), str(HERE.parent)]  # for nanofp8 and common, from any working directory
+from nanofp8.config import explain_early_errors  # noqa: E402
+
+if __name__ == "__main__":
+    explain_early_errors(__file__)  # of a Python without numpy
+
+import numpy as np  # noqa: E402
 from common import (  # noqa: E402
     STOP,
     OneLineParser,
