@@ -160,10 +160,12 @@ def report_good_end(procs: Processes) -> None:
 
 
 def memory_error_message(error: BaseException, procs: Processes, cfg: SimpleNamespace, flags: Sequence[str]) -> str:
-    """Return the error line if this exception means too little memory, else "".
+    """Return the error line if this exception means too little memory, or too few threads allowed, else "".
 
     flags: names of those that can save memory: numbers when halved, switches when True.
     """
+    if "can't start new thread" in str(error):
+        return f"rank {procs.rank} cannot start a thread; raise the limits that `ulimit -u` and `ulimit -v` show"
     if (not isinstance(error, (torch.OutOfMemoryError, MemoryError))
             and "can't allocate memory" not in str(error)):
         return ""

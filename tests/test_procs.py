@@ -194,6 +194,11 @@ def test_too_little_memory_names_the_rank_and_what_needs_less(error):
     assert "--" not in memory_error_message(error, procs, CFG, [])
 
 
+def test_a_limit_of_threads_is_one_line():
+    error = RuntimeError("can't start new thread")
+    assert "ulimit -u" in memory_error_message(error, one_process(), CFG, list(vars(CFG)))
+
+
 def test_other_errors_have_nothing_to_do_with_memory():
     assert memory_error_message(RuntimeError("a shape does not fit"), one_process(), CFG, ["batch_size"]) == ""
 
