@@ -20,7 +20,6 @@ import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
-from multiprocessing.pool import ThreadPool
 from types import ModuleType, SimpleNamespace
 from typing import Any, Callable, Iterable, Iterator, get_args
 
@@ -134,8 +133,8 @@ def shard_fingerprints(train_ring: Any, val_ring: Any, procs: Processes) -> dict
     outcome = None, None
     if procs.is_main:
         try:
-            with ThreadPool(8) as pool:  # a network file system takes its time for each read
-                outcome = {split: pool.map(fingerprint, ring.paths)
+            with ThreadPoolExecutor(8) as pool:  # a network file system takes its time for each read
+                outcome = {split: list(pool.map(fingerprint, ring.paths))
                            for split, ring in (("train", train_ring), ("val", val_ring))}, None
         except ShardError as error:
             outcome = None, str(error)

@@ -16,7 +16,7 @@ import re
 import stat
 import warnings
 import zlib
-from multiprocessing.pool import ThreadPool
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any, BinaryIO, Callable, Literal
 
@@ -459,8 +459,8 @@ def is_finite(tensor: torch.Tensor) -> bool:
 
 def in_threads(work: Callable[[Any], None], items: list) -> None:
     """Do work on each item, four at a time: reads and checksums let other threads run. Raises its first exception."""
-    with ThreadPool(4) as pool:
-        for _ in pool.imap(work, items):
+    with ThreadPoolExecutor(4) as pool:  # multiprocessing's would need a /dev/shm that can be written
+        for _ in pool.map(work, items):
             pass
 
 

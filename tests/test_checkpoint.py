@@ -244,6 +244,14 @@ def test_a_signal_stops_the_run_with_a_checkpoint(tmp_path, shards, capsys, one_
 
 
 @pytest.mark.slow
+def test_no_semaphores_are_needed(tmp_path, shards):
+    """They lie in /dev/shm, which a container may have read-only."""
+    with mock.patch("multiprocessing.synchronize.SemLock.__init__", side_effect=OSError(errno.EROFS, "Read-only")):
+        train_here(tmp_path, shards, max_iters=2)
+        train_here(tmp_path, shards, max_iters=3, resume="auto")
+
+
+@pytest.mark.slow
 def test_a_signal_where_no_checkpoint_is_kept(tmp_path, shards, capsys):
     with before_step(1, lambda: os.kill(os.getpid(), signal.SIGTERM)):
         folder = train_here(tmp_path, shards, keep_checkpoints=0)
