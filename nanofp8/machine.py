@@ -172,7 +172,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
     if shutil.which("git") and os.path.exists(os.path.join(ROOT, ".git")):  # not a repository around this folder
         with contextlib.suppress(OSError, subprocess.SubprocessError):
             commit = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True,
-                                    text=True, cwd=ROOT, timeout=20).stdout.strip()
+                                    text=True, errors="replace", cwd=ROOT, timeout=20).stdout.strip()
     name = (torch.cuda.get_device_name(device) if device.type == "cuda"
             else f"CPU ({platform.machine()}, {os.cpu_count()} cores)")
     code = hashlib.sha256()
