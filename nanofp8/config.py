@@ -24,6 +24,7 @@ import os
 import re
 import signal
 import sys
+import tempfile
 import time
 import types
 from dataclasses import dataclass
@@ -499,8 +500,11 @@ def exit_on_ctrl_c(path: str) -> None:
     explain_early_errors(path)
     try:
         os.getcwd()
-    except OSError:  # torch would fail to load its libraries
-        exit_with(UserError("the current folder no longer exists; cd to one that does"), os.path.basename(path))
+        tempfile.gettempdir()
+    except OSError as error:  # torch needs both
+        gone = "the current folder no longer exists; cd to one that does"
+        no_temporary = "no temporary folder can be written; set TMPDIR to one that can"
+        exit_with(UserError(no_temporary if "temporary" in str(error) else gone), os.path.basename(path))
     name_user()
 
     def stop(*_: object) -> NoReturn:

@@ -1,7 +1,9 @@
 """procs.py: ranks and what they share, and how a script ends."""
 
+import errno
 import io
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -267,6 +269,14 @@ def test_a_current_folder_that_was_deleted_is_one_line(tmp_path, script):
     done = subprocess.run(f"cd {tmp_path}/gone && rmdir ../gone && exec {sys.executable} {ROOT / script}", shell=True,
                           capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.count("\n") == 1 and "no longer exists; cd" in done.stderr
+
+
+def test_no_temporary_folder_is_one_line(capsys):
+    """As in a container that is read-only."""
+    error = FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp', '/var/tmp']")
+    with mock.patch("tempfile.gettempdir", side_effect=error), pytest.raises(SystemExit) as end:
+        config.exit_on_ctrl_c("a/train.py")
+    assert end.value.code == 1 and re.fullmatch("train.py: error: .*set TMPDIR.*\n", capsys.readouterr().err)
 
 
 def test_a_python_that_is_too_old_is_one_line():
