@@ -16,8 +16,8 @@
 #   NNODES, RDZV_ENDPOINT, RDZV_ID                 the same, but torchrun numbers the machines
 #   Under srun with one task per machine, these are set from Slurm's own variables.
 #
-# On SIGTERM, SIGINT or SIGUSR1, training finishes the current step, saves a checkpoint and stops; the exit status is 0 if the
-# checkpoint was written.
+# On SIGTERM, SIGINT or SIGUSR1, training finishes the current step, saves a checkpoint and stops; the exit status is 0
+# if the checkpoint was written.
 [ -n "${BASH_VERSION:-}" ] && [ -n "${BASH_SOURCE:-}" ] || { echo "run.sh: start it as a file, with bash: bash run.sh" >&2 && exit 2; }
 set -euo pipefail
 script=$(readlink -f -- "${BASH_SOURCE[0]}" 2>/dev/null || echo "${BASH_SOURCE[0]}") # a link to run.sh may be elsewhere
@@ -40,9 +40,9 @@ flag() { # print the value of flag $1 among the arguments that follow, else trai
 [ ! -d /usr/lib/wsl/lib ] || PATH=$PATH:/usr/lib/wsl/lib # WSL2's nvidia-smi; PATH lacks it under sudo and ssh
 # All GPUs in the machine decide what is installed; the GPUs that CUDA_VISIBLE_DEVICES allows decide what runs. CUDA
 # uses the entries before the first that is not a GPU.
-ask_smi() { # a driver that hangs must not hang this script
-  local wait=(timeout 60)
-  command -v timeout >/dev/null || wait=()
+ask_smi() { # a driver that hangs must not hang this script, nor keep Ctrl-C from it
+  local wait=(timeout --foreground 60)
+  "${wait[@]}" true 2>/dev/null || wait=() # macOS has none
   ${wait[@]+"${wait[@]}"} nvidia-smi "$@"
 }
 smi_status=0
