@@ -154,12 +154,10 @@ def adopt_flags(checkpoint: str, cfg: SimpleNamespace, recipe: dict, procs: Proc
     Taken are, unless they were given or edited, the flags that cannot change, those of `recipe`, and the number format:
     a run that goes on without the flags of its first start must not jump to the present defaults. The recipe is not
     taken if another preset is given. Old code did not save all of `recipe`; it trained with these values.
-    An edit that was there when the checkpoint was saved does not count: the checkpoint knows what came of it.
     Raises: UserError.
     """
     meta = read_checkpoint(checkpoint)
-    saved, in_file = meta["flags"], meta.get("in_file", {})
-    as_before = {name for name, value in in_file.items() if name not in cfg.given and cfg.in_file.get(name) == value}
+    saved, as_before = meta["flags"], edited_before(meta, cfg)
     explicit, other_preset = {*cfg.explicit} - as_before, "preset" not in {*cfg.auto} | as_before
     if "stages" in meta:
         cfg.batch_stages = meta["stages"]
@@ -187,11 +185,7 @@ def adopt_flags(checkpoint: str, cfg: SimpleNamespace, recipe: dict, procs: Proc
     kinds = script_flags(TRAIN)
     others = left_out(sorted((follow & kinds.keys()) - {*FIXED_FLAGS}))
     for name, value in others.items():
-        try:
-            others[name] = convert(kinds[name].kind, value)
-        except ValueError as error:
-            raise UserError(f"cannot load checkpoint {checkpoint}: its flag {name} is {value!r:.200}, but must be "
-                            f"{error}; name another checkpoint") from None
+        others[name] = saved_value(checkpoint, name, value, kinds[name].kind)
     plan = SimpleNamespace(total_batch_size=then.get("total_batch_size") or 1, batch_ramp=then["batch_ramp"],
                            batch_stages=meta.get("stages"), max_iters=1)
     if others.get("train_tokens") and steps_for(others["train_tokens"], plan) != others.get("max_iters"):
@@ -210,6 +204,22 @@ def adopt_flags(checkpoint: str, cfg: SimpleNamespace, recipe: dict, procs: Proc
     cfg.explicit = [name for name in cfg.explicit if name in explicit or name not in taken or name == "preset"]
     cfg.auto = [name for name in cfg.auto if taken.get(name, "auto") == "auto"]
     return saved
+
+
+def edited_before(meta: dict, cfg: SimpleNamespace) -> set[str]:
+    """Return the flags that were not given and stand in the script as when a checkpoint was saved. On a resume, such an
+    edit does not count: the checkpoint knows what came of it. meta: of meta.json; older ones do not say."""
+    return {name for name, value in meta.get("in_file", {}).items()
+            if name not in cfg.given and cfg.in_file.get(name) == value}
+
+
+def saved_value(checkpoint: str, name: str, value: Any, kind: Any) -> Any:
+    """Return a checkpoint's value of a flag as the flag's type. Raises UserError if it is none."""
+    try:
+        return convert(kind, value)
+    except ValueError as error:
+        raise UserError(f"cannot load checkpoint {checkpoint}: its flag {name} is {value!r:.200}, but must be {error}; "
+                        f"name another checkpoint") from None
 
 
 def check_fixed_flags(checkpoint: str, cfg: SimpleNamespace) -> None:
