@@ -8,7 +8,7 @@ Compare runs side by side: loss curves, noise, speed and memory, as a table and 
     torchrun --standalone --local_addr=127.0.0.1 --nproc_per_node=2 bench.py wrappers --max_iters=77  # FSDP2, then DDP
     python bench.py race --tokens=60e6,100e6 '--variants=base; muon: --muon_variant=muon'   # whole schedules
     python bench.py profile                                 # where the time of a step goes; TFLOP/s of each matmul
-    python bench.py card                                    # check a card that we never had, in about 15 minutes
+    python bench.py card                                    # check a card that we never had
     python bench.py alternate '--variants=old: tree=../old; new; no graphs: --USE_CUDA_GRAPHS=False'   # speed, in turn
     python bench.py report --out=results/mine out/a out/b   # table and plot of run folders that exist
 
@@ -69,16 +69,16 @@ from typing import Any, Callable, Sequence
 
 from nanofp8.config import (
     UserError,
-    exit_on_ctrl_c,
     exit_with,
     expand_home,
     print_answer,
     raise_on_ctrl_c,
     script_flags,
+    start_script,
 )
 
 if __name__ == "__main__":
-    exit_on_ctrl_c(__file__)  # importing torch takes seconds
+    start_script(__file__)  # importing torch takes seconds
 
 import train  # before torch: it sets the allocator's environment variable
 import train_orig

@@ -154,7 +154,7 @@ try:
     sys.path.insert(0, ".")
     from nanofp8.cards import old_torch, unsupported_version
     if reason := old_torch(str(getattr(torch, "__version__", ""))):
-        raise ImportError(reason.split(";")[0])
+        raise ImportError(reason)
     if int(sys.argv[1]):
         import transformer_engine.pytorch
         if reason := unsupported_version(getattr(transformer_engine, "__version__", "")):

@@ -32,10 +32,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
-from nanofp8.config import OneLineParser, UserError, exit_on_ctrl_c, expand_home, raise_on_ctrl_c
+from nanofp8.config import OneLineParser, UserError, expand_home, raise_on_ctrl_c, start_script
 
 if __name__ == "__main__":
-    exit_on_ctrl_c(__file__)  # importing torch takes seconds
+    start_script(__file__)  # importing torch takes seconds
 
 import torch
 import torch.nn.functional as F

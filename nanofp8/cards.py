@@ -51,11 +51,10 @@ def is_older(version: str, oldest: tuple[int, int]) -> bool:
 
 
 def old_torch(version: str) -> str:
-    """Return in what way this version of torch is too old, with the remedy, or ""."""
+    """Return why this version of torch cannot be used, or ""."""
     if not is_older(version, TORCH_OLDEST):
         return ""
-    return (f"torch {version} is too old, training needs {dotted(TORCH_OLDEST)} or newer; start with bash run.sh, "
-            f"which makes an environment, or use that environment's Python (.venv/bin/python)")
+    return f"torch {version} is too old, training needs {dotted(TORCH_OLDEST)} or newer"
 
 
 def unsupported_version(version: str) -> str:

@@ -399,7 +399,7 @@ def check_command_line(path: str, argv: Sequence[str] | None = None, doctor: str
     """
     if argv is None:
         argv = sys.argv[1:]
-        exit_on_ctrl_c(path)
+        start_script(path)
         print_any_text()
     try:
         flags = script_flags(path)
@@ -491,22 +491,28 @@ def print_answer(text: str) -> None:
                         f"written") from None
 
 
+def start_script(path: str) -> None:
+    """Do what comes before a script imports torch: let it end with one line at errors until then and at Ctrl-C, check
+    what torch needs of the machine, and give a user without a name one."""
+    explain_early_errors(path)
+    check_folders(os.path.basename(path))
+    name_user()
+    exit_on_ctrl_c(path)
+
+
+def check_folders(script: str) -> None:
+    """Exit with one line if there is no current or no temporary folder: torch could not be imported."""
+    for find, fault in ((os.getcwd, "the current folder no longer exists; cd to one that does"),
+                        (tempfile.gettempdir, "no temporary folder can be written; set TMPDIR to one that can")):
+        try:
+            find()
+        except OSError:
+            exit_with(UserError(fault), script)
+
+
 def exit_on_ctrl_c(path: str) -> None:
     """From now on, let Ctrl-C end this script with one line, status 130: while it imports torch, which takes seconds.
-
-    Where Ctrl-C is ignored or handled already, that stays. A Python without torch becomes one line too, and a user
-    without a name gets one.
-    """
-    explain_early_errors(path)
-    try:
-        os.getcwd()
-        tempfile.gettempdir()
-    except OSError as error:  # torch needs both
-        gone = "the current folder no longer exists; cd to one that does"
-        no_temporary = "no temporary folder can be written; set TMPDIR to one that can"
-        exit_with(UserError(no_temporary if "temporary" in str(error) else gone), os.path.basename(path))
-    name_user()
-
+    Where Ctrl-C is ignored or handled already, that stays."""
     def stop(*_: object) -> NoReturn:
         with contextlib.suppress(OSError, ValueError):
             if _is_main():

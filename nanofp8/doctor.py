@@ -117,7 +117,7 @@ def check_torch(exam: Examination) -> Iterator[Verdict]:
         yield FAIL, f"torch {why}; {INSTALL}"
     elif fault := cards.old_torch(str(exam.torch.__version__)):
         exam.torch = None  # our modules cannot be imported with it
-        yield FAIL, fault
+        yield FAIL, f"{fault}; {INSTALL}"
     else:
         cuda = exam.torch.version.cuda
         yield OK, f"{exam.torch.__version__}, {f'CUDA {cuda}' if cuda else 'without CUDA'}"

@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import Any, Callable, Iterator
 
 from nanofp8.cards import old_torch
-from nanofp8.config import UserError
+from nanofp8.config import ENVIRONMENT, UserError
 from nanofp8.files import error_line
 
 # Bytes of /dev/shm that NCCL's documentation asks of a container (user guide, troubleshooting: --shm-size=1g)
@@ -39,7 +39,7 @@ def start_torch() -> None:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # read when torch starts
     import torch
     if fault := old_torch(str(torch.__version__)):
-        raise UserError(fault)
+        raise UserError(f"{fault}; {ENVIRONMENT}")
 
 
 def optional(package: str, module: str, name: str) -> tuple[ModuleType | None, str]:

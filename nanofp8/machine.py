@@ -181,8 +181,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
     for path in [os.path.join(ROOT, "train.py"), *sorted(package)]:
         with open(path, "rb") as f:
             code.update(f.read())
-    return dict(device=name, versions=versions, git_commit=commit or None,
-                code=code.hexdigest()[:16])
+    return dict(device=name, versions=versions, git_commit=commit or None, code=code.hexdigest()[:16])
 
 
 class Clock:

@@ -1,4 +1,4 @@
-"""Pictures of a run: loss.png."""
+"""Pictures of a run: loss.png. And matplotlib, as all pictures take it."""
 
 import math
 import os

@@ -18,10 +18,10 @@ from nanofp8.config import (
     AutoBool,
     UserError,
     check_command_line,
-    exit_on_ctrl_c,
     parse_arguments,
     parse_flags,
     script_flags,
+    start_script,
 )
 
 pytestmark = pytest.mark.usefixtures("fresh")
@@ -389,20 +389,20 @@ def test_a_user_without_a_name_gets_one(monkeypatch, error):
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     monkeypatch.setattr(os, "getuid", lambda: 4321)
     monkeypatch.setenv("USER", "somebody")
-    exit_on_ctrl_c(TRAIN)
+    start_script(TRAIN)
     assert os.environ["USER"] == "somebody"
     for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("pwd.getpwuid", mock.Mock(side_effect=error))
-    exit_on_ctrl_c(TRAIN)
+    start_script(TRAIN)
     assert getpass.getuser() == "uid4321"
 
 
 def test_ctrl_c_during_imports_is_one_line(capsys, monkeypatch):
-    """exit_on_ctrl_c() is called before torch is imported. Any other exception keeps its traceback."""
+    """start_script() is called before torch is imported. Any other exception keeps its traceback."""
     monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
-    exit_on_ctrl_c(TRAIN)
+    start_script(TRAIN)
     sys.excepthook(KeyboardInterrupt, KeyboardInterrupt(), None)
     assert capsys.readouterr().err == "train.py: interrupted\n"
     sys.excepthook(RuntimeError, RuntimeError("no"), None)

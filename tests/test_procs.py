@@ -275,7 +275,7 @@ def test_no_temporary_folder_is_one_line(capsys):
     """As in a container that is read-only."""
     error = FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp', '/var/tmp']")
     with mock.patch("tempfile.gettempdir", side_effect=error), pytest.raises(SystemExit) as end:
-        config.exit_on_ctrl_c("a/train.py")
+        config.start_script("a/train.py")
     assert end.value.code == 1 and re.fullmatch("train.py: error: .*set TMPDIR.*\n", capsys.readouterr().err)
 
 
