@@ -87,7 +87,7 @@ from nanofp8.fused import (  # Triton
 from nanofp8.host import compiled_at_first_call  # torch.compile, but later
 from nanofp8.loss import LMHead  # output projection and softcapped cross-entropy, without all logits at once
 from nanofp8.machine import Clock, check_gpus, describe_machine, pause_garbage_collection, profiling
-from nanofp8.muon import OptimizerSet, import_bitsandbytes, make_muon, muon_groups  # Dion's Muon, or torch's
+from nanofp8.muon import OptimizerSet, import_bitsandbytes, make_adam, make_muon, muon_groups, set_value
 from nanofp8.parts import (  # what presets "speedrun" and "d12" add; tokens in order
     ResidualScalars,
     ValueEmbedding,
@@ -634,7 +634,7 @@ class Optimizers(OptimizerSet):
             self.description += "; AdamW8bit by bitsandbytes for embedding and head, AdamW for the rest"
         else:
             self.description += "; AdamW for the rest"
-        self.all.append(torch.optim.AdamW(adam_groups, fused=True, **adam))
+        self.all.append(make_adam(adam_groups, procs.device, sharded, **adam))
         self.groups = {g["name"]: g for g in muon_groups(self.muon)}
         self.groups.update({g["name"]: g for optimizer in self.all[1:] for g in optimizer.param_groups})
 
@@ -666,9 +666,10 @@ class Optimizers(OptimizerSet):
         factor, momentum = self.schedule.lr(step), self.schedule.momentum(step)
         lr = {name: self.base_lr[name] * factor for name in self.groups}
         for name, group in self.groups.items():
-            group["lr"] = lr[name]
+            set_value(group, "lr", lr[name])
         for group in muon_groups(self.muon):
-            group["mu"], group["weight_decay"] = momentum, self.schedule.weight_decay(step)
+            set_value(group, "mu", momentum)
+            set_value(group, "weight_decay", self.schedule.weight_decay(step))
         return dict(lr_muon=lr["qkv"], lr_embed=lr["embed"], lr_head=lr["head"], momentum=momentum)
 
 
@@ -958,10 +959,11 @@ def prepare_step(run: Run, step: int) -> None:
     use_graphs = run.cfg.USE_CUDA_GRAPHS and run.model.fused is not None and not run.parallel.by_hooks
     outdated = run.graphs is not None and run.graphs.loss_weight != run.loader.loss_weight
     if use_graphs and (step == max(run.first_step + 3, calibrations) or outdated):
-        run.graphs = None
+        run.graphs, run.optimizers.graphs = None, ()
         for cache in (run.model.fused.cache, run.model.head.cache):
             cache.clear()  # weights in the old graphs' memory
         run.graphs = MicroBatchGraphs(run.parallel, run.loader, run.precision, run.procs)
+        run.optimizers.capture(run.graphs.pool)
 
 
 def evaluate_and_log(run: Run, step: int) -> None:

@@ -649,11 +649,12 @@ def cross_entropy_gradient(logits_ptr, targets_ptr, lse_ptr, out_ptr, cols_ptr, 
 
 
 @triton.jit
-def muon_momentum(grad_ptr, momentum_ptr, update_ptr, mu, size, NESTEROV: tl.constexpr, BLOCK: tl.constexpr):
+def muon_momentum(grad_ptr, momentum_ptr, update_ptr, mu_ptr, size, NESTEROV: tl.constexpr, BLOCK: tl.constexpr):
     """Compute momentum = mu * momentum + grad, in place, and update = grad + mu * momentum (NESTEROV) or momentum.
 
-    grad, momentum: `size` values; update: the same in bf16.
+    grad, momentum: `size` values; update: the same in bf16; mu: one element.
     """
+    mu = tl.load(mu_ptr)
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     grad = tl.load(grad_ptr + offsets, mask=offsets < size, other=0.0).to(tl.float32)
     momentum = mu * tl.load(momentum_ptr + offsets, mask=offsets < size, other=0.0) + grad
@@ -663,17 +664,17 @@ def muon_momentum(grad_ptr, momentum_ptr, update_ptr, mu, size, NESTEROV: tl.con
 
 
 @triton.jit
-def muon_update(weight_ptr, update_ptr, lr_ptr, update_lr_ptr, decay, size, CAUTIOUS: tl.constexpr,
+def muon_update(weight_ptr, update_ptr, lr_ptr, update_lr_ptr, decay_ptr, size, CAUTIOUS: tl.constexpr,
                 BLOCK: tl.constexpr):
     """Compute weight -= lr * decay * weight + update_lr * update, in place; with CAUTIOUS, decay only where weight and
     update have the same sign, or one of them is zero.
 
-    weight: `size` fp32 values; update: the same, in any format; lr, update_lr: one element.
+    weight: `size` fp32 values; update: the same, in any format; lr, update_lr, decay: one element.
     """
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     weight = tl.load(weight_ptr + offsets, mask=offsets < size, other=0.0)
     update = tl.load(update_ptr + offsets, mask=offsets < size, other=0.0).to(tl.float32)
-    decayed = weight * (tl.load(lr_ptr) * decay)
+    decayed = weight * (tl.load(lr_ptr) * tl.load(decay_ptr))
     if CAUTIOUS:
         decayed = tl.where(weight * update >= 0.0, decayed, 0.0)
     tl.store(weight_ptr + offsets, weight - decayed - tl.load(update_lr_ptr) * update, mask=offsets < size)

@@ -5,6 +5,7 @@ import functools
 import math
 import os
 import shutil
+import warnings
 from types import ModuleType
 from typing import Any, Sequence
 
@@ -168,7 +169,8 @@ def momentum_update(G: list[torch.Tensor], M: list[torch.Tensor], momentum: torc
 
     This is dion.muon.muon_update_pre_orthogonalize in one pass in place of five.
     """
-    mu, updates = float(momentum), [torch.empty_like(m, dtype=torch.bfloat16) for m in M]
+    mu = torch.as_tensor(momentum, dtype=torch.float32, device=M[0].device)
+    updates = [torch.empty_like(m, dtype=torch.bfloat16) for m in M]
     for grad, moment, update in zip(G, M, updates, strict=True):
         kernels.muon_momentum[(triton.cdiv(moment.numel(), 2048),)](
             grad.contiguous(), moment, update, mu, moment.numel(), nesterov, 2048)
@@ -181,16 +183,17 @@ def apply_update(X: list[torch.Tensor], U: list[torch.Tensor], base_lr: torch.Te
 
     This is dion.muon.muon_update_post_orthogonalize in one pass in place of up to nine, without temporary tensors.
     """
-    rates = [torch.as_tensor(lr, dtype=torch.float32, device=X[0].device) for lr in (base_lr, adjusted_lr)]
+    factors = [torch.as_tensor(factor, dtype=torch.float32, device=X[0].device)
+               for factor in (base_lr, adjusted_lr, weight_decay)]
     for weight, update in zip(X, U, strict=True):
         kernels.muon_update[(triton.cdiv(weight.numel(), 2048),)](
-            weight, update.contiguous(), *rates, float(weight_decay), weight.numel(), cautious_wd, 2048)
+            weight, update.contiguous(), *factors, weight.numel(), cautious_wd, 2048)
 
 
 def use_own_functions(kernels_run: bool) -> None:
     """Replace functions of Dion that make many passes over memory when they are not compiled.
 
-    kernels_run: whether our Triton kernels run on the device.
+    kernels_run: whether our Triton kernels run on the device. They read the momentum there, so that CUDA graphs can.
     """
     from dion import muon, normuon
     normuon.normuon_normalization_stacked = normalize_rows
@@ -198,6 +201,7 @@ def use_own_functions(kernels_run: bool) -> None:
         for module in (muon, normuon):
             module.muon_update_pre_orthogonalize = momentum_update
             module.muon_update_post_orthogonalize = apply_update
+        warnings.filterwarnings("ignore", "To copy construct from a tensor")  # Dion copies the momentum
 
 
 def dion_muon(choice: str, device: torch.device, compiled: bool = True, why: str = "") -> tuple[type | None, str]:
@@ -268,10 +272,30 @@ def make_muon(groups: Sequence[dict], choice: str, device: torch.device, mesh: A
     if "muon_beta2" in groups[0]:
         from dion import NorMuon as Muon
     if not compiled:
-        use_own_functions(triton is not None and device.type == "cuda")
+        kernels_run = triton is not None and device.type == "cuda"
+        use_own_functions(kernels_run)
+        if kernels_run:
+            groups = [g | {key: torch.tensor(g[key], device=device) for key in ("mu", "weight_decay")} for g in groups]
     orthogonalise = functools.partial(polar_express, quack=True) if quack and not compiled else polar_express
     muon = Muon(groups, mesh, nesterov=True, adjust_lr="spectral_norm", newton_schulz_func=orthogonalise)
     return muon, f"{type(muon).__name__} by Dion"
+
+
+def make_adam(groups: Sequence[dict], device: torch.device, sharded: bool, **options: Any) -> torch.optim.AdamW:
+    """Build AdamW for these parameter groups, its learning rates on the device if the parameters are not sharded."""
+    adam = torch.optim.AdamW(groups, fused=True, **options)
+    if device.type == "cuda" and not sharded:  # torch does not mix DTensors with plain tensors
+        for group in adam.param_groups:
+            group["lr"] = torch.tensor(group["lr"], device=device)
+    return adam
+
+
+def set_value(group: dict, name: str, value: float) -> None:
+    """Set a number in a parameter group; in place where it is a tensor, which a CUDA graph may read."""
+    if torch.is_tensor(group[name]):
+        group[name].fill_(value)
+    else:
+        group[name] = value
 
 
 def muon_groups(muon: torch.optim.Optimizer) -> list[dict]:
@@ -283,7 +307,7 @@ class OptimizerSet:
     """Several optimizers stepped as one: what does not depend on who optimizes what.
 
     A subclass sets `muon`, `all` (muon first), `groups` ({name: parameter group}), `compiled` (Dion's update),
-    `buffers` (zero.Local, Zero2 or Gathered).
+    `buffers` (zero.Local, Zero2 or Gathered). Where the updates are CUDA graphs, `graphs` has Muon's and the others'.
     """
 
     muon: torch.optim.Optimizer
@@ -291,14 +315,53 @@ class OptimizerSet:
     groups: dict[str, dict]
     compiled: bool
     buffers: Any
+    graphs: Sequence[torch.cuda.CUDAGraph] = ()
 
     def step(self) -> None:
         """Update all parameters. The others come before Muon, so that ranks can send what they updated meanwhile."""
+        if self.graphs:
+            muon, others = (graph.replay for graph in self.graphs)
+        else:
+            muon, others = (functools.partial(self.update, part) for part in (self.all[:1], self.all[1:]))
+        others()
+        self.buffers.send_rows()
+        muon()
+
+    def update(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+        """Step these optimizers."""
         with torch.compiler.set_stance("default" if self.compiled else "force_eager"):
-            for optimizer in self.all[1:]:
+            for optimizer in optimizers:
                 optimizer.step()
-            self.buffers.send_rows()
-            self.muon.step()
+
+    def capture(self, pool: Any) -> None:
+        """From now on run the updates as CUDA graphs: most of Muon's kernels take longer to launch than to run.
+
+        Updates that need the host stay as they are: bitsandbytes', torch's Muon, sharded and compiled ones. Dion's
+        CudaGraphOptimizer would keep momentum and weight decay as they are now, and memory of its own.
+
+        pool: memory pool of the micro-batches' graphs, whose memory is free during an update. All kernels must have
+        run before, and gradients must stay in place. Raises: UserError if an update waits for the GPU.
+        """
+        self.graphs = ()
+        changing = [group["lr"] for group in self.groups.values()]
+        changing += [group[key] for group in muon_groups(self.muon) for key in ("mu", "weight_decay")]
+        if not all(torch.is_tensor(value) and value.is_cuda for value in changing):
+            return
+        for optimizer in self.all[1:]:
+            for group in optimizer.param_groups:
+                group["capturable"] = True  # only here: torch warns of it where nothing is captured
+        graphs = [torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()]
+        try:
+            for graph, part in zip(graphs, (self.all[:1], self.all[1:]), strict=True):
+                # thread_local: as in fused.MicroBatchGraphs
+                with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                    self.update(part)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # an attempt that fails leaves torch's random numbers unusable
+            raise UserError(f"the optimizers cannot be captured as CUDA graphs ({error_line(error)}); use "
+                            f"--USE_CUDA_GRAPHS=False, or the version of Dion that requirements.txt names") from error
+        self.graphs = graphs
 
     def parameters(self) -> list[torch.Tensor]:
         """Return what this rank updates."""
@@ -349,7 +412,7 @@ class OptimizerSet:
         parallel: train.Parallel.
         """
         for group in self.groups.values():
-            group["lr"] = 0.0
+            set_value(group, "lr", 0.0)
         for p in self.parameters():
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad.zero_()
         self.step()

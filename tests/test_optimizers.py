@@ -1,10 +1,14 @@
 """train.py's schedules, parameter groups and clipping."""
 
+import functools
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 import train
 from helpers import make_cfg, make_model, make_optimizers, one_process, random_grads
+from nanofp8.muon import set_value
 from nanofp8.schedule import Schedule, lr_factor, momentum_at
 from train_orig import clip_gradients
 
@@ -149,6 +153,28 @@ def test_each_table_forgets_at_its_own_rate():
     optimizers = make(weight_decay_head=0.25, weight_decay_embed=0.0, weight_decay=0.2, weight_decay_end=0.0)
     assert [optimizers.groups[name]["weight_decay"] for name in ("embed", "head", "values")] == [0, 0.25, 0]
     assert optimizers.schedule.decays([*optimizers.groups.values()][3:]) == "Muon 0.2 to 0, head 0.25"
+
+
+def test_numbers_that_a_graph_reads_stay_in_place():
+    tensor = torch.tensor(1.0)
+    group = dict(lr=tensor, mu=0.5)
+    set_value(group, "lr", 0.25)
+    set_value(group, "mu", 0.75)
+    assert group["lr"] is tensor and tensor == 0.25 and group["mu"] == 0.75
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_rows_are_sent_before_muon_runs(graphs, monkeypatch):
+    optimizers, calls = make_optimizers(make_model()), []
+    optimizers.capture(None)
+    assert not optimizers.graphs  # on a CPU
+    if graphs:
+        optimizers.graphs = [SimpleNamespace(replay=functools.partial(calls.append, what)) for what in ("muon", "adam")]
+    for optimizer, what in zip(optimizers.all, ("muon", "adam"), strict=True):
+        monkeypatch.setattr(optimizer, "step", functools.partial(calls.append, what))
+    monkeypatch.setattr(optimizers.buffers, "send_rows", lambda: calls.append("rows"))
+    optimizers.step()
+    assert calls == ["adam", "rows", "muon"]
 
 
 def test_momentum_at_its_corners():

@@ -30,6 +30,7 @@ sys.path.insert(0, str(ROOT))
 
 import train  # noqa: E402
 from nanofp8 import attention, breakdown, epilogues  # noqa: E402
+from nanofp8.config import UserError  # noqa: E402
 from nanofp8.machine import peak_flops  # noqa: E402
 from nanofp8.precision import fp8_state, preserved_scales  # noqa: E402
 from nanofp8.procs import start_processes  # noqa: E402
@@ -295,6 +296,81 @@ def test_dions_normuon_follows_torchs(run):
     check_same(run(**DELAYED, **PARTS), run(**DELAYED, **PARTS | dict(muon_impl="dion")), loss=0.1, norm=0.2)
 
 
+# Momentum, weight decay and rates change in every step; a graph that kept those of its capture would go astray
+CHANGING = dict(muon_impl="dion", muon_momentum_start=0.5, muon_momentum_iters=8, weight_decay=0.5,
+                weight_decay_end=0.0)
+
+
+@pytest.fixture
+def optimizers(te, procs):
+    """A function that builds a small model's optimizers, with all of train.build(), from flags."""
+    pytest.importorskip("dion")
+    loaders = []
+
+    def build(**flags):
+        cfg = train.read_flags(arguments(CHANGING | flags))
+        loaders.append(train.open_data(cfg, procs)[0])
+        with contextlib.redirect_stdout(io.StringIO()):
+            state = train.build(cfg, procs, loaders[-1])
+        for p in state.model.parameters():
+            p.grad = torch.zeros_like(p)
+        return state.optimizers
+
+    yield build
+    for loader in loaders:
+        loader.close()
+
+
+def update(optimizers, seed):
+    """Take the step of number `seed` with random gradients."""
+    generator = torch.Generator("cuda").manual_seed(seed)
+    optimizers.set_schedule(seed)
+    for p in optimizers.parameters():
+        p.grad.normal_(generator=generator)
+    optimizers.step()
+
+
+@pytest.mark.parametrize("flags", [BF16, DELAYED | PARTS, DELAYED | PARTS | dict(USE_DDP=True)],
+                         ids=["muon", "normuon", "normuon-ddp"])
+def test_replayed_updates_equal_launched_ones(optimizers, flags):
+    """To the last bit, over eight steps, five of them as graphs."""
+    launched, replayed = optimizers(**flags), optimizers(**flags)
+    for step in range(8):
+        if step == 3:
+            replayed.capture(torch.cuda.graph_pool_handle())
+            assert len(replayed.graphs) == 2
+        for one in (launched, replayed):
+            update(one, step)
+        for a, b in zip(launched.parameters(), replayed.parameters(), strict=True):
+            assert torch.equal(a, b), (step, a.shape)
+
+
+@pytest.mark.parametrize("flags", [dict(muon_impl="torch"), dict(USE_FSDP2=True), dict(USE_COMPILE=True)])
+def test_updates_that_cannot_be_captured(optimizers, flags):
+    one = optimizers(**BF16, **flags)
+    one.capture(torch.cuda.graph_pool_handle())
+    assert not one.graphs
+
+
+def test_a_capture_that_fails(optimizers, monkeypatch):
+    """Not a real failure: after one torch refuses random numbers on the GPU."""
+    def fail(*_, **__):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    one = optimizers(**BF16)
+    monkeypatch.setattr(torch.cuda, "graph", fail)
+    with pytest.raises(UserError, match="operation not permitted.*--USE_CUDA_GRAPHS=False"):
+        one.capture(torch.cuda.graph_pool_handle())
+    assert not one.graphs
+
+
+@pytest.mark.parametrize("precision", [BF16, DELAYED], ids=["bf16", "delayed"])
+def test_training_with_updates_in_graphs(run, precision):
+    """The updates' graphs share memory with those of the micro-batches, which must not show."""
+    flags = precision | PARTS | CHANGING
+    check_same(run(**flags), run(**flags, USE_CUDA_GRAPHS=False))
+
+
 def test_command_line_compiled(te, run, tmp_path):
     """`python train.py ...` with the kernels compiled, in a process of its own: as the plain run in this one.
 
@@ -474,6 +550,8 @@ def two_gpus(te, tmp_path_factory):
              for wrapper in ("DDP", "FSDP2") for name in ("bf16", "fp8-delayed") for how, changes in SEVERAL.items()}
     runs |= {f"{wrapper}-{name}-ramp": PRECISIONS[name] | RAMP | {f"USE_{wrapper}": True, "batch_size": 2}
              for wrapper in ("DDP", "FSDP2") for name in ("bf16", "fp8-delayed")}
+    runs |= {f"{wrapper}-fp8-delayed-dion": DELAYED | PARTS | CHANGING | {f"USE_{wrapper}": True}
+             for wrapper in ("DDP", "FSDP2")}
     (out / "worker.py").write_text(textwrap.dedent(WORKER))
     (out / "argv.json").write_text(json.dumps([arguments(f | dict(out_dir=str(out), run_name=n)) for n,
                                                f in runs.items()]))
@@ -508,6 +586,16 @@ def test_a_growing_batch_on_two_gpus(two_gpus, run, wrapper, name):
     """The same tokens a step as on one GPU, in micro-batches of half the size."""
     result = two_gpus[f"{wrapper}-{name}-ramp"]
     check_same(run(**PRECISIONS[name], **RAMP), result, loss=0.03, norm=0.1)
+
+
+@MULTI_GPU
+@pytest.mark.parametrize("wrapper", ["DDP", "FSDP2"])
+def test_dion_on_two_gpus(two_gpus, run, wrapper):
+    """Dion's NorMuon with a schedule that changes in every step. Under FSDP2 it normalizes each shard by itself."""
+    result = two_gpus[f"{wrapper}-fp8-delayed-dion"]
+    check_trains(result)
+    limits = dict(loss=0.03, norm=0.1) if wrapper == "DDP" else dict(loss=0.1, norm=0.3)
+    check_same(run(**DELAYED | PARTS | CHANGING), result, **limits)
 
 
 @MULTI_GPU
