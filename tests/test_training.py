@@ -540,3 +540,25 @@ def test_torchrun_of_the_script(tmp_path, shards, one_rank):
     assert good.out.count("done: val loss") == 1
     assert broken.code != 0
     assert broken.err.count(f"train.py: error: {bad} holds token id 600") == 1, broken.err[-2000:]
+
+
+def test_graphs_are_captured_after_three_steps_and_anew_when_the_batch_grows(monkeypatch):
+    """With stand-ins for the graphs. The optimizers' use the memory pool of the micro-batches'."""
+    def micro_batches(parallel, loader, precision, procs):
+        return SimpleNamespace(loss_weight=loader.loss_weight, pool=len(pools))
+
+    pools, states, loader = [], [], SimpleNamespace()
+    loader.start_step = lambda step: setattr(loader, "loss_weight", 1.0 if step < 5 else 0.5)
+    monkeypatch.setattr(train, "MicroBatchGraphs", micro_batches)
+    part = SimpleNamespace(cache={})
+    run = SimpleNamespace(
+        cfg=helpers.make_cfg(), first_step=0, graphs=None, procs=None, loader=loader,
+        model=SimpleNamespace(fused=part, head=part), parallel=SimpleNamespace(by_hooks=False),
+        precision=SimpleNamespace(calibration_steps=lambda cfg: 1),
+        optimizers=SimpleNamespace(graphs=(), capture=pools.append))
+    for step in range(8):
+        run.optimizers.graphs = ("those of the step before",)
+        train.prepare_step(run, step)
+        states.append((run.graphs and run.graphs.loss_weight, bool(run.optimizers.graphs)))
+    assert states == [(None, True)] * 3 + [(1.0, False), (1.0, True), (0.5, False)] + [(0.5, True)] * 2
+    assert pools == [0, 1]
