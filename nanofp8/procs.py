@@ -97,6 +97,9 @@ def start_processes() -> Processes:
         fault = shared_memory_fault(local_size)
         if fault and local_rank == 0:  # before NCCL starts: if it fails, the reason is on the screen
             console(f"warning: {fault}")
+    if world_size == 1 and (tasks := tasks_of_launcher()) > 1:
+        console(f"warning: one of {tasks} tasks of srun or mpirun, but this process works alone; for one training on "
+                f"all their GPUs start `bash run.sh` once per machine (docs/several_gpus.md)")
     device = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
     if not dist.is_initialized():
         if world_size > local_size and (interface := interface_to(os.environ["MASTER_ADDR"])):
@@ -116,6 +119,12 @@ def start_processes() -> Processes:
                             f"{connection_remedy(error, world_size > local_size)}", one_rank=True) from None
     mesh = init_device_mesh(device.type, (world_size,), mesh_dim_names=("data",))
     return Processes(rank, local_rank, world_size, device, mesh)
+
+
+def tasks_of_launcher() -> int:
+    """Return how many tasks srun or mpirun started, this one among them; 0 if neither did."""
+    values = [os.environ.get(name, "") for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")]
+    return max((int(value) for value in values if value.isdecimal()), default=0)
 
 
 def connection_remedy(error: RuntimeError, several_machines: bool) -> str:

@@ -46,6 +46,19 @@ def test_a_group_of_one_without_torchrun():
     assert again.world_size == 1
 
 
+@pytest.mark.parametrize("variables, tasks", [
+    (dict(SLURM_STEP_NUM_TASKS="2"), "2"), (dict(OMPI_COMM_WORLD_SIZE="4"), "4"), (dict(SLURM_STEP_NUM_TASKS="1"), ""),
+    (dict(SLURM_STEP_NUM_TASKS="x"), ""), ({}, "")])
+def test_a_process_that_is_alone_among_tasks_says_so(monkeypatch, capsys, variables, tasks):
+    for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    start_processes()
+    text = capsys.readouterr().out
+    assert (f"one of {tasks} tasks" in text and "bash run.sh" in text) if tasks else not text
+
+
 def test_more_processes_than_gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
