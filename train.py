@@ -11,8 +11,8 @@ Train a GPT in FP8 (or NVFP4) with NVIDIA Transformer Engine. Read it top to bot
 The model is nanochat's d20 shape: 561M parameters, RoPE, RMSNorm, QK norm, relu^2, logit softcap.
 Muon (Microsoft's Dion library) trains the matrices in the blocks, AdamW trains the rest: embeddings, head, gains.
 
-main() reads the flags, joins the other ranks and calls run(). That calls set_up(), which builds a Run (data, model,
-optimizers, and the state of a checkpoint), then train(), which calls train_step() for each step, saves and evaluates.
+main() reads the flags, joins the other ranks and calls run(). run() first calls set_up(), which builds a Run (data,
+model, optimizers, the state of a checkpoint). Then it calls train(): train_step() for each step, saving, evaluating.
 If you read one function, read train_step().
 """
 
@@ -61,7 +61,7 @@ from typing import Any, Callable, Iterator, Sequence
 
 from nanofp8 import host
 
-host.start_torch()  # before all that needs it: it sets the allocator, and refuses a torch that is too old
+host.start_torch()  # before torch is imported: it sets torch's allocator, and refuses a torch that is too old
 
 import numpy as np
 import torch
@@ -73,7 +73,7 @@ from nanofp8 import checkpoint, memory, resuming, runlog  # checkpoints; batch_s
 from nanofp8.attention import choose_attention, make_attention  # Transformer Engine's, flash-attn-4's or torch's
 from nanofp8.epilogues import choose_quack  # matmuls by QuACK
 from nanofp8.faults import Guard, StopSignal  # bad steps; SIGTERM and SIGINT
-from nanofp8.fused import (  # Triton
+from nanofp8.fused import (  # blocks and embedding by Triton kernels, CUDA graphs
     AddNorm,
     FusedBlocks,
     FusedMLP,
@@ -94,7 +94,7 @@ from nanofp8.parts import (  # what presets "speedrun" and "d12" add; tokens in 
     mix_residual,
     token_order,
 )
-from nanofp8.plain import MATRICES, rms_norm, rope_qk_norm, rope_tables, spectral_init  # plain PyTorch
+from nanofp8.plain import MATRICES, rms_norm, rope_qk_norm, rope_tables, spectral_init  # in plain PyTorch
 from nanofp8.precision import (  # number formats and FP8's scaling state
     Precision,
     check_one_format,
@@ -118,7 +118,7 @@ from nanofp8.sizes import (  # what follows from the flags alone
     value_layers,
     windows,
 )
-from nanofp8.zero import Gathered, Local, Zero2, gradient_norm  # with USE_FSDP2; neither; with USE_DDP
+from nanofp8.zero import Gathered, Local, Zero2, gradient_norm  # gradients and weights: FSDP2's, one rank's, DDP's
 
 # ======================================================================================================================
 # Flags. Edit a value here, or give --name=value. The values below are those of preset "d20".
@@ -155,7 +155,7 @@ USE_X0: bool = False                          # each block reads a * x + b * tok
 train_tokens: NonNegative = 891289600         # tokens to train on: 9 FineWeb shards, once; 0: use max_iters
 total_batch_size: AutoPositive = "auto"       # tokens per step, all ranks (batch_ramp: the last); "auto": by length
 batch_ramp: Ramp = ""                         # "0.25,0.6": the batch doubles after these fractions of the tokens
-batch_size: AutoPositive = "auto"             # sequences of a micro-batch; "auto": what fits, at most 16 (d12: 32)
+batch_size: AutoPositive = "auto"             # sequences of a micro-batch; "auto": what fits, up to 16 (d12 32, tiny 8)
 max_iters: Positive = 1700                    # optimizer steps; used if given or edited, or if train_tokens is 0
 warmup_iters: NonNegative = 100               # steps of linear warm-up; used if given or edited, or if the ratio is 0
 warmup_ratio: Fraction = 0.02                 # linear warm-up of all learning rates, as a fraction of the run's tokens
@@ -175,8 +175,8 @@ lr_ratio_fc2: PositiveFloat = 1.0             # Muon; factor on the learning rat
 weight_decay: NonNegativeFloat = 0.17         # Muon; decoupled, multiplied by the learning rate
 weight_decay_end: NonNegativeFloat = 0.0      # Muon; the decay falls linearly to this fraction at the last step
 USE_CAUTIOUS_WD: bool = True                  # Muon; decay only where update and weight have the same sign
-weight_decay_embed: AutoNonNegativeFloat = "auto"  # AdamW, token and value embeddings; "auto": 0 if text is read once
-weight_decay_head: AutoNonNegativeFloat = "auto"  # AdamW, output head; "auto": 0 if text is read once
+weight_decay_embed: AutoNonNegativeFloat = "auto"  # AdamW, all embeddings; "auto": by epochs, 0 for one
+weight_decay_head: AutoNonNegativeFloat = "auto"  # AdamW, output head; "auto": by epochs, 0 for one
 weight_decay_gain: NonNegativeFloat = 0.0     # AdamW, RMSNorm gains, and gates of value embeddings
 adam_beta1: Fraction = 0.8                    # AdamW, average of gradients
 adam_beta2: Fraction = 0.95                   # AdamW, average of squared gradients
@@ -207,20 +207,20 @@ NVFP4_2D_WEIGHTS: bool = True                 # NVFP4: one scale per 16 x 16 wei
 HIGH_PRECISION_LAYERS: str = ""               # layers kept in bf16: "blocks.0,blocks.*.attn.proj"
 EVAL_PRECISION: Literal["bf16", "training"] = "bf16"  # format of evaluations; the last one runs in both
 FP8_STATS_INTERVAL: NonNegative = 0           # steps between statistics of what quantizing does to each tensor; 0: off
-USE_EMULATION: Literal["auto", True] = "auto"  # emulate block matmuls; "auto": where TE or the hardware is missing
+USE_EMULATION: Literal["auto", True] = "auto"  # emulate the blocks' matmuls; "auto": where TE or hardware is missing
 
-# Parallelism
+# Parallelism. Both "auto": DDP if its state fits in a quarter of a GPU, else FSDP2
 USE_FSDP2: AutoBool = "auto"                  # shard fp32 weights and optimizer state; gather weights in bf16
-USE_DDP: AutoBool = "auto"                    # ZeRO-2: all weights on each rank, updates divided; both auto: if it fits
-FSDP2_RESHARD: bool = False                   # FSDP2: shard gradients and free weights after each use, too
+USE_DDP: AutoBool = "auto"                    # ZeRO-2: each rank holds all weights and updates a part of them
+FSDP2_RESHARD: bool = False                   # FSDP2: gather weights for each use; shard gradients after the last
 REDUCE_FP32: bool = True                      # add gradients over ranks in fp32; False: bf16
 GATHER_FP32: bool = True                      # USE_DDP: send updated weights to the other ranks in fp32; False: bf16
 
 # Speed and memory
 USE_TRITON: bool = True                       # Triton: blocks in bf16 and delayed FP8; RoPE and QK norm in all formats
-USE_QUACK: AutoBool = "auto"                  # Hopper: QuACK for some matmuls, Muon's too; "auto": where it was tried
+USE_QUACK: AutoBool = "auto"                  # Hopper: QuACK for some matmuls; "auto": with delayed FP8 and bf16
 attention: Literal["auto", "cudnn", "flash4", "torch"] = "auto"  # "auto": flash-attn-4 where it was tried, else cuDNN
-USE_CUDA_GRAPHS: bool = True                  # launch fused micro-batches, Muon and AdamW as graphs (no FSDP2_RESHARD)
+USE_CUDA_GRAPHS: bool = True                  # micro-batches (not FSDP2_RESHARD) and updates (not FSDP2) as graphs
 USE_COMPILE: AutoBool = "auto"                # torch.compile what is not fused; "auto": on a GPU; True: also Dion
 USE_AC_LM_HEAD: bool = False                  # recompute logits in the backward pass instead of keeping gradients
 USE_AC_BLOCKS: bool = False                   # recompute each block in the backward pass
@@ -240,9 +240,9 @@ wandb_project: str = "nanogpt-fp8"            # wandb: name of the project
 
 # Faults: a step with a non-finite loss or gradient is always skipped
 max_bad_steps: Positive = 10                  # stop after this many consecutive skipped steps
-skip_loss_zscore: NonNegativeFloat = 0.0      # skip a step whose loss lies this many deviations above the mean; 0: off
+skip_loss_zscore: NonNegativeFloat = 0.0      # skip losses this many standard deviations above the mean; 0: off
 skip_grad_zscore: AutoNonNegativeFloat = "auto"  # the same for the gradient norm; "auto": 8 in FP8 on RTX 50, else 0
-zscore_window: Window = 128                   # number of last taken steps for mean and deviation
+zscore_window: Window = 128                   # number of latest steps that were not skipped, for mean and deviation
 rank_timeout: Timeout = 120.0                 # seconds without a heartbeat before a rank is declared dead
 
 # End of flags
@@ -265,7 +265,8 @@ CLASSIC = dict(
 )
 PARTS = dict(window_pattern="SSSL", USE_X0=True, vocab_size=50304)  # the first two prevent export
 PRESETS = {  # --doctor reads these and the functions up to check_flags() without torch
-    # "d20" repeats the defaults above of flags that presets set. A default that differs was edited and beats presets
+    # Flags that a preset leaves out have the values above. "d20" repeats the values of the flags that presets set: one
+    # that differs above was edited, and beats every preset
     "d20": CLASSIC | dict(
         train_tokens=891289600, total_batch_size="auto", batch_size="auto", warmup_ratio=0.02, lr_schedule="linear",
         warmdown_ratio=0.75, min_lr_ratio=0.03, lr_scaling="length", learning_rate=0.04, learning_rate_embed=0.6,
@@ -449,7 +450,9 @@ def open_data(cfg: SimpleNamespace, procs: Processes) -> tuple[DataLoader, Token
 
 
 class Attention(nn.Module):
-    """RMSNorm -> q, k, v -> RoPE and QK norm -> causal attention -> output projection."""
+    """RMSNorm -> q, k, v -> RoPE and QK norm -> causal attention -> output projection.
+
+    te: Transformer Engine or its emulation. compiled: as in GPT. first: as in GPT.forward()."""
 
     def __init__(self, cfg: SimpleNamespace, layer: int, te: ModuleType, attention: str, compiled: Callable,
                  device: torch.device):
@@ -509,8 +512,8 @@ class Block(nn.Module):
 
     def by_kernels(self, x: Tensor, delta: Tensor | None, x0: Tensor | None, x_scale: Tensor | None,
                    x0_scale: Tensor | None, qkv_layer: tuple, mlp_layer: tuple) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return the block's output in two parts, which the next block's first kernel adds up: the residual after
-        attention, and delta, the MLP's output. And x0, so that kernels sum its gradient."""
+        """Return x, delta and x0. The block's output is x + delta (the residual after attention, the MLP's output): the
+        next block's first kernel adds them. x0 is passed on so that kernels sum its gradient."""
         attn, mlp, values = self.attn, self.mlp, self.attn.value_embed
         table, gate = (None, None) if values is None else (values.table, values.gate)
         x, q, k, v, x0 = FusedQKV.apply(x, delta, attn.qkv.layer_norm_weight, attn.qkv.weight, qkv_layer,
@@ -537,7 +540,7 @@ class GPT(nn.Module):
         self.embed = TokenEmbedding(cfg, compiled(rms_norm), device)
         attention, *self.attention_texts = choose_attention(cfg, device, precision.emulated)
         self.blocks = nn.ModuleList(Block(cfg, i, self.te, attention, compiled, device) for i in range(cfg.n_layer))
-        self.scales = ResidualScalars(cfg.n_layer, device) if cfg.USE_X0 else None  # not FP8's
+        self.scales = ResidualScalars(cfg.n_layer, device) if cfg.USE_X0 else None  # of the residual; not FP8's scales
         self.norm = self.te.RMSNorm(cfg.n_embd, eps=cfg.norm_eps, dtype=torch.float32, device=device)
         self.head = LMHead(cfg, device, quack.fp8)
         # arXiv 2310.17813 for one-hot inputs: entries of order 1 (the RMSNorm after it takes any scale)
@@ -933,7 +936,7 @@ def train(run: Run) -> int:
                             f"({result.skipped}); try a lower learning rate, a longer warm-up or other data. "
                             f"Newest checkpoint: {checkpoints.last or 'none'}")
         if runlog.is_due(step, cfg.FP8_STATS_INTERVAL):
-            runlog.log_fp8_stats(run, step)  # training is not touched
+            runlog.log_fp8_stats(run, step)  # does not change the training
         due = result.save_due or runlog.is_due(step, cfg.ckpt_interval)
         if last or result.stop or (due and run.guard.healthy):
             checkpoint.save_checkpoint(run, step + 1)  # first: an evaluation leaves FSDP2's weights gathered

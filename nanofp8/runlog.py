@@ -508,7 +508,7 @@ class Progress:
             where = f" in {first}" + "".join(f", {several[name]:.4f} in {name}" for name in others) if others else ""
             self.procs.print(f"\ndone: val loss {self.val_loss:.4f}{where} after {tokens:,} tokens in "
                              f"{format_duration(self.train_seconds)} of training "
-                             f"({self.median_speed:,.0f} tokens/s, {memory:.1f} GB)\n"
+                             f"(median {self.median_speed:,.0f} tokens/s, {memory:.1f} GB)\n"
                              f"run folder: {self.log.folder} "
                              f"(loss.png: curves; log.jsonl: every step; config.json: all flags)")
         if not math.isfinite(self.val_loss):

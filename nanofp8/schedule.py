@@ -6,7 +6,7 @@ from types import SimpleNamespace
 from nanofp8.sizes import BatchPlan
 
 REFERENCE_BATCH, REFERENCE_TOKENS, SHORTEST_TOKENS = 524288, 891289600, 50e6  # of lr_scale()
-MEMORY, MEASURED_EPOCHS, SHORTEST_MEMORY = 0.28, 4, 40  # of table_decay(): epochs, epochs, steps
+TIMESCALE, MEASURED_EPOCHS, SHORTEST_TIMESCALE = 0.28, 4, 40  # of table_decay(): epochs, epochs, steps
 
 
 def lr_factor(step: float, warmup_iters: float, max_iters: int, min_lr_ratio: float,
@@ -88,8 +88,8 @@ class Schedule:
         """Return AdamW's weight decay of a table, the head or an embedding; it is also multiplied by the learning rate.
 
         Text that is read several times is learned by heart, and most of all by the head: there each token has weights
-        of its own. "auto" makes a table forget: at its highest rate an update shrinks to 1/e within MEMORY
-        epochs (the unit is that of arXiv 2405.13698), but not within less than SHORTEST_MEMORY steps. This is for
+        of its own. "auto" makes a table forget: at its highest rate an update shrinks to 1/e within TIMESCALE
+        epochs (the unit is that of arXiv 2405.13698), but not within less than SHORTEST_TIMESCALE steps. This is for
         MEASURED_EPOCHS or more; fewer get less, two a third and one none, which fits what was measured
         there (docs/recipe.md). Where the batch grows, a step of the run's mean batch counts.
 
@@ -100,9 +100,9 @@ class Schedule:
         again = self.epochs - 1
         if again <= 0 or not learning_rate:
             return 0.0
-        memory = max(MEMORY * self.steps_of_epoch, SHORTEST_MEMORY)
+        timescale = max(TIMESCALE * self.steps_of_epoch, SHORTEST_TIMESCALE)
         highest = learning_rate * self.scale * self.of_batch(self.plan.total / self.cfg.max_iters)
-        return min(1.0, again / (MEASURED_EPOCHS - 1)) / (memory * highest)
+        return min(1.0, again / (MEASURED_EPOCHS - 1)) / (timescale * highest)
 
     def repeated_text_note(self) -> str:
         """Return a remark for the start-up table where value embeddings read text at least twice, else ""."""
