@@ -953,7 +953,7 @@ def train(run: Run) -> int:
 
 def prepare_step(run: Run, step: int) -> None:
     """Calibrate before the first steps (set_up() does it for step 0); then capture the CUDA graphs, anew when the batch
-    grows: a graph keeps its loss_weight."""
+    grows: a graph keeps its loss_weight. The optimizers' use the same memory."""
     run.loader.start_step(step)
     calibrations = run.precision.calibration_steps(run.cfg)
     if 0 < step < calibrations:

@@ -6,6 +6,7 @@ predict() adds up the tensors that are alive when most memory is in use. There a
   chunk of tokens exist.
 - In the backward pass of the last block, while all blocks before it still hold what they saved.
 - In the optimizers' step. CUDA graphs keep the memory of a pass to themselves meanwhile, and during evaluations too.
+  (Optimizers that are graphs use that memory. This is not counted: the first three steps run without graphs.)
 
 What the tensors are is read from fused.py, loss.py, zero.py and te_emulation.py of this project, from Transformer
 Engine 2.20.2 (pytorch/module/*.py) and from Dion 0a059a4. tests/test_memory.py compares the result with measured peaks,

@@ -282,9 +282,11 @@ def make_muon(groups: Sequence[dict], choice: str, device: torch.device, mesh: A
 
 
 def make_adam(groups: Sequence[dict], device: torch.device, sharded: bool, **options: Any) -> torch.optim.AdamW:
-    """Build AdamW for these parameter groups, its learning rates on the device if the parameters are not sharded."""
-    adam = torch.optim.AdamW(groups, fused=True, **options)
-    if device.type == "cuda" and not sharded:  # torch does not mix DTensors with plain tensors
+    """Build AdamW for these parameter groups; on a GPU so that a CUDA graph can run it, unless they are sharded: torch
+    does not mix DTensors with learning rates on the device."""
+    on_device = device.type == "cuda" and not sharded
+    adam = torch.optim.AdamW(groups, fused=True, capturable=on_device, **options)
+    if on_device:
         for group in adam.param_groups:
             group["lr"] = torch.tensor(group["lr"], device=device)
     return adam
@@ -307,7 +309,7 @@ class OptimizerSet:
     """Several optimizers stepped as one: what does not depend on who optimizes what.
 
     A subclass sets `muon`, `all` (muon first), `groups` ({name: parameter group}), `compiled` (Dion's update),
-    `buffers` (zero.Local, Zero2 or Gathered). Where the updates are CUDA graphs, `graphs` has Muon's and the others'.
+    `buffers` (zero.Local, Zero2 or Gathered). Where the updates are CUDA graphs, `graphs` has the others' and Muon's.
     """
 
     muon: torch.optim.Optimizer
@@ -319,10 +321,8 @@ class OptimizerSet:
 
     def step(self) -> None:
         """Update all parameters. The others come before Muon, so that ranks can send what they updated meanwhile."""
-        if self.graphs:
-            muon, others = (graph.replay for graph in self.graphs)
-        else:
-            muon, others = (functools.partial(self.update, part) for part in (self.all[:1], self.all[1:]))
+        others, muon = ([graph.replay for graph in self.graphs]
+                        or [functools.partial(self.update, part) for part in (self.all[1:], self.all[:1])])
         others()
         self.buffers.send_rows()
         muon()
@@ -336,31 +336,30 @@ class OptimizerSet:
     def capture(self, pool: Any) -> None:
         """From now on run the updates as CUDA graphs: most of Muon's kernels take longer to launch than to run.
 
-        Updates that need the host stay as they are: bitsandbytes', torch's Muon, sharded and compiled ones. Dion's
-        CudaGraphOptimizer would keep momentum and weight decay as they are now, and memory of its own.
+        Nothing is captured where one of the updates needs the host: bitsandbytes', torch's Muon, a sharded or compiled
+        one. Dion's CudaGraphOptimizer does the same for one optimizer, with memory of its own.
 
         pool: memory pool of the micro-batches' graphs, whose memory is free during an update. All kernels must have
-        run before, and gradients must stay in place. Raises: UserError if an update waits for the GPU.
+        run before, and gradients must stay in place. Raises: UserError if the capture fails.
         """
-        self.graphs = ()
-        changing = [group["lr"] for group in self.groups.values()]
-        changing += [group[key] for group in muon_groups(self.muon) for key in ("mu", "weight_decay")]
-        if not all(torch.is_tensor(value) and value.is_cuda for value in changing):
+        # What the schedule changes must be on the device. All other numbers are constants in the graphs
+        changing = [g["lr"] for g in self.groups.values() if g["params"]]
+        changing += [g[key] for g in muon_groups(self.muon) if g["params"] for key in ("mu", "weight_decay")]
+        on_device = all(torch.is_tensor(value) and value.is_cuda for value in changing)
+        if not on_device or self.compiled or isinstance(self.muon, TorchMuon):
             return
-        for optimizer in self.all[1:]:
-            for group in optimizer.param_groups:
-                group["capturable"] = True  # only here: torch warns of it where nothing is captured
         graphs = [torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()]
         try:
-            for graph, part in zip(graphs, (self.all[:1], self.all[1:]), strict=True):
+            for graph, part in zip(graphs, (self.all[1:], self.all[:1]), strict=True):
                 # thread_local: as in fused.MicroBatchGraphs
                 with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                     self.update(part)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:  # an attempt that fails leaves torch's random numbers unusable
-            raise UserError(f"the optimizers cannot be captured as CUDA graphs ({error_line(error)}); use "
-                            f"--USE_CUDA_GRAPHS=False, or the version of Dion that requirements.txt names") from error
+            why = error_line(error.__context__ or error)  # the end of a broken capture fails too
+            raise UserError(f"the optimizers cannot be captured as CUDA graphs ({why}); use --USE_CUDA_GRAPHS=False, "
+                            f"or the version of Dion that requirements.txt names") from error
         self.graphs = graphs
 
     def parameters(self) -> list[torch.Tensor]:

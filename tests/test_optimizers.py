@@ -169,7 +169,7 @@ def test_rows_are_sent_before_muon_runs(graphs, monkeypatch):
     optimizers.capture(None)
     assert not optimizers.graphs  # on a CPU
     if graphs:
-        optimizers.graphs = [SimpleNamespace(replay=functools.partial(calls.append, what)) for what in ("muon", "adam")]
+        optimizers.graphs = [SimpleNamespace(replay=functools.partial(calls.append, what)) for what in ("adam", "muon")]
     for optimizer, what in zip(optimizers.all, ("muon", "adam"), strict=True):
         monkeypatch.setattr(optimizer, "step", functools.partial(calls.append, what))
     monkeypatch.setattr(optimizers.buffers, "send_rows", lambda: calls.append("rows"))

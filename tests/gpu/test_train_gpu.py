@@ -46,6 +46,9 @@ FLAGS = dict(
 PARTS = dict(n_value_embed=1, USE_X0=True, qk_scale=1.2, window_pattern="SL", window_size=64,
              learning_rate_x0=0.05, muon_variant="normuon")
 RAMP = dict(batch_ramp="0.2,0.55", batch_size=4)  # 3 steps of one micro-batch, 3 of two, 2 of four
+# Momentum, weight decay and rates change in every step; a graph that kept those of its capture would go astray
+CHANGING = dict(muon_impl="dion", muon_momentum_start=0.5, muon_momentum_iters=8, weight_decay=0.5,
+                weight_decay_end=0.0)
 SAME = dict(loss=0.02, norm=0.05)
 MULTI_GPU = pytest.mark.skipif("torch.cuda.device_count() < 2", reason="needs two GPUs")
 
@@ -155,9 +158,9 @@ def test_fused_blocks_against_te_modules(run, precision):
     check_same(run(**precision), fused)
 
 
-@pytest.mark.parametrize("precision", [BF16, DELAYED], ids=["bf16", "delayed"])
+@pytest.mark.parametrize("precision", [BF16, DELAYED, DELAYED | CHANGING], ids=["bf16", "delayed", "dion"])
 def test_a_growing_batch(run, precision):
-    """The graphs are captured at step 3, and anew at step 6, when the batch has grown."""
+    """The graphs are captured at step 3, and anew at step 6, when the batch has grown; Dion's updates too."""
     graphs = run(**precision, **RAMP)
     assert [r["tokens"] for r in graphs.steps] == [1024, 2048, 3072, 5120, 7168, 9216, 13312, 17408]
     assert graphs.losses[-1] < graphs.losses[0] - 0.1
@@ -296,11 +299,6 @@ def test_dions_normuon_follows_torchs(run):
     check_same(run(**DELAYED, **PARTS), run(**DELAYED, **PARTS | dict(muon_impl="dion")), loss=0.1, norm=0.2)
 
 
-# Momentum, weight decay and rates change in every step; a graph that kept those of its capture would go astray
-CHANGING = dict(muon_impl="dion", muon_momentum_start=0.5, muon_momentum_iters=8, weight_decay=0.5,
-                weight_decay_end=0.0)
-
-
 @pytest.fixture
 def optimizers(te, procs):
     """A function that builds a small model's optimizers, with all of train.build(), from flags."""
@@ -330,13 +328,15 @@ def update(optimizers, seed):
     optimizers.step()
 
 
-@pytest.mark.parametrize("flags", [BF16, DELAYED | PARTS, DELAYED | PARTS | dict(USE_DDP=True)],
-                         ids=["muon", "normuon", "normuon-ddp"])
+@pytest.mark.parametrize("flags", [BF16, DELAYED | PARTS, DELAYED | PARTS | dict(USE_DDP=True),
+                                   DELAYED | dict(USE_DDP=True, GATHER_FP32=False)],
+                         ids=["muon", "normuon", "normuon-ddp", "masters"])
 def test_replayed_updates_equal_launched_ones(optimizers, flags):
-    """To the last bit, over eight steps, five of them as graphs."""
+    """To the last bit, over eight steps, five of them as graphs, which are captured twice."""
     launched, replayed = optimizers(**flags), optimizers(**flags)
     for step in range(8):
-        if step == 3:
+        if step in (3, 6):
+            replayed.graphs = ()
             replayed.capture(torch.cuda.graph_pool_handle())
             assert len(replayed.graphs) == 2
         for one in (launched, replayed):
