@@ -13,6 +13,9 @@ from nanofp8.files import console
 if TYPE_CHECKING:
     import datasets
 
+# The client's other protocol, Xet, has stalled for ever (huggingface_hub issue 4520); plain HTTP has timeouts
+os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
+
 TRY_AGAIN = "check the network or set HF_ENDPOINT to a mirror, then run the same command again"
 SERVER_FAULT = "the server has a fault; run the same command again later, or set HF_ENDPOINT to a mirror"
 

@@ -72,10 +72,10 @@ class Guard:
 
 
 class StopSignal:
-    """On SIGTERM, SIGINT, SIGUSR1 or SIGHUP, let training finish the current step, save a checkpoint and stop.
+    """On SIGTERM, SIGINT, SIGUSR1, SIGUSR2 or SIGHUP, let training finish the current step, save a checkpoint and stop.
 
-    SIGUSR1 is what many job scripts let Slurm send before the time ends. SIGHUP (the terminal is gone) does not count
-    where it was ignored at the start, as under nohup.
+    SIGUSR1 and SIGUSR2 are what schedulers of clusters (Slurm, SGE, OAR) send before the time ends. SIGHUP (the
+    terminal is gone) does not count where it was ignored at the start, as under nohup.
 
     A context manager. `requested` is false, or the time of the first signal (time.monotonic(), seconds).
     """
@@ -83,7 +83,7 @@ class StopSignal:
     def __init__(self):
         self.requested, self.handlers_before = False, {}
         if threading.current_thread() is threading.main_thread():  # others may not set handlers
-            signals = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
+            signals = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2]
             if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
                 signals.append(signal.SIGHUP)
             self.handlers_before = {number: signal.signal(number, self.request) for number in signals}
@@ -113,13 +113,17 @@ class StopSignal:
             self.close()
 
 
+SUSPENDED = 5.0  # seconds that a thread which waits for one second is late if the whole process was stopped meanwhile
+
+
 class Heartbeat:
     """Exchange heartbeats among ranks, and exit when another rank stops sending them.
 
     Without it, the death of a rank on another machine leaves the others waiting for NCCL's timeout, and nothing names
     the rank. A thread sends one heartbeat a second, not the training loop: a rank may compile, evaluate or save for as
     long as it likes. After SIGTERM the timeout drops to 10 s: torchrun sends one when a worker has died, restarts
-    nothing before the others have exited, and kills them after 30 s.
+    nothing before the others have exited, and kills them after 30 s. A pause of all ranks together (SIGSTOP,
+    `docker pause`, a scheduler that suspends jobs) is not counted.
     """
 
     def __init__(self, store: dist.Store, rank: int, world_size: int, timeout: float):
@@ -162,8 +166,13 @@ class Heartbeat:
 
     def monitor(self) -> None:
         """Exit the process when another rank has been silent for too long (a thread)."""
-        timeout = self.timeout
+        timeout, before = self.timeout, time.monotonic()
         while not self.closing.wait(1):
+            now = time.monotonic()
+            if now - before > SUSPENDED:  # so were the others, and had no time to answer
+                self.last = {other: (value, now) for other, (value, _) in self.last.items()}
+                self.store_answered = now
+            before = now
             with contextlib.suppress(BlockingIOError):
                 if self.signals and {signal.SIGTERM, signal.SIGINT} & {*self.signals.recv(64)}:
                     timeout = min(timeout, 10.0)

@@ -116,12 +116,24 @@ def check_compiler() -> None:
         os.environ["TRITON_CACHE_DIR"] = folder
 
 
+# Bytes that stay free where GPU and host share their memory (DGX Spark): the machine freezes when all of it is in use.
+# Copies of checkpoints that are being written (5 GB in d20) and all other programs need theirs from it too
+SHARED_RESERVE = 8 * 10 ** 9
+
+
 def gpu_memory(device: torch.device | int) -> tuple[int, int]:
     """Return the free and all bytes of a GPU's memory."""
     free, total = torch.cuda.mem_get_info(device)
     if getattr(torch.cuda.get_device_properties(device), "is_integrated", 0):  # newer versions of torch say
-        free = max(free, min(host.free_memory(), total))
+        free = max(free, min(host.free_memory() - SHARED_RESERVE, total))
     return free, total
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception means too little memory: torch's own, or that of a library which allocates by itself."""
+    return isinstance(error, torch.OutOfMemoryError) or any(
+        text in str(error) for text in ("out of memory", "STATUS_ALLOC_FAILED", "can't allocate memory",
+                                        "CUDA driver error: device not ready"))  # the last: WSL2, pytorch issue 192330
 
 
 def peak_of(name: str) -> float | None:

@@ -29,7 +29,7 @@ from nanofp8.checkpoint_files import read_checkpoint
 from nanofp8.config import UserError, may_choose
 from nanofp8.epilogues import NO_QUACK, Quack, choose_quack
 from nanofp8.fused import blocks_fit, kernels_fit, needs_transposes
-from nanofp8.machine import gpu_memory
+from nanofp8.machine import gpu_memory, is_out_of_memory
 from nanofp8.parts import GATE_CHANNELS
 from nanofp8.precision import Precision, choose_format, fp8_state, layer_names, match_layers
 from nanofp8.procs import Processes
@@ -487,13 +487,6 @@ def alone() -> Iterator[None]:
     finally:
         for name, original in originals.items():
             setattr(dist, name, original)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception means too little memory: torch's own, or that of a library which allocates by itself."""
-    return isinstance(error, torch.OutOfMemoryError) or any(
-        text in str(error) for text in ("out of memory", "STATUS_ALLOC_FAILED", "can't allocate memory",
-                                        "CUDA driver error: device not ready"))  # the last: WSL2, pytorch issue 192330
 
 
 def free_memory() -> None:

@@ -1,6 +1,8 @@
 """Start and end a script; give it rank, world size, device and mesh. One process works like many."""
 
 import datetime
+import errno
+import json
 import os
 import sys
 import time
@@ -17,6 +19,16 @@ from nanofp8.config import UserError, exit_with, print_any_text, raise_on_ctrl_c
 from nanofp8.faults import Heartbeat, exit_now
 from nanofp8.files import console, error_line
 from nanofp8.host import interface_to, shared_memory_fault
+from nanofp8.machine import is_out_of_memory
+
+# What an exception's message may say, and what to do
+GPU_FAULTS = {
+    "uncorrectable ECC": "the GPU's memory has a fault: see `nvidia-smi -q -d ECC`, restart the machine, or choose "
+                         "another GPU with CUDA_VISIBLE_DEVICES",
+    "launch timed out": "a GPU that drives a display stops long kernels: use one without, or switch the display off",
+}
+FOLDER_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ESTALE, errno.EIO)
+KERNEL_FLAGS = {"flash_attn": "--attention=cudnn", "quack": "--USE_QUACK=False"}  # by packages that a flag leaves out
 
 
 @dataclass
@@ -91,9 +103,13 @@ def start_processes() -> Processes:
                             f"set NPROC to at most that", 2, one_rank=True)
         try:
             torch.cuda.set_device(local_rank)
+            first_allocation()
         except RuntimeError as error:
-            raise UserError(f"GPU {local_rank} cannot be used: {str(error).splitlines()[0]}; see nvidia-smi, and "
-                            f"choose another with CUDA_VISIBLE_DEVICES", one_rank=True) from None
+            remedy = "see nvidia-smi, and choose another with CUDA_VISIBLE_DEVICES"
+            if "CUDA driver error" in str(error):
+                remedy = "if it is a virtual GPU, export PYTORCH_ALLOC_CONF=expandable_segments:False"
+            raise UserError(f"GPU {local_rank} cannot be used: {str(error).splitlines()[0]}; {remedy}",
+                            one_rank=True) from None
         fault = shared_memory_fault(local_size)
         if fault and local_rank == 0:  # before NCCL starts: if it fails, the reason is on the screen
             console(f"warning: {fault}")
@@ -119,6 +135,12 @@ def start_processes() -> Processes:
                             f"{connection_remedy(error, world_size > local_size)}", one_rank=True) from None
     mesh = init_device_mesh(device.type, (world_size,), mesh_dim_names=("data",))
     return Processes(rank, local_rank, world_size, device, mesh)
+
+
+def first_allocation() -> None:
+    """Allocate on the current GPU: drivers of some virtual GPUs refuse expandable segments, which host.start_torch()
+    has asked for."""
+    torch.empty(1, device="cuda")
 
 
 def tasks_of_launcher() -> int:
@@ -175,8 +197,7 @@ def memory_error_message(error: BaseException, procs: Processes, cfg: SimpleName
     """
     if "can't start new thread" in str(error):
         return f"rank {procs.rank} cannot start a thread; raise the limits that `ulimit -u` and `ulimit -v` show"
-    if (not isinstance(error, (torch.OutOfMemoryError, MemoryError))
-            and "can't allocate memory" not in str(error)):
+    if not isinstance(error, MemoryError) and not is_out_of_memory(error):
         return ""
     what = "GPU memory" if procs.device.type == "cuda" else "memory"
     values = {name: getattr(cfg, name) for name in flags}
@@ -184,6 +205,27 @@ def memory_error_message(error: BaseException, procs: Processes, cfg: SimpleName
                 if value > 1 or value is False]
     advice = f"; the same training takes less with {' or '.join(remedies)}" if remedies else ""
     return f"rank {procs.rank} has too little {what} for this model and micro-batch{advice}"
+
+
+def environment_fault(error: BaseException) -> str:
+    """Return the error line if an exception is the fault of the GPU, a folder or a package of kernels, else ""."""
+    message, kind = error_line(error), type(error).__name__
+    if remedy := next((remedy for text, remedy in GPU_FAULTS.items() if text in str(error)), ""):
+        return f"{message}; {remedy}"
+    if isinstance(error, OSError) and error.errno in FOLDER_FAULTS:
+        return (f"{error}; make room there, or choose another folder: --out_dir, TRITON_CACHE_DIR, "
+                f"TORCHINDUCTOR_CACHE_DIR")
+    frames = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)]
+    packages = {part for file, _ in frames for part in file.split(os.sep)}
+    if "triton" in packages and (isinstance(error, json.JSONDecodeError) or "kernel image is invalid" in message):
+        return (f"a file in Triton's cache is damaged ({message}); delete the cache: "
+                f"rm -r {os.environ.get('TRITON_CACHE_DIR') or '~/.triton/cache'}")
+    if flag := next((flag for package, flag in KERNEL_FLAGS.items() if package in packages), ""):
+        if not message.startswith("CUDA error"):  # which may have happened in an earlier kernel
+            file, line = frames[-1]
+            where = os.sep.join(file.split(os.sep)[-2:])
+            return f"a kernel's package fails here ({kind}: {message}, {where}:{line}); use {flag}"
+    return ""
 
 
 def command_line(run: Callable[[SimpleNamespace, Processes], Any],
@@ -231,7 +273,7 @@ def command_line(run: Callable[[SimpleNamespace, Processes], Any],
     except KeyboardInterrupt:  # before training, which takes it as a request to stop, or a second one
         leave(f"{script}: stopped by Ctrl-C", 130)
     except Exception as error:
-        why = memory_error_message(error, procs, cfg, memory_flags) if procs else ""
+        why = (memory_error_message(error, procs, cfg, memory_flags) if procs else "") or environment_fault(error)
         if not heartbeat and not why:
             raise
         if not why and isinstance(error, RuntimeError):

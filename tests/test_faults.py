@@ -42,6 +42,7 @@ from helpers import (
     train_here,
     write_shard,
 )
+from nanofp8 import faults
 from nanofp8.checkpoint import Checkpoints, find_checkpoint
 from nanofp8.checkpoint_files import read_checkpoint, steps_of
 from nanofp8.faults import Guard, Heartbeat, StopSignal, exit_now
@@ -270,13 +271,14 @@ def test_a_spike_is_skipped_and_a_resumed_run_knows_the_window(tmp_path, shards)
 # Broken off where it hurts
 
 
-def test_sigusr1_stops_a_run():
-    """Job scripts let Slurm send it before the time ends. Python's default would kill the process."""
-    before = signal.getsignal(signal.SIGUSR1)
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2])
+def test_signals_of_schedulers_stop_a_run(number):
+    """Slurm, SGE and OAR send them before the time ends. Python's default would kill the process."""
+    before = signal.getsignal(number)
     with StopSignal() as stop:
-        os.kill(os.getpid(), signal.SIGUSR1)
+        os.kill(os.getpid(), number)
         assert stop.requested
-    assert signal.getsignal(signal.SIGUSR1) == before
+    assert signal.getsignal(number) == before
 
 
 def test_sighup_stops_a_run_unless_it_was_ignored_at_the_start():
@@ -613,6 +615,26 @@ def test_a_silent_rank_ends_this_one_without_a_console(monkeypatch):
     heartbeat = Heartbeat(store, 0, 2, 2)
     try:
         assert ended.wait(15)
+    finally:
+        heartbeat.close()
+
+
+@pytest.mark.parametrize("paused", [True, False])
+def test_a_pause_of_all_ranks_is_not_the_death_of_one(monkeypatch, paused):
+    """The clock jumps by 100 s between two looks of the heartbeat's thread, or 1 s at a time; rank 1 is silent."""
+    added, ended, store = [0.0], threading.Event(), dist.HashStore()
+    store.set("heartbeat/1", "0")
+    clock = time.monotonic
+    monkeypatch.setattr(faults.time, "monotonic", lambda: clock() + added[0])
+    monkeypatch.setattr(faults, "exit_now", lambda *_: ended.set() or heartbeat.closing.wait())
+    heartbeat = Heartbeat(store, 0, 2, 12)
+    try:
+        time.sleep(1.2)
+        for _ in range(1 if paused else 30):
+            added[0] += 100 if paused else 1
+            if ended.wait(1.0):
+                break
+        assert ended.wait(2.5) != paused
     finally:
         heartbeat.close()
 

@@ -19,7 +19,14 @@ import train
 from helpers import ROOT, TRAIN, fails_in_one_line, finish, flag_args, one_process, start, train_here
 from nanofp8 import config, host, procs
 from nanofp8.config import UserError
-from nanofp8.procs import Processes, command_line, memory_error_message, report_good_end, start_processes
+from nanofp8.procs import (
+    Processes,
+    command_line,
+    environment_fault,
+    memory_error_message,
+    report_good_end,
+    start_processes,
+)
 
 pytestmark = pytest.mark.usefixtures("fresh")
 
@@ -124,6 +131,16 @@ def test_a_busy_gpu_is_one_line(monkeypatch):
     assert "\n" not in str(caught.value)
 
 
+def test_a_virtual_gpu_that_refuses_expandable_segments(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    refused = RuntimeError("CUDA driver error: operation not supported")
+    monkeypatch.setattr(procs, "first_allocation", mock.Mock(side_effect=refused))
+    with pytest.raises(UserError, match="operation not supported.*PYTORCH_ALLOC_CONF=expandable_segments:False"):
+        start_processes()
+
+
 @pytest.mark.parametrize("rank, local_size, warned", [(0, "2", True), (1, "2", False), (0, "1", False), (0, "", False)])
 def test_little_shared_memory_is_a_warning_before_nccl_starts(monkeypatch, capsys, rank, local_size, warned):
     """Of local rank 0, and only where several processes share a machine."""
@@ -131,6 +148,7 @@ def test_little_shared_memory_is_a_warning_before_nccl_starts(monkeypatch, capsy
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(procs, "first_allocation", lambda: None)
     monkeypatch.setattr(dist, "init_process_group", started)
     monkeypatch.setattr(procs, "connect_store", lambda rank: dist.HashStore())
     monkeypatch.setattr(host, "SHARED_MEMORY", 2 ** 60)
@@ -198,7 +216,8 @@ CFG = SimpleNamespace(batch_size=16, block_size=1, USE_AC_BLOCKS=False, USE_AC_L
 
 
 @pytest.mark.parametrize("error", [
-    torch.OutOfMemoryError("CUDA out of memory."), MemoryError(),
+    torch.OutOfMemoryError("CUDA out of memory."), MemoryError(), RuntimeError("CUDA error: out of memory\nadvice"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     RuntimeError("DefaultCPUAllocator: can't allocate memory")])
 def test_too_little_memory_names_the_rank_and_what_needs_less(error):
     """Numbers are halved and switches set, where that is possible."""
@@ -212,6 +231,33 @@ def test_too_little_memory_names_the_rank_and_what_needs_less(error):
 def test_a_limit_of_threads_is_one_line():
     error = RuntimeError("can't start new thread")
     assert "ulimit -u" in memory_error_message(error, one_process(), CFG, list(vars(CFG)))
+
+
+@pytest.mark.parametrize("error, words", [
+    (RuntimeError("CUDA error: uncorrectable ECC error encountered\nadvice"), ["ECC", "CUDA_VISIBLE_DEVICES"]),
+    (RuntimeError("CUDA error: the launch timed out and was terminated\nadvice"), ["timed out", "display"]),
+    (OSError(errno.EDQUOT, "Disk quota exceeded", "/home/me/.triton/cache/x"),
+     ["/home/me/.triton/cache/x", "quota", "TRITON_CACHE_DIR"]),
+    (OSError(errno.EACCES, "Permission denied", "/x"), []), (RuntimeError("a shape does not fit"), [])])
+def test_faults_of_gpus_and_folders_are_one_line(error, words):
+    line = environment_fault(error)
+    assert all(word in line for word in words) and "\n" not in line and bool(line) == bool(words), line
+
+
+@pytest.mark.parametrize("package, raised, words", [
+    ("triton/runtime", 'json.loads("{")', ["Triton's cache", "rm -r /cache"]),
+    ("triton/runtime", 'json.dumps({1})', []),
+    ("flash_attn/cute", '1 / 0', ["--attention=cudnn", "ZeroDivisionError", "cute/kernel.py:2"]),
+    ("quack", 'None.x', ["--USE_QUACK=False", "AttributeError"]),
+    ("quack", 'exec("raise RuntimeError(\'CUDA error: an illegal memory access\')")', []),
+    ("another", '1 / 0', [])])
+def test_faults_of_packages_of_kernels_are_one_line(tmp_path, monkeypatch, package, raised, words):
+    monkeypatch.setenv("TRITON_CACHE_DIR", "/cache")
+    code = compile(f"import json\n{raised}", str(tmp_path / package / "kernel.py"), "exec")
+    with pytest.raises(Exception) as caught:
+        exec(code, {})
+    line = environment_fault(caught.value)
+    assert all(word in line for word in words) and "\n" not in line and bool(line) == bool(words), line
 
 
 def test_other_errors_have_nothing_to_do_with_memory():
