@@ -199,6 +199,10 @@ hopper() {
   grep -q '^9\.' <<<"$capabilities"
 }
 
+# pip for .venv, whose versions the requirements decide. NVIDIA's images set PIP_CONSTRAINT to the versions of their own
+# environment, which pip cannot install together with ours.
+own_pip=(env -u PIP_CONSTRAINT .venv/bin/python -m pip)
+
 # Install the numbered parts of the requirements, in order. Part 1 pins torch; the later parts must keep that version.
 install() {
   local part title option driver cpu_index='https://download.pytorch.org/whl/cpu'
@@ -227,6 +231,7 @@ install() {
       say "PyTorch's CPU index does not respond; installing torch from pip's default index, perhaps with CUDA (several GB)"
     fi
   fi
+  [ -z "${PIP_CONSTRAINT:-}" ] || say "PIP_CONSTRAINT is not used: .venv has versions of its own"
   for part in 1 2 3 4 5 6; do
     title=$(sed -n "s/^# $part\. //p" "$requirements")
     [ -n "$title" ] || break
@@ -235,10 +240,10 @@ install() {
     option=--no-input
     [[ $title != *'no build isolation'* ]] || option=--no-build-isolation
     say "installing $title"
-    step .venv/bin/python -m pip install "$@" "$option" -r ".venv/part$part.txt" && continue
+    step "${own_pip[@]}" install "$@" "$option" -r ".venv/part$part.txt" && continue
     [[ $title == *optional* ]] ||
       die "installation failed (pip's error is above); run the same command again to retry, with MAX_JOBS=1 in front of it if a compiler was killed: it had too little memory"
-    say "that failed, but training works without it; to retry: .venv/bin/python -m pip install -r .venv/part$part.txt"
+    say "that failed, but training works without it; to retry: ${own_pip[*]} install -r .venv/part$part.txt"
   done
   key "$requirements" >.venv/installed.new && mv .venv/installed.new .venv/installed
 }

@@ -29,6 +29,7 @@ case "$*" in
     log "pip $* NVTE=${NVTE_BUILD_USE_NVIDIA_WHEELS:-} :" $(grep -v '^#' "$part")
     touch "$(dirname "$0")/../left-by-pip"
     [ "${PIP_USER:-1}" = 0 ] || { echo "ERROR: Can not perform a '--user' install." >&2; exit 1; }
+    [ -z "${PIP_CONSTRAINT:-}" ] || { echo "ERROR: ResolutionImpossible" >&2; exit 1; }
     if [ -n "${HANG:-}" ] && grep -q "^$HANG" "$part"; then sleep 60 & echo $! >"$LOG.pid"; wait; fi
     if [ -n "${FAIL:-}" ] && grep -q "^$FAIL" "$part"; then echo "ERROR: no route to host" >&2; exit 1; fi ;;
   '-c '*'from torch.distributed.run import main'*)
@@ -251,6 +252,18 @@ def test_a_pip_that_installs_for_the_user_installs_here(host):
     """PIP_USER=1, and `user = true` in a pip.conf, which the same variable overrides."""
     host.run(PIP_USER="1")
     assert len(host.pips()) == CPU_PARTS and host.did[-1] == ".venv train.py RANK="
+
+
+def test_versions_of_an_image_are_not_for_its_own_environment(host):
+    """NVIDIA's PyTorch images set PIP_CONSTRAINT. The command that run.sh names for a retry does not use it either."""
+    env = {"PIP_CONSTRAINT": "/etc/pip/constraint.txt"}
+    out = host.run(**env)
+    assert len(host.pips()) == CPU_PARTS and host.did[-1] == ".venv train.py RANK="
+    assert out.count("PIP_CONSTRAINT is not used") == 1
+    assert host.run(**env) == ""  # nothing is installed
+    out = host.gpus(1).run("--preset=tiny", FAIL="dion", **env)
+    retry = re.search(r"to retry: (.* -r \S+)", out)[1]
+    subprocess.run(["bash", "-c", retry], env=host.env | env | {"PIP_USER": "0"}, cwd=host.repo, check=True)
 
 
 def test_broken_python_in_venv_is_repaired(host):
