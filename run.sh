@@ -175,6 +175,11 @@ complete() {
   grep -qsxF "$(key "$requirements")" .venv/installed || grep -qsxF "$(key requirements.txt)" .venv/installed
 }
 
+# pip for .venv, whose versions the requirements decide. NVIDIA's images set PIP_CONSTRAINT to the versions of their own
+# environment, which pip cannot install together with ours. pip takes what is on PYTHONPATH for installed, but the next
+# start may be without it.
+own_pip=(env -u PIP_CONSTRAINT -u PYTHONPATH .venv/bin/python -m pip)
+
 # Make an empty .venv with python's own venv and pip, or with uv, which needs neither and can download a python.
 make_venv() {
   local name base=''
@@ -189,7 +194,7 @@ make_venv() {
       venv) [ -z "$base" ] || step quiet "$base" -m venv .venv || true ;;
       uv) step quiet uv venv --seed --allow-existing --python "${base:-3.12}" .venv || true ;;
     esac
-    if .venv/bin/python -m pip --version >/dev/null 2>&1; then return; fi
+    if "${own_pip[@]}" --version >/dev/null 2>&1; then return; fi
   done
   die "found no Python 3.10 to 3.14 with venv and pip, and no uv; install one (Debian, Ubuntu: apt install python3-venv)"
 }
@@ -198,10 +203,6 @@ make_venv() {
 hopper() {
   grep -q '^9\.' <<<"$capabilities"
 }
-
-# pip for .venv, whose versions the requirements decide. NVIDIA's images set PIP_CONSTRAINT to the versions of their own
-# environment, which pip cannot install together with ours.
-own_pip=(env -u PIP_CONSTRAINT .venv/bin/python -m pip)
 
 # Install the numbered parts of the requirements, in order. Part 1 pins torch; the later parts must keep that version.
 install() {

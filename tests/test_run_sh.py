@@ -23,8 +23,9 @@ PYTHON = r"""#!/bin/bash
 log() { echo "$(basename "$(dirname "$(dirname "$0")")") $*" >>"$LOG"; }
 case "$*" in
   '-m venv '*) log venv; [ -z "${NO_VENV:-}" ] || exit 1; mkdir -p "$3/bin"; cp "$0" "$3/bin/python" ;;
-  '-m pip --version') ;;
+  '-m pip --version') [ -z "${NO_PIP:-}" ] || [ -n "${PYTHONPATH:-}" ] ;;
   '-m pip '*)
+    [ -z "${PYTHONPATH:-}" ] || exit 0 # "Requirement already satisfied"
     part=${@: -1}
     log "pip $* NVTE=${NVTE_BUILD_USE_NVIDIA_WHEELS:-} :" $(grep -v '^#' "$part")
     touch "$(dirname "$0")/../left-by-pip"
@@ -264,6 +265,18 @@ def test_versions_of_an_image_are_not_for_its_own_environment(host):
     out = host.gpus(1).run("--preset=tiny", FAIL="dion", **env)
     retry = re.search(r"to retry: (.* -r \S+)", out)[1]
     subprocess.run(["bash", "-c", retry], env=host.env | env | {"PIP_USER": "0"}, cwd=host.repo, check=True)
+
+
+def test_packages_on_pythonpath_are_installed_nevertheless(host):
+    """They need not be there at the next start. Nor does a pip there count as .venv's. Training sees PYTHONPATH."""
+    path = host.bin / "python3"
+    path.write_text(path.read_text().replace("RANK=${RANK:-}", "$PYTHONPATH RANK=${RANK:-}"))
+    env = {"PYTHONPATH": str(host.tmp / "site")}
+    host.run(**env)
+    assert len(host.pips()) == CPU_PARTS and host.did[-1] == f".venv train.py {env['PYTHONPATH']} RANK="
+    shutil.rmtree(host.repo / ".venv")
+    host.fake("uv", "#!/bin/bash\nexit 1\n")
+    assert "with venv and pip" in host.run(status=1, NO_PIP="1", **env)
 
 
 def test_broken_python_in_venv_is_repaired(host):
