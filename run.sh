@@ -196,6 +196,8 @@ make_venv() {
     esac
     if "${own_pip[@]}" --version >/dev/null 2>&1; then return; fi
   done
+  [ -z "$base" ] || [[ $PWD != *:* ]] || # venv refuses it since Python 3.11; uv does not
+    die "the path of this folder contains ':', and Python makes no environment there; rename or move the folder: $PWD"
   die "found no Python 3.10 to 3.14 with venv and pip, and no uv; install one (Debian, Ubuntu: apt install python3-venv)"
 }
 

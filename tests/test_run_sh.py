@@ -22,7 +22,10 @@ pytestmark = pytest.mark.slow
 PYTHON = r"""#!/bin/bash
 log() { echo "$(basename "$(dirname "$(dirname "$0")")") $*" >>"$LOG"; }
 case "$*" in
-  '-m venv '*) log venv; [ -z "${NO_VENV:-}" ] || exit 1; mkdir -p "$3/bin"; cp "$0" "$3/bin/python" ;;
+  '-m venv '*)
+    log venv
+    [ -z "${NO_VENV:-}" ] && [[ $PWD != *:* ]] || exit 1
+    mkdir -p "$3/bin"; cp "$0" "$3/bin/python" ;;
   '-m pip --version') [ -z "${NO_PIP:-}" ] || [ -n "${PYTHONPATH:-}" ] ;;
   '-m pip '*)
     [ -z "${PYTHONPATH:-}" ] || exit 0 # "Requirement already satisfied"
@@ -359,6 +362,21 @@ def test_uv_brings_a_python(host):
 def test_neither_venv_nor_uv(host):
     host.fake("uv", "#!/bin/bash\nexit 1\n")
     assert "apt install python3-venv" in host.run(status=1, NO_VENV="1")
+
+
+def test_a_colon_in_the_path_of_the_folder(host):
+    """Python's venv refuses it since 3.11. uv takes it, and an environment that is there is used."""
+    host.repo = host.repo.rename(host.tmp / "12:30")
+    uv = host.fake("uv", "#!/bin/bash\nexit 1\n")
+    out = host.run(status=1).splitlines()
+    assert "contains ':'" in out[-1] and "rename or move" in out[-1] and out[-1].endswith(f"{host.repo.resolve()}")
+    assert len(out) == 2 and "making" in out[0]
+    assert "apt install python3-venv" in host.run(status=1, OLD="1")  # there is no Python that could refuse
+    uv.write_text(UV)
+    host.run()
+    assert len(host.pips()) == CPU_PARTS and host.did[-1] == ".venv train.py RANK="
+    host.has("torch", "numpy").run()
+    assert host.did == ["fake train.py RANK="]
 
 
 # The doctor
