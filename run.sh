@@ -16,8 +16,8 @@
 #   NNODES, RDZV_ENDPOINT, RDZV_ID                 the same, but torchrun numbers the machines
 #   Under srun with one task per machine, these are set from Slurm's own variables.
 #
-# On SIGTERM, SIGINT or SIGUSR1, training finishes the current step, saves a checkpoint and stops; the exit status is 0
-# if the checkpoint was written.
+# On SIGTERM, SIGINT, SIGUSR1 or SIGUSR2, training finishes the current step, saves a checkpoint and stops; the exit
+# status is 0 if the checkpoint was written.
 [ -n "${BASH_VERSION:-}" ] && [ -n "${BASH_SOURCE:-}" ] || { echo "run.sh: start it as a file, with bash: bash run.sh" >&2 && exit 2; }
 set -euo pipefail
 script=$(readlink -f -- "${BASH_SOURCE[0]}" 2>/dev/null || echo "${BASH_SOURCE[0]}") # a link to run.sh may be elsewhere
@@ -419,7 +419,8 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > NPROC ? cores / NPROC : 1))
 # and the exit status is the worker's.
 launch='
 import signal, sys
-signal.signal(signal.SIGUSR1, lambda *_: None) # Slurm may send it to all; it is passed on as SIGTERM
+for number in signal.SIGUSR1, signal.SIGUSR2: # Slurm or SGE may send it to all; it is passed on as SIGTERM
+    signal.signal(number, lambda *_: None)
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main
@@ -440,7 +441,7 @@ ended_well=$(mktemp -d)/yes || die "cannot make a temporary folder in ${TMPDIR:-
 trap 'rm -rf -- "${ended_well%/yes}"' EXIT
 signalled=''
 pass_on() { signalled=$1 && kill "-$1" "$torchrun" 2>/dev/null || true; }
-trap 'pass_on TERM' TERM HUP USR1 && trap 'pass_on INT' INT
+trap 'pass_on TERM' TERM HUP USR1 USR2 && trap 'pass_on INT' INT
 set -m
 ENDED_WELL=$ended_well "$py" -c "$launch" --nproc_per_node="$NPROC" "$@" </dev/null &
 set +m

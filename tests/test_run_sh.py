@@ -754,7 +754,7 @@ def test_signal_reaches_training(host):
     assert process.wait(15) == 7 and "train got TERM" in host.log.read_text()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2])
 @pytest.mark.parametrize("safe", [True, False])
 def test_a_signal_to_several_processes(host, number, safe):
     """torchrun gets it once and returns 1. That becomes 0 only if the workers left a file that says they ended well."""
@@ -768,6 +768,21 @@ def test_a_signal_to_several_processes(host, number, safe):
     assert process.wait(15) == (0 if safe else 1)
     heard = "INT" if number == signal.SIGINT else "TERM"
     assert [line for line in host.log.read_text().splitlines() if "got" in line] == [f"fake torchrun got {heard}"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2])
+def test_a_batch_systems_signal_to_torchrun_itself_ends_nothing(host, number):
+    """It may reach all processes of a job. torchrun's own part is a fake module here, which sends it to itself."""
+    path = host.bin / "python3"
+    path.write_text(path.read_text().replace("from torch.distributed.run import main", "no such program"))
+    host.has("torch.__init__", "torch.distributed.__init__", "torch.distributed.elastic.__init__", "numpy",
+             "torch.distributed.elastic.multiprocessing.__init__")
+    folder = host.stubs / "torch" / "distributed"
+    (folder / "elastic" / "multiprocessing" / "api.py").write_text("class SignalException(Exception): pass")
+    (folder / "elastic" / "multiprocessing" / "errors.py").write_text("class ChildFailedError(Exception): pass")
+    (folder / "run.py").write_text(f"def main():\n    import os\n    os.kill(os.getpid(), {number:d})\n"
+                                   "    print('all have trained')")
+    assert host.run(NPROC="2") == "all have trained\n"
 
 
 def test_a_failure_stays_one_without_a_signal(host):
