@@ -1,6 +1,7 @@
 """The run folder: its lock, log.jsonl, config.json and pictures; the console's lines; wandb."""
 
 import contextlib
+import errno
 import fcntl
 import json
 import math
@@ -183,6 +184,7 @@ class RunLog:
         """
         self.folder, self.lock, self.config = folder, lock, config
         self.wandb, self.records, self.unwritten = None, [], b""
+        self.is_doubtful = self.is_closed = False  # whether log.jsonl is to be opened again; whether the run is over
         path = os.path.join(folder, "log.jsonl")
         try:
             if first_step:
@@ -230,24 +232,55 @@ class RunLog:
     def write_line(self, line: str) -> None:
         """Append to log.jsonl. If that fails (a full disk), say so once and try again with the next line."""
         new, self.unwritten = not self.unwritten, self.unwritten + line.encode()
+        reason = self.write_unwritten()
+        if reason and new:
+            console(f"log.jsonl cannot be written ({reason}); training continues")
+
+    def write_unwritten(self) -> str:
+        """Write the lines that log.jsonl lacks; return why some of them are still missing, "" if none is."""
         try:
-            if os.fstat(self.file.fileno()).st_nlink == 0:
+            if self.is_doubtful:
+                self.open_again()
+            elif os.fstat(self.file.fileno()).st_nlink == 0:
                 self.restore_deleted_folder()
             self.unwritten = self.unwritten[self.file.write(self.unwritten):]
-            if not self.unwritten:
-                return
-            reason = "no room"
+            return "no room" if self.unwritten else ""
         except OSError as error:
-            reason = error.strerror
-        if new:
-            console(f"log.jsonl cannot be written ({reason}); training continues")
+            # A full disk needs room, and the file is still good. After other errors it may not be: once an NFS server
+            # was restarted (ESTALE), every write to a file that was opened before it fails
+            self.is_doubtful = self.is_doubtful or error.errno not in (errno.ENOSPC, errno.EDQUOT)
+            return error.strerror
+
+    def open_again(self) -> None:
+        """Open log.jsonl again after an error, and find out which lines it lacks. Raises OSError.
+
+        What was written shortly before the error may be lost too, or half a line may be there: that is cut off, and
+        the line written whole.
+        """
+        with contextlib.suppress(OSError):
+            self.file.close()
+        path = os.path.join(self.folder, "log.jsonl")
+        try:
+            content = Path(path).read_bytes()
+        except FileNotFoundError:
+            self.restore_deleted_folder()
+        else:
+            self.file = open(path, "ab", buffering=0)
+            whole = content.rfind(b"\n") + 1
+            if whole < len(content):
+                self.file.truncate(whole)
+            there = {*content[:whole].splitlines(keepends=True)}
+            lines = [log_line(record).encode() for record in self.records]
+            self.unwritten = b"".join(line for line in lines if line not in there)
+        self.is_doubtful = False
 
     def restore_deleted_folder(self) -> None:
         """Write config.json and log.jsonl again where somebody deleted them. Raises OSError; the next line retries."""
         os.makedirs(self.folder, exist_ok=True)
         deleted = self.file
         self.open_files()
-        deleted.close()
+        with contextlib.suppress(OSError):
+            deleted.close()
         lock = FolderLock(self.folder)
         self.lock.close()
         self.lock = lock
@@ -269,14 +302,19 @@ class RunLog:
 
     def close(self, failed: bool = False) -> None:
         """Close files, lock and wandb where a run ends, well or not; once is enough."""
-        if not self.file.closed:
-            self.file.close()
-            self.lock.close()
-            if self.wandb is not None:
-                try:
-                    self.wandb.finish(exit_code=int(failed))
-                except Exception as error:  # the run's own status counts
-                    console(f"wandb could not finish: {error_line(error)}")
+        if self.is_closed:
+            return
+        self.is_closed = True
+        if reason := self.unwritten and self.write_unwritten():
+            lines = self.unwritten.count(b"\n")
+            console(f"log.jsonl lacks the last {lines} record{'s' * (lines > 1)} of this run ({reason})")
+        self.file.close()
+        self.lock.close()
+        if self.wandb is not None:
+            try:
+                self.wandb.finish(exit_code=int(failed))
+            except Exception as error:  # the run's own status counts
+                console(f"wandb could not finish: {error_line(error)}")
 
 
 def saved_config(folder: str) -> dict:

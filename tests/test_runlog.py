@@ -1,5 +1,6 @@
 """runlog.py: run folders and their lock, log.jsonl and its failures, wandb, the console's durations."""
 
+import errno
 import os
 import shutil
 import sys
@@ -140,36 +141,83 @@ def test_pictures_do_not_end_a_run(tmp_path, capsys):
     log.close()
 
 
+class Disk:
+    """Stands for log.jsonl. While `error` is set, seven bytes find room, and further writes fail with it."""
+
+    def __init__(self, file):
+        self.file, self.error, self.room = file, 0, 7
+
+    def write(self, data):
+        if not self.error:
+            return self.file.write(data)
+        room, self.room = self.room, 0
+        if not room:
+            raise OSError(self.error, os.strerror(self.error))
+        return self.file.write(data[:room])
+
+    def close(self):
+        self.file.close()
+
+    def fileno(self):
+        return self.file.fileno()
+
+
 def test_a_log_that_cannot_be_written_for_a_while(tmp_path, capsys):
     """The failure is printed once, no record is lost and no line is broken."""
     log = open_log(tmp_path)
-    full = [False]
-
-    class Disk:
-        def __init__(self, file):
-            self.file = file
-
-        def write(self, data):
-            if full[0] and len(data) > 9:
-                return self.file.write(data[:7])  # what there was room for
-            if full[0]:
-                raise OSError(28, "No space left on device")
-            return self.file.write(data)
-
-        def close(self):
-            self.file.close()
-
-        @property
-        def closed(self):
-            return self.file.closed
-
-        def fileno(self):
-            return self.file.fileno()
-
-    log.file = Disk(log.file)
+    log.file = disk = Disk(log.file)
     for step in range(6):
-        full[0] = step in (2, 3)
+        disk.error = errno.ENOSPC if step in (2, 3) else 0
         log.write(dict(kind="train", step=step))
     log.close()
     assert records(tmp_path) == [dict(kind="train", step=step) for step in range(6)]
     assert capsys.readouterr().out.count("log.jsonl cannot be written (") == 1
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_log_whose_open_file_became_stale(tmp_path, capsys, lost):
+    """As on NFS whose server was restarted: a new open works, the open file never again. Half a line was written; a
+    line before it may be lost. Each record is there once."""
+    log = open_log(tmp_path)
+    log.file = disk = Disk(log.file)
+    for step in range(6):
+        if step == 2:
+            disk.error = errno.ESTALE
+        if step == 4:
+            disk.file.truncate(40 if lost else disk.file.tell())
+        log.write(dict(kind="train", step=step))
+    log.close()
+    assert (tmp_path / "log.jsonl").read_text() == "".join(map(runlog.log_line, log.records))
+    assert records(tmp_path) == [dict(kind="train", step=step) for step in range(6)]
+    out = capsys.readouterr().out
+    assert out.count("log.jsonl cannot be written") == 1 and "lacks" not in out
+
+
+def test_a_log_that_became_stale_at_its_last_record(tmp_path, capsys):
+    """The end of the run opens it once more."""
+    log = open_log(tmp_path)
+    log.write(dict(kind="train", step=0))
+    log.file = disk = Disk(log.file)
+    disk.error, disk.room = errno.ESTALE, 0
+    log.write(dict(kind="done", step=0))
+    log.close()
+    assert records(tmp_path) == [dict(kind="train", step=0), dict(kind="done", step=0)]
+    assert "Stale file handle" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.ESTALE])
+def test_records_that_are_missing_at_the_end_are_said(tmp_path, capsys, error):
+    log = open_log(tmp_path)
+    log.write(dict(kind="train", step=0))
+    log.file = disk = Disk(log.file)
+    disk.error = error
+    log.write(dict(kind="train", step=1))
+    log.write(dict(kind="done", step=1))
+    if error == errno.ESTALE:  # a new open fails too
+        (tmp_path / "log.jsonl").unlink()
+        (tmp_path / "log.jsonl").mkdir()
+    log.close()
+    first, last = capsys.readouterr().out.splitlines()
+    why = "Is a directory" if error == errno.ESTALE else "No space left on device"
+    assert "log.jsonl cannot be written" in first and last == f"log.jsonl lacks the last 2 records of this run ({why})"
+    FolderLock(str(tmp_path)).close()
