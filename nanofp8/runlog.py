@@ -104,6 +104,12 @@ class FolderLock:
         raise UserError(f"another process is training in {folder}; wait for its end, or choose another --run_name",
                         one_rank=True)
 
+    def holds(self, folder: str) -> bool:
+        """Whether this is the lock of the folder that has this name now, not of a deleted one."""
+        with contextlib.suppress(OSError):
+            return os.path.samestat(os.fstat(self.descriptor), os.stat(folder))
+        return False
+
     def close(self) -> None:
         """Release the lock; once is enough."""
         if self.descriptor is not None:
@@ -281,9 +287,10 @@ class RunLog:
         self.open_files()
         with contextlib.suppress(OSError):
             deleted.close()
-        lock = FolderLock(self.folder)
-        self.lock.close()
-        self.lock = lock
+        if not self.lock.holds(self.folder):  # not if the log alone was deleted: our own lock would be in the way
+            lock = FolderLock(self.folder)
+            self.lock.close()
+            self.lock = lock
         self.unwritten = "".join(map(log_line, self.records)).encode()
         console("log.jsonl was deleted; it and config.json are written again")
 

@@ -5,6 +5,7 @@ import os
 import shutil
 import sys
 from types import ModuleType, SimpleNamespace
+from unittest import mock
 
 import pytest
 
@@ -109,6 +110,19 @@ def test_a_deleted_log_that_cannot_be_written_again_at_once(tmp_path, capsys):
     assert (tmp_path / "r" / "config.json").exists()
     out = capsys.readouterr().out
     assert out.count("log.jsonl cannot be written") == 1 and out.count("log.jsonl was deleted") == 1
+
+
+def test_a_log_that_is_deleted_alone(tmp_path, capsys):
+    """It is written again. The run's own lock of the folder, which is still there, must not end the run."""
+    log = open_log(tmp_path)
+    log.write(dict(kind="train", step=0))
+    (tmp_path / "log.jsonl").unlink()
+    log.write(dict(kind="train", step=1))
+    with pytest.raises(UserError, match="another process is training"), mock.patch.object(runlog.time, "sleep"):
+        FolderLock(str(tmp_path))
+    log.close()
+    assert records(tmp_path) == [dict(kind="train", step=step) for step in range(2)]
+    assert capsys.readouterr().out.count("log.jsonl was deleted") == 1
 
 
 def test_config_json_is_whole_or_the_old_one(tmp_path, monkeypatch):
