@@ -307,15 +307,31 @@ class RunLog:
             console(f"cannot draw the run's pictures ({getattr(error, 'strerror', None) or error_line(error)}); "
                     f"training continues")
 
+    def close_file(self) -> None:
+        """Write what log.jsonl still lacks and close it. What goes wrong is said in one line."""
+        reason = self.unwritten and self.write_unwritten()
+        try:
+            self.file.close()
+        except OSError as error:  # NFS and quotas may report only now that earlier writes failed
+            self.is_doubtful, at_close = True, error.strerror
+            reason = self.write_unwritten()  # to the file opened anew
+            try:
+                self.file.close()
+            except OSError as error:
+                reason = reason or error.strerror
+            if not self.unwritten:
+                console(f"log.jsonl could not be closed ({at_close}); " +
+                        (f"its last records may be missing ({reason})" if reason else "read again, it is complete"))
+        if self.unwritten:
+            lines = self.unwritten.count(b"\n")
+            console(f"log.jsonl lacks the last {lines} record{'s' * (lines > 1)} of this run ({reason})")
+
     def close(self, failed: bool = False) -> None:
         """Close files, lock and wandb where a run ends, well or not; once is enough."""
         if self.is_closed:
             return
         self.is_closed = True
-        if reason := self.unwritten and self.write_unwritten():
-            lines = self.unwritten.count(b"\n")
-            console(f"log.jsonl lacks the last {lines} record{'s' * (lines > 1)} of this run ({reason})")
-        self.file.close()
+        self.close_file()
         self.lock.close()
         if self.wandb is not None:
             try:

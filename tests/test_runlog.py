@@ -235,3 +235,32 @@ def test_records_that_are_missing_at_the_end_are_said(tmp_path, capsys, error):
     why = "Is a directory" if error == errno.ESTALE else "No space left on device"
     assert "log.jsonl cannot be written" in first and last == f"log.jsonl lacks the last 2 records of this run ({why})"
     FolderLock(str(tmp_path)).close()
+
+
+@pytest.mark.parametrize("lost,again,line", [
+    (0, False, "log.jsonl could not be closed (Disk quota exceeded); read again, it is complete"),
+    (30, False, "log.jsonl could not be closed (Disk quota exceeded); read again, it is complete"),
+    (0, True, "log.jsonl could not be closed (Disk quota exceeded); its last records may be missing (Is a directory)"),
+])
+def test_an_error_when_the_log_is_closed_is_one_line(tmp_path, capsys, lost, again, line):
+    """NFS and quotas report there that earlier writes failed. What is missing then is written to the file opened
+    anew; `again`: that cannot be opened. The lock is released."""
+    class Closing(Disk):
+        def close(self):
+            if not self.file.closed:
+                self.file.truncate(self.file.tell() - lost)
+                self.file.close()
+                if again:
+                    (tmp_path / "log.jsonl").unlink()
+                    (tmp_path / "log.jsonl").mkdir()
+                raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+    log = open_log(tmp_path)
+    log.file = Closing(log.file)
+    for step in range(3):
+        log.write(dict(kind="train", step=step))
+    log.close()
+    log.close()
+    assert capsys.readouterr().out.splitlines() == [line]
+    assert again or (tmp_path / "log.jsonl").read_text() == "".join(map(runlog.log_line, log.records))
+    FolderLock(str(tmp_path)).close()
