@@ -1,6 +1,7 @@
 """Which checkpoint a run continues from, and in which run folder: choose, lock, check."""
 
 import contextlib
+import errno
 import glob
 import json
 import os
@@ -24,6 +25,8 @@ from nanofp8.config import UserError
 from nanofp8.files import console, is_seen
 from nanofp8.procs import Processes
 from nanofp8.runlog import FolderLock, saved_config
+
+NO_RENAME = "is on a file system that cannot rename folders ({}), as saving checkpoints needs"
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Finding checkpoints
@@ -265,20 +268,24 @@ def open_run_folder(cfg: SimpleNamespace, procs: Processes, lock: FolderLock | N
                     cleanup: contextlib.ExitStack) -> tuple[str, FolderLock | None]:
     """Return the run folder, on all ranks, and its lock, on rank 0: the one that is locked, or a new one.
 
-    A run folder that cannot be written is left for a new one in --out_dir. `cleanup` gets what undoes this at the end.
+    A run folder that cannot hold the run is left for a new one in --out_dir. `cleanup` gets what undoes this at the
+    end.
     Raises: UserError.
     """
     folder = lock.folder if lock else None
-    if folder and not is_writable(folder):
+    if folder and (fault := folder_fault(folder, cfg.keep_checkpoints)):
         if "out_dir" not in cfg.explicit or os.path.realpath(cfg.out_dir) == os.path.realpath(os.path.dirname(folder)):
-            raise UserError(f"{folder} cannot be written; continue elsewhere with --out_dir=FOLDER", one_rank=True)
-        console(f"resume: {folder} cannot be written; the run continues in a new folder in {cfg.out_dir}")
+            raise UserError(f"{folder} {fault}; continue elsewhere with --out_dir=FOLDER", one_rank=True)
+        console(f"resume: {folder} {fault}; the run continues in a new folder in {cfg.out_dir}")
         folder = None
     if procs.is_main and folder is None:
         folder = runlog.make_run_folder(cfg.out_dir, cfg.run_name)
         cleanup.callback(runlog.remove_if_empty, folder)
         lock = FolderLock(folder)
         cleanup.callback(lock.close)
+        if cfg.keep_checkpoints and (reason := why_folders_cannot_be_renamed(folder)):
+            raise UserError(f"{cfg.out_dir} {NO_RENAME.format(reason)}; choose another --out_dir (a local disk), or "
+                            f"--keep_checkpoints=0 to train without checkpoints", one_rank=True)
     folder = procs.broadcast(folder)
     blind = [rank for rank, sees in enumerate(procs.gather(is_seen(folder))) if not sees]
     if blind and cfg.keep_checkpoints:
@@ -287,10 +294,43 @@ def open_run_folder(cfg: SimpleNamespace, procs: Processes, lock: FolderLock | N
     return folder, lock
 
 
+def folder_fault(folder: str, keep: int) -> str:
+    """Return why a run cannot continue in its folder, "" if it can. keep: the flag keep_checkpoints."""
+    if not is_writable(folder):
+        return "cannot be written"
+    reason = keep and why_folders_cannot_be_renamed(folder)
+    return NO_RENAME.format(reason) if reason else ""
+
+
 def is_writable(folder: str) -> bool:
     """Whether this process may write into a run folder and what it continues there."""
     paths = [folder, *(os.path.join(folder, name) for name in ("ckpt", "log.jsonl", "config.json"))]
     return all(os.access(path, os.W_OK) for path in paths if os.path.exists(path))
+
+
+def why_folders_cannot_be_renamed(run_folder: str) -> str:
+    """Try to rename a folder with a file in it, as saving a checkpoint does; return why that fails, "" if it works.
+
+    Some FUSE file systems cannot. Without this, a user would learn of it at the first checkpoint, and none could be
+    saved. The names are those of half-written checkpoints: what a kill leaves here is deleted when the run continues.
+    """
+    parent, number, reason = os.path.join(run_folder, "ckpt"), time.time_ns(), ""
+    before, after = (os.path.join(parent, f".{name}_{number}") for name in ("writing", "replaced"))
+    with contextlib.suppress(OSError):  # what cannot be written is said where it is to be written
+        os.makedirs(before)
+        with open(os.path.join(before, "file"), "w") as f:
+            f.write("content")
+        try:
+            os.rename(before, after)
+        except OSError as error:  # a full disk, or a folder that was deleted meanwhile, says nothing about renaming
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.ENOENT, errno.ESTALE):
+                reason = error.strerror
+    for path in (before, after):
+        with contextlib.suppress(OSError):
+            os.remove(os.path.join(path, "file"))
+        runlog.remove_if_empty(path)
+    runlog.remove_if_empty(parent)
+    return reason
 
 
 def enter_run_folder(run: Any, checkpoint: str | None) -> None:

@@ -1687,6 +1687,70 @@ def test_a_machine_that_does_not_see_the_run_folder(tmp_path):
         assert not os.listdir(tmp_path)
 
 
+def no_rename(number, where=""):
+    """Let no folder below `where` be renamed that holds a file: os.rename fails with this errno."""
+    def rename(source, target, rename=os.rename):
+        if str(where) in str(source) and os.path.isdir(source) and os.listdir(source):
+            raise OSError(number, os.strerror(number))
+        rename(source, target)
+    return mock.patch.object(os, "rename", rename)
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.EXDEV, errno.ENOSYS, errno.EPERM])
+def test_a_file_system_that_cannot_rename_folders(tmp_path, number):
+    """It is said at the start, in one line, and nothing is left. Without checkpoints it does not matter."""
+    for keep in (2, 0):
+        cfg = helpers.make_cfg(out_dir=str(tmp_path), keep_checkpoints=keep)
+        with contextlib.ExitStack() as cleanup, no_rename(number), \
+                pytest.raises(UserError, match=re.escape(f"cannot rename folders ({os.strerror(number)})") +
+                              ".*--out_dir.*--keep_checkpoints=0") if keep else contextlib.nullcontext():
+            folder, _ = resuming.open_run_folder(cfg, helpers.one_process(), None, cleanup)
+            assert os.listdir(folder) == []
+        assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("number", [0, errno.ENOSPC, errno.ENOENT, errno.ESTALE])
+def test_trying_to_rename_a_folder_leaves_nothing(tmp_path, number):
+    """Also where the disk is full. Two runs in one out_dir try it at the same time."""
+    cfg = helpers.make_cfg(out_dir=str(tmp_path))
+    with contextlib.ExitStack() as cleanup, no_rename(number) if number else contextlib.nullcontext():
+        with ThreadPoolExecutor(2) as pool:
+            opened = [pool.submit(resuming.open_run_folder, cfg, helpers.one_process(), None, cleanup)
+                      for _ in range(2)]
+        assert {future.result()[0] for future in opened} == {str(tmp_path / "gpt"), str(tmp_path / "gpt-2")}
+        assert [os.listdir(tmp_path / name) for name in os.listdir(tmp_path)] == [[], []]
+        (tmp_path / "gpt" / "ckpt").write_text("")
+        assert resuming.why_folders_cannot_be_renamed(str(tmp_path / "gpt")) == ""
+        (tmp_path / "gpt" / "ckpt").unlink()
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_kill_while_renaming_is_tried_leaves_what_the_next_start_deletes(tmp_path):
+    with mock.patch.object(os, "rename", side_effect=Killed), pytest.raises(Killed):
+        resuming.why_folders_cannot_be_renamed(str(tmp_path))
+    assert len(in_ckpt(tmp_path)) == 1 and runlog.holds_only_a_log(str(tmp_path))
+    Checkpoints(str(tmp_path), 2, start_processes())
+    assert in_ckpt(tmp_path) == []
+
+
+def test_a_run_whose_folder_cannot_rename_folders_continues_elsewhere(tmp_path, one_rank, capsys):
+    """With another --out_dir. Without it, one line says so. Its checkpoints stay as they are."""
+    folder = copy_of_run(one_rank["bf16"].folder, tmp_path / "old" / "r", 3)
+    before = in_ckpt(folder)
+    for explicit, out_dir in ((False, tmp_path / "old"), (True, tmp_path / "old"), (True, tmp_path / "new")):
+        cfg = helpers.make_cfg(**dict(out_dir=str(out_dir)) if explicit else {})
+        with contextlib.ExitStack() as cleanup, no_rename(errno.EMFILE, tmp_path / "old"):
+            lock = cleanup.enter_context(contextlib.closing(FolderLock(str(folder))))
+            if out_dir == tmp_path / "new":
+                found, _ = resuming.open_run_folder(cfg, helpers.one_process(), lock, cleanup)
+                assert found == str(out_dir / "gpt")
+                assert "cannot rename folders (Too many open files)" in capsys.readouterr().out
+            else:
+                with pytest.raises(UserError, match="cannot rename folders .*continue elsewhere with --out_dir=FOLDER"):
+                    resuming.open_run_folder(cfg, helpers.one_process(), lock, cleanup)
+    assert in_ckpt(folder) == before
+
+
 def test_a_run_continues_after_its_newest_checkpoint_was_damaged(tmp_path, shards, one_rank):
     """The whole run equals the undamaged one. What was set aside stays."""
     folder = damaged_run(tmp_path, one_rank["fp8"], "flipped bit")
