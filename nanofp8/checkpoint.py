@@ -8,6 +8,7 @@ own names, the same for Transformer Engine and its emulation, for DDP and FSDP2,
 import contextlib
 import functools
 import glob
+import io
 import json
 import math
 import os
@@ -403,6 +404,9 @@ class Checkpoints:
         self.writer = ThreadPoolExecutor(1, "checkpoint", *on_its_gpu)
         self.pinned = procs.device.type == "cuda"  # whether the copies are in pinned memory
         self.failure = ""  # why the last write failed
+        # torch.save() imports torch.utils.serialization at its first call. Later it may not be there: run.sh replaces
+        # the environment when requirements change, and then every checkpoint of a run that trains on would fail
+        torch.save(torch.zeros(1), io.BytesIO())
         if procs.is_main:
             for name in os.listdir(self.folder) if os.path.isdir(self.folder) else ():
                 path = os.path.join(self.folder, name)

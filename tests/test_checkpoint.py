@@ -15,6 +15,7 @@ import re
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import textwrap
 import time
@@ -1383,6 +1384,27 @@ def small_checkpoints(folder, keep=2, *steps):
     for step in steps:
         save(step)
     return checkpoints, save
+
+
+def test_saving_imports_nothing_after_the_start(tmp_path):
+    """run.sh may replace the environment while a run trains. In a process of its own: here all was imported before."""
+    code = f"""
+        import sys
+        sys.path.insert(0, {str(ROOT)!r})
+        import torch
+        from nanofp8.checkpoint import Checkpoints
+        from nanofp8.procs import start_processes
+        checkpoints = Checkpoints({str(tmp_path)!r}, 2, start_processes())
+        before = set(sys.modules)
+        sys.meta_path.clear()  # from here on, no module is found
+        state = dict(model=dict(weight=torch.ones(1000)))
+        checkpoints.save(1, lambda: state, dict(step=1))
+        checkpoints.finish(wait=True)
+        print(sorted(set(sys.modules) - before), checkpoints.failure, checkpoints.last)
+        checkpoints.close()
+    """
+    result = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=100)
+    assert result.stdout == f"[]  {tmp_path / 'ckpt' / 'step_000001'}\n", result.stdout + result.stderr
 
 
 def test_too_little_pinned_memory_is_said_once_and_saving_goes_on(tmp_path, capsys, monkeypatch):
