@@ -1,5 +1,6 @@
 """The run folder: its lock, log.jsonl, config.json and pictures; the console's lines; wandb."""
 
+import atexit
 import contextlib
 import errno
 import fcntl
@@ -9,6 +10,7 @@ import os
 import re
 import statistics
 import sys
+import threading
 import time
 import uuid
 from pathlib import Path
@@ -16,6 +18,7 @@ from types import SimpleNamespace
 from typing import Any, Callable, Iterator
 
 from nanofp8.config import UserError, flag_values
+from nanofp8.faults import exit_now
 from nanofp8.files import console, error_line, replace_file
 from nanofp8.machine import peak_flops, peak_memory_gb
 from nanofp8.plots import plot_losses
@@ -23,6 +26,8 @@ from nanofp8.precision import fp8_state
 from nanofp8.procs import Processes
 from nanofp8.shards import NAME_PATTERN
 from nanofp8.sizes import BatchPlan, parameter_table
+
+WANDB_SECONDS = 120.0  # for wandb to send what it has not sent yet, at the end of a run
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Folder and lock
@@ -334,10 +339,24 @@ class RunLog:
         self.close_file()
         self.lock.close()
         if self.wandb is not None:
-            try:
-                self.wandb.finish(exit_code=int(failed))
-            except Exception as error:  # the run's own status counts
-                console(f"wandb could not finish: {error_line(error)}")
+            finish_wandb(self.wandb, failed)
+
+
+def finish_wandb(run: Any, failed: bool) -> None:
+    """Let wandb send the rest, for WANDB_SECONDS at most: without its server, finish() waits for ever."""
+    def finish() -> None:
+        try:
+            run.finish(exit_code=int(failed))
+        except Exception as error:  # the run's own status counts
+            console(f"wandb could not finish: {error_line(error)}")
+
+    thread = threading.Thread(target=finish, daemon=True)
+    thread.start()
+    thread.join(WANDB_SECONDS)
+    if thread.is_alive():
+        console(f"wandb has not finished after {WANDB_SECONDS:g} s and is left; `wandb sync` can send the rest of "
+                f"{getattr(run, 'dir', 'the run')}")
+        atexit.register(exit_now, "", int(failed))  # before wandb's own handler, which would wait too
 
 
 def saved_config(folder: str) -> dict:

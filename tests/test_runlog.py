@@ -4,6 +4,7 @@ import errno
 import os
 import shutil
 import sys
+import threading
 from types import ModuleType, SimpleNamespace
 from unittest import mock
 
@@ -52,6 +53,21 @@ def test_a_log_that_cannot_be_read_is_one_line(tmp_path):
     (tmp_path / "log.jsonl").mkdir()
     with pytest.raises(UserError, match=r"log\.jsonl cannot be read \(Is a directory\)"):
         read_log(str(tmp_path))
+
+
+@pytest.mark.parametrize("failed", [False, True])
+def test_a_wandb_that_never_finishes_is_left(monkeypatch, capsys, failed):
+    """Its server is gone. Then its handler at Python's exit would wait as well."""
+    free, exits = threading.Event(), []
+    monkeypatch.setattr(runlog, "WANDB_SECONDS", 0.2)
+    monkeypatch.setattr(runlog.atexit, "register", lambda *call: exits.append(call))
+    try:
+        runlog.finish_wandb(SimpleNamespace(finish=lambda exit_code: free.wait(), dir="out/wandb/run-1"), failed)
+    finally:
+        free.set()
+    assert exits == [(runlog.exit_now, "", int(failed))]
+    line = capsys.readouterr().out
+    assert "0.2 s" in line and "wandb sync" in line and "out/wandb/run-1" in line
 
 
 def test_wandb_gets_the_id_of_the_run_and_whether_it_failed(tmp_path, monkeypatch):
