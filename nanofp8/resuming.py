@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import time
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -318,8 +319,7 @@ def why_folders_cannot_be_renamed(run_folder: str) -> str:
     before, after = (os.path.join(parent, f".{name}_{number}") for name in ("writing", "replaced"))
     with contextlib.suppress(OSError):  # what cannot be written is said where it is to be written
         os.makedirs(before)
-        with open(os.path.join(before, "file"), "w") as f:
-            f.write("content")
+        Path(before, "file").write_text("content")
         try:
             os.rename(before, after)
         except OSError as error:  # a full disk, or a folder that was deleted meanwhile, says nothing about renaming
@@ -327,7 +327,7 @@ def why_folders_cannot_be_renamed(run_folder: str) -> str:
                 reason = error.strerror
     for path in (before, after):
         with contextlib.suppress(OSError):
-            os.remove(os.path.join(path, "file"))
+            Path(path, "file").unlink()
         runlog.remove_if_empty(path)
     runlog.remove_if_empty(parent)
     return reason
