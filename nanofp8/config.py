@@ -443,7 +443,8 @@ def report_early_error(script: str, kind: type, error: BaseException, trace: Any
         line = f"error: {sys.executable} has no {error.name}; {ENVIRONMENT}"
     elif issubclass(kind, (ImportError, OSError)) and (broken := being_imported(trace)):  # a library is missing, say
         why = (str(error).strip().splitlines() or [kind.__name__])[-1]
-        line = f"error: {sys.executable} cannot import {broken} ({why}); {ENVIRONMENT}"
+        libraries = "unset LD_LIBRARY_PATH, which may bring other libraries, or " * ("LD_LIBRARY_PATH" in os.environ)
+        line = f"error: {sys.executable} cannot import {broken} ({why}); {libraries}{ENVIRONMENT}"
     if line and _is_main():
         print(f"{script}: {line}", file=sys.stderr, flush=True)
     elif not line:

@@ -307,7 +307,9 @@ def test_a_python_without_torch_is_one_line(tmp_path, path):
     ("numpy", "ImportError('\\n\\nIMPORTANT:\\n\\nOriginal error was: No module named _multiarray_umath\\n')")])
 def test_a_package_that_is_broken_is_one_line(tmp_path, script, package, error):
     (tmp_path / f"{package}.py").write_text(f"raise {error}")
-    result = finish(start(ROOT / script, cwd=tmp_path, PYTHONPATH=str(tmp_path)))
+    others = {"LD_LIBRARY_PATH": str(tmp_path)} if "libc" in error else {}
+    result = finish(start(ROOT / script, cwd=tmp_path, PYTHONPATH=str(tmp_path), **others))
+    assert ("unset LD_LIBRARY_PATH" in result.err) == bool(others)
     assert result.code == 1 and not result.out and result.err.count("\n") == 1, result.err
     assert f"cannot import {package} (" in result.err and "bash run.sh" in result.err
     assert any(word in result.err for word in ("libcudnn.so.9", "libcublas.so.12", "_multiarray_umath"))
