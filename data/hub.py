@@ -123,6 +123,17 @@ def is_passing(error: BaseException) -> bool:
     return not kinds.isdisjoint({"ConnectionError", "TimeoutError", "gaierror", "TransportError", "ChecksumError"})
 
 
+def wrong_setting() -> str:
+    """Return what to change in the environment's variables for the Hub's client, "" if no fault can be seen."""
+    for name in ("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
+        if (path := os.environ.get(name)) and not os.path.exists(path):
+            return f"{name} names {path}, which does not exist; unset it"
+    endpoint = os.environ.get("HF_ENDPOINT", "")
+    if endpoint and not endpoint.startswith(("http://", "https://")):
+        return f"HF_ENDPOINT={endpoint} must start with https://; correct it"
+    return ""
+
+
 def remedy(error: BaseException, data_set: str, otherwise: str = TRY_AGAIN) -> str:
     """Return what a user can do about an exception of the Hub's client.
 
@@ -134,6 +145,8 @@ def remedy(error: BaseException, data_set: str, otherwise: str = TRY_AGAIN) -> s
                  if os.environ.get(name)]
         return f"offline mode is on; unset {' and '.join(names or ['HF_HUB_OFFLINE'])}, then run the same command again"
     response = next((e.response for e in errors if getattr(e, "response", None) is not None), None)
+    if response is None and (wrong := wrong_setting()):
+        return f"{wrong}, then run the same command again"
     status = getattr(response, "status_code", None)
     if status is None:
         return TRY_AGAIN if any(map(is_passing, errors)) else otherwise

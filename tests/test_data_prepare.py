@@ -504,6 +504,20 @@ def test_download_in_offline_mode(hub, tmp_path):
     assert "does not have" not in result.stderr and hub.requests == []
 
 
+@pytest.mark.parametrize("variables, words", [
+    (dict(SSL_CERT_FILE="/no/such/file"), ["SSL_CERT_FILE", "/no/such/file", "unset"]),
+    (dict(HF_ENDPOINT="hf-mirror.com"), ["HF_ENDPOINT=hf-mirror.com", "https://"]),
+    (dict(HF_ENDPOINT="https://hf-mirror.com", SSL_CERT_FILE=__file__), ["check the network"])])
+def test_settings_that_keep_the_hubs_client_from_connecting(monkeypatch, variables, words):
+    import hub
+    for name in ("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "HF_ENDPOINT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    line = hub.remedy(ConnectionError("no answer"), "a data set")
+    assert all(word in line for word in words) and "same command again" in line
+
+
 def test_download_with_a_panic_of_a_library(hub, tmp_path):
     huggingface_hub = pytest.importorskip("huggingface_hub")
     with mock.patch.object(huggingface_hub, "hf_hub_download", side_effect=Panic("index out of range")):
