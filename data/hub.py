@@ -13,7 +13,7 @@ from nanofp8.files import console
 if TYPE_CHECKING:
     import datasets
 
-# The client's other protocol, Xet, has stalled for ever (huggingface_hub issue 4520); plain HTTP has timeouts
+# The client's other protocol, Xet, is reported to stall for ever (xet-core issue 883); plain HTTP has timeouts
 os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
 
 TRY_AGAIN = "check the network or set HF_ENDPOINT to a mirror, then run the same command again"
