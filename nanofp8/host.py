@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import glob
 import importlib.metadata
 import os
 import shutil
@@ -37,9 +38,31 @@ def start_torch() -> None:
     """Import torch for training. Raises UserError if it is too old: later, that would be an AttributeError."""
     if not is_wsl():  # there, the first allocation may fail (pytorch issue 192330)
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # read when torch starts
+    prefer_wheels(os.path.join(sysconfig.get_path("purelib"), "nvidia"))
     import torch
     if fault := old_torch(str(torch.__version__)):
         raise UserError(f"{fault}; {ENVIRONMENT}")
+
+
+def prefer_wheels(wheels: str, usual: str = "/usr/local/cuda") -> None:
+    """Point Transformer Engine to cuDNN, NVRTC and cuRAND of torch's wheels where the CUDA toolkit in which it looks
+    first has another major version: NVRTC 12 would compile with the headers of CUDA 13. And where CUDA_HOME is /usr: it
+    searches all folders below, links that lead back up too (transformer_engine/common/__init__.py of 2.20.2).
+
+    wheels: the folder nvidia of Python's packages. usual: where toolkits are installed.
+    """
+    def major(*patterns: str) -> str:
+        files = [file for pattern in patterns for file in glob.glob(os.path.join(pattern, "libnvrtc.so.[0-9]*"))]
+        return max((os.path.basename(file).split(".")[2] for file in files), key=int, default="")
+
+    homes = [folder for name in ("CUDA_HOME", "CUDA_PATH") if (folder := os.environ.get(name))] + [usual]
+    toolkits = [major(os.path.join(home, "lib64"), os.path.join(home, "targets", "*", "lib")) for home in homes]
+    toolkit, ours = next(filter(None, toolkits), ""), major(os.path.join(wheels, "cu*", "lib"))
+    if ours and (toolkit not in ("", ours) or os.path.realpath(homes[0]) in ("/", "/usr")):
+        for name in ("CUDNN", "NVRTC", "CURAND"):
+            folder = os.path.join(wheels, "cudnn" if name == "CUDNN" else f"cu{ours}")
+            if os.path.isdir(folder) and not {f"{name}_HOME", f"{name}_PATH"} & os.environ.keys():
+                os.environ[f"{name}_HOME"] = folder
 
 
 def optional(package: str, module: str, name: str) -> tuple[ModuleType | None, str]:

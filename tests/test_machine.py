@@ -53,6 +53,30 @@ def test_expandable_segments_but_not_under_wsl2(tmp_path, monkeypatch, release, 
     monkeypatch.setenv("PYTORCH_ALLOC_CONF", "")  # so that it is put back
 
 
+@pytest.mark.parametrize("toolkit, variables, taken", [
+    ("12", {}, True), ("13", {}, False), ("", {}, False), ("12", dict(CUDA_HOME="13"), False),
+    ("13", dict(CUDA_PATH="12"), True), ("13", dict(CUDA_HOME="/usr"), True), ("12", dict(NVRTC_PATH="/mine"), True)])
+def test_libraries_of_another_cuda_are_not_transformer_engines(tmp_path, monkeypatch, toolkit, variables, taken):
+    """Of its search, which begins with NVRTC_HOME, then CUDA_HOME and /usr/local/cuda."""
+    wheels, names = tmp_path / "nvidia", ["CUDNN_HOME", "NVRTC_HOME", "CURAND_HOME"]
+    for name in [*names, "CUDA_HOME", "CUDA_PATH", "CUDNN_PATH", "NVRTC_PATH", "CURAND_PATH"]:
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.setitem(os.environ, name, "")  # so that what is set below goes away again
+        del os.environ[name]
+    for major, folder in (("12", "12/lib64"), ("13", "13/targets/x86_64-linux/lib"), ("13", "nvidia/cu13/lib")):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / f"libnvrtc.so.{major}").touch()
+    (wheels / "cudnn" / "lib").mkdir(parents=True)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value if value.startswith("/") else str(tmp_path / value))
+    host.prefer_wheels(str(wheels), str(tmp_path / (toolkit or "none")))
+    expected = {"CUDNN_HOME": str(wheels / "cudnn"), "NVRTC_HOME": str(wheels / "cu13"),
+                "CURAND_HOME": str(wheels / "cu13")} if taken else {}
+    if "NVRTC_PATH" in variables:
+        del expected["NVRTC_HOME"]
+    assert {name: os.environ[name] for name in names if name in os.environ} == expected
+
+
 PEAKS = {
     "NVIDIA GB300": 2.5e15, "NVIDIA B300 SXM6 AC": 2.25e15, "NVIDIA GB200": 2.5e15, "NVIDIA B200": 2.25e15,
     "NVIDIA GH200 480GB": 989e12, "NVIDIA H200": 989e12, "NVIDIA H200 NVL": 835e12,
