@@ -212,9 +212,12 @@ def environment_fault(error: BaseException) -> str:
     message, kind = error_line(error), type(error).__name__
     if remedy := next((remedy for text, remedy in GPU_FAULTS.items() if text in str(error)), ""):
         return f"{message}; {remedy}"
-    if isinstance(error, OSError) and error.errno in FOLDER_FAULTS:
-        return (f"{error}; make room there, or choose another folder: --out_dir, TRITON_CACHE_DIR, "
-                f"TORCHINDUCTOR_CACHE_DIR")
+    inner = error  # torch.compile wraps what it meets
+    while inner is not None:
+        if isinstance(inner, OSError) and inner.errno in FOLDER_FAULTS:
+            return (f"{inner}; make room there, or choose another folder: --out_dir, TRITON_CACHE_DIR, "
+                    f"TORCHINDUCTOR_CACHE_DIR")
+        inner = inner.__cause__ or inner.__context__
     frames = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)]
     packages = {part for file, _ in frames for part in file.split(os.sep)}
     if "triton" in packages and (isinstance(error, json.JSONDecodeError) or "kernel image is invalid" in message):

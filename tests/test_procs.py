@@ -244,6 +244,16 @@ def test_faults_of_gpus_and_folders_are_one_line(error, words):
     assert all(word in line for word in words) and "\n" not in line and bool(line) == bool(words), line
 
 
+def test_a_full_cache_of_torch_compile_is_one_line():
+    with pytest.raises(RuntimeError) as caught:
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device", "/cache/x")
+        except OSError as error:
+            raise RuntimeError(f"InductorError: {error}\nmore") from None
+    line = environment_fault(caught.value)
+    assert "/cache/x" in line and "TORCHINDUCTOR_CACHE_DIR" in line and "\n" not in line
+
+
 @pytest.mark.parametrize("package, raised, words", [
     ("triton/runtime", 'json.loads("{")', ["Triton's cache", "rm -r /cache"]),
     ("triton/runtime", 'json.dumps({1})', []),
