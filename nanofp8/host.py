@@ -1,6 +1,7 @@
 """What a machine says of itself, standard library alone: nvidia-smi, C compiler, /dev/shm, torch, optional packages."""
 
 import contextlib
+import ctypes
 import functools
 import glob
 import importlib.metadata
@@ -38,31 +39,48 @@ def start_torch() -> None:
     """Import torch for training. Raises UserError if it is too old: later, that would be an AttributeError."""
     if not is_wsl():  # there, the first allocation may fail (pytorch issue 192330)
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # read when torch starts
-    prefer_wheels(os.path.join(sysconfig.get_path("purelib"), "nvidia"))
     import torch
     if fault := old_torch(str(torch.__version__)):
         raise UserError(f"{fault}; {ENVIRONMENT}")
+    wheels = os.path.join(sysconfig.get_path("purelib"), "nvidia")
+    if toolkit_misleads(wheels):
+        load_from_wheels(wheels)
 
 
-def prefer_wheels(wheels: str, usual: str = "/usr/local/cuda") -> None:
-    """Point Transformer Engine to cuDNN, NVRTC and cuRAND of torch's wheels where the CUDA toolkit in which it looks
-    first has another major version: NVRTC 12 would compile with the headers of CUDA 13. And where CUDA_HOME is /usr: it
-    searches all folders below, links that lead back up too (transformer_engine/common/__init__.py of 2.20.2).
+def toolkit_misleads(wheels: str, usual: str = "/usr/local/cuda") -> bool:
+    """Whether Transformer Engine would take libraries of a CUDA toolkit that do not go with torch's wheels.
+
+    It looks into the toolkit first (transformer_engine/common/__init__.py of 2.20.2). NVRTC of another major version
+    would compile with the headers of the wheels; cuDNN is loaded without its parts. And below CUDA_HOME=/usr it
+    searches all folders, links that lead back up too.
 
     wheels: the folder nvidia of Python's packages. usual: where toolkits are installed.
     """
-    def major(*patterns: str) -> str:
-        files = [file for pattern in patterns for file in glob.glob(os.path.join(pattern, "libnvrtc.so.[0-9]*"))]
+    def major(*folders: str) -> str:
+        files = [file for folder in folders for file in glob.glob(os.path.join(folder, "libnvrtc.so.[0-9]*"))]
         return max((os.path.basename(file).split(".")[2] for file in files), key=int, default="")
 
     homes = [folder for name in ("CUDA_HOME", "CUDA_PATH") if (folder := os.environ.get(name))] + [usual]
-    toolkits = [major(os.path.join(home, "lib64"), os.path.join(home, "targets", "*", "lib")) for home in homes]
-    toolkit, ours = next(filter(None, toolkits), ""), major(os.path.join(wheels, "cu*", "lib"))
-    if ours and (toolkit not in ("", ours) or os.path.realpath(homes[0]) in ("/", "/usr")):
-        for name in ("CUDNN", "NVRTC", "CURAND"):
-            folder = os.path.join(wheels, "cudnn" if name == "CUDNN" else f"cu{ours}")
-            if os.path.isdir(folder) and not {f"{name}_HOME", f"{name}_PATH"} & os.environ.keys():
-                os.environ[f"{name}_HOME"] = folder
+    libraries = [[os.path.join(home, "lib64"), os.path.join(home, "targets", "*", "lib")] for home in homes]
+    toolkit, ours = next(filter(None, (major(*folders) for folders in libraries)), ""), major(f"{wheels}/cu*/lib")
+    has_cudnn = any(glob.glob(os.path.join(folder, "libcudnn.so*")) for folders in libraries for folder in folders)
+    root = os.path.realpath(homes[0]) in ("/", "/usr")
+    return bool(ours) and (toolkit not in ("", ours) or has_cudnn or root)
+
+
+def load_from_wheels(wheels: str) -> None:
+    """Load cuDNN, NVRTC and cuRAND of torch's wheels before Transformer Engine does, and point it to them; unless the
+    user points it somewhere."""
+    patterns = dict(CUDNN="cudnn/lib/lib*.so.*[0-9]", NVRTC="cu*/lib/libnvrtc.so.*[0-9]",
+                    CURAND="cu*/lib/libcurand.so.*[0-9]")
+    files = {name: sorted(glob.glob(os.path.join(wheels, pattern))) for name, pattern in patterns.items()}
+    if not all(files.values()) or any(f"{name}_{end}" in os.environ for name in files for end in ("HOME", "PATH")):
+        return
+    for name, found in files.items():
+        for file in found:
+            with contextlib.suppress(OSError):
+                ctypes.CDLL(file, mode=ctypes.RTLD_GLOBAL)
+        os.environ[f"{name}_HOME"] = os.path.dirname(os.path.dirname(found[0]))
 
 
 def optional(package: str, module: str, name: str) -> tuple[ModuleType | None, str]:

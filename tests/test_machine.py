@@ -53,28 +53,43 @@ def test_expandable_segments_but_not_under_wsl2(tmp_path, monkeypatch, release, 
     monkeypatch.setenv("PYTORCH_ALLOC_CONF", "")  # so that it is put back
 
 
-@pytest.mark.parametrize("toolkit, variables, taken", [
-    ("12", {}, True), ("13", {}, False), ("", {}, False), ("12", dict(CUDA_HOME="13"), False),
-    ("13", dict(CUDA_PATH="12"), True), ("13", dict(CUDA_HOME="/usr"), True), ("12", dict(NVRTC_PATH="/mine"), True)])
-def test_libraries_of_another_cuda_are_not_transformer_engines(tmp_path, monkeypatch, toolkit, variables, taken):
-    """Of its search, which begins with NVRTC_HOME, then CUDA_HOME and /usr/local/cuda."""
-    wheels, names = tmp_path / "nvidia", ["CUDNN_HOME", "NVRTC_HOME", "CURAND_HOME"]
-    for name in [*names, "CUDA_HOME", "CUDA_PATH", "CUDNN_PATH", "NVRTC_PATH", "CURAND_PATH"]:
-        monkeypatch.delenv(name, raising=False)
-        monkeypatch.setitem(os.environ, name, "")  # so that what is set below goes away again
-        del os.environ[name]
-    for major, folder in (("12", "12/lib64"), ("13", "13/targets/x86_64-linux/lib"), ("13", "nvidia/cu13/lib")):
-        (tmp_path / folder).mkdir(parents=True)
-        (tmp_path / folder / f"libnvrtc.so.{major}").touch()
-    (wheels / "cudnn" / "lib").mkdir(parents=True)
+@pytest.fixture
+def cuda_folders(tmp_path, monkeypatch):
+    """Toolkits of CUDA 12 and 13, one with a cuDNN, and torch's wheels, with empty files for libraries."""
+    for name in ("CUDA", "CUDNN", "NVRTC", "CURAND"):
+        for end in ("HOME", "PATH"):
+            monkeypatch.setenv(f"{name}_{end}", "")  # so that what is set later goes away again
+            del os.environ[f"{name}_{end}"]
+    for file in ("12/lib64/libnvrtc.so.12", "13/targets/x86_64-linux/lib/libnvrtc.so.13", "c/lib64/libnvrtc.so.13",
+                 "c/lib64/libcudnn.so.9", "nvidia/cu13/lib/libnvrtc.so.13", "nvidia/cu13/lib/libcurand.so.10",
+                 "nvidia/cudnn/lib/libcudnn.so.9", "nvidia/cudnn/lib/libcudnn_graph.so.9"):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).touch()
+    return tmp_path
+
+
+@pytest.mark.parametrize("toolkit, variables, misleads", [
+    ("12", {}, True), ("13", {}, False), ("c", {}, True), ("none", {}, False), ("12", dict(CUDA_HOME="13"), False),
+    ("13", dict(CUDA_PATH="12"), True), ("13", dict(CUDA_HOME="/usr"), True)])
+def test_a_toolkit_that_would_mislead_transformer_engine(cuda_folders, monkeypatch, toolkit, variables, misleads):
     for name, value in variables.items():
-        monkeypatch.setenv(name, value if value.startswith("/") else str(tmp_path / value))
-    host.prefer_wheels(str(wheels), str(tmp_path / (toolkit or "none")))
-    expected = {"CUDNN_HOME": str(wheels / "cudnn"), "NVRTC_HOME": str(wheels / "cu13"),
-                "CURAND_HOME": str(wheels / "cu13")} if taken else {}
-    if "NVRTC_PATH" in variables:
-        del expected["NVRTC_HOME"]
-    assert {name: os.environ[name] for name in names if name in os.environ} == expected
+        monkeypatch.setenv(name, value if value.startswith("/") else str(cuda_folders / value))
+    assert host.toolkit_misleads(str(cuda_folders / "nvidia"), str(cuda_folders / toolkit)) == misleads
+    assert not host.toolkit_misleads(str(cuda_folders / "no wheels"), str(cuda_folders / toolkit))
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_libraries_of_another_cuda_are_not_transformer_engines(cuda_folders, monkeypatch, given):
+    """All parts of cuDNN are loaded: its search loads libcudnn.so.9 alone where it is pointed to a folder."""
+    loaded, wheels = [], cuda_folders / "nvidia"
+    monkeypatch.setattr(host.ctypes, "CDLL", lambda file, mode: loaded.append(os.path.basename(file)))
+    if given:
+        monkeypatch.setenv("CUDNN_PATH", "/mine")
+    host.load_from_wheels(str(wheels))
+    assert loaded == ([] if given else ["libcudnn.so.9", "libcudnn_graph.so.9", "libnvrtc.so.13", "libcurand.so.10"])
+    names = {name: os.environ.get(name) for name in ("CUDNN_HOME", "NVRTC_HOME", "CURAND_HOME")}
+    assert names == (dict.fromkeys(names) if given else dict(
+        CUDNN_HOME=str(wheels / "cudnn"), NVRTC_HOME=str(wheels / "cu13"), CURAND_HOME=str(wheels / "cu13")))
 
 
 PEAKS = {
