@@ -65,6 +65,8 @@ if [ "$smi_status" -ne 0 ] && [[ $smi != *"No devices"* ]] && command -v nvidia-
   elif [ "$smi_status" -ne 14 ] && [ -z "${CUDA_VISIBLE_DEVICES+set}" ]; then # 14: the infoROM is damaged, which is a warning
     no_gpu="a GPU does not answer (nvidia-smi: $smi); repair it, or name the others: CUDA_VISIBLE_DEVICES=0,1"
   fi
+elif [ -e "${NVIDIA_DEVICE:-/dev/nvidia0}" ] && ! command -v nvidia-smi >/dev/null; then # the variable is for tests
+  no_gpu="there is a GPU (${NVIDIA_DEVICE:-/dev/nvidia0}) but no nvidia-smi; install it, or start the container with NVIDIA_DRIVER_CAPABILITIES=compute,utility"
 fi
 case $first_visible in
   [0-9]* | GPU-* | MIG-*) ;;

@@ -44,6 +44,9 @@ PEAK_BF16 = [
 OTHER_CARDS = {"laptop", "mobile", "max-q", "server", "d", "ti", "super", "mig"}
 
 
+GPU_DEVICE = "/dev/nvidia0"  # of NVIDIA's driver on Linux
+
+
 def check_gpus() -> None:
     """Raise UserError if nvidia-smi lists GPUs, or fails, although torch sees none and CUDA_VISIBLE_DEVICES hides none.
 
@@ -51,7 +54,12 @@ def check_gpus() -> None:
     """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     hidden = visible is not None and re.match(r"\s*($|-|none|void|NoDevFiles)", visible, re.IGNORECASE)
-    if hidden or not shutil.which("nvidia-smi"):
+    if hidden:
+        return
+    if not shutil.which("nvidia-smi"):
+        if os.path.exists(GPU_DEVICE):
+            raise UserError(f"there is a GPU ({GPU_DEVICE}), but torch {torch.__version__} finds none, and nvidia-smi "
+                            f"is missing; repair driver or torch, or train on the CPU: --preset=tiny")
         return
     try:
         smi = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60)

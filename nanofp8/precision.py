@@ -19,7 +19,7 @@ import torch.nn as nn
 
 from nanofp8 import cards
 from nanofp8.config import UserError
-from nanofp8.files import error_line
+from nanofp8.files import console, error_line
 from nanofp8.machine import check_capability, check_compiler, check_triton
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -269,6 +269,9 @@ def select_precision(cfg: SimpleNamespace, device: torch.device) -> Precision:
             te, recipes, version = import_transformer_engine()
         except ImportError as error:
             missing = f"Transformer Engine cannot be imported: {error}"
+            if not device.index and chosen.recipe:  # on each machine once
+                console(f"warning: {error_line(error)}: Transformer Engine cannot be imported, so {chosen.name} is "
+                        f"emulated, which is slower than bf16; install it (docs/install.md), or use --USE_FP8=False")
     if not missing and chosen.question:
         available, why = getattr(te, chosen.question)(return_reason=True)
         asked = chosen.name != "fp8-delayed" or {"USE_FP8", "FP8_RECIPE"} & {*cfg.explicit}

@@ -25,6 +25,9 @@ from nanofp8.machine import is_out_of_memory
 GPU_FAULTS = {
     "uncorrectable ECC": "the GPU's memory has a fault: see `nvidia-smi -q -d ECC`, restart the machine, or choose "
                          "another GPU with CUDA_VISIBLE_DEVICES",
+    "GPU is lost": "restart the machine; `dmesg` has the driver's error (Xid)",
+    "SUBLIBRARY_VERSION_MISMATCH": "parts of two versions of cuDNN are loaded: unset LD_LIBRARY_PATH, CUDNN_HOME and "
+                                   "CUDNN_PATH",
     "launch timed out": "a GPU that drives a display stops long kernels: use one without, or switch the display off",
 }
 FOLDER_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ESTALE, errno.EIO)

@@ -161,6 +161,18 @@ def test_an_old_driver_is_named_where_torch_sees_no_gpu(tmp_path, monkeypatch):
         check_gpus()
 
 
+def test_a_gpu_device_without_nvidia_smi(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(machine, "GPU_DEVICE", str(tmp_path / "nvidia0"))
+    check_gpus()
+    (tmp_path / "nvidia0").touch()
+    with pytest.raises(UserError, match="nvidia0.*nvidia-smi is missing.*--preset=tiny"):
+        check_gpus()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    check_gpus()
+
+
 @pytest.mark.parametrize("script, words", [
     ("echo 'GPU 0: NVIDIA H100 (UUID: GPU-1)'", ["GPU 0: NVIDIA H100", "torch"]),
     ("echo 'could not communicate with the driver'; exit 9", ["could not communicate", "does not answer"]),

@@ -277,13 +277,17 @@ BROKEN = [OSError("libcudart.so.13: cannot open shared object file"), RuntimeErr
 
 
 @pytest.mark.parametrize("error", BROKEN)
-def test_a_transformer_engine_that_cannot_be_imported_is_emulated(monkeypatch, error):
-    """Whatever the import raises; the reason is its last line."""
+def test_a_transformer_engine_that_cannot_be_imported_is_emulated(monkeypatch, capsys, error):
+    """Whatever the import raises; the reason is its last line. A warning says it, since it is slow."""
     helpers.fake_transformer_engine(monkeypatch)
     broken_library(monkeypatch, "transformer_engine", error)
     precision = train.select_precision(make_cfg(), helpers.GPU)
     assert precision.emulated and precision.te is te
     assert f"Transformer Engine cannot be imported: {str(error).splitlines()[-1]}" in precision.reason
+    line = capsys.readouterr().out
+    assert "slower than bf16" in line and "--USE_FP8=False" in line and str(error).splitlines()[-1] in line
+    train.select_precision(make_cfg(USE_FP8=False), helpers.GPU)
+    assert not capsys.readouterr().out
 
 
 @pytest.mark.parametrize("error", BROKEN)

@@ -235,6 +235,7 @@ def test_a_limit_of_threads_is_one_line():
 
 @pytest.mark.parametrize("error, words", [
     (RuntimeError("CUDA error: uncorrectable ECC error encountered\nadvice"), ["ECC", "CUDA_VISIBLE_DEVICES"]),
+    (RuntimeError("cuDNN error: CUDNN_STATUS_SUBLIBRARY_VERSION_MISMATCH"), ["cuDNN", "LD_LIBRARY_PATH"]),
     (RuntimeError("CUDA error: the launch timed out and was terminated\nadvice"), ["timed out", "display"]),
     (OSError(errno.EDQUOT, "Disk quota exceeded", "/home/me/.triton/cache/x"),
      ["/home/me/.triton/cache/x", "quota", "TRITON_CACHE_DIR"]),

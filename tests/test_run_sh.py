@@ -156,6 +156,20 @@ def wait_for(condition, what):
 # Set-up
 
 
+def test_a_gpu_without_nvidia_smi_is_no_reason_to_train_on_the_cpu(host):
+    """As in a container that has the compute capability of the driver alone."""
+    host.has("torch", "numpy")
+    (host.bin / "nvidia-smi").unlink()
+    device = host.tmp / "nvidia0"
+    device.touch()
+    if shutil.which("nvidia-smi", path=host.env["PATH"]):
+        pytest.skip("this machine has one")
+    out = host.run(status=1, NVIDIA_DEVICE=str(device))
+    assert str(device) in out and "NVIDIA_DRIVER_CAPABILITIES" in out and "--preset=tiny" in out
+    host.run("--preset=tiny", NVIDIA_DEVICE=str(device))
+    host.run(NVIDIA_DEVICE=str(device), CUDA_VISIBLE_DEVICES="")
+
+
 def test_cpu_setup_then_training(host):
     out = host.run("--max_iters=5", "--run_name=a b")
     assert host.did[0] == "fake venv"
