@@ -36,7 +36,8 @@ def is_wsl(path: str = "/proc/sys/kernel/osrelease") -> bool:
 
 
 def start_torch() -> None:
-    """Import torch for training. Raises UserError if it is too old: later, that would be an AttributeError."""
+    """Import torch for training, and libraries of its wheels where Transformer Engine would find others. Raises
+    UserError if torch is too old: later, that would be an AttributeError."""
     if not is_wsl():  # there, the first allocation may fail (pytorch issue 192330)
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # read when torch starts
     import torch

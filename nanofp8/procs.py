@@ -221,15 +221,15 @@ def environment_fault(error: BaseException) -> str:
             return (f"{inner}; make room there, or choose another folder: --out_dir, TRITON_CACHE_DIR, "
                     f"TORCHINDUCTOR_CACHE_DIR")
         inner = inner.__cause__ or inner.__context__
-    frames = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)]
-    packages = {part for file, _ in frames for part in file.split(os.sep)}
+    frames = list(traceback.walk_tb(error.__traceback__))
+    packages = {frame.f_globals.get("__name__", "").partition(".")[0] for frame, _ in frames}
     if "triton" in packages and (isinstance(error, json.JSONDecodeError) or "kernel image is invalid" in message):
         return (f"a file in Triton's cache is damaged ({message}); delete the cache: "
                 f"rm -r {os.environ.get('TRITON_CACHE_DIR') or '~/.triton/cache'}")
     if flag := next((flag for package, flag in KERNEL_FLAGS.items() if package in packages), ""):
         if not message.startswith("CUDA error"):  # which may have happened in an earlier kernel
-            file, line = frames[-1]
-            where = os.sep.join(file.split(os.sep)[-2:])
+            frame, line = frames[-1]
+            where = os.sep.join(frame.f_code.co_filename.split(os.sep)[-2:])
             return f"a kernel's package fails here ({kind}: {message}, {where}:{line}); use {flag}"
     return ""
 

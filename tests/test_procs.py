@@ -245,6 +245,13 @@ def test_faults_of_gpus_and_folders_are_one_line(error, words):
     assert all(word in line for word in words) and "\n" not in line and bool(line) == bool(words), line
 
 
+def test_a_project_in_a_folder_called_quack_keeps_its_tracebacks(tmp_path):
+    code = compile("1 / 0", str(tmp_path / "quack" / "train.py"), "exec")
+    with pytest.raises(ZeroDivisionError) as caught:
+        exec(code, dict(__name__="__main__"))
+    assert environment_fault(caught.value) == ""
+
+
 def test_a_full_cache_of_torch_compile_is_one_line():
     with pytest.raises(RuntimeError) as caught:
         try:
@@ -266,7 +273,7 @@ def test_faults_of_packages_of_kernels_are_one_line(tmp_path, monkeypatch, packa
     monkeypatch.setenv("TRITON_CACHE_DIR", "/cache")
     code = compile(f"import json\n{raised}", str(tmp_path / package / "kernel.py"), "exec")
     with pytest.raises(Exception) as caught:
-        exec(code, {})
+        exec(code, dict(__name__=package.replace("/", ".") + ".kernel"))
     line = environment_fault(caught.value)
     assert all(word in line for word in words) and "\n" not in line and bool(line) == bool(words), line
 
