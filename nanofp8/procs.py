@@ -222,7 +222,7 @@ def environment_fault(error: BaseException) -> str:
                     f"TORCHINDUCTOR_CACHE_DIR")
         inner = inner.__cause__ or inner.__context__
     frames = list(traceback.walk_tb(error.__traceback__))
-    packages = {frame.f_globals.get("__name__", "").partition(".")[0] for frame, _ in frames}
+    packages = {str(frame.f_globals.get("__name__")).partition(".")[0] for frame, _ in frames}
     if "triton" in packages and (isinstance(error, json.JSONDecodeError) or "kernel image is invalid" in message):
         return (f"a file in Triton's cache is damaged ({message}); delete the cache: "
                 f"rm -r {os.environ.get('TRITON_CACHE_DIR') or '~/.triton/cache'}")
