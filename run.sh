@@ -429,7 +429,11 @@ from torch.distributed.run import main
 try:
     main()
 except ChildFailedError as error:
-    sys.exit(max(1, error.get_first_failure()[1].exitcode))
+    rank, failure = error.get_first_failure()
+    if failure.exitcode == -signal.SIGKILL:
+        print(f"run.sh: rank {rank} was killed (SIGKILL), often because the machine or its container ran out of memory;"
+              " see dmesg", file=sys.stderr)
+    sys.exit(max(1, failure.exitcode))
 except SignalException:
     sys.exit(1)
 except Exception as error:

@@ -103,7 +103,7 @@ from nanofp8.precision import (  # number formats and FP8's scaling state
     select_precision,
     snapshot_scales,
 )
-from nanofp8.prefetch import Prefetcher  # items made ahead of time by a thread
+from nanofp8.prefetch import Prefetcher, pinned  # items made ahead of time by a thread
 from nanofp8.procs import Processes, command_line  # rank, device, mesh; start and end of a script
 from nanofp8.schedule import Schedule  # learning rates, weight decay and momentum at each step
 from nanofp8.shards import Shard, ShardError, epoch_order, find_shards  # the token shard format
@@ -411,7 +411,7 @@ class DataLoader:
         positions = map(self.position, range(start, start + self.micro_tokens, self.block_size))
         tokens = torch.from_numpy(np.stack([self.ring.read(at, self.block_size + 1) for at in positions]))
         x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].long()
-        return (x.pin_memory(), y.pin_memory()) if self.device.type == "cuda" else (x, y)
+        return (pinned(x), pinned(y)) if self.device.type == "cuda" else (x, y)
 
     def position(self, start: int) -> int:
         """Return the ring position of the sequence that begins at token `start` of the run."""

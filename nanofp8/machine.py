@@ -44,6 +44,14 @@ PEAK_BF16 = [
 OTHER_CARDS = {"laptop", "mobile", "max-q", "server", "d", "ti", "super", "mig"}
 
 
+# What torch's message says where CUDA cannot start though nvidia-smi lists GPUs, and what to do
+CUDA_FAULTS = {
+    "Error 802": "start the service that joins the GPUs: systemctl start nvidia-fabricmanager",
+    "Error 803": "the driver was updated: restart the machine; if that changes nothing, unset LD_LIBRARY_PATH",
+    "Error 804": "a container's CUDA libraries need a newer driver: update it, or unset LD_LIBRARY_PATH",
+    "Error 999": "load the driver's module again: modprobe -r nvidia_uvm; modprobe nvidia_uvm; or restart the machine",
+    "not compiled with CUDA": "install a torch with CUDA: pip install -r requirements.txt",
+}
 GPU_DEVICE = "/dev/nvidia0"  # of NVIDIA's driver on Linux
 
 
@@ -52,7 +60,7 @@ def check_gpus() -> None:
 
     nvidia-smi that finds no devices is all right: a login node. A driver that is too old is named.
     """
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    visible, why = os.environ.get("CUDA_VISIBLE_DEVICES"), ""
     hidden = visible is not None and re.match(r"\s*($|-|none|void|NoDevFiles)", visible, re.IGNORECASE)
     if hidden:
         return
@@ -76,10 +84,24 @@ def check_gpus() -> None:
         if failed:
             lines = [line for line in (smi.stdout + smi.stderr).splitlines() if not re.match(r"GPU |\s|$", line)]
             reason = f"the GPU does not answer (nvidia-smi: {(lines or [f'status {smi.returncode}'])[0]})"
+        elif listed:
+            why = cuda_fault()
     except (OSError, subprocess.TimeoutExpired) as error:
         reason = f"the GPU does not answer (nvidia-smi: {error_line(error)})"
     if reason:
-        raise UserError(f"{reason}; repair driver or torch, or train on the CPU: --preset=tiny")
+        raise UserError(f"{reason}{why or '; repair driver or torch'}, or train on the CPU: --preset=tiny")
+
+
+def cuda_fault() -> str:
+    """Return what torch says as CUDA does not start, and a remedy; "" where none is known."""
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        known = next((text for text in CUDA_FAULTS if text in str(error)), None)
+        if known:
+            line = error_line(error)
+            return f" ({line[max(line.find('Error '), 0):]}); {CUDA_FAULTS[known]}"
+    return ""
 
 
 def check_capability(capability: tuple[int, int]) -> None:

@@ -4,6 +4,17 @@ import queue
 import threading
 from typing import Any, Callable
 
+import torch
+
+
+def pinned(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a copy in pinned memory, which a GPU reads while it computes; the tensor itself where the system grants no
+    more such memory (WSL2 has little, and checkpoints need some)."""
+    try:
+        return tensor.pin_memory()
+    except RuntimeError:
+        return tensor
+
 
 class Prefetcher:
     """make(index), make(index + 1), ... in order, prepared by a thread that starts with the first next()."""

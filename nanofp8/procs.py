@@ -30,6 +30,8 @@ GPU_FAULTS = {
                                    "CUDNN_PATH",
     "launch timed out": "a GPU that drives a display stops long kernels: use one without, or switch the display off",
 }
+# Words of messages in which a library of another version than torch's may speak, if LD_LIBRARY_PATH names it
+LIBRARY_FAULTS = ("CUBLAS_STATUS_", "CUDNN_STATUS_", "NVRTC_ERROR_", "nvrtc: error")
 FOLDER_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ESTALE, errno.EIO)
 KERNEL_FLAGS = {"flash_attn": "--attention=cudnn", "quack": "--USE_QUACK=False"}  # by packages that a flag leaves out
 
@@ -100,6 +102,9 @@ def start_processes() -> Processes:
     use_cuda = torch.cuda.is_available()
     local_size = os.environ.get("LOCAL_WORLD_SIZE", "1")  # torchrun sets it
     local_size = int(local_size) if local_size.isdecimal() else 1
+    if use_cuda and torch.version.hip:
+        raise UserError(f"torch {torch.__version__} is built for AMD's GPUs, on which this training has never run; "
+                        f"train on an NVIDIA GPU, or on the CPU: HIP_VISIBLE_DEVICES=-1 and --preset=tiny")
     if use_cuda:
         if local_rank >= torch.cuda.device_count():
             raise UserError(f"local rank {local_rank} has no GPU: this machine has {torch.cuda.device_count()}; "
@@ -215,6 +220,9 @@ def environment_fault(error: BaseException) -> str:
     message, kind = error_line(error), type(error).__name__
     if remedy := next((remedy for text, remedy in GPU_FAULTS.items() if text in str(error)), ""):
         return f"{message}; {remedy}"
+    if os.environ.get("LD_LIBRARY_PATH") and any(text in str(error) for text in LIBRARY_FAULTS):
+        return (f"{message}; LD_LIBRARY_PATH={os.environ['LD_LIBRARY_PATH']} may hold another version of CUDA's "
+                f"libraries than torch's: unset it")
     inner = error  # torch.compile wraps what it meets
     while inner is not None:
         if isinstance(inner, OSError) and inner.errno in FOLDER_FAULTS:

@@ -161,6 +161,26 @@ def test_an_old_driver_is_named_where_torch_sees_no_gpu(tmp_path, monkeypatch):
         check_gpus()
 
 
+@pytest.mark.parametrize("error, words", [
+    (RuntimeError("Unexpected error from cudaGetDeviceCount(). Error 802: system not yet initialized"),
+     ["(Error 802: system not yet initialized)", "nvidia-fabricmanager"]),
+    (RuntimeError("cudaGetDeviceCount(). Error 804: forward compatibility"), ["(Error 804", "LD_LIBRARY_PATH"]),
+    (AssertionError("Torch not compiled with CUDA enabled"), ["requirements.txt"]),
+    (RuntimeError("No CUDA GPUs are available"), ["repair driver or torch"])])
+def test_why_cuda_does_not_start_is_named(tmp_path, monkeypatch, error, words):
+    def init():
+        raise error
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text("#!/bin/sh\n[ $1 = -L ] && echo 'GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-1)' || echo 580.82.07\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(torch.cuda, "init", init)
+    with pytest.raises(UserError) as caught:
+        check_gpus()
+    assert all(word in str(caught.value) for word in [*words, "GPU 0", "--preset=tiny"]), caught.value
+
+
 def test_a_gpu_device_without_nvidia_smi(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)

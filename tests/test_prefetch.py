@@ -4,8 +4,9 @@ import threading
 import time
 
 import pytest
+import torch
 
-from nanofp8.prefetch import Prefetcher
+from nanofp8.prefetch import Prefetcher, pinned
 
 
 def test_items_come_in_order_and_no_more_than_depth_ahead():
@@ -57,3 +58,13 @@ def test_close_ends_the_thread_and_a_later_call_starts_anywhere():
     assert threading.active_count() == before
     assert [prefetcher.next(7), prefetcher.next(8)] == [7, 8]  # what was prepared before is forgotten
     prefetcher.close()
+
+
+def test_a_tensor_stays_as_it_is_where_no_pinned_memory_is_granted(monkeypatch):
+    def refuse(self):
+        raise RuntimeError("CUDA error: out of memory")
+    tensor = torch.ones(2)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", refuse)
+    assert pinned(tensor) is tensor
+    monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)
+    assert pinned(tensor).equal(tensor) and pinned(tensor) is not tensor

@@ -245,6 +245,23 @@ def test_faults_of_gpus_and_folders_are_one_line(error, words):
     assert all(word in line for word in words) and "\n" not in line and bool(line) == bool(words), line
 
 
+@pytest.mark.parametrize("message", ["CUDA error: CUBLAS_STATUS_INVALID_VALUE when calling `cublasLtMatmul(...)`",
+                                     "cuDNN error: CUDNN_STATUS_NOT_INITIALIZED", "nvrtc: error: invalid value"])
+def test_libraries_on_ld_library_path_are_named(monkeypatch, message):
+    monkeypatch.setenv("LD_LIBRARY_PATH", "/usr/local/cuda-12.4/lib64")
+    line = environment_fault(RuntimeError(message))
+    assert message in line and "LD_LIBRARY_PATH=/usr/local/cuda-12.4/lib64" in line and "unset" in line
+    monkeypatch.delenv("LD_LIBRARY_PATH")
+    assert environment_fault(RuntimeError(message)) == ""  # then the traceback is worth more
+
+
+def test_a_torch_for_amds_gpus_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    with pytest.raises(UserError, match="AMD.*--preset=tiny"):
+        start_processes()
+
+
 def test_a_project_in_a_folder_called_quack_keeps_its_tracebacks(tmp_path):
     code = compile("1 / 0", str(tmp_path / "quack" / "train.py"), "exec")
     with pytest.raises(ZeroDivisionError) as caught:

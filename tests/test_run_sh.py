@@ -784,19 +784,34 @@ def test_a_signal_to_several_processes(host, number, safe):
     assert [line for line in host.log.read_text().splitlines() if "got" in line] == [f"fake torchrun got {heard}"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2])
-def test_a_batch_systems_signal_to_torchrun_itself_ends_nothing(host, number):
-    """It may reach all processes of a job. torchrun's own part is a fake module here, which sends it to itself."""
+def fake_torchrun(host, main):
+    """Let run.sh start its own program with a stand-in for torchrun, whose main() has this body."""
     path = host.bin / "python3"
     path.write_text(path.read_text().replace("from torch.distributed.run import main", "no such program"))
     host.has("torch.__init__", "torch.distributed.__init__", "torch.distributed.elastic.__init__", "numpy",
              "torch.distributed.elastic.multiprocessing.__init__")
     folder = host.stubs / "torch" / "distributed"
     (folder / "elastic" / "multiprocessing" / "api.py").write_text("class SignalException(Exception): pass")
-    (folder / "elastic" / "multiprocessing" / "errors.py").write_text("class ChildFailedError(Exception): pass")
-    (folder / "run.py").write_text(f"def main():\n    import os\n    os.kill(os.getpid(), {number:d})\n"
-                                   "    print('all have trained')")
+    (folder / "elastic" / "multiprocessing" / "errors.py").write_text(
+        "class ChildFailedError(Exception):\n    def get_first_failure(self): return self.args")
+    (folder / "run.py").write_text("def main():\n    " + main)
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2])
+def test_a_batch_systems_signal_to_torchrun_itself_ends_nothing(host, number):
+    """It may reach all processes of a job. torchrun's own part is a fake module here, which sends it to itself."""
+    fake_torchrun(host, f"import os; os.kill(os.getpid(), {number:d}); print('all have trained')")
     assert host.run(NPROC="2") == "all have trained\n"
+
+
+@pytest.mark.parametrize("code, status, words", [(-9, 1, ["rank 1", "SIGKILL", "memory"]), (2, 2, [])])
+def test_a_rank_that_the_system_killed_is_named(host, code, status, words):
+    """It could not say anything itself."""
+    fake_torchrun(host, f"from types import SimpleNamespace as Failure\n"
+                        f"    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError\n"
+                        f"    raise ChildFailedError(1, Failure(exitcode={code}))")
+    output = host.run(status=status, NPROC="2")
+    assert all(word in output for word in words) and bool(output) == bool(words)
 
 
 def test_a_failure_stays_one_without_a_signal(host):
