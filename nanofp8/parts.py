@@ -109,6 +109,9 @@ def value_embedding_grad(dv: Tensor, dy: Tensor, table: Tensor, gate: Tensor, wh
 
     dv (B, T, H, D) bf16; inputs, gates: from add_value_embedding(). in_place: as in table_gradient().
     """
+    B, T, H, D = dv.shape
+    if dv.stride()[2:] != (D, 1) or B > 1 and dv.stride(0) != T * dv.stride(1):
+        dv = dv.contiguous()  # attention by plain matmuls returns (B, H, T, D) in memory
     (N, C), (heads, channels), stride = dy.shape, gate.shape, dv.stride(1)
     d_logits = torch.empty_like(gates)
     kernels.value_embedding_backward[(N,)](

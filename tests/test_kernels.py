@@ -310,7 +310,7 @@ def test_a_cached_weight_keeps_the_scale_it_was_quantized_by():
         assert relative(value if shape == (32, 16) else value.t(), weight) < 0.04
 
 
-@pytest.mark.parametrize("softcap", [0.0, 15.0])
+@pytest.mark.parametrize("softcap", [0.0, 15.0, 80.0])  # 80: the largest
 @pytest.mark.parametrize("fp8", [False, True])
 def test_cross_entropy(softcap, fp8):
     V = 200
@@ -545,12 +545,14 @@ def test_first_part_of_a_block(fp8, quack, monkeypatch):
 
 @pytest.mark.parametrize("in_place", ["", "add"])
 @pytest.mark.parametrize("first_block", [False, True])
-@pytest.mark.parametrize("x0_on, values_on", [(True, False), (False, True), (True, True)])
-def test_residual_scalars_and_value_embedding(x0_on, values_on, first_block, in_place):
+@pytest.mark.parametrize("x0_on, values_on, heads_first", [
+    (True, False, False), (False, True, False), (True, True, False), (True, True, True)])
+def test_residual_scalars_and_value_embedding(x0_on, values_on, heads_first, first_block, in_place):
     """In bf16 against plain PyTorch: 1% of each output and gradient. One token fills a third of a sequence.
 
     A scalar's gradient is a sum of N * C products of either sign. It may come out near zero while the products'
     rounding errors stay, so that its error is measured by the products' norm: what such a sum is without luck.
+    heads_first: gradients of q, k and v lie in memory as (B, H, T, D), as attention by plain matmuls returns them.
     """
     V = 50
     cos, sin = tables()
@@ -574,6 +576,8 @@ def test_residual_scalars_and_value_embedding(x0_on, values_on, first_block, in_
     if in_place and values_on:
         ours["table"].grad = torch.ones_like(ours["table"])
     grads = [randn(B, T, C, seed=4), *(randn(B, T, H, D, seed=5 + i) for i in range(3)), randn(B, T, C, seed=9)]
+    if heads_first:
+        grads[1:4] = [grad.transpose(1, 2).contiguous().transpose(1, 2) for grad in grads[1:4]]
     outputs = FusedQKV.apply(*list(ours.values())[:4], layer, *list(ours.values())[4:])
 
     zero = torch.zeros(B, T, C, device=DEVICE)
