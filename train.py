@@ -35,6 +35,7 @@ from nanofp8.config import (  # types of flags, and what reads them
     PositiveFloat,
     Ramp,
     Seed,
+    Softcap,
     Timeout,
     UserError,
     Window,
@@ -144,7 +145,7 @@ vocab_size: Positive = 65536                  # rows of embedding and head; GPT-
 block_size: Positive = 2048                   # tokens per sequence
 rope_base: PositiveFloat = 10000.0            # base of the rotary frequencies
 norm_eps: PositiveFloat = 1e-6                # epsilon of every RMSNorm
-logit_softcap: NonNegativeFloat = 15.0        # logits = softcap * tanh(logits / softcap); 0: off
+logit_softcap: Softcap = 15.0                 # logits = softcap * tanh(logits / softcap); 0: off
 qk_scale: PositiveFloat = 1.0                 # q and k are each multiplied by it after QK norm; > 1: sharper attention
 window_pattern: Letters = "L"                 # repeated over the blocks: S attends to window_size tokens, L to all
 window_size: Positive = 512                   # tokens that S attends to, its own included; the last block is always L
@@ -153,12 +154,12 @@ USE_X0: bool = False                          # each block reads a * x + b * tok
 
 # Length, batch and schedule
 train_tokens: NonNegative = 891289600         # tokens to train on: 9 FineWeb shards, once; 0: use max_iters
-total_batch_size: AutoPositive = "auto"       # tokens per step, all ranks (batch_ramp: the last); "auto": by length
+total_batch_size: AutoPositive = "auto"       # tokens a step, all ranks (batch_ramp: the last); "auto": by train_tokens
 batch_ramp: Ramp = ""                         # "0.25,0.6": the batch doubles after these fractions of the tokens
 batch_size: AutoPositive = "auto"             # sequences of a micro-batch; "auto": what fits, up to 16 (d12 32, tiny 8)
 max_iters: Positive = 1700                    # optimizer steps; used if given or edited, or if train_tokens is 0
-warmup_iters: NonNegative = 100               # steps of linear warm-up; used if given or edited, or if the ratio is 0
-warmup_ratio: Fraction = 0.02                 # linear warm-up of all learning rates, as a fraction of the run's tokens
+warmup_iters: NonNegative = 100               # steps of linear warm-up; used if given without ratio, or if that is 0
+warmup_ratio: Fraction = 0.02                 # warm-up of all rates, as a fraction of the run's tokens; 0: by steps
 lr_schedule: Literal["cosine", "linear"] = "linear"  # after the warm-up; "linear": constant, then a linear warm-down
 warmdown_ratio: Fraction = 0.75               # linear: fraction of the run's tokens that the warm-down takes
 min_lr_ratio: NonNegativeFloat = 0.03         # the schedule ends at this fraction of each learning rate
@@ -184,8 +185,8 @@ adam_beta2_embed: Fraction = 0.95             # the same for token and value emb
 adam_eps: PositiveFloat = 1e-10               # AdamW, added to the square root of that average
 muon_momentum_start: Fraction = 0.85          # Muon momentum at step 0 ...
 muon_momentum: Fraction = 0.95                # ... and from step muon_momentum_iters on
-muon_momentum_iters: NonNegative = 300        # steps of its warm-up; used if given or edited, or if the ratio is 0
-muon_momentum_ratio: Fraction = 0.15          # linear warm-up of the momentum, as a fraction of the run's tokens
+muon_momentum_iters: NonNegative = 300        # steps of its warm-up; used if given without ratio, or if that is 0
+muon_momentum_ratio: Fraction = 0.15          # warm-up of the momentum, as a fraction of the run's tokens; 0: by steps
 muon_momentum_end: Fraction = 0.0             # Muon momentum at the last step, reached as the rates fall; 0: it stays
 muon_variant: Literal["muon", "normuon"] = "normuon"  # normuon: each row of an update is divided by its usual size
 muon_beta2: Fraction = 0.95                   # normuon, average of squared updates
@@ -290,7 +291,7 @@ def resolve_length(cfg: SimpleNamespace, saved: dict | None = None) -> None:
     """Set batch_size and total_batch_size if they are "auto", and max_iters by train_tokens, in place.
 
     A total_batch_size that is given without batch_ramp is that of all steps, also where the preset has a ramp. A
-    warm-up that is given in steps sets its fraction to 0.
+    warm-up that is given in steps alone sets its fraction to 0.
     saved: flags of the checkpoint that is resumed, whose total_batch_size stays if the flag is "auto"; {}: there is
     none; None: not known yet.
     """
@@ -666,7 +667,7 @@ class Optimizers(OptimizerSet):
 
     def set_schedule(self, step: int) -> dict[str, float]:
         """Set learning rates, Muon's momentum and weight decay for a step; return them by log.jsonl's names."""
-        factor, momentum = self.schedule.lr(step), self.schedule.momentum(step)
+        factor, momentum = self.schedule.factor(step), self.schedule.momentum(step)
         lr = {name: self.base_lr[name] * factor for name in self.groups}
         for name, group in self.groups.items():
             set_value(group, "lr", lr[name])
@@ -953,7 +954,7 @@ def train(run: Run) -> int:
 
 def prepare_step(run: Run, step: int) -> None:
     """Calibrate before the first steps (set_up() does it for step 0); then capture the CUDA graphs, anew when the batch
-    grows: a graph keeps its loss_weight. The optimizers' use the same memory."""
+    grows: loss_weight is a constant in a graph. The graphs of the updates share the memory of the micro-batches'."""
     run.loader.start_step(step)
     calibrations = run.precision.calibration_steps(run.cfg)
     if 0 < step < calibrations:

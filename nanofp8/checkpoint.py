@@ -32,7 +32,9 @@ from torch.distributed.checkpoint.api import CheckpointException  # DCP's own, w
 from torch.distributed.tensor import DTensor
 
 from nanofp8.checkpoint_files import (
+    FIXED_FLAGS,
     INDEX,
+    TRAIN,
     checksums,
     complete_checkpoints,
     failure_line,
@@ -50,18 +52,13 @@ from nanofp8.precision import fp8_state
 from nanofp8.procs import Processes, report_good_end
 from nanofp8.resuming import find_checkpoint, run_folder_of, was_restarted
 from nanofp8.runlog import read_log
-from nanofp8.shards import PROJECT, ShardError, fingerprint
+from nanofp8.shards import ShardError, fingerprint
 from nanofp8.sizes import ramp_points, steps_for
 
-TRAIN = os.path.join(PROJECT, "train.py")
 NOT_FINITE = "weights or optimizer state are not finite"
 LAST_WRITE_SECONDS = 120.0  # seconds that a run which ends by an error waits for the checkpoint being written
 
-# Flags that a resumed run cannot change
-FIXED_FLAGS = ("n_layer", "n_embd", "n_head", "vocab_size", "block_size", "rope_base", "norm_eps", "logit_softcap",
-               "qk_scale", "window_pattern", "window_size", "n_value_embed", "USE_X0", "dataset",
-               "total_batch_size", "batch_ramp", "USE_8BIT_ADAM", "muon_variant")
-# Those that older checkpoints do not name, with the values that these were trained with
+# Flags that cannot change and that older checkpoints do not name, with the values that these were trained with
 ADDED_FLAGS = dict(qk_scale=1.0, window_pattern="L", n_value_embed=0, USE_X0=False, batch_ramp="",
                    muon_variant="muon")
 # The number format, with the defaults: a resumed run keeps its own as long as none of these is given or edited
@@ -149,21 +146,22 @@ def shard_fingerprints(train_ring: Any, val_ring: Any, procs: Processes) -> dict
 # Resuming
 
 
-def adopt_flags(checkpoint: str, cfg: SimpleNamespace, recipe: dict, procs: Processes) -> dict:
+def adopt_flags(checkpoint: str, cfg: SimpleNamespace, classic: dict, procs: Processes) -> dict:
     """Return the flags of a checkpoint that is to be resumed, after cfg has taken over some of them.
 
-    Taken are, unless they were given or edited, the flags that cannot change, those of `recipe`, and the number format:
-    a run that goes on without the flags of its first start must not jump to the present defaults. The recipe is not
-    taken if another preset is given. Old code did not save all of `recipe`; it trained with these values.
+    Taken are, unless they were given or edited, the flags that cannot change, those of the recipe, and the number
+    format: a run that goes on without the flags of its first start must not jump to the present defaults. The recipe is
+    not taken if another preset is given.
+    classic: train.CLASSIC: the recipe's flags, with the values for those that a checkpoint of older code lacks.
     Raises: UserError.
     """
     meta = read_checkpoint(checkpoint)
     saved, as_before = meta["flags"], edited_before(meta, cfg)
     explicit, other_preset = {*cfg.explicit} - as_before, "preset" not in {*cfg.auto} | as_before
     if "stages" in meta:
-        cfg.batch_stages = meta["stages"]
+        cfg.batch_starts = meta["stages"]
     is_old = "lr_scaling" not in saved
-    then = ADDED_FLAGS | dict(train_tokens=0, USE_SHUFFLE=False) | (recipe if is_old else {}) | saved
+    then = classic | saved
 
     def left_out(names: Iterable[str]) -> dict:
         return {name: then[name] for name in names if name not in explicit and name in then}
@@ -172,10 +170,10 @@ def adopt_flags(checkpoint: str, cfg: SimpleNamespace, recipe: dict, procs: Proc
     if differing := [f"{name}={shown(value)}" for name, value in taken.items() if value != getattr(cfg, name)]:
         procs.print(f"resume: taken from the checkpoint, because they cannot change: {', '.join(differing)}")
     if is_old:
-        follow = {*recipe}
+        follow = {*classic}
         procs.print("resume: the checkpoint is older than the present recipe, and continues with its own")
     elif not other_preset or cfg.preset == saved.get("preset"):
-        follow = {*recipe} - {"batch_size"}  # which depends on the machine
+        follow = {*classic} - {"batch_size"}  # which depends on the machine
     elif cfg.lr_scaling == "length" and saved["lr_scaling"] == "sqrt":
         follow = {"lr_scaling"}  # once the default: the rates must not jump
     else:
@@ -187,8 +185,8 @@ def adopt_flags(checkpoint: str, cfg: SimpleNamespace, recipe: dict, procs: Proc
     others = left_out(sorted((follow & kinds.keys()) - {*FIXED_FLAGS}))
     for name, value in others.items():
         others[name] = saved_value(checkpoint, name, value, kinds[name].kind)
-    plan = SimpleNamespace(total_batch_size=then.get("total_batch_size") or 1, batch_ramp=then["batch_ramp"],
-                           batch_stages=meta.get("stages"), max_iters=1)
+    plan = SimpleNamespace(total_batch_size=then["total_batch_size"] or 1, batch_ramp=then["batch_ramp"],
+                           batch_starts=meta.get("stages"), max_iters=1)
     if others.get("train_tokens") and steps_for(others["train_tokens"], plan) != others.get("max_iters"):
         others["train_tokens"] = 0  # max_iters was given, then or now
     by_tokens = others.get("train_tokens", cfg.train_tokens)  # resolve_length() computes max_iters

@@ -18,37 +18,23 @@ import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
-from typing import Any, BinaryIO, Callable, Literal
+from typing import Any, BinaryIO, Callable
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import filesystem, metadata
 from torch.distributed.checkpoint.api import CheckpointException  # DCP's own, which is not an Exception
 
-from nanofp8.config import (
-    FolderName,
-    Layers,
-    Letters,
-    NonEmpty,
-    NonNegative,
-    NonNegativeFloat,
-    Positive,
-    PositiveFloat,
-    Ramp,
-    UserError,
-    convert,
-)
+from nanofp8.config import Positive, UserError, convert, script_flags
 from nanofp8.files import error_line
-from nanofp8.sizes import BatchPlan, ramp_stages
+from nanofp8.shards import PROJECT
+from nanofp8.sizes import BatchPlan, ramp_shares
 
-# Flags whose values a resumed run or sample.py takes from a checkpoint, with their types in train.py. Those of the
-# recipe, which only a resumed run takes, are checked there (checkpoint.adopt_flags)
-SAVED_FLAGS = dict(
-    n_layer=Layers, n_embd=Positive, n_head=Positive, vocab_size=Positive, block_size=Positive,
-    rope_base=PositiveFloat, norm_eps=PositiveFloat, logit_softcap=NonNegativeFloat, qk_scale=PositiveFloat,
-    window_pattern=Letters, window_size=Positive, n_value_embed=NonNegative, USE_X0=bool, dataset=NonEmpty,
-    total_batch_size=Positive, batch_ramp=Ramp, USE_8BIT_ADAM=bool,
-    muon_variant=Literal["muon", "normuon"], run_name=FolderName)
+TRAIN = os.path.join(PROJECT, "train.py")
+# Flags that a resumed run cannot change
+FIXED_FLAGS = ("n_layer", "n_embd", "n_head", "vocab_size", "block_size", "rope_base", "norm_eps", "logit_softcap",
+               "qk_scale", "window_pattern", "window_size", "n_value_embed", "USE_X0", "dataset",
+               "total_batch_size", "batch_ramp", "USE_8BIT_ADAM", "muon_variant")
 INDEX = ".metadata"
 BLOCK = 2 ** 26  # bytes that one checksum covers
 
@@ -161,9 +147,9 @@ def stages_fit(meta: dict) -> bool:
     firsts = [first for first, _ in stages]
     if not all(type(first) is int for first in firsts) or firsts != sorted(firsts) or firsts[0] != 0:
         return False
-    if [batch for _, batch in stages] != [batch for _, batch in ramp_stages(flags)]:
+    if [batch for _, batch in stages] != [batch for _, batch in ramp_shares(flags)]:
         return False
-    flags.batch_stages = stages
+    flags.batch_starts = stages
     return BatchPlan(flags).tokens(meta["step"]) == meta["tokens"]
 
 
@@ -200,12 +186,12 @@ def check_meta(meta: dict, name: str) -> None:
     for key, well in fits.items():
         if not well:
             raise ValueError(f"its {key} is {meta.get(key, data)!r:.200}")
-    flags = meta["flags"]
-    for key, kind in SAVED_FLAGS.items():
+    flags, kinds = meta["flags"], script_flags(TRAIN)
+    for key in (*FIXED_FLAGS, "run_name"):  # checkpoint.adopt_flags() checks the others
         if key in flags:
             value = flags[key]
             try:  # convert() also reads text, as on a command line
-                converted = convert(kind, value)
+                converted = convert(Positive if key == "total_batch_size" else kinds[key].kind, value)
                 well = type(value) in (type(converted), int if type(converted) is float else None)
             except ValueError:
                 well = False

@@ -115,6 +115,7 @@ NonNegative = Annotated[int, Bounds(0)]
 Layers = Annotated[int, Bounds(1, 10_000)]     # of a model
 PositiveFloat = Annotated[float, Bounds(0, open_low=True)]
 NonNegativeFloat = Annotated[float, Bounds(0)]
+Softcap = Annotated[float, Bounds(0, 80)]          # on a GPU, exp(-88) is 0: every loss would be -inf
 Fraction = Annotated[float, Bounds(0, 1, open_high=True)]
 Seed = Annotated[int, Bounds(0, 2**32 - 1)]
 Exponent = Annotated[int, Bounds(-64, 64)]     # of a power of two that fits fp32 with room to spare
@@ -372,7 +373,7 @@ def parse_flags(argv: Sequence[str], path: str | os.PathLike, presets: Mapping[s
 
 def flag_values(cfg: SimpleNamespace) -> dict[str, Any]:
     """Return all flags as a dict, for config.json and meta.json."""
-    notes = ("given", "explicit", "auto", "in_file", "batch_stages")
+    notes = ("given", "explicit", "auto", "in_file", "batch_starts")
     return {name: value for name, value in vars(cfg).items() if name not in notes}
 
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import torch
 import torch.nn as nn
 
-from nanofp8 import epilogues
+from nanofp8 import epilogues, plain
 from nanofp8.fused import (
     Fp8,
     Operand,
@@ -54,9 +54,7 @@ def softcap_cross_entropy(logits: torch.Tensor, targets: torch.Tensor, softcap: 
     """
     if use_kernels(logits):
         return cross_entropy_kernels(logits, targets, softcap, sums)[0]
-    capped = logits.float()
-    if softcap:
-        capped = torch.tanh(capped / softcap) * softcap
+    capped = plain.softcap(logits.float(), softcap)
     target_logits = capped.gather(1, targets.clamp(min=0)[:, None])[:, 0]
     return ((torch.logsumexp(capped, dim=1) - target_logits) * (targets >= 0)).sum()
 
@@ -219,9 +217,7 @@ class LMHead(nn.Module):
             in_place: as in ChunkedCrossEntropy.
         """
         if targets is None:
-            logits = matmul(h.flatten(0, 1), self.weight.to(h.dtype)).float()
-            if self.softcap:
-                logits = self.softcap * torch.tanh(logits / self.softcap)
+            logits = plain.softcap(matmul(h.flatten(0, 1), self.weight.to(h.dtype)).float(), self.softcap)
             return logits.view(*h.shape[:2], -1)
         operand = weight_operand(self.weight, lambda w: current_scaling(w, torch.float8_e4m3fn) if fp8 else None,
                                  first, self.cache)

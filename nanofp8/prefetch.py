@@ -1,4 +1,4 @@
-"""Prepare items ahead of time in a thread."""
+"""Prepare items ahead of time in a thread; pinned memory."""
 
 import queue
 import threading

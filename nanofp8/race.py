@@ -25,7 +25,7 @@ from nanofp8.procs import Processes
 from nanofp8.race_report import Race, amount, name_of, report
 from nanofp8.reports import RunData, finished_run, read_run
 from nanofp8.runlog import format_duration
-from nanofp8.sizes import BatchPlan, ramp_stages
+from nanofp8.sizes import BatchPlan, ramp_shares
 
 OPTIONS = ("out", "variants", "tokens", "minutes", "seeds", "gpus", "target")
 FLAGS = dict(log_interval=1, eval_interval=0, keep_checkpoints=0)  # of every run, unless the user says otherwise
@@ -169,7 +169,7 @@ def speed_of(run: RunData) -> float:
     firsts = {first for first, _ in plan.starts}  # a stage's first step captures CUDA graphs
     for record in [r for r in late if r["step"] not in firsts]:
         speeds.setdefault(plan.batch(record["step"]), []).append(record["tok_per_sec"])
-    shares = [(share, statistics.median_high(speeds[batch])) for share, batch in ramp_stages(cfg) if batch in speeds]
+    shares = [(share, statistics.median_high(speeds[batch])) for share, batch in ramp_shares(cfg) if batch in speeds]
     return sum(share for share, _ in shares) / sum(share / speed for share, speed in shares)
 
 
@@ -249,7 +249,7 @@ class Planner:
         jobs, unit, seen = [], self.race.unit, {}
         for (variant, length), wanted in tokens.items():
             cfg, what = self.flags(variant, wanted), name_of(length, unit)
-            batch, steps, smallest = cfg.total_batch_size, cfg.max_iters, ramp_stages(cfg)[0][1]
+            batch, steps, smallest = cfg.total_batch_size, cfg.max_iters, ramp_shares(cfg)[0][1]
             of_a_step = f"{'at most ' if smallest < batch else ''}{batch:,} tokens"
             if wanted <= smallest / 2:
                 raise UserError(f"variant '{variant}': {what} is less than one step of {of_a_step}; "

@@ -408,13 +408,16 @@ def data_rows(cfg: SimpleNamespace, procs: Processes, loader: Any, val_ring: Any
     micro_batches = cfg.total_batch_size // (loader.micro_tokens * procs.world_size)
     ignored, epochs = ", ".join(map(repr, ring.ignored)), tokens / ring.total
     order = "; later epochs are shuffled" if loader.shuffle else ""
+    auto = ""
+    if "total_batch_size" in cfg.auto and cfg.train_tokens and not 0.5 < tokens / cfg.train_tokens < 2:  # max_iters
+        auto = f" (auto: that of train_tokens={cfg.train_tokens:,})"
     again = f": each train token is read {epochs:.2f} times{order}" if epochs > 1 else ""
     return [
         ("data", f"{cfg.dataset}: {ring.total:,} train tokens in {len(ring.paths)} shard(s), "
                  f"{cfg.eval_tokens:,} of {val_ring.total:,} val tokens per evaluation"),
         *([("  ignored", f"{ignored}: a shard is named {NAME_PATTERN}")] if ignored else []),
         ("batch", f"{cfg.total_batch_size:,} tokens = {procs.world_size} rank(s) x {micro_batches} "
-                  f"micro-batch(es) x {cfg.batch_size} sequences x {cfg.block_size} tokens"),
+                  f"micro-batch(es) x {cfg.batch_size} sequences x {cfg.block_size} tokens{auto}"),
         *([("  ramp", stages)] if stages else []),
         ("length", f"{cfg.max_iters:,} steps = {tokens:,} tokens = {epochs:.2f} epochs{again}"),
     ]

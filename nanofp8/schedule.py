@@ -67,7 +67,7 @@ class Schedule:
         self.epochs = self.plan.total / data_tokens
         self.steps_of_epoch = cfg.max_iters / self.epochs
 
-    def lr(self, step: int) -> float:
+    def factor(self, step: int) -> float:
         """Return the factor on all learning rates at a step (from 0)."""
         at, warmup = step, self.warmup
         if step >= warmup:
@@ -116,7 +116,7 @@ class Schedule:
         if ramp:  # a larger batch may come when the rates already fall
             starts = [first for first, _ in self.plan.starts]
             steps = {self.warmup - 1, self.warmup, *starts, *(first - 1 for first in starts), self.cfg.max_iters - 1}
-            highest = max(self.lr(step) for step in steps if 0 <= step < self.cfg.max_iters)
+            highest = max(self.factor(step) for step in steps if 0 <= step < self.cfg.max_iters)
         rates = ", ".join(f"{name} {lr * highest:.3g}" for name, lr in learning_rates.items())
         return rates if highest == 1 else (f"{rates} (flags x {highest:.3g} for {self.cfg.max_iters:,} steps of "
                                            f"{ramp}{self.cfg.total_batch_size:,} tokens)")

@@ -90,7 +90,7 @@ def ramp_points(text: str) -> list[float]:
     return [float(point) for point in text.split(",") if point]
 
 
-def ramp_stages(cfg: SimpleNamespace) -> list[tuple[float, int]]:
+def ramp_shares(cfg: SimpleNamespace) -> list[tuple[float, int]]:
     """Return [(share of the run's tokens, tokens of a step)]: one entry, or with batch_ramp one more per doubling."""
     points = ramp_points(getattr(cfg, "batch_ramp", ""))
     pairs = itertools.pairwise([0.0, *points, 1.0])
@@ -99,7 +99,7 @@ def ramp_stages(cfg: SimpleNamespace) -> list[tuple[float, int]]:
 
 def step_multiple(cfg: SimpleNamespace) -> int:
     """Return the ratio of the largest step of a run to its smallest: 1, or with batch_ramp a power of two."""
-    return 2 ** (len(ramp_stages(cfg)) - 1)
+    return 2 ** (len(ramp_shares(cfg)) - 1)
 
 
 def steps_for(tokens: float, cfg: SimpleNamespace) -> int:
@@ -107,8 +107,8 @@ def steps_for(tokens: float, cfg: SimpleNamespace) -> int:
 
     A resumed run's batch grows where it did before; so if its length is new, the steps follow from that.
     """
-    about = round(sum(tokens * share / batch for share, batch in ramp_stages(cfg)))
-    kept, flags = getattr(cfg, "batch_stages", None), vars(cfg) | dict(batch_stages=None)
+    about = round(sum(tokens * share / batch for share, batch in ramp_shares(cfg)))
+    kept, flags = getattr(cfg, "batch_starts", None), vars(cfg) | dict(batch_starts=None)
     plans = [BatchPlan(SimpleNamespace(**flags | dict(max_iters=n))) for n in (about, about - 1, about + 1) if n > 0]
     plan = min(plans, key=lambda plan: abs(plan.total - tokens))
     if not kept or plan.starts == [tuple(start) for start in kept]:
@@ -122,12 +122,12 @@ class BatchPlan:
     def __init__(self, cfg: SimpleNamespace):
         """Resolve fractions of the run to steps. A stage of a short run may have no step.
 
-        cfg: max_iters, total_batch_size, batch_ramp, and batch_stages where a resumed run has them: its `starts`. It
+        cfg: max_iters, total_batch_size, batch_ramp, and batch_starts where a resumed run has them: its `starts`. It
         keeps the steps at which its batch grows, also if its length is new.
         """
-        self.steps, stages, self.stages = cfg.max_iters, ramp_stages(cfg), []
+        self.steps, stages, self.stages = cfg.max_iters, ramp_shares(cfg), []
         lengths = [share / batch for share, batch in stages]
-        starts = getattr(cfg, "batch_stages", None) or [
+        starts = getattr(cfg, "batch_starts", None) or [
             (round(self.steps * sum(lengths[:i]) / sum(lengths)), batch) for i, (_, batch) in enumerate(stages)]
         for first, batch in starts:  # first step of a stage, tokens before it, tokens of each of its steps
             self.stages.append((first, self.tokens(first) if self.stages else 0, batch))

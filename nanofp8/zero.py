@@ -48,8 +48,8 @@ def assign_owners(parameters: list[Tensor], world_size: int) -> list[int]:
 
 
 class Local:
-    """What train.Parallel and Optimizers ask for, where nothing is exchanged here: on one rank, or by FSDP2's hooks.
-    Zero2 and Gathered do it another way."""
+    """What train.Parallel and Optimizers ask for, on one rank; and with FSDP2's hooks (FSDP2_RESHARD), which do all
+    exchange between ranks. Zero2 and Gathered do it another way."""
 
     def __init__(self, model: torch.nn.Module, world_size: int):
         """model: whose parameters' gradients are dropped after each step."""

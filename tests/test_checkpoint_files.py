@@ -13,10 +13,9 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import filesystem, metadata
 
-from helpers import ROOT, same_tensors
+from helpers import same_tensors
 from nanofp8 import checkpoint_files, resuming
 from nanofp8.checkpoint_files import (
-    SAVED_FLAGS,
     DamagedCheckpoint,
     checksums,
     find_damage,
@@ -26,7 +25,7 @@ from nanofp8.checkpoint_files import (
     read_index,
     set_aside,
 )
-from nanofp8.config import AutoPositive, Positive, UserError, script_flags
+from nanofp8.config import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -224,12 +223,6 @@ def test_deeply_nested_json_is_refused(folder):
     (folder / "meta.json").write_text("[" * 100_000)
     with pytest.raises(DamagedCheckpoint, match="RecursionError"):
         read_checkpoint(str(folder))
-
-
-def test_the_types_of_saved_flags_are_those_of_train_py():
-    flags = script_flags(ROOT / "train.py")
-    kinds = {name: Positive if flags[name].kind == AutoPositive else flags[name].kind for name in SAVED_FLAGS}
-    assert kinds == SAVED_FLAGS
 
 
 # -----------------------------------------------------------------------------------------------------

@@ -64,17 +64,17 @@ def schedule(data_tokens=10**12, **flags):
 
 def test_fractions_of_the_run_beat_numbers_of_steps():
     s = schedule(warmup_ratio=0.1, muon_momentum_ratio=0.25, muon_momentum_start=0.5, muon_momentum=0.9)
-    assert s.warmup == 20 and s.lr(9) == pytest.approx(0.5) and s.lr(19) == 1.0
+    assert s.warmup == 20 and s.factor(9) == pytest.approx(0.5) and s.factor(19) == 1.0
     assert s.momentum(0) == 0.5 and s.momentum(25) == pytest.approx(0.7) and s.momentum(50) == s.momentum(199) == 0.9
     assert schedule().warmup == 7 and schedule().momentum_iters == 9
     short = schedule(warmup_ratio=0.01, muon_momentum_ratio=0.01, max_iters=20)  # less than half a step: none
-    assert short.lr(0) == 1.0 and short.momentum_iters == 0
+    assert short.factor(0) == 1.0 and short.momentum_iters == 0
 
 
 @pytest.mark.parametrize("tokens,factor", [(524288, 1.0), (131072, 0.5), (2097152, 2.0)])
 def test_sqrt_scaling_follows_the_batch(tokens, factor):
     s = schedule(lr_scaling="sqrt", total_batch_size=tokens)
-    assert s.lr(100) == pytest.approx(factor * schedule(lr_scaling="none", total_batch_size=tokens).lr(100))
+    assert s.factor(100) == pytest.approx(factor * schedule(lr_scaling="none", total_batch_size=tokens).factor(100))
 
 
 @pytest.mark.parametrize("tokens,factor", [(891289600, 1.0), (891289600 / 4, 4 ** 0.32), (891289600 * 4, 4 ** -0.32),

@@ -10,7 +10,7 @@ from unittest import mock
 
 import pytest
 
-from helpers import records
+from helpers import make_cfg, one_process, records
 from nanofp8 import runlog
 from nanofp8.config import UserError
 from nanofp8.runlog import FolderLock, RunLog, format_duration, make_run_folder, read_log, saved_config
@@ -103,6 +103,19 @@ def test_run_folders_made_at_once_are_apart(tmp_path):
                           (90061, "25:01:01")])
 def test_durations(seconds, text):
     assert format_duration(seconds) == text
+
+
+@pytest.mark.parametrize("auto, train_tokens, noted", [
+    (["total_batch_size"], 25_600_000, True), (["total_batch_size"], 30_000, False), ([], 25_600_000, False),
+    (["total_batch_size"], 0, False)])
+def test_a_batch_for_another_length_is_noted(auto, train_tokens, noted):
+    """--max_iters shortens a run, but total_batch_size=auto follows train_tokens."""
+    cfg = make_cfg(max_iters=100, total_batch_size=256)
+    cfg.auto, cfg.train_tokens = auto, train_tokens
+    ring = SimpleNamespace(total=10 ** 6, ignored=[], paths=["a"])
+    loader = SimpleNamespace(ring=ring, micro_tokens=256, shuffle=False)
+    row = dict(runlog.data_rows(cfg, one_process(), loader, ring))["batch"]
+    assert ("train_tokens=25,600,000" in row) == noted, row
 
 
 def open_log(folder):

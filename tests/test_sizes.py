@@ -50,7 +50,7 @@ def test_a_resumed_run_keeps_its_stages():
     """The steps at which the batch grows, though a run of twice the length would have others."""
     cfg = SimpleNamespace(total_batch_size=1024, batch_ramp="0.25,0.6", max_iters=100)
     first = BatchPlan(cfg)
-    cfg.batch_stages, cfg.max_iters = [(step, batch) for step, _, batch in first.stages], 200
+    cfg.batch_starts, cfg.max_iters = [(step, batch) for step, _, batch in first.stages], 200
     longer = BatchPlan(cfg)
     assert longer.stages == first.stages and longer.total == first.total + 100 * 1024
     for steps in (7, 60, 110, 200):
@@ -66,7 +66,7 @@ def test_the_same_command_gives_the_same_steps_again(ramp):
         cfg.max_iters = steps_for(tokens, cfg)
         plan = BatchPlan(cfg)
         assert abs(plan.total - tokens) <= 512
-        cfg.batch_stages = [list(start) for start in plan.starts]
+        cfg.batch_starts = [list(start) for start in plan.starts]
         assert steps_for(tokens, cfg) == cfg.max_iters, tokens
 
 
@@ -76,11 +76,12 @@ def test_warm_ups_are_over_after_their_steps_also_in_a_longer_run():
                  lr_scaling="none", lr_schedule="linear", warmdown_ratio=0.1)
     cfg = helpers.make_cfg(**flags, max_iters=200)
     short = Schedule(cfg, 10**9)
-    cfg.batch_stages, cfg.max_iters = short.plan.starts, 800
+    cfg.batch_starts, cfg.max_iters = short.plan.starts, 800
     longer = Schedule(cfg, 10**9)
     for step in (0, 15, 29, 30, 39, 40, 100, 150):
-        assert short.lr(step) == longer.lr(step) and short.momentum(step) == longer.momentum(step), step
-    assert short.lr(15) < short.lr(29) == short.lr(30) == 1 and short.momentum(40) == 0.95 > short.momentum(39)
+        assert short.factor(step) == longer.factor(step) and short.momentum(step) == longer.momentum(step), step
+    assert short.factor(15) < short.factor(29) == short.factor(30) == 1
+    assert short.momentum(40) == 0.95 > short.momentum(39)
     ratios = dict(warmup_ratio=0.3, muon_momentum_ratio=0.6)
     by_ratio = Schedule(helpers.make_cfg(**flags | ratios, max_iters=200), 10**9)
     for steps, ratio in ((by_ratio.warmup, 0.3), (by_ratio.momentum_iters, 0.6)):
@@ -91,7 +92,7 @@ def test_warm_ups_are_over_after_their_steps_also_in_a_longer_run():
 @pytest.mark.parametrize("ramp", ["", "0.25,0.6", "0.9"])
 def test_the_warm_up_does_not_overshoot(ramp, warmup):
     flags = dict(max_iters=200, total_batch_size=256, batch_ramp=ramp, warmup_iters=warmup, lr_scaling="none")
-    factors = [Schedule(helpers.make_cfg(**flags), 10**9).lr(step) for step in range(200)]
+    factors = [Schedule(helpers.make_cfg(**flags), 10**9).factor(step) for step in range(200)]
     assert max(factors) <= 1 and factors[0] == 1 / warmup
 
 
@@ -108,13 +109,13 @@ def test_rates_follow_the_batch_and_schedules_the_tokens():
     flags = dict(max_iters=200, total_batch_size=256, batch_ramp="0.25,0.6", warmup_iters=0, lr_schedule="linear",
                  warmdown_ratio=0.5, min_lr_ratio=0.1, weight_decay=0.2, weight_decay_end=0.5)
     followed, fixed = (Schedule(helpers.make_cfg(**flags, lr_scaling=scaling), 10**9) for scaling in ("sqrt", "none"))
-    assert [fixed.lr(0), followed.lr(0)] == pytest.approx([1.0, 0.5 * math.sqrt(256 / 524288)])
+    assert [fixed.factor(0), followed.factor(0)] == pytest.approx([1.0, 0.5 * math.sqrt(256 / 524288)])
     plan = followed.plan
     half = next(k for k in range(200) if plan.tokens(k) >= 0.75 * plan.total)  # half of the warm-down
-    assert fixed.lr(half) == pytest.approx(0.55, abs=0.035) and half > 150
-    assert followed.lr(half) / fixed.lr(half) == pytest.approx(math.sqrt(256 / 524288))
-    assert fixed.lr(199) == pytest.approx(0.1) and fixed.weight_decay(199) == pytest.approx(0.1)
-    highest = max(map(followed.lr, range(200)))
+    assert fixed.factor(half) == pytest.approx(0.55, abs=0.035) and half > 150
+    assert followed.factor(half) / fixed.factor(half) == pytest.approx(math.sqrt(256 / 524288))
+    assert fixed.factor(199) == pytest.approx(0.1) and fixed.weight_decay(199) == pytest.approx(0.1)
+    highest = max(map(followed.factor, range(200)))
     said = f"muon {0.02 * highest:.3g} (flags x {highest:.3g} for 200 steps of up to 256"
     assert said in followed.rates(dict(muon=0.02))
     assert highest < 0.95 * followed.scale  # the last doubling comes when the rates already fall

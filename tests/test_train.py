@@ -172,6 +172,15 @@ def test_a_resumed_run_keeps_the_scaling_that_was_the_default(monkeypatch):
     assert resumed(monkeypatch, saved, "--preset=classic").lr_scaling == "none"
 
 
+def test_a_checkpoint_that_lacks_a_flag_of_the_recipe_continues_as_before_that_flag(monkeypatch, capsys):
+    saved = vars(parse("--preset=d20"))
+    del saved["USE_CAUTIOUS_WD"], saved["weight_decay_head"]
+    cfg = resumed(monkeypatch, saved, "--preset=d20")
+    assert (cfg.USE_CAUTIOUS_WD, cfg.weight_decay_head) == (False, 0.0)
+    assert "USE_CAUTIOUS_WD=False" in capsys.readouterr().out
+    assert resumed(monkeypatch, saved, "--preset=d20", "--USE_CAUTIOUS_WD=True").USE_CAUTIOUS_WD is True
+
+
 @pytest.mark.parametrize("given,followed", [
     ([], True), (["--preset=d12"], True), (["--grad_clip=0"], True), (["--USE_NVFP4=False"], False),
     (["--FP8_RECIPE=current"], False)])
