@@ -24,6 +24,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -176,6 +177,16 @@ def test_flash_attention_4(run, parts):
     flash = run(**DELAYED, **parts, attention="flash4", USE_QUACK=False)
     assert "flash-attn-4" in flash.text and "flash-attn-4" not in cudnn.text
     check_same(flash, cudnn)
+
+
+@pytest.mark.parametrize("precision", [BF16, DELAYED], ids=["bf16", "delayed"])
+def test_attention_whose_gradients_lie_heads_first_in_memory(run, precision):
+    """torch's plain matmuls, and Transformer Engine's where nothing faster runs, return them as (B, H, T, D)."""
+    flags = precision | PARTS | dict(window_pattern="L", USE_QUACK=False)
+    cudnn = run(**flags, attention="cudnn")
+    with sdpa_kernel(SDPBackend.MATH):
+        plain = run(**flags, attention="torch")
+    check_same(plain, cudnn)
 
 
 @pytest.mark.parametrize("precision, loss", [(DELAYED, 0.05), (BF16, SAME["loss"])], ids=["delayed", "bf16"])
