@@ -107,9 +107,8 @@ def download(names: list[str], out: Path, record: dict[str, Any]) -> None:
     try:
         from huggingface_hub import constants
     except Exception as error:
-        raise UserError(
-            f"the download needs huggingface_hub ({error_line(error)}); run: pip install -U huggingface_hub"
-        ) from None
+        raise UserError(f"the download needs huggingface_hub ({error_line(error)}); "
+                        f"{hub.wrong_setting() or 'run: pip install -U huggingface_hub'}") from None
     name = names[0]
     try:
         for i, name in enumerate(names, 1):

@@ -332,24 +332,30 @@ def load_documents(source: str | os.PathLike, text_column: str = "text", revisio
 
 
 def _load_files(arguments: dict[str, Any], path: Path, text_column: str) -> "datasets.Dataset":
-    """Load local files with datasets, or JSON lines that it cannot read with json_lines(). Raises what datasets raises.
+    """Load local files with datasets, or with json_lines() and parquet_rows() what it cannot read. Raises what datasets
+    raises.
 
     arguments: of datasets.load_dataset. path: the file or folder.
     """
     import datasets
     try:
-        return datasets.load_dataset(**arguments, split="train")
+        dataset = datasets.load_dataset(**arguments, split="train")
+        mixed = text_column in dataset.column_names and type(dataset.features[text_column]).__name__ == "Json"
+        if not mixed:  # texts and other values, in newer versions of datasets
+            return dataset
     except STOP:
         raise
     except BaseException:
-        files = [path] if path.is_file() else files_in(path)
-        if arguments["path"] != "json" or not starts_with_object(files[0]):
+        if arguments["path"] == "json" and not starts_with_object((path if path.is_file() else files_in(path)[0])):
             raise
-        # datasets cannot read half a surrogate pair ("\\ud800"), which web data hold, and does not name a broken line
-        stamps = [(str(file.absolute()), file.stat().st_mtime_ns, file.stat().st_size) for file in files]
-        return datasets.Dataset.from_generator(
-            json_lines, features=datasets.Features({text_column: datasets.Value("string")}),
-            cache_dir=datasets.config.HF_DATASETS_CACHE, gen_kwargs={"files": stamps, "text_column": text_column})
+    # datasets cannot read half a surrogate pair ("\\ud800"), which web data hold, and does not name a broken line. In
+    # parquet files it wants the same columns and types everywhere, and some rows
+    files = [path] if path.is_file() else files_in(path)
+    stamps = [(str(file.absolute()), file.stat().st_mtime_ns, file.stat().st_size) for file in files]
+    return datasets.Dataset.from_generator(
+        json_lines if arguments["path"] == "json" else parquet_rows,
+        features=datasets.Features({text_column: datasets.Value("string")}),
+        cache_dir=datasets.config.HF_DATASETS_CACHE, gen_kwargs={"files": stamps, "text_column": text_column})
 
 
 def starts_with_object(path: Path) -> bool:
@@ -383,9 +389,32 @@ def json_lines(files: list[tuple[str, int, int]], text_column: str) -> Iterator[
                     yield {text_column: text}
 
 
+def parquet_rows(files: list[tuple[str, int, int]], text_column: str) -> Iterator[dict[str, str | None]]:
+    """Yield {text_column: text} for each row of parquet files, whatever other columns they have.
+
+    files: as for json_lines(). Raises: ValueError that names a file without such a column of text.
+    """
+    import pyarrow
+    from pyarrow import parquet
+    kinds = (pyarrow.string(), pyarrow.large_string(), pyarrow.null())
+    for path, *_ in files:
+        with parquet.ParquetFile(path) as file:
+            schema = file.schema_arrow
+            if text_column not in schema.names:
+                raise ValueError(f"{path} has no column {text_column!r}, but {', '.join(schema.names)}")
+            kind = schema.field(text_column).type
+            if kind not in kinds and getattr(kind, "value_type", None) not in kinds:  # the second: of a dictionary
+                raise ValueError(f"column {text_column!r} of {path} holds no text ({kind})")
+            for batch in file.iter_batches(columns=[text_column]):
+                for text in batch.column(0).to_pylist():
+                    yield {text_column: text}
+
+
 def files_in(folder: Path) -> list[Path]:
-    """Return the files below a folder that may hold documents, without hidden ones, sorted."""
-    return sorted(p for p in folder.rglob("[!.]*") if p.suffix in DATA_SUFFIXES and p.is_file())
+    """Return the files below a folder that may hold documents, sorted; without hidden ones, and those in hidden folders
+    (Jupyter's .ipynb_checkpoints has copies)."""
+    return sorted(path for path in folder.rglob("[!.]*") if path.suffix in DATA_SUFFIXES and path.is_file()
+                  and not any(part.startswith(".") for part in path.relative_to(folder).parts))
 
 
 def _load_arguments(source: str | os.PathLike, path: Path) -> dict[str, Any]:

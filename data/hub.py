@@ -1,8 +1,10 @@
 """The Hugging Face Hub for the scripts in data/: checksums of downloaded files, remedies for errors of its client."""
 
 import hashlib
+import importlib.util
 import os
 import re
+import urllib.parse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Iterator
 
@@ -16,6 +18,13 @@ if TYPE_CHECKING:
 # The client's other protocol, Xet, is reported to stall for ever (xet-core issue 883); plain HTTP has timeouts
 os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
 
+# httpx, which the client uses, wants the package socksio for a SOCKS proxy even where another proxy serves
+SOCKS = {name: value for name in ("ALL_PROXY", "all_proxy") if (value := os.environ.get(name, "")).startswith("socks")}
+if (os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy")) and not importlib.util.find_spec("socksio"):
+    for name in SOCKS:
+        del os.environ[name]
+
+PROXIES = ("ALL_PROXY", "HTTPS_PROXY", "HTTP_PROXY")
 TRY_AGAIN = "check the network or set HF_ENDPOINT to a mirror, then run the same command again"
 SERVER_FAULT = "the server has a fault; run the same command again later, or set HF_ENDPOINT to a mirror"
 
@@ -131,6 +140,22 @@ def wrong_setting() -> str:
     endpoint = os.environ.get("HF_ENDPOINT", "")
     if endpoint and not endpoint.startswith(("http://", "https://")):
         return f"HF_ENDPOINT={endpoint} must start with https://; correct it"
+    for name in (name for base in PROXIES for name in (base, base.lower()) if os.environ.get(name)):
+        value = os.environ[name]
+        address = urllib.parse.urlsplit(value if "://" in value else f"http://{value}")
+        try:
+            well = address.scheme in ("http", "https", "socks5", "socks5h") and (address.port or True)
+        except ValueError:
+            well = False
+        if not well:
+            return f"{name}={value} is not the address of a proxy, such as http://host:3128; correct or unset it"
+        if address.scheme.startswith("socks") and not importlib.util.find_spec("socksio"):
+            return f"{name}={value} needs the package socksio; run: pip install socksio, or unset it"
+    if not os.environ.get("HF_TOKEN", "").isascii():
+        return "HF_TOKEN has characters that no token has; copy it again"
+    for name in ("HF_HUB_DOWNLOAD_TIMEOUT", "HF_HUB_ETAG_TIMEOUT"):
+        if (value := os.environ.get(name)) and not value.isdecimal():
+            return f"{name}={value} is not a number of seconds; correct or unset it"
     return ""
 
 

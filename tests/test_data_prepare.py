@@ -507,15 +507,35 @@ def test_download_in_offline_mode(hub, tmp_path):
 @pytest.mark.parametrize("variables, words", [
     (dict(SSL_CERT_FILE="/no/such/file"), ["SSL_CERT_FILE", "/no/such/file", "unset"]),
     (dict(HF_ENDPOINT="hf-mirror.com"), ["HF_ENDPOINT=hf-mirror.com", "https://"]),
-    (dict(HF_ENDPOINT="https://hf-mirror.com", SSL_CERT_FILE=__file__), ["check the network"])])
+    (dict(all_proxy="socks5://127.0.0.1:7891"), ["all_proxy=socks5://127.0.0.1:7891", "socksio", "unset"]),
+    (dict(ALL_PROXY="socks://127.0.0.1:7891"), ["ALL_PROXY=socks://127.0.0.1:7891", "not the address"]),
+    (dict(HTTPS_PROXY="http://host:abc"), ["HTTPS_PROXY=http://host:abc", "not the address"]),
+    (dict(HF_TOKEN="hf_\u201cabc\u201d"), ["HF_TOKEN", "copy it again"]),
+    (dict(HF_HUB_DOWNLOAD_TIMEOUT="abc"), ["HF_HUB_DOWNLOAD_TIMEOUT=abc", "seconds"]),
+    (dict(HF_ENDPOINT="https://hf-mirror.com", SSL_CERT_FILE=__file__, https_proxy="proxy:3128",
+          HTTP_PROXY="http://me:pw@proxy:3128/", HF_TOKEN="hf_abc", HF_HUB_ETAG_TIMEOUT="30"), ["check the network"])])
 def test_settings_that_keep_the_hubs_client_from_connecting(monkeypatch, variables, words):
     import hub
-    for name in ("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "HF_ENDPOINT"):
+    proxies = [name for base in hub.PROXIES for name in (base, base.lower())]
+    for name in ("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "HF_ENDPOINT", *proxies):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     line = hub.remedy(ConnectionError("no answer"), "a data set")
     assert all(word in line for word in words) and "same command again" in line
+
+
+@pytest.mark.parametrize("https_proxy, kept", [("http://127.0.0.1:7890", False), ("", True)])
+def test_a_socks_proxy_beside_another_is_not_in_the_way(monkeypatch, https_proxy, kept):
+    """Proxy programs set all three variables; the Hub's client would want a package for the SOCKS one."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.delenv("HTTPS_PROXY", raising=False)
+    monkeypatch.setenv("https_proxy", https_proxy)
+    monkeypatch.setenv("all_proxy", "socks5://127.0.0.1:7891")
+    spec = importlib.util.spec_from_file_location("fresh_hub", DATA / "hub.py")
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    assert ("all_proxy" in os.environ) == kept
 
 
 def test_download_with_a_panic_of_a_library(hub, tmp_path):
@@ -789,6 +809,30 @@ def test_a_source_that_exists_is_that_file(tmp_path, monkeypatch, cache):
     assert folder["text"] == ["0 folder [v1] */x.jsonl", "1 folder [v1] */x.jsonl"]
 
 
+def test_parquet_files_need_only_the_text_in_common(tmp_path, cache):
+    """Other columns of other types, no rows, no text."""
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+    folder = tmp_path / "in"
+    folder.mkdir()
+    nothing, c = pyarrow.array([], pyarrow.string()), pyarrow.array(["c"], pyarrow.large_string())
+    for i, columns in enumerate((dict(text=[None, None]), dict(text=["a", "b"], id=[1, 2]),
+                                 dict(text=nothing, url=nothing), dict(id=["x"], text=c))):
+        parquet.write_table(pyarrow.table(columns), folder / f"{i}.parquet")
+    assert common.load_documents(folder)[0]["text"] == [None, None, "a", "b", "c"]
+    for columns, words in ((dict(text=[1, 2]), "4.parquet holds no text"), (dict(body=["d"]), "4.parquet has no colu")):
+        parquet.write_table(pyarrow.table(columns), folder / "4.parquet")
+        with pytest.raises(ValueError, match=words):
+            common.load_documents(folder)
+
+
+def test_a_line_whose_text_is_a_number_is_named(tmp_path, cache):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a"}\n{"text": "b"}\n{"text": 5}\n{"text": "c"}\n')
+    with pytest.raises(ValueError, match="line 3 of .*a.jsonl"):
+        common.load_documents(path)
+
+
 @pytest.mark.parametrize("name", ["what*.jsonl", "[f]ile.jsonl", "gone.jsonl", "a/b/c"])
 def test_a_source_that_does_not_exist(tmp_path, monkeypatch, name):
     pytest.importorskip("datasets")
@@ -802,7 +846,7 @@ def test_a_source_that_does_not_exist(tmp_path, monkeypatch, name):
 
 def test_a_folder_as_source(tmp_path, cache):
     """Hidden files and folders whose names end like a file's do not count."""
-    for name in ("b/2.jsonl", "1.jsonl", "3.json/4.jsonl", "._1.jsonl"):
+    for name in ("b/2.jsonl", "1.jsonl", "3.json/4.jsonl", "._1.jsonl", ".ipynb_checkpoints/1-checkpoint.jsonl"):
         (tmp_path / "in" / name).parent.mkdir(exist_ok=True, parents=True)
         (tmp_path / "in" / name).write_text(json.dumps({"text": name}) + "\n")
     assert common.load_documents(tmp_path / "in")[0]["text"] == ["1.jsonl", "3.json/4.jsonl", "b/2.jsonl"]
@@ -1165,6 +1209,26 @@ def test_shakespeare_shards_ship_and_can_be_made_again(encoding, tmp_path):
 def test_shakespeare_bad_name(text_file, tmp_path, capsys, name):
     assert shakespeare(text_file, "--out", tmp_path / "out", f"--name={name}") == 2
     assert "--name" in capsys.readouterr().err and not list(tmp_path.rglob("*.bin"))
+
+
+def test_documents_in_a_text_are_kept_apart(encoding, tmp_path, capsys):
+    """<|endoftext|> becomes the token, stands once before each part, and val begins with a document."""
+    story, out = "Once upon a time.\n", tmp_path / "out"
+    (tmp_path / "stories.txt").write_text("<|endoftext|>".join([story] * 3000))
+    assert shakespeare(tmp_path / "stories.txt", "--out", out) == 0
+    assert "2,999 times" in capsys.readouterr().out
+    train, val = (open_shard(path).tolist() for path in sorted(out.glob("*.bin")))
+    tokens = [50256, *encoding.encode_ordinary(story)]
+    assert train[:len(tokens)] == tokens and val[:2 * len(tokens)] == 2 * tokens
+    assert (train + val).count(50256) == 3000
+
+
+@pytest.mark.parametrize("text, train, val", [
+    ("a b c d " + "e<|endoftext|>f g h i j k l m n o p q", "a b c d e", "f g h i j k l m n o p q"),
+    ("a b\n\n" + "c d " * 10 + "<|endoftext|>e f", "a b\n\n", "c d " * 10 + "<|endoftext|>e f"),  # too near the end
+    ("a b c d " + "e f g h i j k l m n o p q<|endoftext|>", "a b c d ", "e f g h i j k l m n o p q<|endoftext|>")])
+def test_val_begins_at_a_document_if_one_is_near(text, train, val):
+    assert shakespeare_script().split_text(text, val_fraction=1 - len(train.rstrip()) / len(text)) == (train, val)
 
 
 def test_shakespeare_is_not_replaced_by_another_text(text_file, capsys):

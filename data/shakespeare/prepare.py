@@ -9,10 +9,13 @@ another text:
 
 Output: GPT-2 tokens. Val is the last 10% of the text (--val_fraction), from the start of a paragraph.
 
-Token 50256 stands once before each of the two parts and nowhere else. It tells the model that what follows has nothing
-to do with what precedes it. That is true only there: nothing in the file marks where a play ends, and its blank lines
-separate speeches, each of which answers the one before it. With 50256 before each speech, the model would learn to
-ignore the previous speech, and to stop after one speech when it generates text.
+A text may separate its documents by "<|endoftext|>", as TinyStories does: each becomes token 50256, and val begins with
+a document if one is near.
+
+In Shakespeare token 50256 stands once before each of the two parts and nowhere else. It tells the model that what
+follows has nothing to do with what precedes it. That is true only there: nothing in the file marks where a play ends,
+and its blank lines separate speeches, each of which answers the one before it. With 50256 before each speech, the model
+would learn to ignore the previous speech, and to stop after one speech when it generates text.
 """
 
 import contextlib
@@ -57,6 +60,7 @@ SOURCE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinysh
 SOURCE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"  # of the text in the shipped shards
 VAL_FRACTION = 0.1  # of the text's characters
 MIN_CHARACTERS = 100
+SEPARATOR = "<|endoftext|>"  # between documents; GPT-2's name of the token EOT
 
 
 def read_text(source: str) -> str:
@@ -91,25 +95,29 @@ def read_text(source: str) -> str:
 
 
 def split_text(text: str, val_fraction: float = VAL_FRACTION) -> tuple[str, str]:
-    """Return (train, val). Val is the last val_fraction, from the start of the next paragraph, else line, else word."""
-    cut = int(len(text) * (1 - val_fraction))
-    for boundary in ("\n\n", "\n", " "):
+    """Return (train, val). Val is the last val_fraction, from the start of the next document (after a SEPARATOR; if val
+    keeps half of its text), else paragraph, else line, else word."""
+    end = cut = int(len(text) * (1 - val_fraction))
+    for boundary in (SEPARATOR, "\n\n", "\n", " "):
         at = text.find(boundary, cut)
-        if at >= 0 and text[at:].strip():
+        near = boundary != SEPARATOR or at < (cut + len(text)) / 2
+        if at >= 0 and near and text[at + len(boundary):].strip():
             cut = at + len(boundary)
+            end = at if boundary == SEPARATOR else cut  # val begins with a token of its own
             break
-    return text[:cut], text[cut:]
+    return text[:end], text[cut:]
 
 
 def tokenize(text: str, val_fraction: float, min_val_tokens: int) -> tuple[list[int], list[int]]:
-    """Return the tokens of train and of val, each with EOT before them.
+    """Return the tokens of train and of val, each with EOT before them, and EOT for each SEPARATOR.
 
     Raises: ValueError that names a val_fraction that gives enough val tokens, if one does.
     """
     encoding = gpt2_encoding()
 
     def encode(part: str) -> list[int]:
-        return [EOT, *encode_text(encoding, part)]
+        tokens = encode_text(encoding, part, special=True)
+        return tokens if tokens[:1] == [EOT] else [EOT, *tokens]
 
     train, val = split_text(text, val_fraction)
     tokens = encode(val)
@@ -145,7 +153,10 @@ def main() -> None:
         parser.error("another text needs a folder of its own, or it would replace Shakespeare: give --out=data/NAME")
     try:
         refuse_other_data_sets(args.out, args.name)
-        train, val = tokenize(read_text(args.source), args.val_fraction, args.min_val_tokens)
+        text = read_text(args.source)
+        if separators := text.count(SEPARATOR):
+            console(f"{args.source}: {SEPARATOR} stands {separators:,} times and becomes token {EOT}")
+        train, val = tokenize(text, args.val_fraction, args.min_val_tokens)
         shards = {args.out / f"{args.name}_{part}.bin": tokens
                   for part, tokens in (("val_000000", val), ("train_000001", train))}
         refuse_to_replace(shards)
