@@ -180,11 +180,11 @@ weight_decay_embed: AutoNonNegativeFloat = "auto"  # AdamW, all embeddings; "aut
 weight_decay_head: AutoNonNegativeFloat = "auto"  # AdamW, output head; "auto": by epochs, 0 for one
 weight_decay_gain: NonNegativeFloat = 0.0     # AdamW, RMSNorm gains, and gates of value embeddings
 adam_beta1: Fraction = 0.8                    # AdamW, average of gradients
-adam_beta2: Fraction = 0.95                   # AdamW, average of squared gradients
-adam_beta2_embed: Fraction = 0.95             # the same for token and value embeddings
+adam_beta2: Fraction = 0.99                   # AdamW, average of squared gradients
+adam_beta2_embed: Fraction = 0.99             # the same for token and value embeddings
 adam_eps: PositiveFloat = 1e-10               # AdamW, added to the square root of that average
 muon_momentum_start: Fraction = 0.85          # Muon momentum at step 0 ...
-muon_momentum: Fraction = 0.95                # ... and from step muon_momentum_iters on
+muon_momentum: Fraction = 0.92                # ... and from step muon_momentum_iters on
 muon_momentum_iters: NonNegative = 300        # steps of its warm-up; used if given without ratio, or if that is 0
 muon_momentum_ratio: Fraction = 0.15          # warm-up of the momentum, as a fraction of the run's tokens; 0: by steps
 muon_momentum_end: Fraction = 0.0             # Muon momentum at the last step, reached as the rates fall; 0: it stays
@@ -237,7 +237,7 @@ ckpt_interval: NonNegative = 1000             # steps between checkpoints; 0: of
 ckpt_minutes: NonNegativeFloat = 0.0          # also save every this many minutes; 0: off
 keep_checkpoints: NonNegative = 2             # number of newest checkpoints to keep; 0: write none
 USE_WANDB: bool = False                       # also log to Weights & Biases
-wandb_project: str = "nanogpt-fp8"            # wandb: name of the project
+wandb_project: NonEmpty = "nanogpt-fp8"       # wandb: name of the project; WANDB_PROJECT sets it too
 
 # Faults: a step with a non-finite loss or gradient is always skipped
 max_bad_steps: Positive = 10                  # stop after this many consecutive skipped steps
@@ -252,35 +252,36 @@ rank_timeout: Timeout = 120.0                 # seconds without a heartbeat befo
 # The default flags of commit 1ea897b, to compare later recipes with; checkpoints of that time are resumed with them
 CLASSIC = dict(
     dataset="fineweb10B", n_layer=20, n_embd=1280, n_head=10, vocab_size=65536, block_size=2048, rope_base=10000.0,
-    norm_eps=1e-6, logit_softcap=15.0, qk_scale=1.0, window_pattern="L", n_value_embed=0, USE_X0=False,
-    train_tokens=0, total_batch_size=524288, batch_ramp="", batch_size=16, max_iters=1700,
-    warmup_iters=100, warmup_ratio=0.0, lr_schedule="cosine", warmdown_ratio=0.65, min_lr_ratio=0.1, lr_scaling="none",
-    learning_rate=0.02, learning_rate_embed=0.3, learning_rate_head=0.004, learning_rate_gain=0.004, lr_ratio_fc2=1.0,
-    weight_decay=0.1, weight_decay_end=1.0, USE_CAUTIOUS_WD=False, weight_decay_embed=0.0, weight_decay_head=0.0,
-    weight_decay_gain=0.0, adam_beta1=0.8, adam_beta2=0.95, adam_beta2_embed=0.95, adam_eps=1e-10,
-    muon_momentum_start=0.85, muon_momentum=0.95, muon_momentum_iters=300, muon_momentum_ratio=0.0,
-    muon_momentum_end=0.0, muon_variant="muon", grad_clip=1.0, loss_chunk_size=8192, eval_interval=125,
-    eval_tokens=10485760, ckpt_interval=250, ckpt_minutes=0.0, keep_checkpoints=2, skip_grad_zscore=0.0,
-    window_size=512, USE_8BIT_ADAM=False, muon_beta2=0.95, learning_rate_value=0.3, learning_rate_x0=0.5,
-    USE_SHUFFLE=False,
+    norm_eps=1e-6, logit_softcap=15.0, qk_scale=1.0, window_pattern="L", n_value_embed=0, USE_X0=False, train_tokens=0,
+    total_batch_size=524288, batch_ramp="", batch_size=16, max_iters=1700, warmup_iters=100, warmup_ratio=0.0,
+    lr_schedule="cosine", warmdown_ratio=0.65, min_lr_ratio=0.1, lr_scaling="none", learning_rate=0.02,
+    learning_rate_embed=0.3, learning_rate_head=0.004, learning_rate_gain=0.004, lr_ratio_fc2=1.0, weight_decay=0.1,
+    weight_decay_end=1.0, USE_CAUTIOUS_WD=False, weight_decay_embed=0.0, weight_decay_head=0.0, weight_decay_gain=0.0,
+    adam_beta1=0.8, adam_beta2=0.95, adam_beta2_embed=0.95, adam_eps=1e-10, muon_momentum_start=0.85,
+    muon_momentum=0.95, muon_momentum_iters=300, muon_momentum_ratio=0.0, muon_momentum_end=0.0, muon_variant="muon",
+    grad_clip=1.0, loss_chunk_size=8192, eval_interval=125, eval_tokens=10485760, ckpt_interval=250, ckpt_minutes=0.0,
+    keep_checkpoints=2, skip_grad_zscore=0.0, window_size=512, USE_8BIT_ADAM=False, muon_beta2=0.95,
+    learning_rate_value=0.3, learning_rate_x0=0.5, USE_SHUFFLE=False,
 )
 PARTS = dict(window_pattern="SSSL", USE_X0=True, vocab_size=50304)  # the first two prevent export
 PRESETS = {  # --doctor reads these and the functions up to check_flags() without torch
-    # Flags that a preset leaves out have the values above. "d20" repeats the values of the flags that presets set: one
-    # that differs above was edited, and beats every preset
+    # Flags left out are as above. "d20" repeats all flags that presets set: one that differs above was edited, and wins
     "d20": CLASSIC | dict(
         train_tokens=891289600, total_batch_size="auto", batch_size="auto", warmup_ratio=0.02, lr_schedule="linear",
         warmdown_ratio=0.75, min_lr_ratio=0.03, lr_scaling="length", learning_rate=0.04, learning_rate_embed=0.6,
         learning_rate_head=0.008, learning_rate_gain=0.016, weight_decay=0.17, weight_decay_end=0.0,
         USE_CAUTIOUS_WD=True, muon_momentum_ratio=0.15, muon_variant="normuon", eval_interval=500, ckpt_interval=1000,
-        skip_grad_zscore="auto", USE_SHUFFLE=True, weight_decay_embed="auto", weight_decay_head="auto",
+        skip_grad_zscore="auto", USE_SHUFFLE=True, weight_decay_embed="auto", weight_decay_head="auto", adam_beta2=0.99,
+        adam_beta2_embed=0.99, muon_momentum=0.92,
     ),
     "speedrun": PARTS | dict(n_value_embed=5),
-    "d12": PARTS | dict(n_layer=12, n_embd=768, n_head=6, n_value_embed=3, batch_ramp="0.25,0.6"),
+    "d12": PARTS | dict(n_layer=12, n_embd=768, n_head=6, n_value_embed=3, batch_ramp="0.25,0.6", adam_beta2=0.95,
+                        adam_beta2_embed=0.95, muon_momentum=0.95),
     "tiny": dict(
         dataset="shakespeare", n_layer=4, n_embd=128, n_head=2, vocab_size=50304, block_size=128, lr_scaling="none",
         total_batch_size=2048, max_iters=60, loss_chunk_size=64, eval_interval=20, eval_tokens=16384, ckpt_interval=20,
         train_tokens=0, learning_rate=0.03, learning_rate_embed=0.5, learning_rate_head=0.015, learning_rate_gain=0.01,
+        adam_beta2=0.95, adam_beta2_embed=0.95, muon_momentum=0.95,
     ),
     "classic": CLASSIC,
 }
@@ -958,8 +959,7 @@ def prepare_step(run: Run, step: int) -> None:
     run.loader.start_step(step)
     calibrations = run.precision.calibration_steps(run.cfg)
     if 0 < step < calibrations:
-        # Head and output projections start at zero: layers below them get their first gradients later
-        calibrate(run)
+        calibrate(run)  # head and output projections start at zero: layers below get their first gradients later
     use_graphs = run.cfg.USE_CUDA_GRAPHS and run.model.fused is not None and not run.parallel.by_hooks
     outdated = run.graphs is not None and run.graphs.loss_weight != run.loader.loss_weight
     if use_graphs and (step == max(run.first_step + 3, calibrations) or outdated):
