@@ -197,7 +197,11 @@ def main() -> None:
     elif record["train_shards"] != asked_before:
         with contextlib.suppress(OSError):  # a folder that cannot be written has all that was asked for
             save_record(record, args.out)
-    tokens = sum(read_token_count(args.out / name) for name in names[1:])
+    try:
+        tokens = sum(read_token_count(args.out / name) for name in names[1:])
+    except ShardError as error:  # another download into the same folder has just replaced it
+        raise UserError(f"{error.fault}; wait until no other download writes there, then run the same command again"
+                        ) from None
     kept = len(names) - len(missing)
     console(f"{args.out}: val and {args.n} train shards, {tokens:,} train tokens "
             f"({kept} kept, {len(missing)} downloaded)")

@@ -23,6 +23,8 @@ SOCKS = {name: value for name in ("ALL_PROXY", "all_proxy") if (value := os.envi
 if (os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy")) and not importlib.util.find_spec("socksio"):
     for name in SOCKS:
         del os.environ[name]
+if not importlib.util.find_spec("hf_transfer"):  # older clients fail without it, newer ones leave it alone
+    os.environ.pop("HF_HUB_ENABLE_HF_TRANSFER", None)
 
 PROXIES = ("ALL_PROXY", "HTTPS_PROXY", "HTTP_PROXY")
 TRY_AGAIN = "check the network or set HF_ENDPOINT to a mirror, then run the same command again"

@@ -378,7 +378,12 @@ def open_log(run: Any, lock: FolderLock) -> RunLog:
         optimizers=run.optimizers.description, parameters=run.parameters)
     if cfg.USE_WANDB:
         config["wandb_id"] = run.first_step and saved_config(run.folder).get("wandb_id") or uuid.uuid4().hex[:12]
-    return RunLog(run.folder, lock, config, run.first_step, cfg.wandb_project if cfg.USE_WANDB else "")
+    return RunLog(run.folder, lock, config, run.first_step, wandb_project(cfg) if cfg.USE_WANDB else "")
+
+
+def wandb_project(cfg: SimpleNamespace) -> str:
+    """Return the name of the project at wandb: of the flag if it was given or edited, else of WANDB_PROJECT."""
+    return "wandb_project" not in cfg.explicit and os.environ.get("WANDB_PROJECT") or cfg.wandb_project
 
 
 def log_fp8_stats(run: Any, step: int) -> None:

@@ -1223,6 +1223,17 @@ def test_documents_in_a_text_are_kept_apart(encoding, tmp_path, capsys):
     assert (train + val).count(50256) == 3000
 
 
+def test_a_text_in_pieces_has_the_same_tokens(encoding, monkeypatch):
+    script = shakespeare_script()
+    lines = ["One, two.", "", " \t", "don't 12", "\x1c", "\u00a0", "<|endoftext|>", "\r", "  x "]
+    monkeypatch.setattr(script, "PIECE", 5)
+    text = "\n".join(np.random.default_rng(0).choice(lines, size=3000))
+    cut = list(script.pieces(text))
+    assert len(cut) > 500 and "".join(cut) == text
+    tokens = [token for piece in cut for token in common.encode_text(encoding, piece, special=True)]
+    assert tokens == common.encode_text(encoding, text, special=True)
+
+
 @pytest.mark.parametrize("text, train, val", [
     ("a b c d " + "e<|endoftext|>f g h i j k l m n o p q", "a b c d e", "f g h i j k l m n o p q"),
     ("a b\n\n" + "c d " * 10 + "<|endoftext|>e f", "a b\n\n", "c d " * 10 + "<|endoftext|>e f"),  # too near the end

@@ -70,6 +70,13 @@ def test_a_wandb_that_never_finishes_is_left(monkeypatch, capsys, failed):
     assert "0.2 s" in line and "wandb sync" in line and "out/wandb/run-1" in line
 
 
+@pytest.mark.parametrize("given, variable, project", [
+    ({}, "mine", "mine"), (dict(wandb_project="ours"), "mine", "ours"), ({}, "", "nanogpt-fp8")])
+def test_the_project_at_wandb(monkeypatch, given, variable, project):
+    monkeypatch.setenv("WANDB_PROJECT", variable)
+    assert runlog.wandb_project(make_cfg(**given)) == project
+
+
 def test_wandb_gets_the_id_of_the_run_and_whether_it_failed(tmp_path, monkeypatch):
     """An error in finish() is printed and no more."""
     calls = []

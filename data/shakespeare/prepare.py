@@ -22,9 +22,11 @@ import contextlib
 import hashlib
 import math
 import os
+import re
 import sys
 import urllib.request
 from pathlib import Path
+from typing import Iterator
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent.parent), str(HERE.parent)]  # for nanofp8 and common, from any working directory
@@ -60,6 +62,7 @@ SOURCE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinysh
 SOURCE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"  # of the text in the shipped shards
 VAL_FRACTION = 0.1  # of the text's characters
 MIN_CHARACTERS = 100
+PIECE = 1_000_000  # characters that are tokenized at once: Python's integers take 36 bytes a token
 SEPARATOR = "<|endoftext|>"  # between documents; GPT-2's name of the token EOT
 
 
@@ -108,16 +111,28 @@ def split_text(text: str, val_fraction: float = VAL_FRACTION) -> tuple[str, str]
     return text[:end], text[cut:]
 
 
-def tokenize(text: str, val_fraction: float, min_val_tokens: int) -> tuple[list[int], list[int]]:
-    """Return the tokens of train and of val, each with EOT before them, and EOT for each SEPARATOR.
+def pieces(text: str) -> Iterator[str]:
+    """Cut a text into pieces of PIECE characters or more, whose tokens together are those of the text: before a line
+    break after a visible character, where GPT-2's pattern never matches across."""
+    line_break, start = re.compile(r"(?<=\S)\n"), 0
+    while start < len(text):
+        found = line_break.search(text, start + PIECE)
+        end = found.start() if found else len(text)
+        yield text[start:end]
+        start = end
+
+
+def tokenize(text: str, val_fraction: float, min_val_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the tokens of train and of val, uint16, each with EOT before them, and EOT for each SEPARATOR.
 
     Raises: ValueError that names a val_fraction that gives enough val tokens, if one does.
     """
     encoding = gpt2_encoding()
 
-    def encode(part: str) -> list[int]:
-        tokens = encode_text(encoding, part, special=True)
-        return tokens if tokens[:1] == [EOT] else [EOT, *tokens]
+    def encode(part: str) -> np.ndarray:
+        first = [] if part.startswith(SEPARATOR) else [EOT]
+        return np.concatenate([np.array(tokens, dtype=np.uint16) for tokens in (
+            first, *(encode_text(encoding, piece, special=True) for piece in pieces(part)))])
 
     train, val = split_text(text, val_fraction)
     tokens = encode(val)
@@ -128,7 +143,7 @@ def tokenize(text: str, val_fraction: float, min_val_tokens: int) -> tuple[list[
     return encode(train), tokens
 
 
-def refuse_to_replace(shards: dict[Path, list[int]]) -> None:
+def refuse_to_replace(shards: dict[Path, np.ndarray]) -> None:
     """Raise ValueError if whole shards of these names hold other tokens: runs that were trained on them need them."""
     for path, tokens in shards.items():
         if os.path.exists(path) and not os.path.exists(path.parent / UNFINISHED):
