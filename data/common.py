@@ -33,6 +33,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project folder
 from nanofp8.config import OneLineParser, UserError, expand_home, print_answer  # noqa: E402
 from nanofp8.files import console, error_line, replace_file  # noqa: E402
+from nanofp8.host import usable_cores  # noqa: E402
 from nanofp8.shards import (  # noqa: E402
     EOT,
     FILE_NAME,
@@ -776,7 +777,7 @@ def tokenize_dataset(source: str | os.PathLike, out_dir: str | os.PathLike, name
     Returns: {"val": tokens, "train": tokens}.
     Raises: ValueError, one line with the remedy; BrokenProcessPool; OSError, MemoryError.
     """
-    num_proc = num_proc or len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count()))
+    num_proc = num_proc or usable_cores()
     out_dir = Path(out_dir)
     refuse_other_data_sets(out_dir, name)
     encoding = gpt2_encoding()  # report a missing package before the download

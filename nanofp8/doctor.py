@@ -76,7 +76,7 @@ def check_system(exam: Examination) -> Iterator[Verdict]:
     name = platform.system()
     with contextlib.suppress(OSError):
         name = platform.freedesktop_os_release()["PRETTY_NAME"]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = host.usable_cores()
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     with contextlib.suppress(OSError, ValueError), open("/sys/fs/cgroup/memory.max") as f:
         memory = min(memory, int(f.read()))

@@ -186,6 +186,16 @@ def ends_with_parent(number: int) -> Callable[[], None]:
         return lambda: None
 
 
+def usable_cores(limit: str = "/sys/fs/cgroup/cpu.max") -> int:
+    """Return how many cores this process may keep busy: those of its affinity mask, or fewer by its container's share
+    of time (docker --cpus), which cgroups state in the file `limit` as microseconds of each period."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError), open(limit, encoding="ascii") as f:
+        quota, period = map(int, f.read().split())  # "max": no limit
+        cores = min(cores, -(-quota // period))
+    return max(1, cores)
+
+
 def own_address(host: str) -> str:
     """Return this machine's IPv4 address by which a host, and other machines like it, reach this one; "" if that is
     not known, or if the host is 127.0.0.1: then all is on one machine.

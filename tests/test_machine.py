@@ -237,6 +237,15 @@ def test_visible_devices_that_name_no_gpu(tmp_path, monkeypatch):
             check_gpus()
 
 
+@pytest.mark.parametrize("limit, cores", [("max 100000", 16), ("250000 100000", 3), ("10000 100000", 1), ("", 16),
+                                          ("6400000 100000", 16), (None, 16)])
+def test_a_containers_share_of_time_counts(tmp_path, monkeypatch, limit, cores):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(16)), raising=False)
+    if limit is not None:
+        (tmp_path / "cpu.max").write_text(limit)
+    assert host.usable_cores(str(tmp_path / "cpu.max")) == cores
+
+
 def test_a_damaged_inforom_is_a_warning_only(tmp_path, monkeypatch):
     """nvidia-smi says it before its answer, and returns 14. Any other status is a failure."""
     smi = tmp_path / "nvidia-smi"

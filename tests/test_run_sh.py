@@ -545,6 +545,12 @@ def test_threads_of_several_processes_follow_the_cores_that_they_may_use(host):
     host.fake("getconf", "#!/bin/bash\necho 64\n")
     host.has("torch", "numpy").run(NPROC="3")
     assert host.did[0].endswith(" OMP=4")
+    (host.bin / "cpu.max").write_text("750000 100000\n")
+    host.run(NPROC="3", CPU_MAX=host.bin / "cpu.max")  # 7.5 cores' time
+    assert host.did[0].endswith(" OMP=2")
+    (host.bin / "cpu.max").write_text("max 100000\n")
+    host.run(NPROC="3", CPU_MAX=host.bin / "cpu.max")
+    assert host.did[0].endswith(" OMP=4")
     host.fake("nproc", "#!/bin/bash\nexit 127\n")  # macOS has none
     host.run(NPROC="4")
     assert host.did[0].endswith(" OMP=16")
