@@ -413,7 +413,7 @@ fi
 # torchrun's default is one thread per process; divide the cores among the processes instead.
 cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN) # nproc counts those that this process may use
 if read -r quota period 2>/dev/null <"${CPU_MAX:-/sys/fs/cgroup/cpu.max}" && whole "$quota" && whole "$period"; then
-  quota=$(((quota + period - 1) / period)) # a container's share of time, as docker --cpus sets it
+  quota=$(((quota + period - 1) / period)) # a container's share of time (docker --cpus); the variable is for tests
   cores=$((cores < quota ? cores : quota))
 fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > NPROC ? cores / NPROC : 1))}

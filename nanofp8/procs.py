@@ -31,7 +31,8 @@ GPU_FAULTS = {
     "launch timed out": "a GPU that drives a display stops long kernels: use one without, or switch the display off",
 }
 # Words of messages in which a library of another version than torch's may speak, if LD_LIBRARY_PATH names it
-LIBRARY_FAULTS = ("CUBLAS_STATUS_", "CUDNN_STATUS_", "NVRTC_ERROR_", "nvrtc: error")
+LIBRARY_FAULTS = ("CUBLAS_STATUS_INVALID_VALUE", "CUBLAS_STATUS_NOT_INITIALIZED", "CUBLAS_STATUS_NOT_SUPPORTED",
+                  "CUDNN_STATUS_NOT_INITIALIZED", "CUDNN_STATUS_NOT_SUPPORTED", "NVRTC_ERROR_", "nvrtc: error")
 FOLDER_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ESTALE, errno.EIO)
 KERNEL_FLAGS = {"flash_attn": "--attention=cudnn", "quack": "--USE_QUACK=False"}  # by packages that a flag leaves out
 

@@ -255,6 +255,11 @@ def test_libraries_on_ld_library_path_are_named(monkeypatch, message):
     assert environment_fault(RuntimeError(message)) == ""  # then the traceback is worth more
 
 
+def test_a_kernel_that_fails_keeps_its_traceback(monkeypatch):
+    monkeypatch.setenv("LD_LIBRARY_PATH", "/usr/local/cuda/lib64")
+    assert environment_fault(RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling x")) == ""
+
+
 def test_a_torch_for_amds_gpus_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.version, "hip", "7.0")
