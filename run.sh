@@ -386,6 +386,14 @@ if [ "$command" = setup ]; then
   exit 0
 fi
 
+cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN) # nproc counts those that this process may use
+if read -r quota period 2>/dev/null <"${CPU_MAX:-/sys/fs/cgroup/cpu.max}" && whole "$quota" && whole "$period"; then
+  quota=$(((quota + period - 1) / period)) # a container's share of time (docker --cpus); the variable is for tests
+  if [ "$quota" -lt "$cores" ]; then # torch does not look at it
+    cores=$quota
+    [ "$NPROC" -gt 1 ] || export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$cores}
+  fi
+fi
 set -- train.py "$@"
 if [ -z "$NNODES" ] && [ "$NPROC" -eq 1 ] && [ "$MAX_RESTARTS" -eq 0 ]; then
   exec "$py" "$@"
@@ -411,11 +419,6 @@ else
   set -- --nnodes="$NNODES" --node_rank="$NODE_RANK" --master_addr="$MASTER_ADDR" --master_port="${MASTER_PORT:-29500}" "$@"
 fi
 # torchrun's default is one thread per process; divide the cores among the processes instead.
-cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN) # nproc counts those that this process may use
-if read -r quota period 2>/dev/null <"${CPU_MAX:-/sys/fs/cgroup/cpu.max}" && whole "$quota" && whole "$period"; then
-  quota=$(((quota + period - 1) / period)) # a container's share of time (docker --cpus); the variable is for tests
-  cores=$((cores < quota ? cores : quota))
-fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > NPROC ? cores / NPROC : 1))}
 
 # torchrun, started by this python, runs in a process group of its own. So it gets a signal once, from this script, even

@@ -292,12 +292,12 @@ def load_documents(source: str | os.PathLike, text_column: str = "text", revisio
     Raises: ValueError, one line with the remedy, if the source cannot be loaded, has no such column of text, or has
         fewer than 2 documents.
     """
+    import hub  # first: it sets variables that the Hub's client reads as datasets imports it
     try:
         import datasets  # noqa: F401
     except Exception as error:  # also an old datasets with a new pyarrow: AttributeError
         raise ValueError(f"reading text data sets needs the package datasets ({error_line(error)}); "
-                         "run: pip install -U datasets") from None
-    import hub
+                         f"{hub.wrong_setting() or 'run: pip install -U datasets'}") from None
     path = local_path(source)
     arguments = _load_arguments(source, path)
     try:
@@ -313,7 +313,7 @@ def load_documents(source: str | os.PathLike, text_column: str = "text", revisio
             remedy = ("correct permissions or free some space there, or set HF_HOME to a folder in which the package "
                       "datasets can keep its copy")
         elif os.path.exists(path):
-            remedy = "check that the files are complete"
+            remedy = "check that the files are complete, and that --text_column is a column of text in each"
         else:
             remedy = hub.remedy(error, str(source), otherwise="choose another data set")
             remedy += "; or give local files with --source"
@@ -322,9 +322,10 @@ def load_documents(source: str | os.PathLike, text_column: str = "text", revisio
     if text_column not in dataset.column_names:
         names = ", ".join(dataset.column_names)
         raise ValueError(f"{source} has no column {text_column!r}; set --text_column to one of: {names}")
-    dtype = getattr(dataset.features[text_column], "dtype", None)
+    feature = dataset.features[text_column]
+    dtype = getattr(feature, "dtype", None)
     if dtype not in ("string", "large_string"):
-        raise ValueError(f"column {text_column!r} of {source} holds no text ({dtype}); "
+        raise ValueError(f"column {text_column!r} of {source} holds no text ({dtype or type(feature).__name__}); "
                          "choose another column with --text_column")
     if len(dataset) < 2:
         raise ValueError(f"{source} has {len(dataset)} documents, but train and val need at least one each; "
@@ -339,19 +340,20 @@ def _load_files(arguments: dict[str, Any], path: Path, text_column: str) -> "dat
     arguments: of datasets.load_dataset. path: the file or folder.
     """
     import datasets
+    files = [path] if path.is_file() else files_in(path)
+    lines = arguments["path"] == "json" and starts_with_object(files[0])
     try:
         dataset = datasets.load_dataset(**arguments, split="train")
-        mixed = text_column in dataset.column_names and type(dataset.features[text_column]).__name__ == "Json"
-        if not mixed:  # texts and other values, in newer versions of datasets
+        # Json: texts and other values, in newer versions of datasets
+        if not lines or type(dataset.features.get(text_column)).__name__ != "Json":
             return dataset
     except STOP:
         raise
     except BaseException:
-        if arguments["path"] == "json" and not starts_with_object((path if path.is_file() else files_in(path)[0])):
+        if arguments["path"] == "json" and not lines:
             raise
     # datasets cannot read half a surrogate pair ("\\ud800"), which web data hold, and does not name a broken line. In
     # parquet files it wants the same columns and types everywhere, and some rows
-    files = [path] if path.is_file() else files_in(path)
     stamps = [(str(file.absolute()), file.stat().st_mtime_ns, file.stat().st_size) for file in files]
     return datasets.Dataset.from_generator(
         json_lines if arguments["path"] == "json" else parquet_rows,
@@ -404,7 +406,7 @@ def parquet_rows(files: list[tuple[str, int, int]], text_column: str) -> Iterato
             if text_column not in schema.names:
                 raise ValueError(f"{path} has no column {text_column!r}, but {', '.join(schema.names)}")
             kind = schema.field(text_column).type
-            if kind not in kinds and getattr(kind, "value_type", None) not in kinds:  # the second: of a dictionary
+            if kind not in kinds and not (pyarrow.types.is_dictionary(kind) and kind.value_type in kinds):
                 raise ValueError(f"column {text_column!r} of {path} holds no text ({kind})")
             for batch in file.iter_batches(columns=[text_column]):
                 for text in batch.column(0).to_pylist():
@@ -823,7 +825,7 @@ def _prepare(description: str, source: str, name: str, out_dir: str | os.PathLik
         help="data set on the Hugging Face Hub, or local .parquet/.json/.jsonl file or folder (default %(default)s)")
     add("--out", type=output_folder, default=Path(out_dir), metavar="DIR", help="output folder (default %(default)s)")
     add("--text_column", default="text", help="column that holds the documents (default %(default)s)")
-    add("--num_proc", type=positive_int, help="processes that tokenize (default: one per core)")
+    add("--num_proc", type=positive_int, help="processes that tokenize (default: one per core that may be used)")
     add("--shard_tokens", type=shard_size, default=SHARD_TOKENS, help="tokens per shard (default %(default)s)")
     add_split_arguments(parser, VAL_FRACTION, "the documents")
     args = parser.parse_args()

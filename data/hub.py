@@ -134,8 +134,11 @@ def is_passing(error: BaseException) -> bool:
     return not kinds.isdisjoint({"ConnectionError", "TimeoutError", "gaierror", "TransportError", "ChecksumError"})
 
 
-def wrong_setting() -> str:
-    """Return what to change in the environment's variables for the Hub's client, "" if no fault can be seen."""
+def wrong_setting(socks: bool = False) -> str:
+    """Return what to change in the environment's variables for the Hub's client, "" if no fault can be seen.
+
+    socks: whether an error speaks of SOCKS proxies.
+    """
     for name in ("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
         if (path := os.environ.get(name)) and not os.path.exists(path):
             return f"{name} names {path}, which does not exist; unset it"
@@ -144,15 +147,16 @@ def wrong_setting() -> str:
         return f"HF_ENDPOINT={endpoint} must start with https://; correct it"
     for name in (name for base in PROXIES for name in (base, base.lower()) if os.environ.get(name)):
         value = os.environ[name]
-        address = urllib.parse.urlsplit(value if "://" in value else f"http://{value}")
+        shown = re.sub(r"^(\w+://)?.*@", r"\1***@", value)  # without a password
         try:
+            address = urllib.parse.urlsplit(value if "://" in value else f"http://{value}")
             well = address.scheme in ("http", "https", "socks5", "socks5h") and (address.port or True)
         except ValueError:
             well = False
         if not well:
-            return f"{name}={value} is not the address of a proxy, such as http://host:3128; correct or unset it"
-        if address.scheme.startswith("socks") and not importlib.util.find_spec("socksio"):
-            return f"{name}={value} needs the package socksio; run: pip install socksio, or unset it"
+            return f"{name}={shown} is not the address of a proxy, such as http://host:3128; correct or unset it"
+        if address.scheme.startswith("socks") and socks:
+            return f"{name}={shown} needs the package socksio; run: pip install socksio, or unset it"
     if not os.environ.get("HF_TOKEN", "").isascii():
         return "HF_TOKEN has characters that no token has; copy it again"
     for name in ("HF_HUB_DOWNLOAD_TIMEOUT", "HF_HUB_ETAG_TIMEOUT"):
@@ -172,7 +176,7 @@ def remedy(error: BaseException, data_set: str, otherwise: str = TRY_AGAIN) -> s
                  if os.environ.get(name)]
         return f"offline mode is on; unset {' and '.join(names or ['HF_HUB_OFFLINE'])}, then run the same command again"
     response = next((e.response for e in errors if getattr(e, "response", None) is not None), None)
-    if response is None and (wrong := wrong_setting()):
+    if response is None and (wrong := wrong_setting(any("socks" in str(e).lower() for e in errors))):
         return f"{wrong}, then run the same command again"
     status = getattr(response, "status_code", None)
     if status is None:

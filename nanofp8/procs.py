@@ -2,6 +2,7 @@
 
 import datetime
 import errno
+import glob
 import json
 import os
 import sys
@@ -221,9 +222,9 @@ def environment_fault(error: BaseException) -> str:
     message, kind = error_line(error), type(error).__name__
     if remedy := next((remedy for text, remedy in GPU_FAULTS.items() if text in str(error)), ""):
         return f"{message}; {remedy}"
-    if os.environ.get("LD_LIBRARY_PATH") and any(text in str(error) for text in LIBRARY_FAULTS):
-        return (f"{message}; LD_LIBRARY_PATH={os.environ['LD_LIBRARY_PATH']} may hold another version of CUDA's "
-                f"libraries than torch's: unset it")
+    if any(text in str(error) for text in LIBRARY_FAULTS) and (folder := folder_of_cuda()):
+        return (f"{message}; LD_LIBRARY_PATH names {folder}, which may hold another version of CUDA's libraries than "
+                f"torch's: unset it")
     inner = error  # torch.compile wraps what it meets
     while inner is not None:
         if isinstance(inner, OSError) and inner.errno in FOLDER_FAULTS:
@@ -241,6 +242,13 @@ def environment_fault(error: BaseException) -> str:
             where = os.sep.join(frame.f_code.co_filename.split(os.sep)[-2:])
             return f"a kernel's package fails here ({kind}: {message}, {where}:{line}); use {flag}"
     return ""
+
+
+def folder_of_cuda() -> str:
+    """Return the first folder on LD_LIBRARY_PATH that holds one of the libraries of LIBRARY_FAULTS, or ""."""
+    names = [f"lib{name}*.so*" for name in ("cublas", "cudnn", "nvrtc")]
+    return next((folder for folder in filter(None, os.environ.get("LD_LIBRARY_PATH", "").split(":"))
+                 if any(glob.glob(os.path.join(glob.escape(folder), name)) for name in names)), "")
 
 
 def command_line(run: Callable[[SimpleNamespace, Processes], Any],

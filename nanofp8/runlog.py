@@ -415,7 +415,7 @@ def data_rows(cfg: SimpleNamespace, procs: Processes, loader: Any, val_ring: Any
     order = "; later epochs are shuffled" if loader.shuffle else ""
     auto = ""
     if "total_batch_size" in cfg.auto and cfg.train_tokens and not 0.5 < tokens / cfg.train_tokens < 2:  # max_iters
-        auto = f" (auto: that of train_tokens={cfg.train_tokens:,})"
+        auto = f" (auto, for train_tokens={cfg.train_tokens:,}; this run has another length)"
     again = f": each train token is read {epochs:.2f} times{order}" if epochs > 1 else ""
     return [
         ("data", f"{cfg.dataset}: {ring.total:,} train tokens in {len(ring.paths)} shard(s), "

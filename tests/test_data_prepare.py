@@ -18,6 +18,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -507,7 +508,9 @@ def test_download_in_offline_mode(hub, tmp_path):
 @pytest.mark.parametrize("variables, words", [
     (dict(SSL_CERT_FILE="/no/such/file"), ["SSL_CERT_FILE", "/no/such/file", "unset"]),
     (dict(HF_ENDPOINT="hf-mirror.com"), ["HF_ENDPOINT=hf-mirror.com", "https://"]),
-    (dict(all_proxy="socks5://127.0.0.1:7891"), ["all_proxy=socks5://127.0.0.1:7891", "socksio", "unset"]),
+    (dict(all_proxy="socks5://me:pw@127.0.0.1:7891"), ["all_proxy=socks5://***@127.0.0.1:7891", "socksio", "unset"]),
+    (dict(HTTPS_PROXY="http://me:p#w@proxy:3128"), ["HTTPS_PROXY=http://***@proxy:3128", "not the address"]),
+    (dict(HTTPS_PROXY="http://[::1:3128"), ["HTTPS_PROXY=http://[::1:3128", "not the address"]),
     (dict(ALL_PROXY="socks://127.0.0.1:7891"), ["ALL_PROXY=socks://127.0.0.1:7891", "not the address"]),
     (dict(HTTPS_PROXY="http://host:abc"), ["HTTPS_PROXY=http://host:abc", "not the address"]),
     (dict(HF_TOKEN="hf_\u201cabc\u201d"), ["HF_TOKEN", "copy it again"]),
@@ -522,8 +525,11 @@ def test_settings_that_keep_the_hubs_client_from_connecting(monkeypatch, variabl
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    line = hub.remedy(ConnectionError("no answer"), "a data set")
-    assert all(word in line for word in words) and "same command again" in line
+    error = "Using SOCKS proxy, but" if "socksio" in words else "no answer"
+    line = hub.remedy(ConnectionError(error), "a data set")
+    assert all(word in line for word in words) and "same command again" in line and "pw" not in line
+    if "socksio" in words:  # it may be unused, as with NO_PROXY
+        assert "socksio" not in hub.remedy(ConnectionError("no answer"), "a data set")
 
 
 @pytest.mark.parametrize("https_proxy, kept", [("http://127.0.0.1:7890", False), ("", True)])
@@ -820,7 +826,8 @@ def test_parquet_files_need_only_the_text_in_common(tmp_path, cache):
                                  dict(text=nothing, url=nothing), dict(id=["x"], text=c))):
         parquet.write_table(pyarrow.table(columns), folder / f"{i}.parquet")
     assert common.load_documents(folder)[0]["text"] == [None, None, "a", "b", "c"]
-    for columns, words in ((dict(text=[1, 2]), "4.parquet holds no text"), (dict(body=["d"]), "4.parquet has no colu")):
+    for columns, words in ((dict(text=[1, 2]), "4.parquet holds no text"), (dict(body=["d"]), "4.parquet has no colu"),
+                           (dict(text=[["a"], ["b"]]), "4.parquet holds no text")):
         parquet.write_table(pyarrow.table(columns), folder / "4.parquet")
         with pytest.raises(ValueError, match=words):
             common.load_documents(folder)
@@ -1232,6 +1239,28 @@ def test_a_text_in_pieces_has_the_same_tokens(encoding, monkeypatch):
     assert len(cut) > 500 and "".join(cut) == text
     tokens = [token for piece in cut for token in common.encode_text(encoding, piece, special=True)]
     assert tokens == common.encode_text(encoding, text, special=True)
+
+
+def test_a_long_text_takes_little_memory(encoding, monkeypatch):
+    """Not a list of Python's integers for the whole text."""
+    script = shakespeare_script()
+    monkeypatch.setattr(script, "PIECE", 10_000)
+    monkeypatch.setattr(script, "gpt2_encoding", lambda: encoding)  # whose tables take more
+    text = "A line of nine or ten tokens to be read.\n" * 30_000
+    tracemalloc.start()
+    train, val = script.tokenize(text, 0.1, 33)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert train.dtype == np.uint16 and peak / (len(train) + len(val)) < 20
+
+
+@needs_datasets
+def test_the_hubs_client_reads_our_settings(tmp_path):
+    code = "import common\ntry: common.load_documents('/no/such/file.jsonl')\nexcept ValueError: pass\n" \
+           "from huggingface_hub import constants; print(constants.HF_HUB_DISABLE_XET)"
+    env = {name: value for name, value in os.environ.items() if name != "HF_HUB_DISABLE_XET"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=DATA, env=env, capture_output=True, text=True)
+    assert done.stdout.strip() == "True", done.stderr
 
 
 @pytest.mark.parametrize("text, train, val", [

@@ -44,7 +44,8 @@ case "$*" in
     exit "${STATUS:-0}" ;;
   '-m pytest'*) log "$PWD pytest ${*:3}"; exit "${STATUS:-0}" ;;
   train.py*)
-    log "$* RANK=${RANK:-}${WORLD_SIZE:+ of $WORLD_SIZE, $LOCAL_WORLD_SIZE here}"
+    ranks="${RANK:-}${WORLD_SIZE:+ of $WORLD_SIZE, $LOCAL_WORLD_SIZE here}"
+    log "$* RANK=$ranks${OMP_NUM_THREADS:+ OMP=$OMP_NUM_THREADS}"
     if [ -n "${TRAIN_WAITS:-}" ]; then trap 'log train got TERM; kill $!; exit 7' TERM; sleep 60 & wait; fi
     exit "${STATUS:-0}" ;;
   data/cachedfineweb10b.py*)
@@ -98,7 +99,8 @@ class Host:
         real = subprocess.run([sys.executable, "-c", "import sys; print(sys._base_executable)"],
                               capture_output=True, text=True)
         self.env = {"PATH": f"{self.bin}:/usr/bin:/bin", "HOME": str(tmp), "LOG": str(self.log),
-                    "STUBS": str(self.stubs), "REAL": real.stdout.strip(), "BASE": str(self.bin / "python3")}
+                    "STUBS": str(self.stubs), "REAL": real.stdout.strip(), "BASE": str(self.bin / "python3"),
+                    "CPU_MAX": str(tmp / "no limit")}
 
     def fake(self, name, text, folder=None):
         path = (folder or self.bin) / name
@@ -548,6 +550,8 @@ def test_threads_of_several_processes_follow_the_cores_that_they_may_use(host):
     (host.bin / "cpu.max").write_text("750000 100000\n")
     host.run(NPROC="3", CPU_MAX=host.bin / "cpu.max")  # 7.5 cores' time
     assert host.did[0].endswith(" OMP=2")
+    host.run(CPU_MAX=host.bin / "cpu.max")
+    assert host.did == ["fake train.py RANK= OMP=8"]
     (host.bin / "cpu.max").write_text("max 100000\n")
     host.run(NPROC="3", CPU_MAX=host.bin / "cpu.max")
     assert host.did[0].endswith(" OMP=4")

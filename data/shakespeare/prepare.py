@@ -130,9 +130,10 @@ def tokenize(text: str, val_fraction: float, min_val_tokens: int) -> tuple[np.nd
     encoding = gpt2_encoding()
 
     def encode(part: str) -> np.ndarray:
-        first = [] if part.startswith(SEPARATOR) else [EOT]
-        return np.concatenate([np.array(tokens, dtype=np.uint16) for tokens in (
-            first, *(encode_text(encoding, piece, special=True) for piece in pieces(part)))])
+        parts = [np.array([] if part.startswith(SEPARATOR) else [EOT], dtype=np.uint16)]
+        for piece in pieces(part):
+            parts.append(np.array(encode_text(encoding, piece, special=True), dtype=np.uint16))
+        return np.concatenate(parts)
 
     train, val = split_text(text, val_fraction)
     tokens = encode(val)
