@@ -345,7 +345,7 @@ def test_a_bin_of_another_name_is_not_read_and_is_named(tmp_path, name):
     rings = [ring_of(tmp_path, split=split) for split in ("train", "val")]
     assert [ring.total for ring in rings] == [100, 100] and rings[0].ignored == [name]
     cfg = SimpleNamespace(batch_size=2, block_size=8, total_batch_size=96, max_iters=1, dataset="n", eval_tokens=64,
-                          USE_SHUFFLE=True)
+                          USE_SHUFFLE=True, auto=[])
     rows = dict(data_rows(cfg, helpers.one_process(), train.DataLoader(rings[0], cfg, helpers.one_process()), rings[1]))
     assert name in rows["  ignored"]
 
@@ -353,7 +353,8 @@ def test_a_bin_of_another_name_is_not_read_and_is_named(tmp_path, name):
 @pytest.mark.parametrize("steps, words", [(12, None), (13, "1.04 times"), (112, "8.92 times")])
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_more_than_one_epoch_is_put_into_words(numbered, steps, words, shuffle):
-    cfg = SimpleNamespace(batch_size=2, block_size=8, total_batch_size=96, max_iters=steps, dataset="n", eval_tokens=64)
+    cfg = SimpleNamespace(batch_size=2, block_size=8, total_batch_size=96, max_iters=steps, dataset="n", eval_tokens=64,
+                          auto=[])
     loader = loader_of(ring_of(numbered), shuffle=shuffle)
     length = dict(data_rows(cfg, helpers.one_process(), loader, ring_of(numbered, split="val")))["length"]
     assert words in length if words else "times" not in length
