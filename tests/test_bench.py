@@ -34,7 +34,7 @@ def small_flags(shards, out_dir, *without):
 
 def study(mode, shards, tmp_path, monkeypatch, *flags):
     """Run a study with the small run's flags; return what it wrote as JSON."""
-    monkeypatch.setattr(bench, "STUDY_ON_A_CPU", bench.STUDY_ON_A_CPU | dict(total_batch_size=256, warmup_iters=2))
+    monkeypatch.setattr(bench, "STUDY_ON_A_CPU", bench.STUDY_ON_A_CPU | dict(total_batch_size=128, warmup_iters=2))
     given = small_flags(shards, tmp_path, "warmup_iters", "max_iters", "batch_size")
     bench.main([mode, f"--out={tmp_path}/t/r", "--max_iters=6", *given, "--n_embd=128", "--batch_size=4", *flags])
     return json.loads((tmp_path / "t" / "r.json").read_text())

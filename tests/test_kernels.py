@@ -543,11 +543,10 @@ def test_first_part_of_a_block(fp8, quack, monkeypatch):
         assert layer.input.amax > 0 and layer.d_qkv.amax > 0
 
 
-@pytest.mark.parametrize("in_place", ["", "add"])
-@pytest.mark.parametrize("first_block", [False, True])
-@pytest.mark.parametrize("x0_on, values_on, heads_first", [
-    (True, False, False), (False, True, False), (True, True, False), (True, True, True)])
-def test_residual_scalars_and_value_embedding(x0_on, values_on, heads_first, first_block, in_place):
+@pytest.mark.parametrize("x0_on, values_on, first_block, in_place, heads_first", [
+    *((*parts, first_block, in_place, False) for parts in ((True, False), (False, True), (True, True))
+      for first_block in (False, True) for in_place in ("", "add")), (True, True, False, "add", True)])
+def test_residual_scalars_and_value_embedding(x0_on, values_on, first_block, in_place, heads_first):
     """In bf16 against plain PyTorch: 1% of each output and gradient. One token fills a third of a sequence.
 
     A scalar's gradient is a sum of N * C products of either sign. It may come out near zero while the products'

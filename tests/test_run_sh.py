@@ -44,8 +44,8 @@ case "$*" in
     exit "${STATUS:-0}" ;;
   '-m pytest'*) log "$PWD pytest ${*:3}"; exit "${STATUS:-0}" ;;
   train.py*)
-    ranks="${RANK:-}${WORLD_SIZE:+ of $WORLD_SIZE, $LOCAL_WORLD_SIZE here}"
-    log "$* RANK=$ranks${OMP_NUM_THREADS:+ OMP=$OMP_NUM_THREADS}"
+    threads=${OMP_NUM_THREADS:+ OMP=$OMP_NUM_THREADS}
+    log "$* RANK=${RANK:-}${WORLD_SIZE:+ of $WORLD_SIZE, $LOCAL_WORLD_SIZE here}$threads"
     if [ -n "${TRAIN_WAITS:-}" ]; then trap 'log train got TERM; kill $!; exit 7' TERM; sleep 60 & wait; fi
     exit "${STATUS:-0}" ;;
   data/cachedfineweb10b.py*)
