@@ -341,16 +341,15 @@ def _load_files(arguments: dict[str, Any], path: Path, text_column: str) -> "dat
     """
     import datasets
     files = [path] if path.is_file() else files_in(path)
-    lines = arguments["path"] == "json" and starts_with_object(files[0])
     try:
         dataset = datasets.load_dataset(**arguments, split="train")
         # Json: texts and other values, in newer versions of datasets
-        if not lines or type(dataset.features.get(text_column)).__name__ != "Json":
+        if type(dataset.features.get(text_column)).__name__ != "Json" or not starts_with_object(files[0]):
             return dataset
     except STOP:
         raise
     except BaseException:
-        if arguments["path"] == "json" and not lines:
+        if arguments["path"] == "json" and not starts_with_object(files[0]):
             raise
     # datasets cannot read half a surrogate pair ("\\ud800"), which web data hold, and does not name a broken line. In
     # parquet files it wants the same columns and types everywhere, and some rows

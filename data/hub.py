@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
 
 # httpx, which the client uses, wants the package socksio for a SOCKS proxy even where another proxy serves
-SOCKS = {name: value for name in ("ALL_PROXY", "all_proxy") if (value := os.environ.get(name, "")).startswith("socks")}
 if (os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy")) and not importlib.util.find_spec("socksio"):
-    for name in SOCKS:
-        del os.environ[name]
+    for name in ("ALL_PROXY", "all_proxy"):
+        if os.environ.get(name, "").startswith("socks"):
+            del os.environ[name]
 if not importlib.util.find_spec("hf_transfer"):  # older clients fail without it, newer ones leave it alone
     os.environ.pop("HF_HUB_ENABLE_HF_TRANSFER", None)
 

@@ -767,7 +767,7 @@ def test_weights_that_this_version_does_not_train_are_refused(tmp_path, shards, 
 
 
 def test_added_flags_are_fixed_and_sample_py_has_the_same_values():
-    assert set(ADDED_FLAGS) <= set(checkpoint.FIXED_FLAGS)
+    assert set(ADDED_FLAGS) <= set(checkpoint.FIXED_FLAGS) and ADDED_FLAGS.items() <= train.CLASSIC.items()
     shape = sample.Shape.of({name: helpers.SMALL.get(name, 1) for name in sample.Shape.__dataclass_fields__
                              if name not in ADDED_FLAGS and name != "window_size"})
     of_the_model = ADDED_FLAGS.keys() - {"muon_variant", "batch_ramp"}
