@@ -26,7 +26,7 @@ from multiprocessing import get_context
 from types import SimpleNamespace
 from typing import Callable
 
-from nanofp8.host import ends_with_parent
+from nanofp8.host import ends_with_parent, usable_cores
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PACKAGES = ("quack-kernels", "nvidia-cutlass-dsl", "apache-tvm-ffi", "flash-attn-4", "torch")
@@ -155,7 +155,7 @@ def main(report: str) -> None:
         found, text = epilogues.library()
         if not found:
             return
-        workers = min(len(calls()), max(1, len(os.sched_getaffinity(0)) - 1))  # training needs a core
+        workers = min(len(calls()), max(1, usable_cores() - 1))  # training needs a core
         lines = [f"{text}, imported in {time.monotonic() - begin:.1f} s; {workers} workers"]
         try:
             with ProcessPoolExecutor(workers, get_context("fork"), end_with_parent) as pool:

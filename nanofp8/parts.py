@@ -112,7 +112,8 @@ def value_embedding_grad(dv: Tensor, dy: Tensor, table: Tensor, gate: Tensor, wh
     B, T, H, D = dv.shape
     if dv.stride()[2:] != (D, 1) or B > 1 and dv.stride(0) != T * dv.stride(1):
         dv = dv.contiguous()  # attention by plain matmuls returns (B, H, T, D) in memory
-    (N, C), (heads, channels), stride = dy.shape, gate.shape, dv.stride(1)
+    (N, C), (heads, channels) = dy.shape, gate.shape
+    stride = C if dv.is_contiguous() else dv.stride(1)  # the stride of a dimension of 1 may be anything
     d_logits = torch.empty_like(gates)
     kernels.value_embedding_backward[(N,)](
         dv, table, where.tokens, gate, gates, dy, d_logits, stride, C, heads, channels, triton.next_power_of_2(heads),

@@ -39,7 +39,7 @@ from nanofp8.fused import (
 )
 from nanofp8.loss import LOGIT_GRAD_SCALE, ChunkedCrossEntropy, softcap_cross_entropy, softcap_cross_entropy_and_grad
 from nanofp8.muon import apply_update, momentum_update, polar_express
-from nanofp8.parts import ValueEmbedding, table_gradient, token_order
+from nanofp8.parts import ValueEmbedding, table_gradient, token_order, value_embedding_grad
 from nanofp8.plain import rope_qk_norm
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -597,6 +597,21 @@ def test_residual_scalars_and_value_embedding(x0_on, values_on, first_block, in_
         got, want = ours[name].grad - (1 if name == "table" and in_place else 0), theirs[name].grad
         summed = mixed.grad * (added if name == "x_scale" else x0) if want.ndim == 0 else want
         assert (got - want).norm() < 1e-2 * summed.norm(), name
+
+
+def test_value_embedding_gradient_of_sequences_of_one_token():
+    """There a gradient may call itself contiguous although the stride between its tokens is D."""
+    N, V = 8, 50
+    tokens = token_order(torch.randint(V, (N, 1), dtype=torch.int32, device=DEVICE), V)
+    dv, gates = randn(N, H, 1, D).transpose(1, 2), randn(N, H, seed=1, dtype=torch.float32)
+    assert dv.is_contiguous() and dv.stride(1) == D
+    table, gate, inputs = randn(V, C, seed=2), randn(H, 12, seed=3), randn(N, 12, seed=4, dtype=torch.float32)
+    results = []
+    for grad in (dv, dv.reshape(N, C).clone().view(N, 1, H, D)):
+        dy = torch.zeros(N, C, dtype=dv.dtype, device=DEVICE)
+        results.append((*value_embedding_grad(grad, dy, table, gate, tokens, inputs, gates, ""), dy))
+    for ours, usual in zip(*results, strict=True):
+        assert torch.equal(ours, usual)
 
 
 @pytest.mark.parametrize("packed", [False, True])
