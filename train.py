@@ -275,8 +275,7 @@ PRESETS = {  # --doctor reads these and the functions up to check_flags() withou
         adam_beta2_embed=0.99, muon_momentum=0.92,
     ),
     "speedrun": PARTS | dict(n_value_embed=5),
-    "d12": PARTS | dict(n_layer=12, n_embd=768, n_head=6, n_value_embed=3, batch_ramp="0.25,0.6", adam_beta2=0.95,
-                        adam_beta2_embed=0.95, muon_momentum=0.95),
+    "d12": PARTS | dict(n_layer=12, n_embd=768, n_head=6, n_value_embed=3, batch_ramp="0.25,0.6"),
     "tiny": dict(
         dataset="shakespeare", n_layer=4, n_embd=128, n_head=2, vocab_size=50304, block_size=128, lr_scaling="none",
         total_batch_size=2048, max_iters=60, loss_chunk_size=64, eval_interval=20, eval_tokens=16384, ckpt_interval=20,
