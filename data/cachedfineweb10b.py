@@ -16,7 +16,6 @@ later shards are of the same one. Each file is checked against the SHA-256 that 
 
 import argparse
 import contextlib
-import errno
 import json
 import os
 import shutil
@@ -35,7 +34,7 @@ if __name__ == "__main__":
 import hub  # noqa: E402
 from common import STOP, OneLineParser, UserError, error_line, output_folder, root_cause, run_script  # noqa: E402
 
-from nanofp8.files import console, replace_file  # noqa: E402
+from nanofp8.files import FOLDER_FAULTS, console, replace_file  # noqa: E402
 from nanofp8.shards import ShardError, read_token_count  # noqa: E402
 
 REPO = "kjj0/fineweb10B-gpt2"
@@ -94,7 +93,7 @@ def save_record(record: dict[str, Any], out: Path) -> None:
 
 def remedy_for(error: BaseException, out: Path) -> str:
     """Return what to do about an exception of the download into the folder `out`."""
-    if isinstance(error, OSError) and (error.filename or error.errno == errno.ENOSPC):
+    if isinstance(error, OSError) and (error.filename or error.errno in FOLDER_FAULTS):
         return f"free some space in {out} or correct its permissions, then run the same command again"
     return hub.remedy(error, REPO)
 

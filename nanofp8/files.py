@@ -3,9 +3,13 @@
 import contextlib
 import errno
 import os
+import re
 import sys
 import time
 from typing import Callable
+
+# Of a folder or its disk: full, over the quota, a file too large, read-only, gone from its server, damaged
+FOLDER_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.ESTALE, errno.EIO)
 
 
 def replace_file(path: str | os.PathLike, write: Callable[[str], object], sync: bool = False) -> None:
@@ -79,6 +83,10 @@ def console(*words: object) -> None:
 
 def error_line(error: BaseException) -> str:
     """Return the last line of an exception's message, where most say what happened, or CUDA's line; the name of its
-    type if it has no message."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
+    type if it has no message.
+
+    The calls in C++ that torch lists after some messages are left out, and NCCL's last line where it says nothing.
+    """
+    message = re.split(r"\n?(?:Exception raised from |C\+\+ CapturedTraceback)", str(error))[0].strip()
+    lines = message.removesuffix("Last error:").strip().splitlines() or [type(error).__name__]
     return next((line for line in lines if line.startswith("CUDA error")), lines[-1])  # torch adds advice after CUDA's

@@ -45,12 +45,15 @@ OTHER_CARDS = {"laptop", "mobile", "max-q", "server", "d", "ti", "super", "mig"}
 
 
 # What torch's message says where CUDA cannot start though nvidia-smi lists GPUs, and what to do
+OUT_OF_MEMORY = ("out of memory", "STATUS_ALLOC_FAILED", "DEVICE_ALLOCATION_FAILED", "can't allocate memory",
+                 "CUDA driver error: device not ready",  # WSL2, pytorch issue 192330
+                 "NVML_SUCCESS == ")  # an assertion of torch on parts of GPUs (MIG), pytorch issue 197312
 CUDA_FAULTS = {
     "Error 802": "start the service that joins the GPUs: systemctl start nvidia-fabricmanager",
     "Error 803": "the driver was updated: restart the machine; if that changes nothing, unset LD_LIBRARY_PATH",
     "Error 804": "a container's CUDA libraries need a newer driver: update it, or unset LD_LIBRARY_PATH",
     "Error 999": "load the driver's module again: modprobe -r nvidia_uvm; modprobe nvidia_uvm; or restart the machine",
-    "not compiled with CUDA": "install a torch with CUDA: pip install -r requirements.txt",
+    "not compiled with CUDA": "start with bash run.sh, which makes an environment whose torch has CUDA",
 }
 GPU_DEVICE = "/dev/nvidia0"  # of NVIDIA's driver on Linux
 
@@ -162,8 +165,7 @@ def gpu_memory(device: torch.device | int) -> tuple[int, int]:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception means too little memory: torch's own, or that of a library which allocates by itself."""
     return isinstance(error, torch.OutOfMemoryError) or any(
-        text in str(error) for text in ("out of memory", "STATUS_ALLOC_FAILED", "can't allocate memory",
-                                        "CUDA driver error: device not ready"))  # the last: WSL2, pytorch issue 192330
+        text in str(error) for text in OUT_OF_MEMORY)
 
 
 def peak_of(name: str) -> float | None:

@@ -1,7 +1,6 @@
 """Start and end a script; give it rank, world size, device and mesh. One process works like many."""
 
 import datetime
-import errno
 import glob
 import json
 import os
@@ -18,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from nanofp8.config import UserError, exit_with, print_any_text, raise_on_ctrl_c
 from nanofp8.faults import Heartbeat, exit_now
-from nanofp8.files import console, error_line
+from nanofp8.files import FOLDER_FAULTS, console, error_line
 from nanofp8.host import interface_to, shared_memory_fault
 from nanofp8.machine import is_out_of_memory
 
@@ -34,7 +33,6 @@ GPU_FAULTS = {
 # Words of messages in which a library of another version than torch's may speak, if LD_LIBRARY_PATH names it
 LIBRARY_FAULTS = ("CUBLAS_STATUS_INVALID_VALUE", "CUBLAS_STATUS_NOT_INITIALIZED", "CUBLAS_STATUS_NOT_SUPPORTED",
                   "CUDNN_STATUS_NOT_INITIALIZED", "CUDNN_STATUS_NOT_SUPPORTED", "NVRTC_ERROR_", "nvrtc: error")
-FOLDER_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ESTALE, errno.EIO)
 KERNEL_FLAGS = {"flash_attn": "--attention=cudnn", "quack": "--USE_QUACK=False"}  # by packages that a flag leaves out
 
 

@@ -27,6 +27,7 @@ from nanofp8.procs import Processes
 from nanofp8.shards import NAME_PATTERN
 from nanofp8.sizes import BatchPlan, parameter_table
 
+LOCK_FILE = ".lock"  # in run folders on NFS
 WANDB_SECONDS = 120.0  # for wandb to send what it has not sent yet, at the end of a run
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -54,12 +55,14 @@ def make_run_folder(out_dir: str, run_name: str) -> str:
 def remove_if_empty(folder: str) -> None:
     """Remove the folder of a run that failed before it wrote anything."""
     with contextlib.suppress(OSError):
+        if os.listdir(folder) == [LOCK_FILE]:
+            os.remove(os.path.join(folder, LOCK_FILE))
         os.rmdir(folder)
 
 
 def holds_only_a_log(folder: str) -> bool:
     """Whether a run folder holds nothing but the log of a run that was broken off before its first checkpoint."""
-    known = {"config.json", "config.json.tmp", "log.jsonl", "loss.png", "fp8_stats.png", "ckpt", "wandb"}
+    known = {"config.json", "config.json.tmp", "log.jsonl", "loss.png", "fp8_stats.png", "ckpt", "wandb", LOCK_FILE}
     half = r"(step|\.writing|\.replaced)_\d+"  # half written or half deleted
     try:
         names = [name for name in os.listdir(folder) if not re.fullmatch(r"log-\d+\.jsonl", name)]
@@ -85,12 +88,15 @@ def set_log_aside(folder: str) -> None:
 
 
 class FolderLock:
-    """Keep other processes from training in a run folder, until close() or the end of this process."""
+    """Keep other processes from training in a run folder, until close() or the end of this process.
+
+    The folder itself is locked, or on NFS, where only files that are open for writing can be (EBADF), a file in it.
+    """
 
     def __init__(self, folder: str):
         """Take the lock. Raises UserError if another process holds it for 4 s (one that was killed may take a while to
         be gone), or if the folder cannot be opened."""
-        self.folder = folder
+        self.folder, self.file = folder, None
         try:
             self.descriptor = os.open(folder, os.O_RDONLY)
         except OSError as error:
@@ -98,8 +104,7 @@ class FolderLock:
                             one_rank=True) from None
         for seconds_left in (4, 3, 2, 1, 0):
             try:
-                fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
+                return self.lock()
             except BlockingIOError:
                 if seconds_left:
                     time.sleep(1)
@@ -109,6 +114,17 @@ class FolderLock:
         raise UserError(f"another process is training in {folder}; wait for its end, or choose another --run_name",
                         one_rank=True)
 
+    def lock(self) -> None:
+        """Take the lock, or raise OSError: BlockingIOError if another process holds it."""
+        try:
+            fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno != errno.EBADF:
+                raise
+            if self.file is None:
+                self.file = os.open(os.path.join(self.folder, LOCK_FILE), os.O_RDWR | os.O_CREAT, 0o666)
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
     def holds(self, folder: str) -> bool:
         """Whether this is the lock of the folder that has this name now, not of a deleted one."""
         with contextlib.suppress(OSError):
@@ -117,9 +133,9 @@ class FolderLock:
 
     def close(self) -> None:
         """Release the lock; once is enough."""
-        if self.descriptor is not None:
-            os.close(self.descriptor)
-            self.descriptor = None
+        for descriptor in {self.descriptor, self.file} - {None}:
+            os.close(descriptor)
+        self.descriptor = self.file = None
 
 
 # ----------------------------------------------------------------------------------------------------------------------

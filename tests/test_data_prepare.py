@@ -544,6 +544,15 @@ def test_a_socks_proxy_beside_another_is_not_in_the_way(monkeypatch, https_proxy
     assert ("all_proxy" in os.environ) == kept
 
 
+@pytest.mark.parametrize("number", [errno.EDQUOT, errno.EFBIG])
+def test_download_into_a_folder_with_a_quota(hub, tmp_path, number):
+    """write() names no file, and the quota is not seen before."""
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    with mock.patch.object(huggingface_hub, "hf_hub_download", side_effect=OSError(number, os.strerror(number))):
+        result = download(hub.url, tmp_path, 1)
+    assert_one_line(result, 1, os.strerror(number), "free some space", str(tmp_path))
+
+
 def test_download_with_a_panic_of_a_library(hub, tmp_path):
     huggingface_hub = pytest.importorskip("huggingface_hub")
     with mock.patch.object(huggingface_hub, "hf_hub_download", side_effect=Panic("index out of range")):
@@ -788,12 +797,13 @@ def test_a_data_set_without_texts(texts_hub):
     assert "network" not in str(caught.value)
 
 
-@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.ENOSPC])
-def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch, number):
+@pytest.mark.parametrize("error", [
+    *(OSError(number, os.strerror(number), "/cache") for number in (errno.EACCES, errno.EROFS, errno.ENOSPC)),
+    OSError(errno.EDQUOT, "Quota exceeded: /cache"), OSError("Not enough disk space. Needed: 40.00 GiB for /cache")])
+def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch, error):
     """It is not blamed on the source or on --out."""
     datasets = pytest.importorskip("datasets")
     (tmp_path / "x.jsonl").touch()
-    error = OSError(number, os.strerror(number), "/cache")
     monkeypatch.setattr(datasets, "load_dataset", mock.Mock(side_effect=error))
     with pytest.raises(ValueError, match="HF_HOME") as caught:
         common.load_documents(tmp_path / "x.jsonl")

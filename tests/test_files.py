@@ -68,6 +68,9 @@ def test_sync_to_disk_of_files_and_folders(tmp_path):
 @pytest.mark.parametrize("error,line", [
     (ValueError("one line"), "one line"), (RuntimeError("first\n  second\n\n"), "  second"), (KeyError(), "KeyError"),
     (OSError(28, "No space left on device"), "[Errno 28] No space left on device"),
+    (RuntimeError("ncclSystemError: call failed. \nLast error:\n"), "ncclSystemError: call failed."),
+    (RuntimeError("ncclUnhandledCudaError: failed.\nLast error:\nno device"), "no device"),
+    (RuntimeError("EADDRINUSE\nException raised from f at x.cpp:9 (most recent call first):\n#0 f()"), "EADDRINUSE"),
     (RuntimeError("CUDA error: out of memory\nCompile with `TORCH_USE_CUDA_DSA`.\n"), "CUDA error: out of memory"),
 ])
 def test_error_line(error, line):

@@ -165,7 +165,7 @@ def test_an_old_driver_is_named_where_torch_sees_no_gpu(tmp_path, monkeypatch):
     (RuntimeError("Unexpected error from cudaGetDeviceCount(). Error 802: system not yet initialized"),
      ["(Error 802: system not yet initialized)", "nvidia-fabricmanager"]),
     (RuntimeError("cudaGetDeviceCount(). Error 804: forward compatibility"), ["(Error 804", "LD_LIBRARY_PATH"]),
-    (AssertionError("Torch not compiled with CUDA enabled"), ["requirements.txt"]),
+    (AssertionError("Torch not compiled with CUDA enabled"), ["bash run.sh"]),
     (RuntimeError("No CUDA GPUs are available"), ["repair driver or torch"])])
 def test_why_cuda_does_not_start_is_named(tmp_path, monkeypatch, error, words):
     def init():

@@ -417,6 +417,9 @@ def test_what_counts_as_too_little_memory():
     assert memory.is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"))
     assert memory.is_out_of_memory(RuntimeError("CUDA driver error: out of memory"))
     assert memory.is_out_of_memory(RuntimeError("CUDA driver error: device not ready"))  # WSL2
+    assert memory.is_out_of_memory(RuntimeError(  # MIG
+        'NVML_SUCCESS == r INTERNAL ASSERT FAILED at "/pytorch/c10/cuda/CUDACachingAllocator.cpp":1016, please report'))
+    assert memory.is_out_of_memory(RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"))
     assert not memory.is_out_of_memory(RuntimeError("a shape does not fit"))
 
 

@@ -1,6 +1,7 @@
 """runlog.py: run folders and their lock, log.jsonl and its failures, wandb, the console's durations."""
 
 import errno
+import fcntl
 import os
 import shutil
 import sys
@@ -159,6 +160,28 @@ def test_a_log_that_is_deleted_alone(tmp_path, capsys):
     log.close()
     assert records(tmp_path) == [dict(kind="train", step=step) for step in range(2)]
     assert capsys.readouterr().out.count("log.jsonl was deleted") == 1
+
+
+def test_a_run_folder_on_nfs_is_locked(tmp_path, monkeypatch):
+    """There flock() of what is open for reading alone, as a folder is, fails with EBADF (man 2 flock)."""
+    local = fcntl.flock
+
+    def flock(descriptor, operation):
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        return local(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    monkeypatch.setattr(runlog.time, "sleep", lambda _: None)
+    folder = make_run_folder(str(tmp_path), "gpt")
+    lock = FolderLock(folder)
+    with pytest.raises(UserError, match="another process is training"):
+        FolderLock(folder)
+    assert lock.holds(folder) and runlog.holds_only_a_log(folder)
+    lock.close()
+    FolderLock(folder).close()
+    runlog.remove_if_empty(folder)
+    assert os.listdir(tmp_path) == []
 
 
 def test_config_json_is_whole_or_the_old_one(tmp_path, monkeypatch):
