@@ -16,7 +16,7 @@
 #   NNODES, RDZV_ENDPOINT, RDZV_ID                 the same, but torchrun numbers the machines
 #   Under srun with one task per machine, these are set from Slurm's own variables.
 #
-# On SIGTERM, SIGINT, SIGUSR1 or SIGUSR2, training finishes the current step, saves a checkpoint and stops; the exit
+# On SIGTERM, SIGINT, SIGHUP, SIGUSR1 or SIGUSR2, training finishes the current step, saves a checkpoint and stops; the exit
 # status is 0 if the checkpoint was written.
 [ -n "${BASH_VERSION:-}" ] && [ -n "${BASH_SOURCE:-}" ] || { echo "run.sh: start it as a file, with bash: bash run.sh" >&2 && exit 2; }
 set -euo pipefail

@@ -44,7 +44,7 @@ from torch import Tensor
 from nanofp8 import plain
 from nanofp8.checkpoint import find_checkpoint
 from nanofp8.checkpoint_files import find_damage, is_finite, load_weights, next_whole, read_checkpoint, read_index
-from nanofp8.files import replace_file
+from nanofp8.files import first_line, replace_file
 from nanofp8.shards import EOT, GPT2_VOCAB
 from nanofp8.sizes import GATE_CHANNELS, value_layers, windows
 
@@ -53,14 +53,6 @@ DEFAULT_NEW_TOKENS = 256
 DECODING = ("prompt", "num_samples", "max_new_tokens", "temperature", "top_k", "top_p", "seed", "no_cuda_graph",
             "compile")  # options that --export has no use for
 EMPTY_PROMPT = "the prompt is empty; give it some text, or <|endoftext|> to start from nothing"
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an exception's message; the name of its type if it has no message.
-
-    Exceptions of torch.compile, CUDA and the Hugging Face Hub give the cause first and general advice after it.
-    """
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 # =====================================================================================================

@@ -242,7 +242,7 @@ wandb_project: NonEmpty = "nanogpt-fp8"       # wandb: name of the project; WAND
 # Faults: a step with a non-finite loss or gradient is always skipped
 max_bad_steps: Positive = 10                  # stop after this many consecutive skipped steps
 skip_loss_zscore: NonNegativeFloat = 0.0      # skip losses this many standard deviations above the mean; 0: off
-skip_grad_zscore: AutoNonNegativeFloat = "auto"  # the same for the gradient norm; "auto": 8 in FP8 on RTX 50, else 0
+skip_grad_zscore: AutoNonNegativeFloat = "auto"  # the same for the gradient norm; "auto": 8 or 0, by the GPU
 zscore_window: Window = 128                   # number of latest steps that were not skipped, for mean and deviation
 rank_timeout: Timeout = 120.0                 # seconds without a heartbeat before a rank is declared dead
 
@@ -260,12 +260,14 @@ CLASSIC = dict(
     adam_beta1=0.8, adam_beta2=0.95, adam_beta2_embed=0.95, adam_eps=1e-10, muon_momentum_start=0.85,
     muon_momentum=0.95, muon_momentum_iters=300, muon_momentum_ratio=0.0, muon_momentum_end=0.0, muon_variant="muon",
     grad_clip=1.0, loss_chunk_size=8192, eval_interval=125, eval_tokens=10485760, ckpt_interval=250, ckpt_minutes=0.0,
-    keep_checkpoints=2, skip_grad_zscore=0.0, window_size=512, USE_8BIT_ADAM=False, muon_beta2=0.95,
-    learning_rate_value=0.3, learning_rate_x0=0.5, USE_SHUFFLE=False,
+    keep_checkpoints=2, skip_loss_zscore=0.0, skip_grad_zscore=0.0, zscore_window=128, window_size=512,
+    FP8_CALIBRATION_STEPS=3, USE_8BIT_ADAM=False, muon_beta2=0.95, learning_rate_value=0.3, learning_rate_x0=0.5,
+    USE_SHUFFLE=False,
 )
 PARTS = dict(window_pattern="SSSL", USE_X0=True, vocab_size=50304)  # the first two prevent export
 PRESETS = {  # --doctor reads these and the functions up to check_flags() without torch
-    # Flags left out are as above. "d20" repeats all flags that presets set: one that differs above was edited, and wins
+    # A flag that a preset leaves out has its value above. "d20" repeats all flags that presets set: a value above that
+    # differs from "d20" is one that you have edited, and it wins over all presets
     "d20": CLASSIC | dict(
         train_tokens=891289600, total_batch_size="auto", batch_size="auto", warmup_ratio=0.02, lr_schedule="linear",
         warmdown_ratio=0.75, min_lr_ratio=0.03, lr_scaling="length", learning_rate=0.04, learning_rate_embed=0.6,
@@ -740,25 +742,13 @@ class Parallel:
         if self.by_hooks:
             self.model.set_requires_gradient_sync(last)
             self.model.set_is_last_backward(last)
-        with self.whole_weights():
+        with self.buffers.in_model():
             yield
-
-    def whole_weights(self) -> contextlib.AbstractContextManager:
-        """Return a context in which the model has whole weights, unless FSDP2's hooks gather them."""
-        return self.buffers.in_model()
 
     def reduce_gradients(self) -> Tensor:
         """Average the gradients over the ranks; return this rank's share of the sum of their squares, on the device."""
         self.buffers.reduce()
         return self.buffers.squared_norm()
-
-    def gather_weights(self) -> None:
-        """Get the weights that other ranks have updated. FSDP2's hooks do it when they are needed."""
-        self.buffers.gather()
-
-    def zero_grad(self) -> None:
-        """Drop all gradients, or set them to zero where they must stay in place."""
-        self.buffers.zero_grad()
 
 
 # ======================================================================================================================
@@ -859,8 +849,8 @@ def train_step(run: Run) -> StepResult:
     """Take one optimizer step over accumulation x world_size micro-batches, unless run.guard rejects its gradients.
 
     The host waits for the GPU once: it must know loss and norm before the optimizers run. Dion and bitsandbytes cannot
-    skip a step by a flag on the GPU, and zero gradients would still decay momenta. By then it also knows whether to
-    clip.
+    skip a step by a flag on the GPU, and zero gradients would still decay momenta. Clipping needs the norm
+    too.
     """
     parallel, loader, procs, device = run.parallel, run.loader, run.procs, run.procs.device
     restore_scales = snapshot_scales(run.model)
@@ -889,9 +879,9 @@ def train_step(run: Run) -> StepResult:
         if 0 < run.cfg.grad_clip < norm:
             nn.utils.clip_grads_with_norm_(run.optimizers.parameters(), run.cfg.grad_clip, shared[1], foreach=True)
         run.optimizers.step()
-        parallel.gather_weights()
+        parallel.buffers.gather()
     if run.graphs is None:  # with graphs, a step's first micro-batch overwrites the gradients
-        parallel.zero_grad()
+        parallel.buffers.zero_grad()
     return StepResult(loss, norm, skipped, bool(stop), bool(save_due))
 
 
@@ -904,12 +894,12 @@ def calibrate(run: Run) -> None:
     """
     restore_scales = snapshot_scales(run.model)
     loss = run.forward_backward(*run.loader.peek(), m=0, last=True)
-    with run.parallel.whole_weights():
+    with run.parallel.buffers.in_model():
         norm = gradient_norm(run.model.parameters())
     run.precision.share_amaxes(run.model, run.procs)
     if not math.isfinite(run.procs.sum(loss + norm)):
         restore_scales()
-    run.parallel.zero_grad()
+    run.parallel.buffers.zero_grad()
 
 
 # ======================================================================================================================
@@ -974,7 +964,7 @@ def evaluate_and_log(run: Run, step: int) -> None:
     run.progress.flush()  # an evaluation that fails must not lose the step before it
     formats = run.precision.evaluation_formats(run.cfg)
     formats = formats if step == run.cfg.max_iters - 1 else formats[:1]
-    with preserved_scales(run.model), run.parallel.whole_weights():
+    with preserved_scales(run.model), run.parallel.buffers.in_model():
         val_losses = {
             name: evaluate(run.model, run.val_ring, run.cfg, run.procs,
                            functools.partial(run.precision.autocast, run.procs, quantized=name != "bf16"),

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from nanofp8 import cards
 from nanofp8.config import UserError
 from nanofp8.host import cudnn_version, optional
+from nanofp8.sizes import windows
 
 TRIED = ((9, 0),)  # compute capabilities on which flash-attn-4 has trained; "auto" takes it there
 
@@ -35,6 +36,11 @@ def flash4() -> tuple[ModuleType | None, str]:
     return optional("flash-attn-4", "flash_attn.cute.interface", "flash-attn-4")
 
 
+def has_windows(cfg: SimpleNamespace) -> bool:
+    """Whether a block attends to less than the sequence."""
+    return min(windows(cfg)) < cfg.block_size
+
+
 def unfused(cfg: SimpleNamespace, device: torch.device) -> str:
     """Return why Transformer Engine's attention will be slow on this GPU, and what to do; "" if it will not.
 
@@ -45,8 +51,8 @@ def unfused(cfg: SimpleNamespace, device: torch.device) -> str:
                                   cudnn_version(torch)[0])
     if not why:
         return ""
-    windows = " with --window_pattern=L" if "S" in cfg.window_pattern else ""
-    remedy = f"use --attention=torch{windows}" + (", or update cuDNN" if "older" in why else "")
+    without = " with --window_pattern=L" if has_windows(cfg) else ""
+    remedy = f"use --attention=torch{without}" + (", or update cuDNN" if "older" in why else "")
     return f"unfused, slow and with memory for block_size^2, unless flash-attn steps in: {why}; {remedy}"
 
 
@@ -58,7 +64,7 @@ def choose_attention(cfg: SimpleNamespace, device: torch.device, emulated: bool)
     """
     head, wanted = cfg.n_embd // cfg.n_head, cfg.attention
     if wanted == "torch":
-        if "S" in cfg.window_pattern:
+        if has_windows(cfg):
             raise UserError("attention='torch' has no windows; use --window_pattern=L, or another --attention", 2)
         return "torch", "torch's scaled_dot_product_attention", ""
     by_te = "torch, by the emulation" if emulated else "Transformer Engine"

@@ -269,17 +269,16 @@ def check_unfinished(checkpoint: str, cfg: SimpleNamespace) -> None:
 
 
 def check_resume(checkpoint: str, cfg: SimpleNamespace, ring: Any, shards: dict, procs: Processes) -> dict:
-    """Return the meta.json of a checkpoint, after checking that flags and data fit it. Prints harmless differences.
+    """Return the meta.json of a checkpoint, after checking that length and data fit it. Prints flags that differ.
 
     cfg.run_name becomes that of the checkpoint's run folder: the run continues there.
 
     Args:
         ring: train.TokenRing of the train shards.
         shards: of shard_fingerprints().
-    Raises: UserError if a flag that cannot change differs, if the run is complete, or if the data differ.
+    Raises: UserError if the run is complete, or if the data differ.
     """
     meta, now = read_checkpoint(checkpoint), vars(cfg)
-    check_fixed_flags(checkpoint, cfg)
     changed = {k: (was, now[k]) for k, was in meta["flags"].items() if k in now and now[k] != was}
     check_unfinished(checkpoint, cfg)
     folder = run_folder_of(checkpoint)
@@ -330,7 +329,7 @@ def restore(run: Any, folder: str, meta: dict) -> bool:
 
     rng, fp8 = known(state.pop("rng"), "rng"), known(state.pop("fp8"), "fp8")
     load_tensors(folder, state)  # all of model and optim must be there
-    run.parallel.gather_weights()
+    run.parallel.buffers.gather()
     scales = {k: v.clone() for k, v in (fp8 or {}).items()}
     if not any(k.endswith("amax_history") for k in scales):  # FP8_AMAX_HISTORY changed: scales alone would not last
         scales = {}

@@ -115,7 +115,7 @@ NonNegative = Annotated[int, Bounds(0)]
 Layers = Annotated[int, Bounds(1, 10_000)]     # of a model
 PositiveFloat = Annotated[float, Bounds(0, open_low=True)]
 NonNegativeFloat = Annotated[float, Bounds(0)]
-Softcap = Annotated[float, Bounds(0, 80)]      # on a GPU, exp(-88) is 0: every loss would be -inf
+Softcap = Annotated[float, Bounds(0, 43)]      # on a GPU exp(-88) is 0, and sums reach down to exp(-2 * softcap)
 Fraction = Annotated[float, Bounds(0, 1, open_high=True)]
 Seed = Annotated[int, Bounds(0, 2**32 - 1)]
 Exponent = Annotated[int, Bounds(-64, 64)]     # of a power of two that fits fp32 with room to spare

@@ -24,7 +24,7 @@ from typing import Any, Callable, Iterator, NamedTuple, Sequence
 
 from nanofp8 import cards, host, sizes
 from nanofp8.config import UserError, may_choose, parse_flags, precedence
-from nanofp8.files import console, error_line
+from nanofp8.files import console, error_line, first_line
 
 OK, NOTE, WARN, FAIL = "ok", "-", "warn", "FAIL"  # FAIL: training would fail
 WIDTH, INDENT = 110, 25
@@ -226,8 +226,8 @@ def check_gpus(exam: Examination) -> Iterator[Verdict]:
             try:
                 exam.gpus.append(Gpu(cuda.get_device_name(i), cuda.get_device_capability(i), *gpu_memory(i)))
             except RuntimeError as error:
-                line = str(error).strip().splitlines()[0]
-                yield FAIL, f"GPU {i} cannot be used ({line}); see nvidia-smi, choose others by CUDA_VISIBLE_DEVICES"
+                yield FAIL, (f"GPU {i} cannot be used ({first_line(error)}); see nvidia-smi, choose others by "
+                             f"CUDA_VISIBLE_DEVICES")
     elif exam.torch is None and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
         for name, capability, free, total in host.ask_nvidia_smi("name,compute_cap,memory.free,memory.total")[0]:
             major, minor = map(int, capability.split("."))

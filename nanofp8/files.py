@@ -81,6 +81,14 @@ def console(*words: object) -> None:
             os.close(null)
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an exception's message; the name of its type if it has no message.
+
+    Exceptions of torch.compile, CUDA and the Hugging Face Hub give the cause first and general advice after it.
+    """
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def error_line(error: BaseException) -> str:
     """Return the last line of an exception's message, where most say what happened, or CUDA's line; the name of its
     type if it has no message.

@@ -42,15 +42,9 @@ from typing import Any, NamedTuple
 import torch
 
 from nanofp8 import cards, epilogues
+from nanofp8.optional_triton import kernels, triton
 from nanofp8.parts import TokenOrder, add_value_embedding, table_gradient, value_embedding_grad
 from nanofp8.zero import gradient_of
-
-try:
-    import triton
-except Exception:  # only some builds of torch bring it, and it may be broken: then the plain PyTorch path is used
-    triton = None
-else:
-    from nanofp8 import kernels
 
 INTERPRET_ON_CPU = False  # for tests: run the kernels on CPU tensors too, in Triton's interpreter (TRITON_INTERPRET=1)
 
@@ -628,7 +622,7 @@ def rope_qk_norm_grad(dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor, qkv:
     rows, cols = outputs(grad, scaling)
     kernels.rope_qk_norm_backward[(triton.cdiv(N, 64), (3 if fp8 else 2) * H)](
         grad, qkv, cos, sin, rstd, rows, as_int32(cols), *scale_and_amax(scaling), N, T, 2 * H, C3, fp8, D // 2, 16,
-        num_warps=max(4, D // 16))
+        num_warps=min(32, max(4, D // 16)))
     return as_operands(rows, cols, scaling)
 
 
@@ -879,7 +873,7 @@ class MicroBatchGraphs:
         self.model, self.precision, self.procs = parallel.model, precision, procs
         self.graphs, self.pool, self.loss_weight = {}, torch.cuda.graph_pool_handle(), loader.loss_weight
         self.batch, self.loss = list(loader.peek()), torch.zeros((), device=procs.device)
-        with parallel.whole_weights():
+        with parallel.buffers.in_model():
             for parameter in self.model.parameters():
                 if gradient_of(parameter) is None:
                     parameter.grad = torch.zeros_like(parameter)

@@ -24,14 +24,8 @@ from nanofp8.fused import (
     use_kernels,
     weight_operand,
 )
+from nanofp8.optional_triton import kernels, triton
 from nanofp8.zero import gradient_of
-
-try:
-    import triton
-except Exception:  # only some builds of torch bring it, and it may be broken: then the plain PyTorch path is used
-    triton = None
-else:
-    from nanofp8 import kernels
 
 LOGIT_GRAD_SCALE = 2.0 ** 15  # gradients of logits lie in [-1, 1]: this constant maps them into E5M2's range
 

@@ -445,7 +445,7 @@ def fits_in_trial(run: Any) -> bool:
     with torch.no_grad():  # state that the pass has made starts with scales of 1 and amaxes of 0
         for name, tensor in fp8_state(run.model).items():
             tensor.copy_(scales[name]) if name in scales else tensor.fill_(float(name.endswith("scale")))
-    run.parallel.zero_grad()
+    run.parallel.buffers.zero_grad()
     set_random_state(generators, procs, te)
     if device.type == "cuda":
         free_memory()

@@ -16,13 +16,7 @@ from nanofp8 import epilogues
 from nanofp8.config import UserError
 from nanofp8.files import error_line
 from nanofp8.host import compiling_later
-
-try:
-    import triton
-except Exception:  # only some builds of torch bring it, and it may be broken: then Dion's own functions are used
-    triton = None
-else:
-    from nanofp8 import kernels
+from nanofp8.optional_triton import kernels, triton
 
 
 class TorchMuon(torch.optim.Muon):
@@ -415,8 +409,8 @@ class OptimizerSet:
         for p in self.parameters():
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad.zero_()
         self.step()
-        parallel.gather_weights()
-        parallel.zero_grad()
+        parallel.buffers.gather()
+        parallel.buffers.zero_grad()
         for optimizer in self.all:  # the moments are still zero: only the step counts must go back
             for group in optimizer.param_groups:
                 if "step" in group:

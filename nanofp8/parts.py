@@ -18,16 +18,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from nanofp8.optional_triton import kernels, triton
 from nanofp8.plain import add_values, inverse_rms
 from nanofp8.sizes import GATE_CHANNELS
 from nanofp8.zero import gradient_of
-
-try:
-    import triton
-except Exception:  # only some builds of torch bring it, and it may be broken: then the plain PyTorch path is used
-    triton = None
-else:
-    from nanofp8 import kernels
 
 
 class ResidualScalars(nn.Module):

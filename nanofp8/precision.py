@@ -82,6 +82,12 @@ def choose_format(cfg: SimpleNamespace) -> Format:
     return FORMATS["nvfp4" if cfg.USE_NVFP4 else f"fp8-{cfg.FP8_RECIPE}" if cfg.USE_FP8 else "bf16"]
 
 
+def has_fp8_head(chosen: Format, cfg: SimpleNamespace) -> bool:
+    """Whether the head's matmuls run in FP8. Raises UserError as match_layers() does."""
+    kept = match_layers(cfg.HIGH_PRECISION_LAYERS, layer_names(cfg.n_layer))
+    return chosen.fp8_head and cfg.USE_FP8_HEAD and "head" not in kept
+
+
 def check_format(chosen: Format, cfg: SimpleNamespace) -> None:
     """Check that the model's shapes and the other flags fit the format. Raises UserError."""
     name, tokens = chosen.name, cfg.batch_size * cfg.block_size
@@ -89,7 +95,7 @@ def check_format(chosen: Format, cfg: SimpleNamespace) -> None:
         off = "--USE_NVFP4=False --USE_FP8=False" if cfg.USE_NVFP4 else "--USE_FP8=False"
         raise UserError(f"{name} needs n_embd and batch_size x block_size divisible by {chosen.multiple}, "
                         f"got {cfg.n_embd} and {tokens}; choose others, or {off} for bf16", 2)
-    if chosen.fp8_head and cfg.USE_FP8_HEAD and (cfg.vocab_size % 16 or cfg.loss_chunk_size % 16):
+    if has_fp8_head(chosen, cfg) and (cfg.vocab_size % 16 or cfg.loss_chunk_size % 16):
         raise UserError(f"an FP8 head needs vocab_size and loss_chunk_size divisible by 16, got {cfg.vocab_size} and "
                         f"{cfg.loss_chunk_size}; choose others, or --USE_FP8_HEAD=False", 2)
     if cfg.FP8_STATS_INTERVAL and chosen.recipe is None:
@@ -190,7 +196,7 @@ class Precision:
 
     def fp8_head(self, cfg: SimpleNamespace) -> bool:
         """Whether the head's matmuls run in FP8."""
-        return self.format.fp8_head and cfg.USE_FP8_HEAD
+        return has_fp8_head(self.format, cfg)
 
     def calibration_steps(self, cfg: SimpleNamespace) -> int:
         """Return the number of first steps that a calibration pass precedes."""
@@ -351,7 +357,7 @@ def match_layers(patterns: str, layers: Sequence[str]) -> set[str]:
 
 
 def keep_high_precision(model: nn.Module, patterns: str, te: ModuleType) -> list[str]:
-    """Make the layers whose names match a pattern run in bf16 (see match_layers).
+    """Make the layers whose names match a pattern run in bf16 (see match_layers); the head already does.
 
     NVFP4 is usually trained with the last blocks in bf16 (arXiv 2509.25149). te: the library of the model's layers.
     Returns: names of the layers, in the model's order. Raises: UserError if a pattern matches nothing.
@@ -366,7 +372,6 @@ def keep_high_precision(model: nn.Module, patterns: str, te: ModuleType) -> list
                 return forward(*args, **kwargs)
         return wrapped
 
-    model.fp8_head = model.fp8_head and "head" not in chosen
     for name in chosen - {"head"}:
         layer = model.get_submodule(name)
         layer.in_bf16, layer.forward = True, in_bf16(layer.forward)

@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from nanofp8.config import UserError, exit_with, print_any_text, raise_on_ctrl_c
 from nanofp8.faults import Heartbeat, exit_now
-from nanofp8.files import FOLDER_FAULTS, console, error_line
+from nanofp8.files import FOLDER_FAULTS, console, error_line, first_line
 from nanofp8.host import interface_to, shared_memory_fault
 from nanofp8.machine import is_out_of_memory
 
@@ -116,7 +116,7 @@ def start_processes() -> Processes:
             remedy = "see nvidia-smi, and choose another with CUDA_VISIBLE_DEVICES"
             if "CUDA driver error" in str(error):
                 remedy = "if it is a virtual GPU, export PYTORCH_ALLOC_CONF=expandable_segments:False"
-            raise UserError(f"GPU {local_rank} cannot be used: {str(error).splitlines()[0]}; {remedy}",
+            raise UserError(f"GPU {local_rank} cannot be used: {first_line(error)}; {remedy}",
                             one_rank=True) from None
         fault = shared_memory_fault(local_size)
         if fault and local_rank == 0:  # before NCCL starts: if it fails, the reason is on the screen

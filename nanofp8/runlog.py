@@ -19,7 +19,7 @@ from typing import Any, Callable, Iterator
 
 from nanofp8.config import UserError, flag_values
 from nanofp8.faults import exit_now
-from nanofp8.files import console, error_line, replace_file
+from nanofp8.files import console, error_line, first_line, replace_file
 from nanofp8.machine import peak_flops, peak_memory_gb
 from nanofp8.plots import plot_losses
 from nanofp8.precision import fp8_state
@@ -232,7 +232,7 @@ class RunLog:
                 # wandb's own step never goes back, and what is logged for an earlier one is lost: a resumed run's steps
                 self.wandb.define_metric("*", step_metric="step")
             except Exception as error:  # no wandb, no network, no login: the run continues
-                why = str(error).splitlines()[0] if str(error) else type(error).__name__
+                why = first_line(error)
                 if re.search("api.key (not )?configured", why, re.I):  # by newer and older versions
                     why = "not logged in; run `wandb login`, or set WANDB_MODE=offline"
                 console(f"wandb is off: {why}")

@@ -17,7 +17,7 @@ B, T, H, D = (2, 24, 3, 16) if DEVICE == "cpu" else (2, 512, 10, 128)
 
 def flags(**changes):
     return SimpleNamespace(**dict(attention="auto", n_embd=H * D, n_head=H, window_pattern="L", block_size=T,
-                                  qk_scale=1.2) | changes)
+                                  qk_scale=1.2, n_layer=2, window_size=4) | changes)
 
 
 def reference(q, k, v, window, scale):
@@ -139,6 +139,9 @@ def test_a_warning_where_cudnn_has_no_fused_attention(capability, cudnn, head, p
 def test_torch_has_no_windows():
     with pytest.raises(UserError, match="--window_pattern=L"):
         choose_attention(flags(attention="torch", window_pattern="SL"), torch.device("cpu"), True)
+    for unused in (dict(window_size=T), dict(n_layer=1)):
+        cfg = flags(attention="torch", window_pattern="SL", **unused)
+        assert choose_attention(cfg, torch.device("cpu"), True)[0] == "torch"
 
 
 @pytest.mark.parametrize("given, value", [(None, "0"), ("1", "1")])

@@ -334,7 +334,7 @@ def test_a_check_that_fails_is_a_line(shards, tmp_path, capsys, monkeypatch):
     (dict(n_value_embed=2), "batch", ["--n_value_embed=1"]),
     (dict(FP8_RECIPE="block"), "precision", ["divisible by 128", "--USE_FP8=False"]),
     (dict(HIGH_PRECISION_LAYERS="blocks.9"), "precision", ["'blocks.9'", "blocks.0.attn.qkv"]),
-    (dict(attention="torch", window_pattern="SL"), "kernels", ["--window_pattern=L"]),
+    (dict(attention="torch", window_pattern="SL", window_size=4), "kernels", ["--window_pattern=L"]),
     (dict(USE_QUACK=True), "kernels", ["--USE_QUACK=auto"]),
     (dict(USE_8BIT_ADAM=True), "optimizers", ["--USE_8BIT_ADAM=False"]),
     (dict(USE_DDP=True, USE_FSDP2=True), "optimizers", ["exclude each other"]),

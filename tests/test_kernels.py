@@ -310,11 +310,12 @@ def test_a_cached_weight_keeps_the_scale_it_was_quantized_by():
         assert relative(value if shape == (32, 16) else value.t(), weight) < 0.04
 
 
-@pytest.mark.parametrize("softcap", [0.0, 15.0, 80.0])  # 80: the largest
+@pytest.mark.parametrize("softcap, low", [(0.0, 0), (15.0, 0), (43.0, 0), (43.0, 130)])  # 43: the largest
 @pytest.mark.parametrize("fp8", [False, True])
-def test_cross_entropy(softcap, fp8):
+def test_cross_entropy(softcap, low, fp8):
+    """low: all logits lie around -low, where their exponentials are smallest."""
     V = 200
-    logits = 8 * randn(N, V)
+    logits = 8 * randn(N, V) - low
     targets = torch.randint(V, (N,), generator=torch.Generator().manual_seed(1)).to(DEVICE)
     targets[::7] = -1
     leaf = logits.float().requires_grad_()
@@ -635,6 +636,20 @@ def test_rope_and_qk_norm_in_place(packed):
     # Views of one tensor with the strides of TE's layout bs3hd
     assert all(x.stride() == (T * 3 * C, 3 * C, D, 1) for x in in_place)
     assert [x.storage_offset() for x in in_place] == [0, C, 2 * C]
+
+
+@pytest.mark.parametrize("head", [16, 128, 2048])
+def test_no_head_asks_for_more_threads_than_a_gpu_has(monkeypatch, head):
+    asked = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *args, num_warps: asked.append(num_warps)
+
+    monkeypatch.setattr(fused.kernels, "rope_qk_norm_backward", Kernel())
+    grads = [randn(1, 2, 1, head) for _ in range(3)]
+    fused.rope_qk_norm_grad(*grads, randn(2, 3 * head), None, None, None, None)
+    assert 4 <= asked[0] <= 32  # of 32 threads each
 
 
 class PlainQuack:

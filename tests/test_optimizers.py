@@ -245,7 +245,7 @@ def test_a_step_moves_each_parameter_by_its_own_rate():
 def test_zero_grad_drops_every_gradient():
     model = make_model()
     random_grads(model, 1)
-    train.Parallel(model, "none", make_cfg(), one_process()).zero_grad()
+    train.Parallel(model, "none", make_cfg(), one_process()).buffers.zero_grad()
     assert all(p.grad is None for p in model.parameters())
 
 

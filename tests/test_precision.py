@@ -53,8 +53,17 @@ def test_a_head_that_is_in_bf16_anyway_may_be_named(fresh):
     for flags in (dict(USE_FP8_HEAD=False), dict(USE_NVFP4=True)):
         model = make_model(make_cfg(**flags))
         assert keep_high_precision(model, "head", te) == ["head"] and not model.fp8_head
-    model = make_model(make_cfg())
-    assert model.fp8_head and keep_high_precision(model, "head", te) == ["head"] and not model.fp8_head
+    assert make_model(make_cfg()).fp8_head
+    model = make_model(make_cfg(HIGH_PRECISION_LAYERS="head"))
+    assert keep_high_precision(model, "head", te) == ["head"] and not model.fp8_head
+
+
+def test_a_head_in_bf16_counts_as_one(fresh):
+    """Before the model is there, too: it may have any vocabulary, and memory is predicted for it."""
+    cfg = make_cfg(HIGH_PRECISION_LAYERS="head", vocab_size=509)
+    assert not train.select_precision(cfg, helpers.CPU).fp8_head(cfg)
+    with pytest.raises(UserError, match="vocab_size"):
+        train.select_precision(make_cfg(vocab_size=509), helpers.CPU)
 
 
 @pytest.mark.parametrize("patterns", ["blocks.2", "block.1", "embed", "blocks.1,heads"])
@@ -291,16 +300,16 @@ def test_a_transformer_engine_that_cannot_be_imported_is_emulated(monkeypatch, c
 
 
 @pytest.mark.parametrize("error", BROKEN)
-@pytest.mark.parametrize("module", ["fused", "loss", "muon"])
+@pytest.mark.parametrize("module", ["fused", "loss", "muon", "parts"])
 def test_a_triton_that_cannot_be_imported_leaves_plain_pytorch(monkeypatch, module, error):
     """Checked on a second copy of each module that uses Triton."""
     broken_library(monkeypatch, "triton", error)
-    path = helpers.ROOT / "nanofp8" / f"{module}.py"
-    spec = importlib.util.spec_from_file_location(f"nanofp8.copy_of_{module}", path)
-    copy = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, copy)
-    spec.loader.exec_module(copy)
-    assert copy.triton is None and not hasattr(copy, "kernels")
+    for name, known_as in (("optional_triton", "nanofp8.optional_triton"), (module, f"nanofp8.copy_of_{module}")):
+        spec = importlib.util.spec_from_file_location(known_as, helpers.ROOT / "nanofp8" / f"{name}.py")
+        copy = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, known_as, copy)
+        spec.loader.exec_module(copy)
+    assert copy.triton is None and copy.kernels is None
     if module == "fused":
         assert not copy.kernels_fit(make_cfg(), helpers.GPU) and not copy.use_kernels(torch.zeros(1))
 

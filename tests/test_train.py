@@ -238,7 +238,8 @@ def test_the_number_of_calibration_passes_chooses_no_format(monkeypatch):
 def test_the_defaults_of_the_number_format_are_those_of_the_script():
     cfg = parse()
     assert {name: getattr(cfg, name) for name in train.checkpoint.FORMAT_FLAGS} == train.checkpoint.FORMAT_FLAGS
-    # The number of calibration passes chooses no format
+    # The number of calibration passes chooses no format; a resumed run takes it over with the recipe
+    assert "FP8_CALIBRATION_STEPS" in train.CLASSIC
     of_formats = {name for known in FORMATS.values() for name in known.flags} - {"FP8_CALIBRATION_STEPS"}
     assert {*train.checkpoint.FORMAT_FLAGS} == of_formats | {"USE_FP8", "USE_NVFP4", "HIGH_PRECISION_LAYERS"}
 

@@ -269,7 +269,7 @@ def test_the_first_losses_are_those_of_a_plain_loop(tmp_path, shards, one_rank):
         loss.backward()
         norm = clip_gradients(list(model.parameters()), cfg.grad_clip)
         optimizers.step()
-        parallel.zero_grad()
+        parallel.buffers.zero_grad()
         assert loss.item() == expected["loss"] and norm.item() == expected["grad_norm"], step
 
 

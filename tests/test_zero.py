@@ -50,8 +50,8 @@ def train_two_steps(cfg, procs, model):
         norm = procs.sum(parallel.reduce_gradients()).sqrt()
         torch.nn.utils.clip_grads_with_norm_(optimizers.parameters(), 0.5, norm, foreach=True)
         optimizers.step()
-        parallel.gather_weights()
-        parallel.zero_grad()
+        parallel.buffers.gather()
+        parallel.buffers.zero_grad()
         norms.append(norm.item())
     return norms, optimizers
 
@@ -174,7 +174,7 @@ def gathered_work(procs, flags):
     sharded = dict(model.named_parameters())
 
     def whole():
-        with parallel.whole_weights():
+        with parallel.buffers.in_model():
             return {name: p for name, p in model.named_parameters()}
 
     def check_weights(expected):
@@ -184,7 +184,7 @@ def gathered_work(procs, flags):
 
     addresses = {name: (p.data_ptr(), p.main_grad.data_ptr()) for name, p in whole().items()}
     check_weights(start)
-    with parallel.whole_weights():
+    with parallel.buffers.in_model():
         # Twice, by matmuls in place and by autograd: each adds to the sum, and nothing is left at the weight
         for step in range(2):
             for i, p in enumerate(model.parameters()):
@@ -204,9 +204,9 @@ def gathered_work(procs, flags):
         for p in sharded.values():
             p.add_(p.grad)
     parallel.buffers.send_rows()
-    parallel.gather_weights()
+    parallel.buffers.gather()
     check_weights({name: start[name] + means[name] for name in start})
-    parallel.zero_grad()
+    parallel.buffers.zero_grad()
     assert not any(p.main_grad.any() for p in whole().values())
     assert addresses == {name: (p.data_ptr(), p.main_grad.data_ptr()) for name, p in whole().items()}
     return True
@@ -247,7 +247,7 @@ def fused_work(procs, flags):
         parallel = train.Parallel(model, "fsdp2", cfg, procs)
         micro_batch(plain, True)
         micro_batch(parallel, True)
-        with parallel.whole_weights():
+        with parallel.buffers.in_model():
             sums = {name: p.main_grad for name, p in model.named_parameters()}
             assert all(p.grad is None for p in model.parameters())
         once = {name: gradient.clone() for name, gradient in sums.items()}
