@@ -104,6 +104,8 @@ NNODES=${NNODES:-} NODE_RANK=${NODE_RANK:-} MASTER_ADDR=${MASTER_ADDR:-} RDZV_EN
   die "srun started several tasks per machine; use --ntasks-per-node=1 and set NPROC for processes per machine" 2
 [ -n "$NNODES" ] || { [ "${PET_NNODES:-1}" = 1 ] && [ "${OMPI_COMM_WORLD_SIZE:-1}" = 1 ]; } ||
   die "mpirun or Kubeflow started this several times; start it once on each machine, with NNODES, NODE_RANK and MASTER_ADDR" 2
+[ -n "$NNODES" ] || [ "${SLURM_STEP_NUM_NODES:-1}" -gt 1 ] || { [ -z "$NODE_RANK" ] && { [ "${WORLD_SIZE:-1}" = 1 ] || [ -z "$MASTER_ADDR" ]; }; } ||
+  die "NODE_RANK, or MASTER_ADDR and WORLD_SIZE, are set, but not NNODES; set NNODES (1: this machine alone), NODE_RANK and MASTER_ADDR on each machine" 2
 if [ -z "$NNODES" ] && [ "${SLURM_STEP_NUM_NODES:-1}" -gt 1 ]; then
   NNODES=$SLURM_STEP_NUM_NODES NODE_RANK=${NODE_RANK:-${SLURM_NODEID:-}}
   MASTER_PORT=${MASTER_PORT:-$((20000 + ${SLURM_JOB_ID:-0} % 10000))} # one port per job, for jobs on one machine
@@ -167,10 +169,12 @@ except Exception as error:
 END
 }
 
-# .venv/installed says what .venv contains (python's version, the requirements file and its hash), or "unfinished".
+# .venv/installed says what .venv contains (python's version, the requirements file and its hash, and the processor, for
+# machines of two kinds that share this folder), or "unfinished".
 key() {
-  .venv/bin/python -c 'import hashlib, sys
-print(sys.version.split()[0], sys.argv[1], hashlib.sha256(open(sys.argv[1], "rb").read()).hexdigest())' "$1" 2>/dev/null
+  .venv/bin/python -c 'import hashlib, platform, sys
+print(sys.version.split()[0], sys.argv[1], hashlib.sha256(open(sys.argv[1], "rb").read()).hexdigest(),
+      *{platform.machine()} - {"x86_64"})' "$1" 2>/dev/null
 }
 # requirements.txt contains all of requirements-cpu.txt, so a .venv with GPU packages also serves a machine without GPU.
 complete() {
@@ -179,8 +183,8 @@ complete() {
 
 # pip for .venv, whose versions the requirements decide. NVIDIA's images set PIP_CONSTRAINT to the versions of their own
 # environment, which pip cannot install together with ours. pip takes what is on PYTHONPATH for installed, but the next
-# start may be without it.
-own_pip=(env -u PIP_CONSTRAINT -u PYTHONPATH .venv/bin/python -m pip)
+# start may be without it. With the other variables it would install elsewhere.
+own_pip=(env -u PIP_CONSTRAINT -u PYTHONPATH -u PIP_TARGET -u PIP_PREFIX -u PIP_ROOT .venv/bin/python -m pip)
 
 # Make an empty .venv with python's own venv and pip, or with uv, which needs neither and can download a python.
 make_venv() {
@@ -210,7 +214,8 @@ hopper() {
 
 # Install the numbered parts of the requirements, in order. Part 1 pins torch; the later parts must keep that version.
 install() {
-  local part title option driver cpu_index='https://download.pytorch.org/whl/cpu'
+  local part title option driver why cpu_index='https://download.pytorch.org/whl/cpu'
+  local -x PATH=$PWD/.venv/bin:$PATH # for ninja, which compiles Transformer Engine on all cores (MAX_JOBS)
   export PIP_USER=0 # pip refuses "user = true" of a pip.conf, or PIP_USER=1, in an environment like .venv
   set -- -qq --disable-pip-version-check -c .venv/part1.txt
   if [ "$machine_gpus" -gt 0 ]; then
@@ -250,6 +255,10 @@ install() {
       die "installation failed (pip's error is above); run the same command again to retry, with MAX_JOBS=1 in front of it if a compiler was killed: it had too little memory"
     say "that failed, but training works without it; to retry: ${own_pip[*]} install -r .venv/part$part.txt"
   done
+  why=$(env -u PYTHONPATH .venv/bin/python -W ignore -c 'import torch' 2>&1) ||
+    die "pip ended well, but .venv cannot import torch ($(tail -n 1 <<<"$why")); if pip.conf sets target, prefix or root (.venv/bin/python -m pip config list), take that out; then run the same command again"
+  [ "$machine_gpus" -eq 0 ] || why=$(env -u PYTHONPATH .venv/bin/python -W ignore -c 'import transformer_engine.pytorch' 2>&1) ||
+    say "Transformer Engine was installed, but cannot be imported ($(tail -n 1 <<<"$why")); until that is repaired FP8 is emulated, slower than bf16 (docs/install.md)"
   key "$requirements" >.venv/installed.new && mv .venv/installed.new .venv/installed
 }
 
@@ -364,13 +373,18 @@ from nanofp8 import resuming
 checkpoint, _ = resuming.choose_checkpoint(train.read_flags(sys.argv[1:]))
 sys.exit(resuming.read_checkpoint(checkpoint)["flags"]["dataset"] == "fineweb10B")' "$@"
 }
-if [ "$gpus" -gt 0 ] && [ "$(flag dataset "$@") $(flag data_dir "$@")" = "fineweb10B data" ] && [ "$(flag preset "$@")" != tiny ]; then
+# Return 0 if shards are missing; set how many train shards are `here`, and how many cachedfineweb10b.py was `asked` for.
+# If that is unknown, none are added to what is here.
+lacks_fineweb() {
+  asked=$(sed -n 's/.*"train_shards": *\([1-9][0-9]\{0,2\}\),.*/\1/p' data/fineweb10B/download.json 2>/dev/null) || true
+  ! here=$(fineweb "${asked:-0}") && { [ "$here" -eq 0 ] || [ -n "$asked" ]; } && ! resumes_other_data "$@"
+}
+if [ "$gpus" -gt 0 ] && [ "$(flag dataset "$@") $(flag data_dir "$@")" = "fineweb10B data" ] &&
+  [ "$(flag preset "$@")" != tiny ] && lacks_fineweb "$@"; then
   can_write
   {
     lock
-    # How many train shards cachedfineweb10b.py was asked for. If that is unknown, add none to what is here.
-    asked=$(sed -n 's/.*"train_shards": *\([1-9][0-9]\{0,2\}\),.*/\1/p' data/fineweb10B/download.json 2>/dev/null) || true
-    if ! here=$(fineweb "${asked:-0}") && { [ "$here" -eq 0 ] || [ -n "$asked" ]; } && ! resumes_other_data "$@"; then
+    if lacks_fineweb "$@"; then # another start may just have downloaded them
       asked=${asked:-9}
       if ! step "$py" data/cachedfineweb10b.py "$asked"; then
         here=$(fineweb 0) && [ "$here" -gt 0 ] && [ "$command" != setup ] ||
@@ -394,6 +408,7 @@ if read -r quota period 2>/dev/null <"${CPU_MAX:-/sys/fs/cgroup/cpu.max}" && who
     [ "$NPROC" -gt 1 ] || export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$cores}
   fi
 fi
+[ "$cores" -ge "$NPROC" ] || say "$NPROC processes share $cores core(s), and will wait for each other; under Slurm ask for more: srun --cpus-per-task"
 set -- train.py "$@"
 if [ -z "$NNODES" ] && [ "$NPROC" -eq 1 ] && [ "$MAX_RESTARTS" -eq 0 ]; then
   exec "$py" "$@"

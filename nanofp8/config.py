@@ -417,8 +417,15 @@ def check_command_line(path: str, argv: Sequence[str] | None = None, doctor: str
 
 
 PACKAGES = ("torch", "numpy", "matplotlib")
-ENVIRONMENT = ("start with bash run.sh, which makes an environment, or use that environment's Python "
-               "(.venv/bin/python)")
+OWN_ENVIRONMENT = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), ".venv")  # run.sh's
+
+
+def environment_remedy() -> str:
+    """Return how to get a Python that can train, if this one cannot."""
+    if os.path.realpath(sys.prefix) == os.path.realpath(OWN_ENVIRONMENT):
+        return f"delete {OWN_ENVIRONMENT} and start with bash run.sh, which makes it again"
+    return ("start with bash run.sh, which makes an environment, or use that environment's Python "
+            "(.venv/bin/python)")
 
 
 def being_imported(trace: Any) -> str:
@@ -441,11 +448,11 @@ def report_early_error(script: str, kind: type, error: BaseException, trace: Any
     elif issubclass(kind, UserError):
         line = f"error: {error}"
     elif issubclass(kind, ModuleNotFoundError) and error.name in PACKAGES:
-        line = f"error: {sys.executable} has no {error.name}; {ENVIRONMENT}"
+        line = f"error: {sys.executable} has no {error.name}; {environment_remedy()}"
     elif issubclass(kind, (ImportError, OSError)) and (broken := being_imported(trace)):  # a library is missing, say
         why = (str(error).strip().splitlines() or [kind.__name__])[-1]
         libraries = "unset LD_LIBRARY_PATH, which may bring other libraries, or " * ("LD_LIBRARY_PATH" in os.environ)
-        line = f"error: {sys.executable} cannot import {broken} ({why}); {libraries}{ENVIRONMENT}"
+        line = f"error: {sys.executable} cannot import {broken} ({why}); {libraries}{environment_remedy()}"
     if line and _is_main():
         print(f"{script}: {line}", file=sys.stderr, flush=True)
     elif not line:

@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import Any, Callable, Iterator
 
 from nanofp8.cards import old_torch
-from nanofp8.config import ENVIRONMENT, UserError
+from nanofp8.config import UserError, environment_remedy
 from nanofp8.files import error_line
 
 # Bytes of /dev/shm that NCCL's documentation asks of a container (user guide, troubleshooting: --shm-size=1g)
@@ -42,7 +42,7 @@ def start_torch() -> None:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # read when torch starts
     import torch
     if fault := old_torch(str(torch.__version__)):
-        raise UserError(f"{fault}; {ENVIRONMENT}")
+        raise UserError(f"{fault}; {environment_remedy()}")
     wheels = os.path.join(sysconfig.get_path("purelib"), "nvidia")
     if toolkit_misleads(wheels):
         load_from_wheels(wheels)

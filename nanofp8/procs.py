@@ -1,6 +1,7 @@
 """Start and end a script; give it rank, world size, device and mesh. One process works like many."""
 
 import datetime
+import errno
 import glob
 import json
 import os
@@ -33,6 +34,8 @@ GPU_FAULTS = {
 # Words of messages in which a library of another version than torch's may speak, if LD_LIBRARY_PATH names it
 LIBRARY_FAULTS = ("CUBLAS_STATUS_INVALID_VALUE", "CUBLAS_STATUS_NOT_INITIALIZED", "CUBLAS_STATUS_NOT_SUPPORTED",
                   "CUDNN_STATUS_NOT_INITIALIZED", "CUDNN_STATUS_NOT_SUPPORTED", "NVRTC_ERROR_", "nvrtc: error")
+# Of files that several processes write and delete on a network file system (triton issue 11512)
+SHARED_CACHE_FAULTS = (errno.ENOENT, errno.EBUSY, errno.ENOTEMPTY)
 KERNEL_FLAGS = {"flash_attn": "--attention=cudnn", "quack": "--USE_QUACK=False"}  # by packages that a flag leaves out
 
 
@@ -231,6 +234,9 @@ def environment_fault(error: BaseException) -> str:
         inner = inner.__cause__ or inner.__context__
     frames = list(traceback.walk_tb(error.__traceback__))
     packages = {str(frame.f_globals.get("__name__")).partition(".")[0] for frame, _ in frames}
+    if "triton" in packages and isinstance(error, OSError) and error.errno in SHARED_CACHE_FAULTS:
+        return (f"another process changed Triton's cache ({error}); start again, or set TRITON_CACHE_DIR to a folder "
+                f"on a local disk")
     if "triton" in packages and (isinstance(error, json.JSONDecodeError) or "kernel image is invalid" in message):
         return (f"a file in Triton's cache is damaged ({message}); delete the cache: "
                 f"rm -r {os.environ.get('TRITON_CACHE_DIR') or '~/.triton/cache'}")

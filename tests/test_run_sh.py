@@ -36,6 +36,9 @@ case "$*" in
     [ -z "${PIP_CONSTRAINT:-}" ] || { echo "ERROR: ResolutionImpossible" >&2; exit 1; }
     if [ -n "${HANG:-}" ] && grep -q "^$HANG" "$part"; then sleep 60 & echo $! >"$LOG.pid"; wait; fi
     if [ -n "${FAIL:-}" ] && grep -q "^$FAIL" "$part"; then echo "ERROR: no route to host" >&2; exit 1; fi ;;
+  '-W ignore -c import torch') [ -z "${NO_TORCH:-}" ] || { echo "ImportError: libtorch.so" >&2; exit 1; } ;;
+  '-W ignore -c import transformer_engine.pytorch')
+    [ -z "${NO_TE:-}" ] || { echo "ImportError: GLIBCXX" >&2; exit 1; } ;;
   '-c '*'from torch.distributed.run import main'*)
     log "torchrun ${*:3} OMP=${OMP_NUM_THREADS:-}"
     end() { log "torchrun got $1"; kill $!; [ -z "${SAFE:-}" ] || touch "$ENDED_WELL"; exit 1; }
@@ -284,6 +287,36 @@ def test_versions_of_an_image_are_not_for_its_own_environment(host):
     out = host.gpus(1).run("--preset=tiny", FAIL="dion", **env)
     retry = re.search(r"to retry: (.* -r \S+)", out)[1]
     subprocess.run(["bash", "-c", retry], env=host.env | env | {"PIP_USER": "0"}, cwd=host.repo, check=True)
+
+
+def test_what_pip_has_installed_is_tried(host):
+    """pip may have put it elsewhere, and a library may be missing. Without torch, the next start installs again."""
+    out = host.run(status=1, NO_TORCH="1")
+    assert "libtorch.so" in out and "pip config list" in out and len(host.pips()) == CPU_PARTS
+    host.run()
+    assert len(host.pips()) == CPU_PARTS and host.did[-1].startswith(".venv train.py")
+    out = host.gpus(1).run("--dataset=shakespeare", NO_TE="1")
+    assert "GLIBCXX" in out and "emulated" in out and host.did[-1].startswith(".venv train.py")
+    assert host.run("--dataset=shakespeare") == "" and host.pips() == []
+
+
+@pytest.mark.parametrize("name", ["PIP_TARGET", "PIP_PREFIX", "PIP_ROOT"])
+def test_pip_installs_into_its_own_environment(host, name):
+    path = host.bin / "python3"
+    path.write_text(path.read_text().replace("NVTE=", f"{name}=${{{name}:-}} ninja=${{PATH%%:*}} NVTE="))
+    host.run(**{name: "/elsewhere"})
+    assert len(host.pips()) == CPU_PARTS
+    assert all(f"{name}= ninja={host.repo}/.venv/bin " in line for line in host.pips())
+
+
+def test_an_environment_is_for_one_kind_of_processor(host):
+    """Folders may be shared by x86 and ARM machines, whose Pythons have the same name and version."""
+    host.run()
+    (host.stubs / "platform.py").write_text("def machine(): return 'aarch64'\n")
+    host.run()
+    assert len(host.pips()) == CPU_PARTS
+    host.run()
+    assert host.pips() == []
 
 
 def test_packages_on_pythonpath_are_installed_nevertheless(host):
@@ -560,6 +593,14 @@ def test_threads_of_several_processes_follow_the_cores_that_they_may_use(host):
     assert host.did[0].endswith(" OMP=16")
 
 
+def test_fewer_cores_than_processes_are_said(host):
+    """srun of Slurm 22.05 gives one core unless it is told again."""
+    host.fake("nproc", "#!/bin/bash\necho 1\n")
+    out = host.gpus(8).has("torch", "numpy", "transformer_engine.pytorch").run("--dataset=shakespeare")
+    assert "1 core" in out and "8 processes" in out and "--cpus-per-task" in out
+    assert "SRUN_CPUS_PER_TASK" in (ROOT / "examples" / "slurm.sh").read_text()
+
+
 def test_one_process_takes_no_ranks_from_outside(host):
     host.has("torch", "numpy").run(RANK="3", WORLD_SIZE="4")
     assert host.did == ["fake train.py RANK="]
@@ -656,12 +697,15 @@ def test_how_run_sh_must_be_started(host, tmp_path):
     assert [path.name for path in (tmp_path / "spool").iterdir()] == ["slurm_script"]
 
 
-@pytest.mark.parametrize("env", [dict(PET_NNODES="2"), dict(OMPI_COMM_WORLD_SIZE="4")])
+@pytest.mark.parametrize("env", [dict(PET_NNODES="2"), dict(OMPI_COMM_WORLD_SIZE="4"), dict(NODE_RANK="1"),
+                                 dict(WORLD_SIZE="2", RANK="1", MASTER_ADDR="10.0.0.1")])
 def test_one_start_of_many_is_no_run_of_its_own(host, env):
     out = host.has("torch", "numpy").run(status=2, **env)
     assert all(name in out for name in ("NNODES", "NODE_RANK", "MASTER_ADDR")) and host.did == []
-    host.run(NNODES="2", NODE_RANK="0", MASTER_ADDR="a", **env)
+    host.run(**env | dict(NNODES="2", NODE_RANK="0", MASTER_ADDR="a"))
     assert "--nnodes=2" in host.did[0]
+    host.run(**env | dict(NNODES="1", NODE_RANK="0"))
+    assert not any("--nnodes" in line for line in host.did)
 
 
 def test_variables_of_others_that_would_change_torchrun_or_python(host):
@@ -690,6 +734,20 @@ def test_a_folder_that_cannot_be_written_is_one_line(host):
     (host.repo / ".setup.lock").mkdir()  # root could write to a folder without permissions
     out = host.run(status=1)
     assert "cannot be written" in out and "line" not in out
+
+
+def test_a_folder_that_cannot_be_written_and_has_all_can_train(host):
+    """As of an installation that several users share."""
+    (host.repo / ".setup.lock").mkdir()
+    folder = host.repo / "data" / "fineweb10B"
+    folder.mkdir()
+    for name in ("fineweb_val_000000.bin", "fineweb_train_000001.bin"):
+        (folder / name).write_text("x")
+    (folder / "download.json").write_text('{"train_shards": 1, "revision": null}')
+    host.gpus(1).has("torch", "numpy", "transformer_engine.pytorch").run("--out_dir=/elsewhere")
+    assert host.did == ["fake train.py --out_dir=/elsewhere RANK="]
+    (folder / "fineweb_val_000000.bin").unlink()
+    assert "cannot be written" in host.run("--out_dir=/elsewhere", status=1)
 
 
 def test_a_link_to_run_sh_runs_the_project(host):
