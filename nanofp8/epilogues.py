@@ -73,22 +73,21 @@ def choose_quack(cfg: SimpleNamespace, device: torch.device, blocks: str) -> tup
 
 FAST = (("fp8_slow_accum", False),)  # sums stay in the tensor cores, as with cuBLAS's fast accumulation
 SQUARES = dict(tile_M=128, tile_N=256, cluster_M=2, cluster_N=1)  # of symmetric results half of them are computed
-TILE_N = 192  # columns that a warp group of bf16_matmul() computes at once
+TILE_N = 192  # columns that a warp group computes at once in PINGPONG matmuls
+# Two warp groups take turns: one multiplies while the other runs its epilogue
+PINGPONG = dict(tile_M=128, tile_N=TILE_N, cluster_M=2, cluster_N=1, pingpong=True, post_init_attrs=FAST)
 
 
 def bf16_matmul(epilogue: str, a: Any, b: Any, c: torch.Tensor | None = None, **arguments: Any) -> torch.Tensor:
     """Return a @ b.T (N, K) bf16, as an epilogue of epilogue_functions.py makes it.
 
     a (N, C), b (K, C): both fused.Fp8, or both bf16, where b may be a transposed view. c (N, K): the epilogue reads it.
-    Two warp groups take turns ("pingpong"): one multiplies while the other runs its epilogue.
     """
     if not isinstance(a, torch.Tensor):
         arguments |= dict(f=a.inverse_scale.view(1), g=b.inverse_scale.view(1))
         a, b = a.data, b.data
     out = torch.empty(len(a), len(b), dtype=torch.bfloat16, device=a.device)
-    getattr(library()[0], epilogue).gemm(
-        a, b, out, c, tile_M=128, tile_N=TILE_N, cluster_M=2, cluster_N=1, pingpong=True, epi_args=arguments,
-        post_init_attrs=FAST)
+    getattr(library()[0], epilogue).gemm(a, b, out, c, epi_args=arguments, **PINGPONG)
     return out
 
 
@@ -136,11 +135,10 @@ def relu2_matmul(x: Any, weight: Any, scaling: Any) -> torch.Tensor:
         return bf16_matmul("relu2_bf16", x, weight)
     N, K = x.data.shape[0], weight.data.shape[0]
     out = torch.empty(N, K, dtype=scaling.dtype, device=x.data.device)
-    parts = torch.empty(N, -(-K // 192), dtype=torch.float32, device=x.data.device)
+    parts = torch.empty(N, -(-K // TILE_N), dtype=torch.float32, device=x.data.device)
     library()[0].relu2.gemm(
-        x.data, weight.data, out, None, tile_M=128, tile_N=192, cluster_M=2, cluster_N=1, pingpong=True,
-        epi_args=dict(f=x.inverse_scale.view(1), g=weight.inverse_scale.view(1), s=scaling.scale, amax=parts),
-        post_init_attrs=FAST)
+        x.data, weight.data, out, None, **PINGPONG,
+        epi_args=dict(f=x.inverse_scale.view(1), g=weight.inverse_scale.view(1), s=scaling.scale, amax=parts))
     amax_of(parts, scaling.amax)
     return out
 

@@ -331,16 +331,12 @@ def current_scaling(x: torch.Tensor, dtype: torch.dtype) -> Scaling:
 
 
 class AddNorm(torch.autograd.Function):
-    """Compute RMSNorm(x + delta) * gain in bf16, for the model's last norm.
-
-    x (..., C) bf16 or fp32; delta, of x's shape, bf16 or None; gain (C,) fp32.
-    """
+    """Compute RMSNorm(x + delta) * gain, for the model's last norm. x, delta, result (..., C) bf16; gain (C,) fp32."""
 
     @staticmethod
-    def forward(ctx, x: torch.Tensor, delta: torch.Tensor | None, gain: torch.Tensor, eps: float) -> torch.Tensor:
+    def forward(ctx, x: torch.Tensor, delta: torch.Tensor, gain: torch.Tensor, eps: float) -> torch.Tensor:
         residual, y, rstd = add_norm(x, delta, gain, eps, None)
         ctx.save_for_backward(residual, gain, rstd)
-        ctx.add = delta is not None
         return y.view(x.shape)
 
     @staticmethod
@@ -348,7 +344,7 @@ class AddNorm(torch.autograd.Function):
         residual, gain, rstd = ctx.saved_tensors
         dx, _, dgain, _ = add_norm_grad(dy.flatten(0, -2), residual, gain, rstd, None)
         dx = dx.view(dy.shape)
-        return dx, dx if ctx.add else None, dgain, None
+        return dx, dx, dgain, None
 
 
 class EmbedNorm(torch.autograd.Function):

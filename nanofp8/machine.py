@@ -19,8 +19,7 @@ import torch
 from nanofp8 import cards, host
 from nanofp8.config import UserError
 from nanofp8.files import console, error_line
-
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # the folder of train.py
+from nanofp8.shards import PROJECT
 
 # Modules that do not train: an edit to a report must not make finished runs count as old
 REPORTS = ("alternate.py", "breakdown.py", "card.py", "doctor.py", "race.py", "race_report.py", "reports.py")
@@ -213,16 +212,16 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         except PackageNotFoundError:
             versions[package] = None
     commit = ""
-    if shutil.which("git") and os.path.exists(os.path.join(ROOT, ".git")):  # not a repository around this folder
+    if shutil.which("git") and os.path.exists(os.path.join(PROJECT, ".git")):  # not a repository around this folder
         with contextlib.suppress(OSError, subprocess.SubprocessError):
             commit = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True,
-                                    text=True, errors="replace", cwd=ROOT, timeout=20).stdout.strip()
+                                    text=True, errors="replace", cwd=PROJECT, timeout=20).stdout.strip()
     name = (torch.cuda.get_device_name(device) if device.type == "cuda"
             else f"CPU ({platform.machine()}, {os.cpu_count()} cores)")
     code = hashlib.sha256()
-    package = glob.glob(os.path.join(glob.escape(ROOT), "nanofp8", "*.py"))
+    package = glob.glob(os.path.join(glob.escape(PROJECT), "nanofp8", "*.py"))
     package = [path for path in package if os.path.basename(path) not in REPORTS]
-    for path in [os.path.join(ROOT, "train.py"), *sorted(package)]:
+    for path in [os.path.join(PROJECT, "train.py"), *sorted(package)]:
         with open(path, "rb") as f:
             code.update(f.read())
     return dict(device=name, versions=versions, git_commit=commit or None, code=code.hexdigest()[:16])

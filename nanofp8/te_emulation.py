@@ -104,9 +104,6 @@ class Recipe:
     def float8_current_scaling(self) -> bool:
         return isinstance(self, Float8CurrentScaling)
 
-    def float8_per_tensor_scaling(self) -> bool:
-        return isinstance(self, (DelayedScaling, Float8CurrentScaling))
-
     def float8_block_scaling(self) -> bool:
         return isinstance(self, Float8BlockScaling)
 

@@ -21,7 +21,7 @@ def test_the_code_hash_follows_train_py_and_the_package(tmp_path, monkeypatch):
     package = shutil.copytree(helpers.ROOT / "nanofp8", tmp_path / "nanofp8",
                               ignore=shutil.ignore_patterns("__pycache__"))
     before = describe_machine(helpers.CPU)["code"]
-    monkeypatch.setattr(machine, "ROOT", str(tmp_path))
+    monkeypatch.setattr(machine, "PROJECT", str(tmp_path))
     monkeypatch.setattr(shutil, "which", lambda name: None)  # git takes longest
     assert describe_machine(helpers.CPU)["code"] == before
     seen = {before}
@@ -265,7 +265,7 @@ def test_the_commit_is_this_projects(tmp_path, monkeypatch):
     inside = tmp_path / "project"
     shutil.copytree(helpers.ROOT / "nanofp8", inside / "nanofp8", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(helpers.TRAIN, inside)
-    monkeypatch.setattr(machine, "ROOT", str(inside))
+    monkeypatch.setattr(machine, "PROJECT", str(inside))
     assert describe_machine(helpers.CPU)["git_commit"] is None
     shutil.copytree(tmp_path / ".git", inside / ".git")
     assert len(describe_machine(helpers.CPU)["git_commit"].removesuffix("-dirty")) == 12
