@@ -849,8 +849,7 @@ def train_step(run: Run) -> StepResult:
     """Take one optimizer step over accumulation x world_size micro-batches, unless run.guard rejects its gradients.
 
     The host waits for the GPU once: it must know loss and norm before the optimizers run. Dion and bitsandbytes cannot
-    skip a step by a flag on the GPU, and zero gradients would still decay momenta. Clipping needs the norm
-    too.
+    skip a step by a flag on the GPU, and zero gradients would still decay momenta. Clipping needs the norm, too.
     """
     parallel, loader, procs, device = run.parallel, run.loader, run.procs, run.procs.device
     restore_scales = snapshot_scales(run.model)
