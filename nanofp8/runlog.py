@@ -17,6 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Callable, Iterator
 
+from nanofp8 import host
 from nanofp8.config import UserError, flag_values
 from nanofp8.faults import exit_now
 from nanofp8.files import console, error_line, first_line, replace_file
@@ -27,7 +28,7 @@ from nanofp8.procs import Processes
 from nanofp8.shards import NAME_PATTERN
 from nanofp8.sizes import BatchPlan, parameter_table
 
-LOCK_FILE = ".lock"  # in run folders on NFS
+LOCK_FILE = ".lock"  # in run folders on network file systems
 WANDB_SECONDS = 120.0  # for wandb to send what it has not sent yet, at the end of a run
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -90,7 +91,8 @@ def set_log_aside(folder: str) -> None:
 class FolderLock:
     """Keep other processes from training in a run folder, until close() or the end of this process.
 
-    The folder itself is locked, or on NFS, where only files that are open for writing can be (EBADF), a file in it.
+    The folder itself is locked. On a network file system that counts on one machine only, and Linux sends locks of
+    files alone to the server: there a file in the folder is locked as well.
     """
 
     def __init__(self, folder: str):
@@ -108,22 +110,24 @@ class FolderLock:
             except BlockingIOError:
                 if seconds_left:
                     time.sleep(1)
-            except OSError:
-                return  # a file system without locks
+        crashed = f"; if its machine has crashed, delete {os.path.join(folder, LOCK_FILE)}" if self.file else ""
         self.close()
-        raise UserError(f"another process is training in {folder}; wait for its end, or choose another --run_name",
-                        one_rank=True)
+        raise UserError(f"another process is training in {folder}; wait for its end, or choose another "
+                        f"--run_name{crashed}", one_rank=True)
 
     def lock(self) -> None:
-        """Take the lock, or raise OSError: BlockingIOError if another process holds it."""
-        try:
-            fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno != errno.EBADF:
-                raise
-            if self.file is None:
+        """Take the lock, as far as the file system has locks. Raises BlockingIOError if another process holds it."""
+        if self.file is None and host.file_system(self.folder).startswith(host.NETWORK):
+            with contextlib.suppress(OSError):  # a folder that cannot be written
                 self.file = os.open(os.path.join(self.folder, LOCK_FILE), os.O_RDWR | os.O_CREAT, 0o666)
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for descriptor in (self.descriptor, self.file):
+            try:
+                if descriptor is not None:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise
+            except OSError:  # a file system without locks
+                pass
 
     def holds(self, folder: str) -> bool:
         """Whether this is the lock of the folder that has this name now, not of a deleted one."""

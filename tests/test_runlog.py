@@ -4,6 +4,7 @@ import errno
 import fcntl
 import os
 import shutil
+import stat
 import sys
 import threading
 from types import ModuleType, SimpleNamespace
@@ -163,23 +164,22 @@ def test_a_log_that_is_deleted_alone(tmp_path, capsys):
 
 
 def test_a_run_folder_on_nfs_is_locked(tmp_path, monkeypatch):
-    """There flock() of what is open for reading alone, as a folder is, fails with EBADF (man 2 flock)."""
-    local = fcntl.flock
-
-    def flock(descriptor, operation):
-        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
-            raise OSError(errno.EBADF, "Bad file descriptor")
-        return local(descriptor, operation)
-
-    monkeypatch.setattr(fcntl, "flock", flock)
+    """There flock() of a folder counts on one machine alone; only locks of files reach the server."""
+    flock = fcntl.flock
+    monkeypatch.setattr(fcntl, "flock", lambda descriptor, operation: stat.S_ISDIR(os.fstat(descriptor).st_mode)
+                        or flock(descriptor, operation))
     monkeypatch.setattr(runlog.time, "sleep", lambda _: None)
     folder = make_run_folder(str(tmp_path), "gpt")
-    lock = FolderLock(folder)
-    with pytest.raises(UserError, match="another process is training"):
-        FolderLock(folder)
-    assert lock.holds(folder) and runlog.holds_only_a_log(folder)
-    lock.close()
-    FolderLock(folder).close()
+    for kind, locked in (("ext4", False), ("nfs4", True)):
+        monkeypatch.setattr(runlog.host, "file_system", lambda _, kind=kind: kind)
+        lock = FolderLock(folder)
+        if locked:
+            with pytest.raises(UserError, match="another process is training.* delete .*gpt/.lock"):
+                FolderLock(folder)
+        assert os.listdir(folder) == [".lock"] * locked
+        assert lock.holds(folder) and runlog.holds_only_a_log(folder)
+        lock.close()
+        FolderLock(folder).close()
     runlog.remove_if_empty(folder)
     assert os.listdir(tmp_path) == []
 
