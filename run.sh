@@ -16,8 +16,8 @@
 #   NNODES, RDZV_ENDPOINT, RDZV_ID                 the same, but torchrun numbers the machines
 #   Under srun with one task per machine, these are set from Slurm's own variables.
 #
-# On SIGTERM, SIGINT, SIGHUP, SIGUSR1 or SIGUSR2, training finishes the current step, saves a checkpoint and stops; the exit
-# status is 0 if the checkpoint was written.
+# On SIGTERM, SIGINT, SIGHUP, SIGUSR1 or SIGUSR2, training finishes the current step, saves a checkpoint and stops; the
+# exit status is 0 if the checkpoint was written.
 [ -n "${BASH_VERSION:-}" ] && [ -n "${BASH_SOURCE:-}" ] || { echo "run.sh: start it as a file, with bash: bash run.sh" >&2 && exit 2; }
 set -euo pipefail
 script=$(readlink -f -- "${BASH_SOURCE[0]}" 2>/dev/null || echo "${BASH_SOURCE[0]}") # a link to run.sh may be elsewhere
@@ -104,8 +104,6 @@ NNODES=${NNODES:-} NODE_RANK=${NODE_RANK:-} MASTER_ADDR=${MASTER_ADDR:-} RDZV_EN
   die "srun started several tasks per machine; use --ntasks-per-node=1 and set NPROC for processes per machine" 2
 [ -n "$NNODES" ] || { [ "${PET_NNODES:-1}" = 1 ] && [ "${OMPI_COMM_WORLD_SIZE:-1}" = 1 ]; } ||
   die "mpirun or Kubeflow started this several times; start it once on each machine, with NNODES, NODE_RANK and MASTER_ADDR" 2
-[ -n "$NNODES" ] || [ "${SLURM_STEP_NUM_NODES:-1}" -gt 1 ] || { [ -z "$NODE_RANK" ] && { [ "${WORLD_SIZE:-1}" = 1 ] || [ -z "$MASTER_ADDR" ]; }; } ||
-  die "NODE_RANK, or MASTER_ADDR and WORLD_SIZE, are set, but not NNODES; set NNODES (1: this machine alone), NODE_RANK and MASTER_ADDR on each machine" 2
 if [ -z "$NNODES" ] && [ "${SLURM_STEP_NUM_NODES:-1}" -gt 1 ]; then
   NNODES=$SLURM_STEP_NUM_NODES NODE_RANK=${NODE_RANK:-${SLURM_NODEID:-}}
   MASTER_PORT=${MASTER_PORT:-$((20000 + ${SLURM_JOB_ID:-0} % 10000))} # one port per job, for jobs on one machine
@@ -212,6 +210,14 @@ hopper() {
   grep -q '^9\.' <<<"$capabilities"
 }
 
+# Import a package as .venv has it, without what the surroundings bring. If that fails, print the reason.
+try() {
+  local error
+  error=$(env -u PYTHONPATH -u LD_LIBRARY_PATH .venv/bin/python -W ignore -c "import $1" 2>&1) && return
+  tail -n 1 <<<"$error"
+  return 1
+}
+
 # Install the numbered parts of the requirements, in order. Part 1 pins torch; the later parts must keep that version.
 install() {
   local part title option driver why cpu_index='https://download.pytorch.org/whl/cpu'
@@ -250,15 +256,17 @@ install() {
     option=--no-input
     [[ $title != *'no build isolation'* ]] || option=--no-build-isolation
     say "installing $title"
-    step "${own_pip[@]}" install "$@" "$option" -r ".venv/part$part.txt" && continue
+    if step "${own_pip[@]}" install "$@" "$option" -r ".venv/part$part.txt"; then
+      [ "$part" -gt 1 ] || why=$(try torch) ||
+        die "pip ended well, but .venv cannot import torch ($why); if pip.conf sets target, prefix or root (.venv/bin/python -m pip config list), take that out; then run the same command again"
+      continue
+    fi
     [[ $title == *optional* ]] ||
       die "installation failed (pip's error is above); run the same command again to retry, with MAX_JOBS=1 in front of it if a compiler was killed: it had too little memory"
     say "that failed, but training works without it; to retry: ${own_pip[*]} install -r .venv/part$part.txt"
   done
-  why=$(env -u PYTHONPATH .venv/bin/python -W ignore -c 'import torch' 2>&1) ||
-    die "pip ended well, but .venv cannot import torch ($(tail -n 1 <<<"$why")); if pip.conf sets target, prefix or root (.venv/bin/python -m pip config list), take that out; then run the same command again"
-  [ "$machine_gpus" -eq 0 ] || why=$(env -u PYTHONPATH .venv/bin/python -W ignore -c 'import transformer_engine.pytorch' 2>&1) ||
-    say "Transformer Engine was installed, but cannot be imported ($(tail -n 1 <<<"$why")); until that is repaired FP8 is emulated, slower than bf16 (docs/install.md)"
+  [ "$machine_gpus" -eq 0 ] || why=$(try transformer_engine.pytorch) ||
+    say "Transformer Engine was installed, but cannot be imported ($why); until that is repaired FP8 is emulated, slower than bf16 (docs/install.md)"
   key "$requirements" >.venv/installed.new && mv .venv/installed.new .venv/installed
 }
 
@@ -306,11 +314,17 @@ found=$(command -v "${python:=python3}" || true)
   die "PYTHON=$PYTHON is not a Python of 3.10 or newer; set it to one, or unset it"
 # Ranks come from torchrun alone, not from whatever started this script; nor do torchrun's options (PET_*). Python must
 # find nanofp8/ beside train.py
+ranks=${WORLD_SIZE:-}
 unset RANK LOCAL_RANK WORLD_SIZE PYTHONSAFEPATH ${!PET_@}
 command=train
 case ${1:-} in setup | test | doctor) command=$1 && shift ;; esac
 [ "$command" != train ] || case " $* " in *' --doctor '* | *' --doctor='*) command=doctor ;; esac
 case $command in train | setup) check_flags "$@" ;; esac
+# Variables of one of several machines that would each train alone, unless srun says that there is one
+if [ "$command" = train ] && [ -z "$NNODES" ] && [ -z "${SLURM_STEP_NUM_NODES:-}" ]; then
+  [ "${NODE_RANK:-0}" = 0 ] && [ -z "$RDZV_ENDPOINT" ] && { [ -z "$MASTER_ADDR" ] || [ "$ranks" = 1 ] || [ -z "$ranks$NODE_RANK" ]; } ||
+    die "NODE_RANK, MASTER_ADDR, WORLD_SIZE or RDZV_ENDPOINT is set as for several machines; set NNODES too, their number (1: this machine alone)" 2
+fi
 [ -z "$no_gpu" ] || [ "$command" != train ] || [ "$(flag preset "$@")" != auto ] ||
   die "$no_gpu, or train on the CPU: --preset=tiny"
 # Whether the Python that was found can train as it is. Run.sh's own .venv does not count: it must be complete.

@@ -32,7 +32,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project folder
 from nanofp8.config import OneLineParser, UserError, expand_home, print_answer  # noqa: E402
-from nanofp8.files import FOLDER_FAULTS, console, error_line, replace_file  # noqa: E402
+from nanofp8.files import FULL_OR_READ_ONLY, console, error_line, replace_file  # noqa: E402
 from nanofp8.host import usable_cores  # noqa: E402
 from nanofp8.shards import (  # noqa: E402
     EOT,
@@ -309,7 +309,7 @@ def load_documents(source: str | os.PathLike, text_column: str = "text", revisio
         raise
     except BaseException as error:  # errors of datasets, pyarrow, the Hub client or the HTTP library
         number = next((e.errno for e in hub.related(error) if isinstance(e, OSError) and e.errno), None)
-        if number in (errno.EACCES, errno.EPERM, *FOLDER_FAULTS) or "Not enough disk space" in str(error):
+        if number in (errno.EACCES, errno.EPERM, *FULL_OR_READ_ONLY) or "Not enough disk space" in str(error):
             remedy = ("correct permissions or free some space there, or set HF_HOME to a folder in which the package "
                       "datasets can keep its copy")
         elif os.path.exists(path):

@@ -12,7 +12,8 @@
 # SIGTERM two minutes before the job is pre-empted or its time ends: training saves a checkpoint and stops with status 0.
 #SBATCH --signal=TERM@120
 set -e
-export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK # srun of Slurm 22.05 to 23.02 does not look at --cpus-per-task above
+# srun of Slurm 22.05 to 23.02 does not look at --cpus-per-task above
+[ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 
 # If the folder is shared by the machines: make the environment and download the data once, on one machine.
 srun --nodes=1 --ntasks=1 bash run.sh setup

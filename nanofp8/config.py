@@ -422,7 +422,8 @@ OWN_ENVIRONMENT = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(_
 
 def environment_remedy() -> str:
     """Return how to get a Python that can train, if this one cannot."""
-    if os.path.realpath(sys.prefix) == os.path.realpath(OWN_ENVIRONMENT):
+    installed = os.path.join(OWN_ENVIRONMENT, "installed")  # run.sh writes it; it rebuilds no others
+    if os.path.realpath(sys.prefix) == os.path.realpath(OWN_ENVIRONMENT) and os.path.exists(installed):
         return f"delete {OWN_ENVIRONMENT} and start with bash run.sh, which makes it again"
     return ("start with bash run.sh, which makes an environment, or use that environment's Python "
             "(.venv/bin/python)")

@@ -8,8 +8,8 @@ import sys
 import time
 from typing import Callable
 
-# Of a folder or its disk: full, over the quota, a file too large, read-only, gone from its server, damaged
-FOLDER_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.ESTALE, errno.EIO)
+FULL_OR_READ_ONLY = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # a disk, a quota, the size of a file
+FOLDER_FAULTS = (*FULL_OR_READ_ONLY, errno.ESTALE, errno.EIO)  # also: gone from its server, damaged
 
 
 def replace_file(path: str | os.PathLike, write: Callable[[str], object], sync: bool = False) -> None:

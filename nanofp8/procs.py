@@ -234,18 +234,28 @@ def environment_fault(error: BaseException) -> str:
         inner = inner.__cause__ or inner.__context__
     frames = list(traceback.walk_tb(error.__traceback__))
     packages = {str(frame.f_globals.get("__name__")).partition(".")[0] for frame, _ in frames}
-    if "triton" in packages and isinstance(error, OSError) and error.errno in SHARED_CACHE_FAULTS:
+    if isinstance(error, OSError) and error.errno in SHARED_CACHE_FAULTS and in_triton_cache(error.filename):
         return (f"another process changed Triton's cache ({error}); start again, or set TRITON_CACHE_DIR to a folder "
                 f"on a local disk")
     if "triton" in packages and (isinstance(error, json.JSONDecodeError) or "kernel image is invalid" in message):
-        return (f"a file in Triton's cache is damaged ({message}); delete the cache: "
-                f"rm -r {os.environ.get('TRITON_CACHE_DIR') or '~/.triton/cache'}")
+        return f"a file in Triton's cache is damaged ({message}); delete the cache: rm -r {triton_cache()}"
     if flag := next((flag for package, flag in KERNEL_FLAGS.items() if package in packages), ""):
         if not message.startswith("CUDA error"):  # which may have happened in an earlier kernel
             frame, line = frames[-1]
             where = os.sep.join(frame.f_code.co_filename.split(os.sep)[-2:])
             return f"a kernel's package fails here ({kind}: {message}, {where}:{line}); use {flag}"
     return ""
+
+
+def triton_cache() -> str:
+    """Return the folder in which Triton keeps compiled kernels."""
+    return os.environ.get("TRITON_CACHE_DIR") or "~/.triton/cache"
+
+
+def in_triton_cache(path: Any) -> bool:
+    """Whether the file that an OSError names lies in Triton's cache."""
+    folder = os.path.join(os.path.abspath(os.path.expanduser(triton_cache())), "")
+    return os.path.abspath(os.fsdecode(path or "")).startswith(folder) if isinstance(path, (str, bytes)) else False
 
 
 def folder_of_cuda() -> str:

@@ -288,7 +288,8 @@ def test_a_full_cache_of_torch_compile_is_one_line():
 
 
 @pytest.mark.parametrize("package, raised, words", [
-    ("triton/runtime", 'import os; os.rmdir("/nowhere")', ["Triton's cache", "another process", "TRITON_CACHE_DIR"]),
+    ("triton/runtime", 'import os; os.rmdir("/cache/x")', ["Triton's cache", "another process", "TRITON_CACHE_DIR"]),
+    ("triton/runtime", 'import os; os.rmdir("/tools/ptxas")', []),
     ("triton/runtime", 'json.loads("{")', ["Triton's cache", "rm -r /cache"]),
     ("triton/runtime", 'json.dumps({1})', []),
     ("flash_attn/cute", '1 / 0', ["--attention=cudnn", "ZeroDivisionError", "cute/kernel.py:2"]),
@@ -359,11 +360,15 @@ def test_a_package_that_is_broken_is_one_line(tmp_path, script, package, error):
     assert any(word in result.err for word in ("libcudnn.so.9", "libcublas.so.12", "_multiarray_umath"))
 
 
-def test_a_broken_environment_of_run_sh_is_to_be_deleted(monkeypatch):
-    """run.sh trusts it, so that starting with run.sh would say the same again."""
+def test_a_broken_environment_of_run_sh_is_to_be_deleted(monkeypatch, tmp_path):
+    """run.sh trusts it, so that starting with run.sh would say the same again. One that a user made is left alone."""
+    monkeypatch.setattr(config, "OWN_ENVIRONMENT", str(tmp_path))
+    (tmp_path / "installed").touch()
     assert "which makes an environment" in config.environment_remedy()
-    monkeypatch.setattr(sys, "prefix", str(ROOT / ".venv"))
-    assert config.environment_remedy().startswith(f"delete {ROOT / '.venv'} ")
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    assert config.environment_remedy().startswith(f"delete {tmp_path} ")
+    (tmp_path / "installed").unlink()
+    assert "which makes an environment" in config.environment_remedy()
 
 
 def test_an_error_of_a_library_during_training_stays_a_traceback(tmp_path):

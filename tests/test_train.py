@@ -239,7 +239,7 @@ def test_the_defaults_of_the_number_format_are_those_of_the_script():
     cfg = parse()
     assert {name: getattr(cfg, name) for name in train.checkpoint.FORMAT_FLAGS} == train.checkpoint.FORMAT_FLAGS
     # The number of calibration passes chooses no format; a resumed run takes it over with the recipe
-    assert "FP8_CALIBRATION_STEPS" in train.CLASSIC
+    assert {"FP8_CALIBRATION_STEPS", "skip_loss_zscore", "zscore_window"} <= train.CLASSIC.keys()
     of_formats = {name for known in FORMATS.values() for name in known.flags} - {"FP8_CALIBRATION_STEPS"}
     assert {*train.checkpoint.FORMAT_FLAGS} == of_formats | {"USE_FP8", "USE_NVFP4", "HIGH_PRECISION_LAYERS"}
 
@@ -354,7 +354,7 @@ def test_a_batch_size_that_was_not_given_is_lowered_for_many_ranks(ranks, batch)
     (dict(batch_size=0), "batch_size"), (dict(n_layer=-1), "n_layer"), (dict(learning_rate=-0.1), "learning_rate"),
     (dict(rank_timeout=1.0), "rank_timeout"), (dict(FP8_CALIBRATION_STEPS=0), "FP8_CALIBRATION_STEPS"),
     (dict(warmup_iters=-1), "warmup_iters"), (dict(muon_momentum=1.0), "muon_momentum"),
-    (dict(adam_beta2=1.0), "adam_beta2"),
+    (dict(adam_beta2=1.0), "adam_beta2"), (dict(logit_softcap=44.0), "logit_softcap"),
     (dict(n_head=3), "--n_head="), (dict(n_embd=66, n_head=2), "head size"), (dict(run_name="a/b"), "run_name"),
     (dict(run_name=""), "run_name"), (dict(run_name=".."), "run_name"),
     (dict(run_name=".gpt"), "leading dot"), (dict(log_interval=0), "log_interval"),
