@@ -1,4 +1,4 @@
-"""Muon: Dion's, or torch.optim.Muon made to follow the same rules; and bitsandbytes' AdamW."""
+"""Muon: Dion's, or the same rules in plain PyTorch; and bitsandbytes' AdamW."""
 
 import contextlib
 import functools
@@ -19,16 +19,16 @@ from nanofp8.host import compiling_later
 from nanofp8.optional_triton import kernels, triton
 
 
-class TorchMuon(torch.optim.Muon):
-    """torch.optim.Muon made to do what Dion's Muon does, for where Dion cannot run.
+class TorchMuon(torch.optim.Optimizer):
+    """What Dion's Muon does (https://kellerjordan.github.io/posts/muon), in plain PyTorch, for where Dion cannot run.
 
     - Each matrix of a fused weight (split_sizes: rows of q, k, v) is orthogonalised by itself.
     - The update is scaled by sqrt(fan_out / fan_in), as Dion's adjust_lr="spectral_norm".
-    - Orthogonalisation runs to convergence with the classical quintic (15, -10, 3)/8: singular values within 0.01 of 1.
-      Dion's Polar Express leaves them between 0.86 and 1.14, torch's own constants between 0.7 and 1.2.
-    - torch averages gradients into its momentum buffer with weight 1 - momentum; Dion adds them up. The update does
-      not depend on the buffer's scale, so only the ratio matters: when the momentum changes, buffers are rescaled to
-      keep it.
+    - Orthogonalisation runs to convergence (orthogonalize()): singular values within 0.01 of 1. Dion's Polar Express
+      leaves them between 0.86 and 1.14.
+    - The momentum buffer averages gradients, with weight 1 - momentum, as torch.optim.Muon's; Dion adds them up. The
+      update does not depend on the buffer's scale, so only the ratio matters: when the momentum changes, buffers are
+      rescaled to keep it.
     - Decoupled weight decay goes by the base learning rate, and may be cautious: only where update and weight have the
       same sign (arXiv 2510.12402).
     - With muon_beta2 each row of an update is divided by its root mean square, averaged over steps, and the update is
@@ -36,17 +36,17 @@ class TorchMuon(torch.optim.Muon):
       FSDP2 shards, Dion normalizes each shard by itself.
     - Sharded parameters (DTensor) are gathered, updated alike on every rank, and sharded again.
 
-    torch.optim.Muon holds one stand-in tensor for each matrix; the model's own parameters are in `groups`.
+    `param_groups` has one group for each matrix; the groups that set rates and momentum are in `groups`.
     """
 
-    def __init__(self, groups: Sequence[dict], nesterov: bool = True):
+    def __init__(self, groups: Sequence[dict]):
         """Take parameter groups as Dion does.
 
         groups: each with params (fp32 matrices), lr, weight_decay, mu (momentum); cautious_wd; for fused weights,
             split_sizes; for NorMuon, muon_beta2.
         """
         self.groups, self.parts, self.variances = groups, {}, {}
-        stand_ins = []
+        matrices = []
         for group in groups:
             for p in group["params"]:
                 # The whole matrix of this parameter; a view of it if it is not sharded
@@ -59,14 +59,12 @@ class TorchMuon(torch.optim.Muon):
                     self.variances[p] = torch.zeros(whole.shape[0], 1, device=p.device)
                 variances = self.variances[p].split(sizes) if p in self.variances else [None] * len(parts)
                 for part, variance in zip(parts, variances, strict=True):
-                    ratio = math.sqrt(part.shape[0] / part.shape[1])
-                    # torch's "original" scales by sqrt(max(1, fan_out / fan_in)): lr_scale adds what is below 1
-                    stand_ins.append(dict(params=[part], source=group, lr_scale=min(1.0, ratio), variance=variance,
-                                          whole_ratio=math.sqrt(whole.shape[0] / whole.shape[1])))
-        if not stand_ins:  # this rank owns no matrix, and torch wants one
-            stand_ins = [dict(params=[torch.zeros(1, 1)], source=groups[0], lr_scale=1.0, variance=None)]
-        super().__init__(stand_ins, momentum=groups[0]["mu"], nesterov=nesterov, adjust_lr_fn="original",
-                         ns_coefficients=(15 / 8, -10 / 8, 3 / 8), ns_steps=14)
+                    matrices.append(dict(params=[part], source=group, variance=variance,
+                                         ratio=math.sqrt(part.shape[0] / part.shape[1]),
+                                         whole_ratio=math.sqrt(whole.shape[0] / whole.shape[1])))
+        if not matrices:  # this rank owns no matrix, and torch wants one
+            matrices = [dict(params=[torch.zeros(1, 1)], source=groups[0], variance=None)]
+        super().__init__(matrices, dict(momentum=groups[0]["mu"]))
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
@@ -81,32 +79,26 @@ class TorchMuon(torch.optim.Muon):
                 grad = grad.full_tensor()
             for part, part_grad in zip(parts, grad.split([len(part) for part in parts]), strict=True):
                 part.grad = part_grad
-        before = {}
         for group in self.param_groups:
-            source, (part,) = group["source"], group["params"]
+            source, (part,), mu = group["source"], group["params"], group["source"]["mu"]
             if part.grad is None:
                 continue
-            # torch is to write the scaled update, and nothing else, into the stand-in
-            before[part] = part.clone()
-            part.zero_()
-            group["lr"], group["weight_decay"] = group["lr_scale"], 0.0
-            if source["mu"] != group["momentum"] and part in self.state:
-                self.state[part]["momentum_buffer"].mul_((1 - source["mu"]) / (1 - group["momentum"]))
-            group["momentum"] = source["mu"]
-        super().step()
-        for group in self.param_groups:
-            source, (part,) = group["source"], group["params"]
-            if part not in before:
-                continue
-            update, old = -part, before[part]
+            if part not in self.state:
+                self.state[part]["momentum_buffer"] = torch.zeros_like(part)
+            buffer = self.state[part]["momentum_buffer"]
+            if mu != group["momentum"]:
+                buffer.mul_((1 - mu) / (1 - group["momentum"]))
+            group["momentum"] = mu
+            buffer.lerp_(part.grad, 1 - mu)
+            update = group["ratio"] * orthogonalize(part.grad.lerp(buffer, mu)).float()  # Nesterov's momentum
             if group["variance"] is not None:
                 # Dion's variances are those of updates before they are scaled for their shape
                 ratio = group["whole_ratio"]
                 update, variance = normalize_rows(update / ratio, group["variance"], source["muon_beta2"])
                 update *= ratio
                 group["variance"].copy_(variance)
-            decayed = old * (old * update >= 0) if source.get("cautious_wd", False) else old
-            part.copy_(old - source["lr"] * (source["weight_decay"] * decayed + update))
+            decayed = part * (part * update >= 0) if source.get("cautious_wd", False) else part
+            part.sub_(source["lr"] * (source["weight_decay"] * decayed + update))
         for p, (whole, parts) in self.parts.items():
             for part in parts:
                 part.grad = None
@@ -115,7 +107,7 @@ class TorchMuon(torch.optim.Muon):
                 p.to_local().copy_(sharded.to_local())
 
     def buffers(self) -> dict[torch.Tensor, torch.Tensor]:
-        """Return torch's momentum buffers, {parameter: whole matrix}; zero before the first step."""
+        """Return the momentum buffers, {parameter: whole matrix}; zero before the first step."""
         def of_part(part):
             return self.state[part]["momentum_buffer"] if part in self.state else torch.zeros_like(part)
 
@@ -131,7 +123,7 @@ class TorchMuon(torch.optim.Muon):
             group["momentum"] = momentum
 
     def momentum(self) -> dict[torch.Tensor, torch.Tensor]:
-        """Return Dion's state by parameter: the sum of gradients, where torch keeps the average."""
+        """Return Dion's state by parameter: the sum of gradients, where this class keeps the average."""
         return {p: b / (1 - self.param_groups[0]["momentum"]) for p, b in self.buffers().items()}
 
     def load_momentum(self, momenta: dict[torch.Tensor, torch.Tensor], momentum: float | None = None) -> None:
@@ -199,7 +191,7 @@ def use_own_functions(kernels_run: bool) -> None:
 
 
 def dion_muon(choice: str, device: torch.device, compiled: bool = True, why: str = "") -> tuple[type | None, str]:
-    """Return Dion's Muon class, or None and the reason why torch.optim.Muon takes its place.
+    """Return Dion's Muon class, or None and the reason why TorchMuon takes its place.
 
     Args:
         choice: the flag muon_impl: "auto", "dion" or "torch".
@@ -222,6 +214,24 @@ def dion_muon(choice: str, device: torch.device, compiled: bool = True, why: str
     return (None, why) if why else (Muon, "")
 
 
+def matmul_dtype(x: torch.Tensor) -> torch.dtype:
+    """Return the format in which a matrix is orthogonalised: bf16, or fp32 on CPUs, of which many have no instructions
+    for bf16 and take 50 times as long with it."""
+    return torch.bfloat16 if x.is_cuda else torch.float32
+
+
+def orthogonalize(matrix: torch.Tensor) -> torch.Tensor:
+    """Return the orthogonal matrix nearest to `matrix` (M, N), nearly: Newton and Schulz's iteration to convergence.
+
+    Its polynomial (15 X - 10 X^3 + 3 X^5) / 8 pulls all singular values towards 1.
+    """
+    x = matrix.to(matmul_dtype(matrix))
+    wide = (x.mT if x.shape[0] > x.shape[1] else x) / x.norm().clamp(min=1e-7)
+    for _ in range(14):
+        wide = odd_polynomial(wide[None], 15 / 8, -10 / 8, 3 / 8)[0]
+    return wide.mT if x.shape[0] > x.shape[1] else wide
+
+
 def odd_polynomial(x: torch.Tensor, a: float, b: float, c: float) -> torch.Tensor:
     """Return a X + b (X X^T) X + c (X X^T)^2 X for each matrix X of x (L, M, N)."""
     A = x @ x.mT
@@ -236,14 +246,14 @@ def polar_express(G: torch.Tensor, epsilon: float = 1e-6, quack: bool = False) -
     refuses: on three ranks Dion pads FSDP2's 1,280 rows to 1,281.
     """
     from dion.polar_express import _POLAR_EXPRESS_COEFFS
-    X = G.bfloat16().reshape(-1, *G.shape[-2:])
+    X = G.bfloat16().to(matmul_dtype(G)).reshape(-1, *G.shape[-2:])
     X = X / (X.norm(dim=(-2, -1), keepdim=True) * 1.02 + epsilon)
     wide = X.mT if X.shape[-2] > X.shape[-1] else X
     quack = quack and not any(size % 8 for size in wide.shape[1:])
     polynomial, wide = (epilogues.odd_polynomial, wide.contiguous()) if quack else (odd_polynomial, wide)
     for coefficients in _POLAR_EXPRESS_COEFFS:
         wide = polynomial(wide, *coefficients)
-    return (wide.mT if X.shape[-2] > X.shape[-1] else wide).reshape(G.shape)
+    return (wide.mT if X.shape[-2] > X.shape[-1] else wide).reshape(G.shape).bfloat16()
 
 
 def make_muon(groups: Sequence[dict], choice: str, device: torch.device, mesh: Any, compiled: bool,
@@ -260,7 +270,7 @@ def make_muon(groups: Sequence[dict], choice: str, device: torch.device, mesh: A
     """
     Muon, why = dion_muon(choice, device, compiled, obstacle)
     if Muon is None:
-        return TorchMuon(groups), f"{'NorMuon' if 'muon_beta2' in groups[0] else 'Muon'} by torch.optim.Muon: {why}"
+        return TorchMuon(groups), f"{'NorMuon' if 'muon_beta2' in groups[0] else 'Muon'} in plain PyTorch: {why}"
     if compiled:  # Dion's many shapes
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     if "muon_beta2" in groups[0]:
@@ -330,7 +340,7 @@ class OptimizerSet:
     def capture(self, pool: Any) -> None:
         """From now on run the updates as CUDA graphs: most of Muon's kernels take longer to launch than to run.
 
-        Nothing is captured where one of the updates needs the host: bitsandbytes', torch's Muon, a sharded or compiled
+        Nothing is captured where one of the updates needs the host: bitsandbytes', TorchMuon, a sharded or compiled
         one. Dion's CudaGraphOptimizer does the same for one optimizer, with memory of its own.
 
         pool: memory pool of the micro-batches' graphs, whose memory is free during an update. All kernels must have

@@ -1782,7 +1782,7 @@ def test_a_run_continues_after_its_newest_checkpoint_was_damaged(tmp_path, shard
 
 
 # -----------------------------------------------------------------------------------------------------
-# Muon's state, between torch.optim.Muon and Dion
+# Muon's state, between TorchMuon and Dion
 
 
 @pytest.mark.slow

@@ -197,7 +197,7 @@ def test_config_json_holds_every_flag_and_the_machine(script_run):
 
 def test_the_console_says_what_runs(script_run):
     out = script_run.out
-    for word in ("fp8-delayed EMULATED by nanofp8/te_emulation.py (no GPU)", "none (one rank)", "torch.optim.Muon",
+    for word in ("fp8-delayed EMULATED by nanofp8/te_emulation.py (no GPU)", "none (one rank)", "Muon in plain PyTorch",
                  "muon_impl=torch",
                  "skipped steps      not finite\n", "640 of 1,500 val tokens", "6,000 train tokens in 3 shard(s)",
                  "1 rank(s) x 2 micro-batch(es) x 8 sequences x 32 tokens", "run folder", "done: val loss"):
