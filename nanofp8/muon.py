@@ -214,28 +214,30 @@ def dion_muon(choice: str, device: torch.device, compiled: bool = True, why: str
     return (None, why) if why else (Muon, "")
 
 
-def matmul_dtype(x: torch.Tensor) -> torch.dtype:
-    """Return the format in which a matrix is orthogonalised: bf16, or fp32 on CPUs, of which many have no instructions
-    for bf16 and take 50 times as long with it."""
-    return torch.bfloat16 if x.is_cuda else torch.float32
-
-
 def orthogonalize(matrix: torch.Tensor) -> torch.Tensor:
-    """Return the orthogonal matrix nearest to `matrix` (M, N), nearly: Newton and Schulz's iteration to convergence.
+    """Return the orthogonal matrix nearest to `matrix` (M, N), in bf16: Newton and Schulz's iteration to convergence.
 
     Its polynomial (15 X - 10 X^3 + 3 X^5) / 8 pulls all singular values towards 1.
     """
-    x = matrix.to(matmul_dtype(matrix))
+    x = matrix.bfloat16()
     wide = (x.mT if x.shape[0] > x.shape[1] else x) / x.norm().clamp(min=1e-7)
     for _ in range(14):
         wide = odd_polynomial(wide[None], 15 / 8, -10 / 8, 3 / 8)[0]
     return wide.mT if x.shape[0] > x.shape[1] else wide
 
 
+def fp32_on_cpu(x: torch.Tensor) -> torch.Tensor:
+    """Return what is multiplied in place of a bf16 matrix. A CPU without instructions for bf16 takes 50 to 100 times as
+    long with it as with fp32, which holds the same products; results are rounded to bf16 as a GPU's are."""
+    return x if x.is_cuda else x.float()
+
+
 def odd_polynomial(x: torch.Tensor, a: float, b: float, c: float) -> torch.Tensor:
-    """Return a X + b (X X^T) X + c (X X^T)^2 X for each matrix X of x (L, M, N)."""
-    A = x @ x.mT
-    return torch.baddbmm(x, torch.baddbmm(A, A, A, beta=b, alpha=c), x, beta=a)
+    """Return a X + b (X X^T) X + c (X X^T)^2 X for each matrix X of x (L, M, N), bf16."""
+    X = fp32_on_cpu(x)
+    A = fp32_on_cpu((X @ X.mT).to(x.dtype))
+    B = fp32_on_cpu(torch.baddbmm(A, A, A, beta=b, alpha=c).to(x.dtype))
+    return torch.baddbmm(X, B, X, beta=a).to(x.dtype)
 
 
 def polar_express(G: torch.Tensor, epsilon: float = 1e-6, quack: bool = False) -> torch.Tensor:
@@ -246,14 +248,14 @@ def polar_express(G: torch.Tensor, epsilon: float = 1e-6, quack: bool = False) -
     refuses: on three ranks Dion pads FSDP2's 1,280 rows to 1,281.
     """
     from dion.polar_express import _POLAR_EXPRESS_COEFFS
-    X = G.bfloat16().to(matmul_dtype(G)).reshape(-1, *G.shape[-2:])
+    X = G.bfloat16().reshape(-1, *G.shape[-2:])
     X = X / (X.norm(dim=(-2, -1), keepdim=True) * 1.02 + epsilon)
     wide = X.mT if X.shape[-2] > X.shape[-1] else X
     quack = quack and not any(size % 8 for size in wide.shape[1:])
     polynomial, wide = (epilogues.odd_polynomial, wide.contiguous()) if quack else (odd_polynomial, wide)
     for coefficients in _POLAR_EXPRESS_COEFFS:
         wide = polynomial(wide, *coefficients)
-    return (wide.mT if X.shape[-2] > X.shape[-1] else wide).reshape(G.shape).bfloat16()
+    return (wide.mT if X.shape[-2] > X.shape[-1] else wide).reshape(G.shape)
 
 
 def make_muon(groups: Sequence[dict], choice: str, device: torch.device, mesh: Any, compiled: bool,
