@@ -27,9 +27,23 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
+def round_fp8(values, output_ptr):
+    """Return fp32 values, which fit it, in the FP8 format that `output_ptr` points to."""
+    dtype: tl.constexpr = output_ptr.dtype.element_ty
+    if INTERPRETED or tl.target_info.cuda_capability_geq(9, 0):
+        return values.to(dtype)
+    # On Ada, Triton (3.6) would cut them to fp16 before it rounds them (triton pull request 11753)
+    pair: tl.constexpr = "e4m3x2" if dtype.is_fp8e4nv() else "e5m2x2"
+    return tl.inline_asm_elementwise(
+        "{ .reg .b16 lo, hi; cvt.rn.satfinite." + pair + ".f32 lo, $2, $1; "
+        "cvt.rn.satfinite." + pair + ".f32 hi, $4, $3; mov.b32 $0, {lo, hi}; }",
+        "=r,f,f,f,f", [values], dtype=tl.uint8, is_pure=True, pack=4).to(dtype, bitcast=True)
+
+
+@triton.jit
 def as_fp8(values, scale, output_ptr, MAX: tl.constexpr):
     """Return values * scale in the dtype that `output_ptr` points to, saturating at MAX; NaN stays NaN."""
-    return tl.clamp(values * scale, -MAX, MAX, propagate_nan=tl.PropagateNan.ALL).to(output_ptr.dtype.element_ty)
+    return round_fp8(tl.clamp(values * scale, -MAX, MAX, propagate_nan=tl.PropagateNan.ALL), output_ptr)
 
 
 @triton.jit
@@ -637,10 +651,10 @@ def cross_entropy_gradient(logits_ptr, targets_ptr, lse_ptr, out_ptr, cols_ptr, 
     grad1 = cross_entropy_gradient_rows(logits1, targets_ptr, lse_ptr, tokens + 1, columns, N, softcap, scale, CAP)
     grad2 = cross_entropy_gradient_rows(logits2, targets_ptr, lse_ptr, tokens + 2, columns, N, softcap, scale, CAP)
     grad3 = cross_entropy_gradient_rows(logits3, targets_ptr, lse_ptr, tokens + 3, columns, N, softcap, scale, CAP)
-    tl.store(out_ptr + offsets, grad0.to(out_ptr.dtype.element_ty), mask=mask0)
-    tl.store(out_ptr + V + offsets, grad1.to(out_ptr.dtype.element_ty), mask=mask1)
-    tl.store(out_ptr + 2 * V + offsets, grad2.to(out_ptr.dtype.element_ty), mask=mask2)
-    tl.store(out_ptr + 3 * V + offsets, grad3.to(out_ptr.dtype.element_ty), mask=mask3)
+    tl.store(out_ptr + offsets, round_fp8(grad0, out_ptr) if FP8 else grad0.to(tl.bfloat16), mask=mask0)
+    tl.store(out_ptr + V + offsets, round_fp8(grad1, out_ptr) if FP8 else grad1.to(tl.bfloat16), mask=mask1)
+    tl.store(out_ptr + 2 * V + offsets, round_fp8(grad2, out_ptr) if FP8 else grad2.to(tl.bfloat16), mask=mask2)
+    tl.store(out_ptr + 3 * V + offsets, round_fp8(grad3, out_ptr) if FP8 else grad3.to(tl.bfloat16), mask=mask3)
     if FP8 and cols_ptr is not None:
         cols_ptr += (tl.program_id(1) * BLOCK).to(tl.int64) * (N // 4) + tl.program_id(0) * QUADS
         mask = (columns < V)[:, None] & (tl.program_id(0) * QUADS + quads < N // 4)[None, :]
