@@ -45,6 +45,7 @@ from nanofp8 import plain
 from nanofp8.checkpoint import find_checkpoint
 from nanofp8.checkpoint_files import find_damage, is_finite, load_weights, next_whole, read_checkpoint, read_index
 from nanofp8.files import first_line, replace_file
+from nanofp8.machine import is_out_of_memory
 from nanofp8.shards import EOT, GPT2_VOCAB
 from nanofp8.sizes import GATE_CHANNELS, value_layers, windows
 
@@ -777,7 +778,7 @@ def upload(folder: str, repo: str) -> Any:
         return api.upload_folder(repo_id=repo, folder_path=folder)
     except Exception as error:  # network, login and repository name raise exceptions of different libraries
         raise UserError(f"upload to {repo} failed ({first_line(error)}), but {folder} is complete; run "
-                        f"`hf auth login`, then `hf upload {repo} {folder}`") from error
+                        f"`hf auth login`, then `hf upload --private {repo} {folder}`") from error
 
 
 # =====================================================================================================
@@ -965,9 +966,12 @@ def main(argv: list[str] | None = None) -> None:
         print_error(error)
         raise SystemExit(error.status) from error
     except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "alloc" not in str(error) and "overflow" not in str(error):
+        if any(text in str(error) for text in ("busy or unavailable", "no kernel image")):
+            print_error(f"the GPU cannot be used ({first_line(error)}); use --device=cpu")
+        elif is_out_of_memory(error) or any(text in str(error) for text in ("alloc", "overflow")):
+            print_error(f"out of memory ({first_line(error)}); use fewer --num_samples, or --device=cpu")
+        else:
             raise
-        print_error(f"out of memory ({first_line(error)}); use fewer --num_samples, or --device=cpu")
         raise SystemExit(1) from error
     except KeyboardInterrupt as error:
         print(file=sys.stderr)

@@ -806,6 +806,9 @@ def tokenize_dataset(source: str | os.PathLike, out_dir: str | os.PathLike, name
         if foreign := sorted(named - record["shards"].keys()):
             raise ValueError(f"{out_dir / foreign[0]} is not of this preparation; delete or move it, then run the same "
                              "command again")
+    if lacking := dataset.data.column(text_column).null_count:
+        print(f"{lacking:,} of {len(dataset):,} documents have no text in {text_column!r} and were left out",
+              file=sys.stderr)
     if record["remarks"]:
         print(f"documents that were changed or skipped: {len(record['remarks'])}; they are listed in "
               f"{out_dir / RECORD_NAME}", file=sys.stderr)

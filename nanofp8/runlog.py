@@ -397,8 +397,15 @@ def open_log(run: Any, lock: FolderLock) -> RunLog:
         wrapper=run.parallel.wrapper, precision=precision.name, emulated=precision.emulated,
         optimizers=run.optimizers.description, parameters=run.parameters)
     if cfg.USE_WANDB:
-        config["wandb_id"] = run.first_step and saved_config(run.folder).get("wandb_id") or uuid.uuid4().hex[:12]
+        config |= wandb_identity(run.folder, bool(run.first_step))
     return RunLog(run.folder, lock, config, run.first_step, wandb_project(cfg) if cfg.USE_WANDB else "")
+
+
+def wandb_identity(folder: str, resumed: bool) -> dict[str, str]:
+    """Return what config.json says of a run at wandb: its id and its folder. A copy of a run folder is another run."""
+    name, before = os.path.basename(folder), saved_config(folder) if resumed else {}
+    same = before.get("wandb_folder", name) == name  # older versions do not say
+    return dict(wandb_id=same and before.get("wandb_id") or uuid.uuid4().hex[:12], wandb_folder=name)
 
 
 def wandb_project(cfg: SimpleNamespace) -> str:
@@ -499,7 +506,9 @@ def evaluation_is_missing(run: Any) -> bool:
         vals = {r["step"]: r for r in run.log.records if r["kind"] == "val"}
         last = step == run.cfg.max_iters - 1
         if step in vals:
-            run.progress.val_loss, run.progress.val_losses = vals[step]["val_loss"], vals[step].get("val_losses")
+            losses = vals[step].get("val_losses") or {}
+            run.progress.val_losses = {name: math.nan if loss is None else loss for name, loss in losses.items()}
+            run.progress.val_loss = math.nan if vals[step]["val_loss"] is None else vals[step]["val_loss"]
         else:
             missing = last or is_due(step, run.cfg.eval_interval) and bool(run.log.records)
     return run.procs.broadcast(missing)

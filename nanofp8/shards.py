@@ -121,7 +121,8 @@ def unfinished(folder: str | os.PathLike, command: str) -> Iterator[None]:
 
     replace_file(path, write, sync=True)
     yield
-    os.remove(path)
+    with contextlib.suppress(FileNotFoundError):  # the same command was started twice, and the other one has ended
+        os.remove(path)
 
 
 def how_to_get(folder: str) -> str:

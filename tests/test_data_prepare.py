@@ -895,6 +895,19 @@ def tokenize(tmp_path, monkeypatch):
     return run
 
 
+def test_documents_without_text_are_counted(tokenize):
+    """As of JSON files whose lines have other keys: else half of a data set may be missing, without a word."""
+    assert tokenize([*texts_of(), None, None, ""]) == (0, "")
+    assert "2 of 63 documents have no text in 'text'" in tokenize.err
+
+
+def test_the_same_preparation_twice_at_once(tmp_path):
+    """The one that ends later finds the mark of the other removed."""
+    with shards.unfinished(tmp_path, "prepare.py"), shards.unfinished(tmp_path, "prepare.py"):
+        assert os.listdir(tmp_path) == ["unfinished.txt"]
+    assert os.listdir(tmp_path) == []
+
+
 def break_off_at(monkeypatch, name):
     """Let the write of one shard fail as a full disk does; the next call writes it."""
     def write_or_fail(path, tokens, write=common.write_shard):

@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import json
 import os
 import shutil
 import stat
@@ -98,6 +99,29 @@ def test_wandb_gets_the_id_of_the_run_and_whether_it_failed(tmp_path, monkeypatc
     assert saved_config(str(tmp_path)) == dict(wandb_id="abc")
     (tmp_path / "config.json").write_text("[1, ")
     assert saved_config(str(tmp_path)) == {} == saved_config(str(tmp_path / "none"))
+
+
+def test_a_copied_run_folder_is_another_run_at_wandb(tmp_path):
+    (tmp_path / "a").mkdir()
+    first = runlog.wandb_identity(str(tmp_path / "a"), False)
+    (tmp_path / "a" / "config.json").write_text(json.dumps(first))
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    assert runlog.wandb_identity(str(tmp_path / "a"), True) == first
+    copy = runlog.wandb_identity(str(tmp_path / "b"), True)
+    assert copy["wandb_id"] != first["wandb_id"] and copy["wandb_folder"] == "b"
+    (tmp_path / "a" / "config.json").write_text('{"wandb_id": "old"}')
+    assert runlog.wandb_identity(str(tmp_path / "a"), True)["wandb_id"] == "old"
+
+
+@pytest.mark.parametrize("losses, val_loss", [({"bf16": 2.0, "nvfp4": None}, 2.0), (None, None)])
+def test_an_evaluation_that_was_not_finite_is_taken_over(losses, val_loss):
+    """log.jsonl has null for it."""
+    record = dict(kind="val", step=3, val_loss=val_loss) | (dict(val_losses=losses) if losses else {})
+    run = SimpleNamespace(first_step=4, cfg=make_cfg(max_iters=4), procs=one_process(), progress=SimpleNamespace(),
+                          log=SimpleNamespace(records=[record]))
+    assert not runlog.evaluation_is_missing(run)
+    assert f"{run.progress.val_loss:.1f}" == ("nan" if val_loss is None else "2.0")
+    assert all(isinstance(loss, float) for loss in run.progress.val_losses.values())
 
 
 def test_run_folders_made_at_once_are_apart(tmp_path):

@@ -779,6 +779,19 @@ def test_exported_files_have_the_mode_of_the_umask(tmp_path, out_dir, tokenizer,
     assert modes == dict.fromkeys(modes, mode) and "model.safetensors" in modes and len(modes) == 8
 
 
+@pytest.mark.parametrize("message, words", [
+    ("CUDA error: out of memory\nCompile with TORCH_USE_CUDA_DSA", ["out of memory", "--num_samples"]),
+    ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", ["out of memory"]),
+    ("CUDA error: CUDA-capable device(s) is/are busy or unavailable\nmore", ["busy", "--device=cpu"]),
+    ("CUDA error: no kernel image is available for execution on the device", ["no kernel image", "--device=cpu"])])
+def test_a_gpu_that_cannot_sample_is_one_line(capsys, monkeypatch, message, words):
+    monkeypatch.setattr(sample, "run", mock.Mock(side_effect=RuntimeError(message)))
+    with pytest.raises(SystemExit) as stop:
+        sample.main(["--ckpt=x"])
+    error = capsys.readouterr().err
+    assert stop.value.code == 1 and error.count("\n") == 1 and all(word in error for word in words)
+
+
 def test_upload_only_when_asked_and_its_failure_is_one_line(tmp_path, out_dir, tokenizer, capsys, monkeypatch):
     hub = pytest.importorskip("huggingface_hub")
     pytest.importorskip("safetensors")
@@ -805,6 +818,7 @@ def test_upload_only_when_asked_and_its_failure_is_one_line(tmp_path, out_dir, t
     monkeypatch.setattr(Api, "create_repo", refuse)
     result = main_here(capsys, f"--ckpt={out_dir}", f"--export={tmp_path}/c", "--push_to_hub=me/gpt")
     assert result.code == 1 and "401 Unauthorized" in result.err and result.err.count("error") == 1
+    assert "hf upload --private me/gpt" in result.err  # without it, a new repository may be public
 
 
 def test_without_safetensors_export_says_what_to_install(tmp_path, out_dir, tokenizer, capsys, monkeypatch):
