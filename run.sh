@@ -210,12 +210,12 @@ hopper() {
   grep -q '^9\.' <<<"$capabilities"
 }
 
-# Import a package as .venv has it, without what the surroundings bring. If that fails, print the reason.
+# Import a package as .venv has it, without what the surroundings bring (LD_LIBRARY_PATH may bring other libraries, but
+# some Pythons do not start without it). If that fails, print the reason.
 try() {
   local error
-  error=$(env -u PYTHONPATH -u LD_LIBRARY_PATH .venv/bin/python -W ignore -c "import $1" 2>&1) && return
-  tail -n 1 <<<"$error"
-  return 1
+  error=$(env -u PYTHONPATH -u LD_LIBRARY_PATH .venv/bin/python -W ignore -c "import $1" 2>&1) ||
+    error=$(env -u PYTHONPATH .venv/bin/python -W ignore -c "import $1" 2>&1) || { tail -n 1 <<<"$error"; return 1; }
 }
 
 # Install the numbered parts of the requirements, in order. Part 1 pins torch; the later parts must keep that version.
@@ -320,9 +320,11 @@ command=train
 case ${1:-} in setup | test | doctor) command=$1 && shift ;; esac
 [ "$command" != train ] || case " $* " in *' --doctor '* | *' --doctor='*) command=doctor ;; esac
 case $command in train | setup) check_flags "$@" ;; esac
-# Variables of one of several machines that would each train alone, unless srun says that there is one
-if [ "$command" = train ] && [ -z "$NNODES" ] && [ -z "${SLURM_STEP_NUM_NODES:-}" ]; then
-  [ "${NODE_RANK:-0}" = 0 ] && [ -z "$RDZV_ENDPOINT" ] && { [ -z "$MASTER_ADDR" ] || [ "$ranks" = 1 ] || [ -z "$ranks$NODE_RANK" ]; } ||
+# Variables of one of several machines that would each train alone. Under srun on one machine, a job script may have set
+# MASTER_ADDR and WORLD_SIZE for other programs.
+if [ "$command" = train ] && [ -z "$NNODES" ]; then
+  [ "${NODE_RANK:-0}" = 0 ] && [ -z "$RDZV_ENDPOINT" ] &&
+    { [ -z "$MASTER_ADDR" ] || [ -n "${SLURM_STEP_NUM_NODES:-}" ] || [ "$ranks" = 1 ] || [ -z "$ranks$NODE_RANK" ]; } ||
     die "NODE_RANK, MASTER_ADDR, WORLD_SIZE or RDZV_ENDPOINT is set as for several machines; set NNODES too, their number (1: this machine alone)" 2
 fi
 [ -z "$no_gpu" ] || [ "$command" != train ] || [ "$(flag preset "$@")" != auto ] ||

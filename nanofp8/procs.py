@@ -249,7 +249,8 @@ def environment_fault(error: BaseException) -> str:
 
 def triton_cache() -> str:
     """Return the folder in which Triton keeps compiled kernels."""
-    return os.environ.get("TRITON_CACHE_DIR") or "~/.triton/cache"
+    home = os.environ.get("TRITON_HOME") or "~"
+    return os.environ.get("TRITON_CACHE_DIR") or os.path.join(home, ".triton", "cache")
 
 
 def in_triton_cache(path: Any) -> bool:

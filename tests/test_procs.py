@@ -287,6 +287,13 @@ def test_a_full_cache_of_torch_compile_is_one_line():
     assert "/cache/x" in line and "TORCHINDUCTOR_CACHE_DIR" in line and "\n" not in line
 
 
+def test_tritons_cache_may_be_in_its_own_home(monkeypatch):
+    monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
+    assert procs.in_triton_cache(os.path.expanduser("~/.triton/cache/x")) and not procs.in_triton_cache("/h/x")
+    monkeypatch.setenv("TRITON_HOME", "/h")
+    assert procs.in_triton_cache("/h/.triton/cache/x") and procs.triton_cache() == "/h/.triton/cache"
+
+
 @pytest.mark.parametrize("package, raised, words", [
     ("triton/runtime", 'import os; os.rmdir("/cache/x")', ["Triton's cache", "another process", "TRITON_CACHE_DIR"]),
     ("triton/runtime", 'import os; os.rmdir("/tools/ptxas")', []),

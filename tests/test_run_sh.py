@@ -713,7 +713,8 @@ ONE_STEP = dict(SLURM_STEP_NUM_NODES="1", SLURM_STEP_NUM_TASKS="1")
     (dict(NODE_RANK="0", MASTER_ADDR="10.0.0.1"), False), (dict(RDZV_ENDPOINT="10.0.0.1:29400"), False),
     (dict(NODE_RANK="0"), True), (dict(WORLD_SIZE="4"), True), (dict(MASTER_ADDR="localhost", WORLD_SIZE="1"), True),
     (dict(NODE_RANK="0", MASTER_ADDR="10.0.0.1", WORLD_SIZE="1"), True),
-    (dict(WORLD_SIZE="2", MASTER_ADDR="10.0.0.1", **ONE_STEP), True)])
+    (dict(WORLD_SIZE="2", MASTER_ADDR="10.0.0.1", **ONE_STEP), True),
+    (dict(NODE_RANK="1", MASTER_ADDR="10.0.0.1", **ONE_STEP), False)])
 def test_variables_of_several_machines_without_their_number(host, env, alone):
     """As platforms set them, or with NNODES forgotten: each machine would train alone, without a word."""
     out = host.has("torch", "numpy", "pytest").run(status=0 if alone else 2, **env)

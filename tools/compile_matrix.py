@@ -258,7 +258,7 @@ def compile_one(launch: Launch, target: int) -> Compiled:
     from triton.runtime import driver
 
     from nanofp8 import kernels
-    driver.set_active(NoDevice(target))  # kernels.as_fp8() asks
+    driver.set_active(NoDevice(target))  # kernels.round_fp8() asks
     knobs.nvidia.dump_ptxas_log = True
     attributes = {place: [["tt.divisibility", 16]] for place in launch.aligned}
     source = ASTSource(getattr(kernels, launch.kernel), dict(launch.signature), dict(launch.constants), attributes)
