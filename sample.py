@@ -47,7 +47,7 @@ from nanofp8.checkpoint_files import find_damage, is_finite, load_weights, next_
 from nanofp8.files import first_line, replace_file
 from nanofp8.machine import is_out_of_memory
 from nanofp8.shards import EOT, GPT2_VOCAB
-from nanofp8.sizes import GATE_CHANNELS, value_layers, windows
+from nanofp8.sizes import GATE_CHANNELS, has_windows, value_layers, windows
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 DEFAULT_NEW_TOKENS = 256
@@ -687,7 +687,7 @@ def check_exportable(shape: Shape) -> None:
     """Raise UserError if the model has parts that transformers' NanoChatForCausalLM lacks."""
     off = dict(qk_scale=1.0, n_value_embed=0, USE_X0=False)
     parts = [name for name, value in off.items() if getattr(shape, name) != value]
-    if min(windows(shape)) < shape.block_size:
+    if has_windows(shape):
         parts += ["window_pattern", "window_size"]
     if parts:
         flags = ", ".join(f"{name}={getattr(shape, name)}" for name in parts)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from nanofp8 import cards
 from nanofp8.config import UserError
 from nanofp8.host import cudnn_version, optional
-from nanofp8.sizes import windows
+from nanofp8.sizes import has_windows
 
 TRIED = ((9, 0),)  # compute capabilities on which flash-attn-4 has trained; "auto" takes it there
 
@@ -34,11 +34,6 @@ def flash4() -> tuple[ModuleType | None, str]:
     """Return flash-attn-4's functions, or None and the reason why it cannot run."""
     warnings.filterwarnings("ignore", "Argument aux_data", UserWarning)  # of the compiler, once a kernel
     return optional("flash-attn-4", "flash_attn.cute.interface", "flash-attn-4")
-
-
-def has_windows(cfg: SimpleNamespace) -> bool:
-    """Whether a block attends to less than the sequence."""
-    return min(windows(cfg)) < cfg.block_size
 
 
 def unfused(cfg: SimpleNamespace, device: torch.device) -> str:

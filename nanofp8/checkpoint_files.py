@@ -25,9 +25,8 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import filesystem, metadata
 from torch.distributed.checkpoint.api import CheckpointException  # DCP's own, which is not an Exception
 
-from nanofp8.config import Positive, UserError, convert, script_flags
+from nanofp8.config import PROJECT, Positive, UserError, convert, script_flags
 from nanofp8.files import error_line
-from nanofp8.shards import PROJECT
 from nanofp8.sizes import BatchPlan, ramp_shares
 
 TRAIN = os.path.join(PROJECT, "train.py")

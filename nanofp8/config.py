@@ -417,7 +417,8 @@ def check_command_line(path: str, argv: Sequence[str] | None = None, doctor: str
 
 
 PACKAGES = ("torch", "numpy", "matplotlib")
-OWN_ENVIRONMENT = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), ".venv")  # run.sh's
+PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # the folder of train.py
+OWN_ENVIRONMENT = os.path.join(PROJECT, ".venv")  # run.sh's
 
 
 def environment_remedy() -> str:

@@ -290,6 +290,12 @@ def cache_fault(folder: str) -> str:
     return ""
 
 
+def triton_folder() -> str:
+    """Return the folder in which Triton keeps compiled kernels."""
+    home = os.environ.get("TRITON_HOME") or os.path.expanduser("~")
+    return os.environ.get("TRITON_CACHE_DIR") or os.path.join(home, ".triton", "cache")
+
+
 def triton_cache() -> tuple[str, str]:
     """Return the folder to set TRITON_CACHE_DIR to, and why: Triton's usual folder, ~/.triton, cannot be used; or that
     of torch.compile cannot, which sets the variable itself, to one in the temporary folder. ("", ""): leave it unset.
@@ -301,7 +307,7 @@ def triton_cache() -> tuple[str, str]:
         if fault := cache_fault(given):
             raise UserError(f"Triton cannot keep compiled code in TRITON_CACHE_DIR={given}: {fault}; {remedy}")
         return "", ""
-    usual = os.path.join(os.environ.get("TRITON_HOME") or os.path.expanduser("~"), ".triton", "cache")
+    usual = triton_folder()
     fault = cache_fault(usual)
     if not fault and os.environ.get("WORLD_SIZE", "1") != "1" and file_system(usual).startswith(NETWORK):
         # There, ranks that compile the same kernel fail as they remove files (triton issue 11512)

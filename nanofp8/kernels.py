@@ -24,6 +24,10 @@ import triton.language as tl
 
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")  # the interpreter cannot run PTX
 LOG2_E = tl.constexpr(1.4426950408889634)
+# PTX: four fp32 values, rounded and saturating, as FP8 bytes of one 32-bit word, lowest byte first
+PACK = ("{{ .reg .b16 lo, hi; cvt.rn.satfinite.{0}.f32 lo, $2, $1; cvt.rn.satfinite.{0}.f32 hi, $4, $3; "
+        "mov.b32 $0, {{lo, hi}}; }}")
+TO_E4M3, TO_E5M2 = tl.constexpr(PACK.format("e4m3x2")), tl.constexpr(PACK.format("e5m2x2"))
 
 
 @triton.jit
@@ -33,11 +37,8 @@ def round_fp8(values, output_ptr):
     if INTERPRETED or tl.target_info.cuda_capability_geq(9, 0):
         return values.to(dtype)
     # On Ada, Triton (3.6) would cut them to fp16 before it rounds them (triton pull request 11753)
-    pair: tl.constexpr = "e4m3x2" if dtype.is_fp8e4nv() else "e5m2x2"
-    return tl.inline_asm_elementwise(
-        "{ .reg .b16 lo, hi; cvt.rn.satfinite." + pair + ".f32 lo, $2, $1; "
-        "cvt.rn.satfinite." + pair + ".f32 hi, $4, $3; mov.b32 $0, {lo, hi}; }",
-        "=r,f,f,f,f", [values], dtype=tl.uint8, is_pure=True, pack=4).to(dtype, bitcast=True)
+    return tl.inline_asm_elementwise(TO_E4M3 if dtype.is_fp8e4nv() else TO_E5M2, "=r,f,f,f,f", [values],
+                                     dtype=tl.uint8, is_pure=True, pack=4).to(dtype, bitcast=True)
 
 
 @triton.jit
@@ -64,11 +65,8 @@ def pack_fp8(values0, values1, values2, values3, scale, E5M2: tl.constexpr):
                 fp8 = tl.clamp(values, -448.0, 448.0).to(tl.float8e4nv)
             packed |= fp8.to(tl.uint8, bitcast=True).to(tl.uint32) << shift
         return packed
-    pair: tl.constexpr = "e5m2x2" if E5M2 else "e4m3x2"
-    return tl.inline_asm_elementwise(
-        "{ .reg .b16 lo, hi; cvt.rn.satfinite." + pair + ".f32 lo, $2, $1; "
-        "cvt.rn.satfinite." + pair + ".f32 hi, $4, $3; mov.b32 $0, {lo, hi}; }",
-        "=r,f,f,f,f", [values0, values1, values2, values3], dtype=tl.uint32, is_pure=True, pack=1)
+    return tl.inline_asm_elementwise(TO_E5M2 if E5M2 else TO_E4M3, "=r,f,f,f,f", [values0, values1, values2, values3],
+                                     dtype=tl.uint32, is_pure=True, pack=1)
 
 
 @triton.jit

@@ -17,9 +17,8 @@ from typing import Any, Iterator
 import torch
 
 from nanofp8 import cards, host
-from nanofp8.config import UserError
+from nanofp8.config import PROJECT, UserError
 from nanofp8.files import console, error_line
-from nanofp8.shards import PROJECT
 
 # Modules that do not train: an edit to a report must not make finished runs count as old
 REPORTS = ("alternate.py", "breakdown.py", "card.py", "doctor.py", "race.py", "race_report.py", "reports.py")
@@ -43,10 +42,11 @@ PEAK_BF16 = [
 OTHER_CARDS = {"laptop", "mobile", "max-q", "server", "d", "ti", "super", "mig"}
 
 
-# What torch's message says where CUDA cannot start though nvidia-smi lists GPUs, and what to do
+# What messages say where memory has run out
 OUT_OF_MEMORY = ("out of memory", "STATUS_ALLOC_FAILED", "DEVICE_ALLOCATION_FAILED", "can't allocate memory",
                  "CUDA driver error: device not ready",  # WSL2, pytorch issue 192330
                  "NVML_SUCCESS == ")  # an assertion of torch on parts of GPUs (MIG), pytorch issue 197312
+# What torch's message says where CUDA cannot start though nvidia-smi lists GPUs, and what to do
 CUDA_FAULTS = {
     "Error 802": "start the service that joins the GPUs: systemctl start nvidia-fabricmanager",
     "Error 803": "the driver was updated: restart the machine; if that changes nothing, unset LD_LIBRARY_PATH",

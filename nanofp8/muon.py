@@ -22,6 +22,8 @@ from nanofp8.optional_triton import kernels, triton
 class TorchMuon(torch.optim.Optimizer):
     """What Dion's Muon does (https://kellerjordan.github.io/posts/muon), in plain PyTorch, for where Dion cannot run.
 
+    torch.optim.Muon multiplies in bf16 on CPUs too, which takes half of a step on many of them (fp32_on_cpu()).
+
     - Each matrix of a fused weight (split_sizes: rows of q, k, v) is orthogonalised by itself.
     - The update is scaled by sqrt(fan_out / fan_in), as Dion's adjust_lr="spectral_norm".
     - Orthogonalisation runs to convergence (orthogonalize()): singular values within 0.01 of 1. Dion's Polar Express

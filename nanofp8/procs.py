@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from nanofp8.config import UserError, exit_with, print_any_text, raise_on_ctrl_c
 from nanofp8.faults import Heartbeat, exit_now
 from nanofp8.files import FOLDER_FAULTS, console, error_line, first_line
-from nanofp8.host import interface_to, shared_memory_fault
+from nanofp8.host import interface_to, shared_memory_fault, triton_folder
 from nanofp8.machine import is_out_of_memory
 
 # What an exception's message may say, and what to do
@@ -238,7 +238,7 @@ def environment_fault(error: BaseException) -> str:
         return (f"another process changed Triton's cache ({error}); start again, or set TRITON_CACHE_DIR to a folder "
                 f"on a local disk")
     if "triton" in packages and (isinstance(error, json.JSONDecodeError) or "kernel image is invalid" in message):
-        return f"a file in Triton's cache is damaged ({message}); delete the cache: rm -r {triton_cache()}"
+        return f"a file in Triton's cache is damaged ({message}); delete the cache: rm -r {triton_folder()}"
     if flag := next((flag for package, flag in KERNEL_FLAGS.items() if package in packages), ""):
         if not message.startswith("CUDA error"):  # which may have happened in an earlier kernel
             frame, line = frames[-1]
@@ -247,16 +247,10 @@ def environment_fault(error: BaseException) -> str:
     return ""
 
 
-def triton_cache() -> str:
-    """Return the folder in which Triton keeps compiled kernels."""
-    home = os.environ.get("TRITON_HOME") or "~"
-    return os.environ.get("TRITON_CACHE_DIR") or os.path.join(home, ".triton", "cache")
-
-
 def in_triton_cache(path: Any) -> bool:
     """Whether the file that an OSError names lies in Triton's cache."""
-    folder = os.path.join(os.path.abspath(os.path.expanduser(triton_cache())), "")
-    return os.path.abspath(os.fsdecode(path or "")).startswith(folder) if isinstance(path, (str, bytes)) else False
+    folder = os.path.join(os.path.abspath(triton_folder()), "")
+    return isinstance(path, (str, bytes)) and os.path.abspath(os.fsdecode(path)).startswith(folder)
 
 
 def folder_of_cuda() -> str:

@@ -24,6 +24,7 @@ import weakref
 import zlib
 from typing import Iterator
 
+from nanofp8.config import PROJECT
 from nanofp8.files import replace_file
 
 try:
@@ -39,7 +40,6 @@ MAX_TOKENS = 2**31 - 1  # of a shard: the header holds their number as an int32
 FILE_NAME = re.compile(r"(.+)_(train|val)_([0-9]{6})\.bin", re.DOTALL)  # of a shard
 NAME_PATTERN = "<name>_{train,val}_NNNNNN.bin"  # the same in words
 UNFINISHED = "unfinished.txt"  # in a folder whose shards are being written: the command that writes them
-PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 class ShardError(ValueError):

@@ -53,6 +53,11 @@ def windows(cfg: SimpleNamespace) -> list[int]:
     return [*sizes[:-1], cfg.block_size]
 
 
+def has_windows(cfg: SimpleNamespace) -> bool:
+    """Whether a block attends to less than the sequence. cfg: as for windows()."""
+    return min(windows(cfg)) < cfg.block_size
+
+
 def value_layers(cfg: SimpleNamespace) -> list[int]:
     """Return the blocks that have a value embedding: every second one, counted from the last."""
     return sorted(range(cfg.n_layer - 1, -1, -2)[:cfg.n_value_embed])
